@@ -1,0 +1,105 @@
+"""Reference workers: the trainer's own forward, without gradients, over the same rows; one log-prob a response token."""
+
+import logging
+import time
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from ray import serve
+
+from sampo_ray.actors.weights import WeightsId, fetch, find_weight_store, unpack
+from sampo_ray.batching import assemble, lengths_of, plan_rows
+from sampo_ray.config import FleetConfig
+from sampo_ray.policy import Policy, load_policy, pair_logprobs
+from sampo_ray.reduction import Positions
+from sampo_ray.runs import Place
+
+logger = logging.getLogger(__name__)
+
+STORE_SECONDS = 300.0
+
+
+def score_pairs(policy: Policy, pairs: pa.Table, batch_size: int, tokens_per_row: int) -> pa.Table:
+    """A PAIRS block with `chosen_ref` and `rejected_ref` added: log-probs of all response tokens, fp32 nats.
+
+    The block's pairs are in training order and begin with a whole global batch, so the rows are those that the trainer
+    will plan for its first epoch, and on every device policy and reference run through the same shapes.
+    """
+    lengths = lengths_of(pairs)
+    chosen: list[np.ndarray] = [np.empty(0)] * len(pairs)
+    rejected = list(chosen)
+    device = next(policy.parameters()).device
+    for start in range(0, len(pairs), batch_size):
+        batch = np.arange(start, min(start + batch_size, len(pairs)))
+        for indices in plan_rows(batch, lengths, tokens_per_row):
+            row = assemble(pairs.take(pa.array(indices))).to(device)
+            everything = [Positions(np.arange(s.chosen), np.arange(s.rejected)) for s in row.segments]
+            with torch.no_grad():
+                of_chosen, of_rejected = pair_logprobs(policy, row, everything)
+            for i, w, r in zip(indices, of_chosen, of_rejected, strict=True):
+                chosen[i], rejected[i] = w.cpu().numpy(), r.cpu().numpy()
+    for name, column in (("chosen_ref", chosen), ("rejected_ref", rejected)):
+        pairs = pairs.append_column(name, pa.array(column, pa.list_(pa.float32())))
+    return pairs
+
+
+class ReferenceWorker:
+    """Serve replica that holds one version of the policy and scores pairs with it; each call names the version it wants."""
+
+    def __init__(self, store: str, threads: int | None) -> None:
+        if threads:
+            torch.set_num_threads(threads)
+        self._store = find_weight_store(store)
+        self._held: WeightsId | None = None
+        self._policy: Policy | None = None
+
+    def score(
+        self, pairs: pa.Table, run: str, version: int, versions_url: str, batch_size: int, tokens_per_row: int, out: str
+    ) -> pa.Table:
+        """Scores a PAIRS block with `version` of `run`, writes the REFERENCE block to `out` and returns it."""
+        policy = self._load(WeightsId(run, version), versions_url)
+        scored = score_pairs(policy, pairs, batch_size, tokens_per_row)
+        Place(out).write_table(scored)
+        return scored
+
+    def _load(self, wanted: WeightsId, versions_url: str) -> Policy:
+        if self._held == wanted and self._policy is not None:
+            return self._policy
+        started = time.monotonic()
+        if self._policy is None or self._held is None or self._held.run != wanted.run:
+            with Place(versions_url).at("000000").on_disk() as base:
+                device = "cuda" if torch.cuda.is_available() else "cpu"
+                self._policy = load_policy(base, device=device).eval().requires_grad_(False)
+        self._held = None
+        weights = ray.get(self._store.get.remote(wanted.run, wanted.version), timeout=STORE_SECONDS)
+        parameters = dict(self._policy.model.named_parameters())
+        for bucket in weights.buckets:
+            for name, tensor in unpack(fetch(bucket, STORE_SECONDS)):
+                parameters[name].copy_(tensor)
+        self._held = wanted
+        logger.info("reference %s loaded in %.2f s", wanted, time.monotonic() - started)
+        return self._policy
+
+
+def build_reference_app(store: str, fleet: FleetConfig, threads: int | None) -> serve.Application:
+    """The reference workers as a Serve application; they load nothing before the first call says what it wants."""
+    ceiling = max(fleet.max_replicas or 1, fleet.min_replicas or 1)
+    deployment = serve.deployment(
+        ReferenceWorker,
+        name="references",
+        max_ongoing_requests=fleet.max_ongoing_requests,
+        max_queued_requests=fleet.max_queued_requests,
+        autoscaling_config={
+            "min_replicas": fleet.min_replicas if fleet.min_replicas is not None else 1,
+            "max_replicas": ceiling,
+            "target_ongoing_requests": fleet.target_ongoing_requests or 0.75 * fleet.max_ongoing_requests,
+        },
+        ray_actor_options={
+            "num_cpus": fleet.num_cpus if fleet.num_cpus is not None else 0.5,
+            "num_gpus": fleet.num_gpus or 0,
+        },
+        health_check_timeout_s=120,
+    )
+    return deployment.bind(store, threads)

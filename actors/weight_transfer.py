@@ -1,0 +1,100 @@
+"""How new weights get into a running vLLM engine: a weight-transfer backend ("host") that reads them from a local file.
+
+The replica stages a version's buckets in one file in memory (`staged`), and every worker of its engine maps that file. vLLM
+imports this module in its workers, because it is named as `worker_extension_cls`; importing it registers the backend. The
+file lives on one node, so all workers of an engine must be on the replica's node.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from sampo_ray.actors.weights import ALIGNMENT, Bucket, TensorSpec, views
+
+BACKEND = "host"
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class WorkerExtension:
+    """Empty on purpose: vLLM's workers import this module on its account."""
+
+
+@dataclass
+class HostInit(WeightTransferInitInfo):
+    """Nothing to agree on beforehand."""
+
+
+@dataclass
+class HostUpdate(WeightTransferUpdateInfo):
+    """`path`: file of `nbytes` bytes; `tensors`: fields of each TensorSpec, offsets counted from the start of the file."""
+
+    path: str
+    nbytes: int
+    tensors: list[Any]
+
+
+class HostWeightTransferEngine(WeightTransferEngine[HostInit, HostUpdate]):
+    """Loads a whole checkpoint from a mapped file, layer by layer, into the tensors that the engine computes with."""
+
+    init_info_cls = HostInit
+    update_info_cls = HostUpdate
+    supports_draft_weight_update = False
+
+    def init_transfer_engine(self, init_info: HostInit) -> None:
+        pass
+
+    def start_weight_update(self) -> None:
+        # A layer's packed weights no longer have the shapes of the checkpoint: this gives the layers those shapes back.
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":  # the base class synchronises an accelerator even where there is none
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: HostUpdate) -> None:
+        mapped = torch.from_file(update_info.path, shared=False, size=update_info.nbytes, dtype=torch.uint8)
+        specs = (TensorSpec(*fields) for fields in update_info.tensors)
+        self.model.load_weights(views(specs, mapped.numpy()))
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        if self.device.type == "cpu":
+            # On CPU the head computes with a packed copy; a tied head was given no weights, so nobody packed it again.
+            for module in self.model.modules():
+                if isinstance(module, ParallelLMHead):
+                    module.quant_method.process_weights_after_loading(module)
+
+    def shutdown(self) -> None:
+        pass
+
+
+@contextmanager
+def staged(buckets: Iterable[Bucket]) -> Iterator[dict[str, Any]]:
+    """Writes verified buckets (their bytes here) into one file, in memory where there is room; yields the HostUpdate."""
+    held = list(buckets)
+    room = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 2 * sum(b.data.size for b in held)
+    with tempfile.NamedTemporaryFile(prefix="sampo-weights-", dir=SHARED_MEMORY if room else None) as file:
+        tensors: list[tuple[Any, ...]] = []
+        for bucket in held:
+            start = -(-file.tell() // ALIGNMENT) * ALIGNMENT
+            file.seek(start)
+            file.write(bucket.data)
+            tensors += [astuple(replace(spec, offset=start + spec.offset)) for spec in bucket.specs]
+        file.flush()
+        yield {"path": file.name, "nbytes": file.tell(), "tensors": tensors}
+
+
+WeightTransferEngineFactory.register_engine(BACKEND, HostWeightTransferEngine)
+if hasattr(torch.cpu, "_init_amx"):
+    torch.cpu._init_amx()  # without tile permission vLLM's bf16 kernels end a worker with SIGILL; a no-op without AMX

@@ -1,0 +1,406 @@
+"""Weights on their way from trainer to replicas: buckets of bytes, durable versions on disk, and the store that serves them.
+
+A *version* is a Hugging Face folder `versions/<number>/` (bf16 safetensors) that is complete once its `version.json` exists.
+A *bucket* is one shard's tensors as a flat byte array with a checksum, in memory or in Ray's object store.
+The *store* is a detached actor that replicas long-poll; it only ever hands out versions that are durable.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import ray
+import torch
+import xxhash
+from fsspec.implementations.local import LocalFileSystem
+from ray.actor import ActorHandle
+from safetensors.torch import load, save_file
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE = "sampo"
+BUCKET_BYTES = 256 << 20
+ALIGNMENT = 64
+SHELL_SUFFIXES = (".json", ".jinja", ".txt", ".model")
+
+
+class WeightsError(RuntimeError):
+    """Weights that are incomplete, damaged, or not what was asked for."""
+
+
+@dataclass(frozen=True)
+class WeightsId:
+    """Which weights: the run they belong to and their version number in it."""
+
+    run: str
+    version: int
+
+    def __str__(self) -> str:
+        return f"{self.run}@{self.version}"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Where a tensor lies in its bucket: `dtype` by torch's name, `offset` and `nbytes` in bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Tensors as bytes. `data` is uint8 [bytes], or a reference to it in the object store."""
+
+    specs: tuple[TensorSpec, ...]
+    data: Any
+    checksum: str
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A version as the store hands it out: `about` is its version.json, the buckets' data are object references."""
+
+    id: WeightsId
+    about: dict[str, Any]
+    buckets: tuple[Bucket, ...]
+
+
+def checksum(data: Any) -> str:
+    """Checksum of a bytes-like object; against damage, not against malice."""
+    return f"xxh3-128:{xxhash.xxh3_128_hexdigest(data)}"
+
+
+def pack(tensors: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int = BUCKET_BYTES) -> Iterator[Bucket]:
+    """Copies (name, tensor) pairs into buckets of at most `bucket_bytes` (a larger tensor gets its own), streaming.
+
+    Each tensor is copied before the next is asked for, so a source may free or reuse it (as a ZeRO-3 gather does).
+    """
+    specs: list[TensorSpec] = []
+    data, end = np.zeros(0, np.uint8), 0
+    for name, tensor in tensors:
+        flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
+        if specs and end + flat.size > data.size:
+            yield _sealed(specs, data[:end])
+            specs, end = [], 0
+        if not specs:
+            data = np.zeros(max(bucket_bytes, flat.size), np.uint8)
+        data[end : end + flat.size] = flat
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        specs.append(TensorSpec(name, dtype, tuple(tensor.shape), end, flat.size))
+        end = min(-(-(end + flat.size) // ALIGNMENT) * ALIGNMENT, data.size)
+    if specs:
+        yield _sealed(specs, data[:end])
+
+
+def _sealed(specs: list[TensorSpec], data: np.ndarray) -> Bucket:
+    return Bucket(tuple(specs), data, checksum(data))
+
+
+def verify(bucket: Bucket) -> None:
+    """Raises WeightsError unless the bucket's bytes are here and match their checksum."""
+    if not isinstance(bucket.data, np.ndarray):
+        raise WeightsError(
+            f"bucket of {bucket.specs[0].name}: its bytes were not fetched (data is {type(bucket.data)})"
+        )
+    found = checksum(bucket.data)
+    if found != bucket.checksum:
+        raise WeightsError(
+            f"bucket of {bucket.specs[0].name}: checksum is {found}, expected {bucket.checksum}; the weights are damaged"
+        )
+
+
+def unpack(bucket: Bucket) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields (name, tensor) as views of the bucket's bytes, which must not be written to. Verifies the checksum first."""
+    verify(bucket)
+    return views(bucket.specs, bucket.data)
+
+
+def views(specs: Iterable[TensorSpec], data: np.ndarray) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields (name, tensor) as views of bytes that were verified before."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        flat = torch.from_numpy(data)
+    for spec in specs:
+        tensor = flat[spec.offset : spec.offset + spec.nbytes].view(getattr(torch, spec.dtype))
+        yield spec.name, tensor.reshape(spec.shape)
+
+
+def version_folder(versions_url: str, version: int) -> str:
+    return f"{versions_url.rstrip('/')}/{version:06d}"
+
+
+def write_version(
+    folder_url: str,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    shell_folder: str,
+    about: dict[str, Any],
+    bucket_bytes: int = BUCKET_BYTES,
+    keep: Callable[[Bucket], Bucket] = lambda bucket: bucket,
+) -> list[Bucket]:
+    """Writes a Hugging Face folder, one shard a bucket, and returns what `keep` made of each bucket.
+
+    `folder_url` and `shell_folder` (config, generation config, tokenizer) are local paths or fsspec URLs; `about` holds at
+    least version, round and step and goes into version.json, which appears last: with it the version is complete. A
+    complete version is never rewritten: then `tensors` is only drained (its iteration may be a collective) and the
+    buckets are those on disk. `lm_head.weight` is left out when the config ties it to the embeddings.
+    """
+    missing = {"version", "round", "step"} - about.keys()
+    if missing:
+        raise WeightsError(f"about lacks {', '.join(sorted(missing))}; version.json must say which weights these are")
+    fs, folder = fsspec.core.url_to_fs(folder_url)
+    if fs.exists(f"{folder}/version.json"):
+        deque(tensors, maxlen=0)
+        return [keep(bucket) for bucket in read_version(folder_url)]
+    parent, name = folder.rsplit("/", 1)
+    local = isinstance(fs, LocalFileSystem)
+    if local:
+        os.makedirs(parent, exist_ok=True)
+        for leftover in Path(parent).glob(f".{name}.*"):
+            shutil.rmtree(leftover)
+    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=parent if local else None) as scratch:
+        draft = Path(scratch) / name
+        draft.mkdir()
+        shell = _copy_shell(shell_folder, draft)
+        if shell.get("tie_word_embeddings"):
+            tensors = ((key, tensor) for key, tensor in tensors if key != "lm_head.weight")
+        buckets = _write_shards(draft, tensors, shell, bucket_bytes, keep)
+        files = {path.name: checksum(path.read_bytes()) for path in sorted(draft.iterdir())}
+        (draft / "version.json").write_text(json.dumps({**about, "files": files}, indent=1))
+        _place(draft, fs, folder, local)
+    return buckets
+
+
+def _copy_shell(shell_folder: str, draft: Path) -> dict[str, Any]:
+    fs, shell = fsspec.core.url_to_fs(shell_folder)
+    for path in fs.ls(shell, detail=False):
+        name = path.rsplit("/", 1)[-1]
+        if name.endswith(SHELL_SUFFIXES) and not name.endswith(".index.json") and name != "version.json":
+            (draft / name).write_bytes(fs.cat_file(path))
+    if not (draft / "config.json").exists():
+        raise WeightsError(f"{shell_folder}: no config.json; name a Hugging Face model folder")
+    return json.loads((draft / "config.json").read_text())
+
+
+def _write_shards(
+    draft: Path,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    shell: dict[str, Any],
+    bucket_bytes: int,
+    keep: Callable[[Bucket], Bucket],
+) -> list[Bucket]:
+    kept: list[Bucket] = []
+    shards: list[tuple[TensorSpec, ...]] = []
+    for bucket in pack(tensors, bucket_bytes):
+        path = draft / f"shard-{len(shards)}.safetensors"
+        save_file(dict(views(bucket.specs, bucket.data)), path, metadata={"format": "pt"})
+        shards.append(bucket.specs)
+        kept.append(keep(bucket))
+    if not shards:
+        raise WeightsError(f"{draft.name}: no tensors to write")
+    weight_map = {}
+    for number, specs in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (draft / f"shard-{number}.safetensors").rename(draft / file)
+        weight_map |= {spec.name: file for spec in specs}
+    total = sum(spec.nbytes for specs in shards for spec in specs)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (draft / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    # Loaders take the data type from the config, which may still name that of the files the run started from.
+    config = {key: value for key, value in shell.items() if key != "torch_dtype"} | {"dtype": shards[0][0].dtype}
+    (draft / "config.json").write_text(json.dumps(config, indent=2))
+    return kept
+
+
+def _place(draft: Path, fs: Any, folder: str, local: bool) -> None:
+    if fs.exists(folder):
+        fs.rm(folder, recursive=True)  # an attempt that did not finish
+    if local:
+        os.rename(draft, folder)
+        return
+    for path in sorted(draft.iterdir(), key=lambda path: path.name == "version.json"):
+        fs.put_file(str(path), f"{folder}/{path.name}")
+
+
+def read_about(folder_url: str) -> dict[str, Any]:
+    """The version.json of a complete version; WeightsError when there is none."""
+    fs, folder = fsspec.core.url_to_fs(folder_url)
+    try:
+        return json.loads(fs.cat_file(f"{folder}/version.json"))
+    except FileNotFoundError:
+        raise WeightsError(f"{folder_url}: not a complete version (no version.json)") from None
+
+
+def read_version(folder_url: str) -> Iterator[Bucket]:
+    """Yields the version's shards as buckets, each file's checksum verified first (WeightsError if one fails)."""
+    fs, folder = fsspec.core.url_to_fs(folder_url)
+    for name, expected in read_about(folder_url)["files"].items():
+        try:
+            data = fs.cat_file(f"{folder}/{name}")
+        except FileNotFoundError:
+            raise WeightsError(f"{folder_url}/{name}: missing, though version.json names it") from None
+        found = checksum(data)
+        if found != expected:
+            raise WeightsError(f"{folder_url}/{name}: checksum is {found}, expected {expected}; the file is damaged")
+        if name.endswith(".safetensors"):
+            yield from pack(load(data).items(), 2 * len(data))
+
+
+def complete_versions(versions_url: str) -> list[int]:
+    """The numbers of all complete versions under `versions_url`, ascending."""
+    fs, folder = fsspec.core.url_to_fs(versions_url)
+    if not fs.exists(folder):
+        return []
+    fs.invalidate_cache()
+    names = [path.rstrip("/").rsplit("/", 1)[-1] for path in fs.ls(folder, detail=False)]
+    numbers = sorted(int(name) for name in names if re.fullmatch(r"\d{6,}", name))
+    return [number for number in numbers if fs.exists(f"{version_folder(folder, number)}/version.json")]
+
+
+class WeightStore:
+    """Ray actor (async, detached) that holds a run's latest weights and its round's reference weights for whoever asks.
+
+    The bytes are put again under this actor's ownership, since objects die with the process that put them. `state_url` is
+    a small file (local path or fsspec URL) that remembers the attached run, so that a restarted actor comes back to it by
+    itself, with the latest durable version. All methods are idempotent: the actor is started with unlimited retries.
+    """
+
+    def __init__(self, state_url: str) -> None:
+        self._fs, self._state = fsspec.core.url_to_fs(state_url)
+        self._run, self._versions = "", ""
+        self._latest: Weights | None = None
+        self._reference: Weights | None = None
+        self._lock = asyncio.Lock()
+        self._changed = asyncio.Condition()
+        if self._fs.exists(self._state):
+            state = json.loads(self._fs.cat_file(self._state))
+            self._run, self._versions = state["run"], state["versions"]
+            numbers = complete_versions(self._versions)
+            self._latest = self._load(numbers[-1]) if numbers else None
+
+    async def attach(self, run_id: str, versions_url: str) -> WeightsId | None:
+        """Serves this run from now on, starting from its latest complete version on disk; returns that (None: none yet)."""
+        async with self._lock:
+            if run_id != self._run:
+                self._latest = self._reference = None
+            self._run, self._versions = run_id, versions_url
+            self._fs.makedirs(self._fs._parent(self._state), exist_ok=True)
+            self._fs.pipe_file(self._state, json.dumps({"run": run_id, "versions": versions_url}).encode())
+            numbers = await asyncio.to_thread(complete_versions, versions_url)
+            if numbers and (self._latest is None or numbers[-1] > self._latest.id.version):
+                await self._go_live(await asyncio.to_thread(self._load, numbers[-1]))
+            return self._latest.id if self._latest else None
+
+    async def publish(self, run_id: str, version: int, reference: bool, buckets: Sequence[Bucket]) -> WeightsId:
+        """Makes a durable version the latest, and the round's reference if so marked; returns the latest.
+
+        Idempotent; a version older than the latest is ignored, so weights never go backwards. Raises WeightsError for a
+        run that is not attached or a version that is not complete on disk.
+        """
+        async with self._lock:
+            self._check_run(run_id)
+            if self._latest is None or version > self._latest.id.version:
+                about = await asyncio.to_thread(read_about, version_folder(self._versions, version))
+                owned = tuple([await self._own(bucket) for bucket in buckets])
+                await self._go_live(Weights(WeightsId(run_id, version), about, owned))
+            elif version < self._latest.id.version:
+                logger.warning("ignored version %d of run %s: %s is live", version, run_id, self._latest.id)
+            if reference and self._latest and self._latest.id.version == version:
+                self._reference = self._latest
+            assert self._latest is not None
+            return self._latest.id
+
+    async def wait(self, known: WeightsId | None, timeout_s: float) -> Weights | None:
+        """Long poll: the latest weights as soon as they are not `known`; None when `timeout_s` passes first."""
+        async with self._changed:
+            try:
+                await asyncio.wait_for(self._changed.wait_for(lambda: self._differs(known)), timeout_s)
+            except TimeoutError:
+                return None
+            return self._latest
+
+    async def get(self, run_id: str, version: int) -> Weights:
+        """A version of the attached run: from memory when it is the latest or the reference, else from disk."""
+        self._check_run(run_id)
+        for held in (self._latest, self._reference):
+            if held and held.id.version == version:
+                return held
+        return await asyncio.to_thread(self._load, version)
+
+    def _differs(self, known: WeightsId | None) -> bool:
+        return self._latest is not None and self._latest.id != known
+
+    def _check_run(self, run_id: str) -> None:
+        if run_id != self._run:
+            raise WeightsError(f"run {run_id!r} is not attached (attached: {self._run!r}); call attach first")
+
+    async def _go_live(self, weights: Weights) -> None:
+        async with self._changed:
+            self._latest = weights
+            self._changed.notify_all()
+
+    async def _own(self, bucket: Bucket) -> Bucket:
+        return await asyncio.to_thread(_put, replace(bucket, data=await bucket.data))
+
+    def _load(self, version: int) -> Weights:
+        folder = version_folder(self._versions, version)
+        buckets = tuple(_put(bucket) for bucket in read_version(folder))
+        return Weights(WeightsId(self._run, version), read_about(folder), buckets)
+
+
+def _put(bucket: Bucket) -> Bucket:
+    verify(bucket)
+    return replace(bucket, data=ray.put(bucket.data))
+
+
+def start_weight_store(name: str, state_url: str) -> ActorHandle:
+    """The store of that name (in namespace "sampo"), started if it does not run yet. It outlives the driver."""
+    options = {"lifetime": "detached", "max_restarts": -1, "max_task_retries": -1, "num_cpus": 0.1}
+    actor = ray.remote(WeightStore).options(name=name, namespace=NAMESPACE, get_if_exists=True, **options)
+    return actor.remote(state_url)
+
+
+def find_weight_store(name: str) -> ActorHandle:
+    """The running store of that name; ValueError (Ray's) when there is none."""
+    return ray.get_actor(name, namespace=NAMESPACE)
+
+
+def fetch(bucket: Bucket, timeout_s: float) -> Bucket:
+    """The bucket with its bytes in this process (a read-only view of the object store), verified."""
+    here = replace(bucket, data=ray.get(bucket.data, timeout=timeout_s))
+    verify(here)
+    return here
+
+
+def publish_version(
+    store: ActorHandle,
+    run_id: str,
+    versions_url: str,
+    version: int,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    shell_folder: str,
+    reference: bool,
+    about: dict[str, Any],
+    timeout_s: float = 300.0,
+) -> WeightsId:
+    """Makes a version durable, then live: streams `tensors` to disk and object store, then tells the store.
+
+    `about` holds round and step; `reference` marks the start of a round. Returns the id that is live afterwards.
+    """
+    folder = version_folder(versions_url, version)
+    buckets = write_version(folder, tensors, shell_folder, {"version": version, **about}, keep=_put)
+    return ray.get(store.publish.remote(run_id, version, reference, buckets), timeout=timeout_s)

@@ -1,0 +1,3 @@
+"""Iterative SamPO as a service on Ray."""
+
+__version__ = "0.1.0"

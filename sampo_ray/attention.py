@@ -1,0 +1,68 @@
+"""Attention over rows of segments: chosen and rejected share one prompt, and pairs that share a row never see each other.
+
+Registered with transformers as `sampo_segments`; the row's segments travel as the keyword argument `segments`. Each pair costs
+two calls, one causal over prompt and chosen, one of rejected over prompt and rejected. A call sees one pair only, so on CPU
+its bits do not depend on what else is in the row.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from sampo_ray import cpu
+from sampo_ray.batching import Segments
+
+NAME = "sampo_segments"
+
+
+def segment_attention(
+    module: torch.nn.Module,
+    query: Float[Tensor, "1 heads tokens dim"],
+    key: Float[Tensor, "1 key_heads tokens dim"],
+    value: Float[Tensor, "1 key_heads tokens dim"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    *,
+    segments: tuple[Segments, ...],
+    **kwargs: object,
+) -> tuple[Float[Tensor, "1 tokens heads dim"], None]:
+    """Attention of one row, [1, heads, tokens, dim] to [1, tokens, heads, dim]; tokens outside all segments get zeros.
+
+    Raises ValueError for what it would silently get wrong: a mask, attention dropout, or a sliding window.
+    """
+    if attention_mask is not None or dropout or kwargs.get("sliding_window"):
+        raise ValueError("segment attention takes no mask, no attention dropout and no sliding window")
+    dtype = query.dtype
+    if cpu.wants_fp32(query):
+        query, key, value = query.float(), key.float(), value.float()
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
+    outputs, at = [], 0
+    for pair in segments:
+        prompt, chosen, rejected = (
+            slice(pair.start, pair.chosen_start),
+            slice(pair.start, pair.rejected_start),
+            slice(pair.rejected_start, pair.end),
+        )
+        outputs.append(
+            scaled_dot_product_attention(
+                query[:, :, chosen], key[:, :, chosen], value[:, :, chosen], is_causal=True, scale=scaling
+            )
+        )
+        keys, values = (torch.cat([x[:, :, prompt], x[:, :, rejected]], dim=2) for x in (key, value))
+        mask = causal_lower_right(pair.rejected, pair.prompt + pair.rejected)
+        outputs.append(
+            scaled_dot_product_attention(query[:, :, rejected], keys, values, attn_mask=mask, scale=scaling)
+        )
+        at = pair.end
+    fill = query.shape[2] - at
+    if fill:
+        outputs.append(query.new_zeros(*query.shape[:2], fill, value.shape[-1]))
+    return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype), None
+
+
+AttentionInterface.register(NAME, segment_attention)

@@ -1,0 +1,153 @@
+"""From tokens to rows: which pairs share a step, a rank and a row, planned from lengths alone.
+
+The plan of a round is a pure function of (lengths, batch size, tokens a row, world size, seed, round), so every rank computes
+it for itself and a restarted one finds its place. Which pairs share a row does not depend on the world size.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+# Rows are filled up to a multiple of this many tokens: matrix kernels take other paths for a few rows, and so round differently.
+ROW_MULTIPLE = 64
+
+Lengths = Int64[np.ndarray, "pairs 3"]
+"""Tokens of prompt, chosen and rejected."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: `rows[rank]` are the micro-batches of a rank, each an array of pair indices (maybe empty)."""
+
+    index: int
+    epoch: int
+    pairs: int
+    rows: tuple[tuple[Int64[np.ndarray, " pairs"], ...], ...]
+
+
+def steps_in_round(pairs: int, batch_size: int, epochs: int) -> int:
+    """Optimizer steps of a round; the last batch of an epoch may be smaller."""
+    return -(-pairs // batch_size) * epochs
+
+
+def plan_round(
+    lengths: Lengths, *, batch_size: int, tokens_per_row: int, world: int, epochs: int, seed: int, round: int
+) -> Iterator[Step]:
+    """The steps of a round, in order, numbered from 1.
+
+    The first epoch takes the pairs as they are stored (stored order is shuffled already); later ones are permuted. Every rank
+    gets the same number of rows, since each row is a collective operation: missing ones are empty.
+    """
+    index = 0
+    for epoch in range(epochs):
+        order = np.arange(len(lengths))
+        if epoch:
+            order = np.random.default_rng([seed, round, epoch]).permutation(order)
+        for start in range(0, len(order), batch_size):
+            index += 1
+            batch = order[start : start + batch_size]
+            yield Step(index, epoch, len(batch), deal(plan_rows(batch, lengths, tokens_per_row), lengths, world))
+
+
+def plan_rows(pairs: Int64[np.ndarray, " pairs"], lengths: Lengths, tokens_per_row: int) -> list[np.ndarray]:
+    """Splits pairs into rows of at most `tokens_per_row` tokens, first fit with the longest first.
+
+    A pair that is longer than a row gets one of its own.
+    """
+    totals = lengths[pairs].sum(axis=1)
+    rows: list[tuple[int, list[int]]] = []
+    for place in np.argsort(-totals, kind="stable"):
+        tokens = int(totals[place])
+        for i, (used, members) in enumerate(rows):
+            if used + tokens <= tokens_per_row:
+                rows[i] = (used + tokens, [*members, int(pairs[place])])
+                break
+        else:
+            rows.append((tokens, [int(pairs[place])]))
+    return [np.array(members) for _, members in rows]
+
+
+def deal(rows: list[np.ndarray], lengths: Lengths, world: int) -> tuple[tuple[np.ndarray, ...], ...]:
+    """Gives each row to the rank with the fewest tokens so far, then fills up with empty rows to equal counts."""
+    hands: list[list[np.ndarray]] = [[] for _ in range(world)]
+    load = [0] * world
+    for row in rows:
+        rank = load.index(min(load))
+        hands[rank].append(row)
+        load[rank] += int(lengths[row].sum())
+    longest = max(len(hand) for hand in hands)
+    empty = np.array([], dtype=np.int64)
+    return tuple(tuple(hand + [empty] * (longest - len(hand))) for hand in hands)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where one pair lies in a row: its prompt, computed once, then chosen, then rejected; both attend to the prompt."""
+
+    start: int
+    prompt: int
+    chosen: int
+    rejected: int
+
+    @property
+    def chosen_start(self) -> int:
+        return self.start + self.prompt
+
+    @property
+    def rejected_start(self) -> int:
+        return self.start + self.prompt + self.chosen
+
+    @property
+    def end(self) -> int:
+        return self.rejected_start + self.rejected
+
+    def chosen_states(self, tokens: Int64[np.ndarray, " kept"]) -> Int64[np.ndarray, " kept"]:
+        """Row positions of the hidden states that predict the given tokens of the chosen response."""
+        return self.chosen_start - 1 + tokens
+
+    def rejected_states(self, tokens: Int64[np.ndarray, " kept"]) -> Int64[np.ndarray, " kept"]:
+        """As `chosen_states`; the first rejected token, too, is predicted by the last token of the prompt."""
+        return np.where(tokens == 0, self.chosen_start - 1, self.rejected_start - 1 + tokens)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A micro-batch: pairs end to end in one row of tokens, without padding but at the very end.
+
+    `positions` start again at 0 with each pair, and at the prompt's end with each rejected response.
+    """
+
+    tokens: Int64[Tensor, " tokens"]
+    positions: Int64[Tensor, " tokens"]
+    segments: tuple[Segments, ...]
+
+    def to(self, device: torch.device | str) -> "Row":
+        return Row(self.tokens.to(device), self.positions.to(device), self.segments)
+
+
+def assemble(pairs: pa.Table) -> Row:
+    """Lays the pairs of a PAIRS block into one row, filled up to a multiple of ROW_MULTIPLE tokens. No pairs: a row of fill."""
+    tokens, positions, segments, at = [], [], [], 0
+    columns = (pairs.column(name).to_pylist() for name in ("prompt", "chosen", "rejected"))
+    for prompt, chosen, rejected in zip(*columns, strict=True):
+        pair = Segments(at, len(prompt), len(chosen), len(rejected))
+        tokens += [*prompt, *chosen, *rejected]
+        positions += [*range(len(prompt) + len(chosen)), *range(len(prompt), len(prompt) + len(rejected))]
+        segments.append(pair)
+        at = pair.end
+    fill = -at % ROW_MULTIPLE or (ROW_MULTIPLE if not at else 0)
+    tokens += [0] * fill
+    positions += [0] * fill
+    return Row(torch.tensor(tokens), torch.tensor(positions), tuple(segments))
+
+
+def lengths_of(pairs: pa.Table) -> Lengths:
+    """[pairs, 3] token counts of a PAIRS block."""
+    columns = (pc.list_value_length(pairs.column(name)) for name in ("prompt", "chosen", "rejected"))
+    return np.stack([column.to_numpy().astype(np.int64) for column in columns], axis=1)

@@ -1,0 +1,165 @@
+"""The prompt format: one definition, which trainer, generator and endpoint share.
+
+A format is a chat template plus the token that ends a turn. `ChatFormat.save` writes both into a tokenizer folder; vLLM
+renders requests with that folder, so that the endpoint's token ids are those of `ChatFormat.prompt_ids`.
+"""
+
+import copy
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from sampo_ray.config import ConfigError
+
+Message = dict[str, str]
+"""One turn: {"role": "system" | "user" | "assistant", "content": text}."""
+
+TemplateName = Literal["llama3-sampo", "llama3", "tokenizer"]
+
+_LLAMA3_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+
+# The only differences: Meta trims what a turn says and puts nothing behind it, the card has a newline there.
+_LLAMA3_CONTENT = {"llama3-sampo": "message['content']", "llama3": "message['content'] | trim"}
+_LLAMA3_AFTER_TURN = {"llama3-sampo": r"\n", "llama3": ""}
+
+_LLAMA3 = r"""
+{{- '<|begin_of_text|>' -}}
+{%- for message in messages -%}
+    {%- if message['role'] not in ['system', 'user', 'assistant'] -%}
+        {{- raise_exception('a message has a role other than system, user or assistant') -}}
+    {%- endif -%}
+    {%- if message['content'] is not string -%}
+        {{- raise_exception('the content of a message is not text') -}}
+    {%- endif -%}
+    {%- set turn = namespace(text=CONTENT) -%}
+    {%- for mark in MARKS -%}
+        {%- set turn.text = turn.text | replace(mark, mark[0] + ' ' + mark[1:]) -%}
+    {%- endfor -%}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + turn.text + '<|eot_id|>AFTER_TURN' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' -}}
+{%- endif -%}
+"""
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """A tokenizer with the template of a run.
+
+    Special tokens typed into a message are only text. The `llama3*` templates put a space into them (`<|eot_id|>`
+    becomes `< |eot_id|>`); since the template does it, so does the endpoint. `tokenizer` is the model's own template,
+    unchanged: there they become special ids, the same ones everywhere. Responses are encoded as plain text whatever
+    the template.
+    """
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    end_of_turn_id: int
+
+    @classmethod
+    def load(cls, path: str | Path, template: TemplateName) -> "ChatFormat":
+        """Loads the tokenizer of a Hugging Face folder or hub name. ConfigError if it does not fit `template`."""
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).split("\n", 1)[0]
+            raise ConfigError(
+                f"model.path={str(path)!r}: no tokenizer can be loaded from it ({reason}); "
+                f"name a Hugging Face folder or hub name that has one"
+            ) from None
+        if template == "tokenizer":
+            end_of_turn = _own_end_of_turn(tokenizer, path)
+        else:
+            tokenizer.chat_template = _llama3_template(tokenizer, path, template)
+            end_of_turn = "<|eot_id|>"
+        tokenizer.eos_token = end_of_turn
+        return cls(template, tokenizer, tokenizer.convert_tokens_to_ids(end_of_turn))
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The text of a conversation, the answer's header behind it. ValueError if the template refuses it."""
+        try:
+            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template refuses the messages: {error}") from None
+
+    def encode_prompts(self, rendered: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts made by `render`; the template has written BOS already, so none is added."""
+        return self.tokenizer(list(rendered), add_special_tokens=False)["input_ids"] if rendered else []
+
+    def encode_responses(self, texts: Sequence[str], closed: bool = True) -> list[list[int]]:
+        """Token ids of responses, each with the end-of-turn token behind it if `closed`."""
+        end = [self.end_of_turn_id] if closed else []
+        return [encoding.ids + end for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation up to and with the answer's header; `llama3*`: exactly one BOS, in front."""
+        return self.encode_prompts([self.render(messages)])[0]
+
+    def response_ids(self, text: str, closed: bool = True) -> list[int]:
+        """Token ids of one response, with the end-of-turn token behind it if `closed`."""
+        return self.encode_responses([text], closed)[0]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of response ids, without special tokens."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    @property
+    def bos_id(self) -> int | None:
+        """The token that stays in front when a prompt is cut, if the tokenizer has one."""
+        return self.tokenizer.bos_token_id
+
+    def save(self, folder: str | Path) -> None:
+        """Writes a tokenizer folder that carries the template and, as `eos_token`, the end-of-turn token."""
+        self.tokenizer.save_pretrained(folder)
+
+    @cached_property
+    def _plain(self) -> Tokenizer:
+        # A copy of its own: the switch is a state of the tokenizer, and another thread may be encoding a prompt.
+        plain = copy.deepcopy(self.tokenizer.backend_tokenizer)
+        plain.encode_special_tokens = True
+        return plain
+
+
+def _llama3_template(tokenizer: PreTrainedTokenizerBase, path: str | Path, template: str) -> str:
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    missing = [token for token in _LLAMA3_TOKENS if token not in special]
+    if missing:
+        raise ConfigError(
+            f"model.template={template!r} needs the special tokens {', '.join(missing)}, which the tokenizer of "
+            f"model.path={str(path)!r} lacks; use model.template=tokenizer"
+        )
+    # Numbered tokens (<|reserved_special_token_7|>) share what is in front of the number.
+    marks = sorted({re.sub(r"\d+\|>$", "", token) for token in special})
+    return (
+        _LLAMA3.strip()
+        .replace("CONTENT", _LLAMA3_CONTENT[template])
+        .replace("AFTER_TURN", _LLAMA3_AFTER_TURN[template])
+        .replace("MARKS", repr(marks))
+    )
+
+
+def _own_end_of_turn(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> str:
+    """The first special token that the model's own template puts behind what an assistant says."""
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"model.template='tokenizer': the tokenizer of model.path={str(path)!r} has no chat template; "
+            f"use model.template=llama3-sampo or llama3, or a chat model"
+        )
+    probe: list[dict[str, Any]] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "sampo"}]
+    tail = tokenizer.apply_chat_template(probe, tokenize=False).rpartition("sampo")[2]
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    for token in tokenizer.tokenize(tail):
+        if token in special:
+            return token
+    raise ConfigError(
+        f"model.template='tokenizer': the chat template of model.path={str(path)!r} ends an assistant's turn with "
+        f"{tail!r}, which has no special token to stop on; use model.template=llama3-sampo or llama3"
+    )

@@ -1,0 +1,358 @@
+"""The configuration of a run: one pydantic tree, read from a YAML recipe plus dotted overrides.
+
+Everything that can be known to be wrong before an engine starts is refused here, with one message that names the field,
+the value and the mend. Fields left at `None` are filled by the profile (`sampo_ray.profiles`).
+"""
+
+import difflib
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+
+from sampo_ray.losses import LOSSES
+from sampo_ray.reduction import REDUCTIONS
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names field, value and mend."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+def _keys_from_environment() -> tuple[SecretStr, ...]:
+    return tuple(SecretStr(key) for key in os.environ.get("SAMPO_API_KEYS", "").split(",") if key)
+
+
+class ModelConfig(Section):
+    path: str
+    """Hugging Face folder or hub name of the model to start from."""
+    template: Literal["llama3-sampo", "llama3", "tokenizer"] = "llama3-sampo"
+    """Prompt format: the card's, Meta's, or the one the tokenizer brings."""
+
+
+class DataConfig(Section):
+    train: str | None = None
+    """Preference pairs (offline mode): JSONL(.gz), Parquet, a `datasets` folder or hub name, or any fsspec URL."""
+    prompts: str | None = None
+    """Prompts (online mode), in the same formats; a preference file works too, its answers are not read."""
+    max_length: int = Field(8192, ge=8)
+    """Tokens of prompt plus response, at most."""
+    max_prompt_length: int | None = Field(None, ge=1)
+    """Tokens of a prompt, at most; longer ones are cut on the left. Default: 3/4 of `max_length`."""
+
+    @property
+    def prompt_limit(self) -> int:
+        return self.max_prompt_length if self.max_prompt_length is not None else self.max_length * 3 // 4
+
+    @model_validator(mode="after")
+    def _room_for_a_response(self) -> "DataConfig":
+        if self.prompt_limit >= self.max_length:
+            raise ValueError(
+                f"max_prompt_length={self.max_prompt_length} leaves no room for a response within "
+                f"max_length={self.max_length}; make it smaller"
+            )
+        return self
+
+
+class RoundsConfig(Section):
+    count: int = Field(3, ge=1)
+    """How many rounds; each starts from, and is held to, the policy of the one before."""
+    mode: Literal["offline", "online"] = "offline"
+    """`offline` trains on `data.train`; `online` samples and scores completions for `data.prompts`."""
+    epochs: int = Field(1, ge=1)
+    """Passes over a round's pairs."""
+    data: Literal["all", "split"] = "all"
+    """Offline: every round sees all pairs, or each its own share of them."""
+
+
+class MethodConfig(Section):
+    loss: str = "sigmoid"
+    """Preference loss: a name from `sampo_ray.losses`."""
+    reduction: str = "sample"
+    """Length reduction of token log-ratios: sum (DPO), average, sample (SamPO) or top_k."""
+    beta: float = Field(0.1, gt=0)
+    """Strength of the pull to the reference."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Probability that a preference label is wrong (conservative DPO)."""
+    mask: Literal["shared", "independent"] = "shared"
+    """Whether policy and reference sum the same sampled positions, or draw twice as the authors' code does."""
+
+    @model_validator(mode="after")
+    def _known_and_compatible(self) -> "MethodConfig":
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss={self.loss!r} is not known; {_nearest(self.loss, LOSSES)}")
+        if self.reduction not in REDUCTIONS:
+            raise ValueError(f"reduction={self.reduction!r} is not known; {_nearest(self.reduction, REDUCTIONS)}")
+        loss = LOSSES[self.loss]
+        if self.reduction not in loss.reductions:
+            raise ValueError(
+                f"loss={self.loss!r} cannot be combined with reduction={self.reduction!r}; "
+                f"use reduction: {' or '.join(loss.reductions)}"
+            )
+        if self.label_smoothing and not loss.smoothing:
+            raise ValueError(f"loss={self.loss!r} has no label smoothing; drop label_smoothing={self.label_smoothing}")
+        if self.mask == "independent" and self.reduction != "sample":
+            raise ValueError(f"mask='independent' only means something with reduction='sample', not {self.reduction!r}")
+        return self
+
+
+class OptimConfig(Section):
+    learning_rate: float = Field(4e-7, gt=0)
+    """Peak learning rate; linear warm-up, then linear decay to zero, afresh in each round."""
+    batch_size: int = Field(128, ge=1)
+    """Pairs per optimizer step, over all ranks."""
+    warmup_ratio: float = Field(0.1, ge=0, le=1)
+    """Share of a round's steps spent warming up."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """AdamW's decay rates."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's denominator floor."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this global norm."""
+
+
+class RolloutConfig(Section):
+    prompts: int | None = Field(None, ge=1)
+    """Prompts a round (online). Default: all of `data.prompts`, split evenly over the rounds."""
+    samples: int = Field(4, ge=2)
+    """Completions a prompt; the best is paired with the worst."""
+    temperature: float = Field(0.8, gt=0)
+    """Sampling temperature."""
+    top_p: float = Field(0.95, gt=0, le=1)
+    """Nucleus mass."""
+    max_tokens: int = Field(1024, ge=1)
+    """Tokens of a completion, at most; one cut by this is never chosen."""
+
+
+class RewardConfig(Section):
+    function: str | None = None
+    """`package.module:function` or `file.py:function`; called with (prompts, completions), returns one float each."""
+    model: str | None = None
+    """Folder or hub name of a Hugging Face sequence-classification reward model."""
+    timeout_s: float = Field(60.0, gt=0)
+    """Seconds one scoring call may take."""
+    retries: int = Field(3, ge=0)
+    """Further tries of a failed call, with backoff, before its completions are dropped."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "RewardConfig":
+        if self.function and self.model:
+            raise ValueError("both function and model are set; keep one reward source")
+        return self
+
+
+class TrainerConfig(Section):
+    workers: int | None = Field(None, ge=1)
+    """Data-parallel ranks. Default: one per GPU (cluster profile), one (laptop)."""
+    zero_stage: Literal[2, 3] = 2
+    """DeepSpeed ZeRO stage; 3 also shards the parameters."""
+    tokens_per_row: int | None = Field(None, ge=16)
+    """Tokens of a micro-batch. Default: twice `data.max_length`, in which any pair fits."""
+    checkpoint_every: int = Field(50, ge=1)
+    """Optimizer steps between checkpoints; the end of a round always has one."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass."""
+    max_failures: int = Field(3, ge=0)
+    """Restarts of the ranks after crashes before the run stops."""
+
+
+class FleetConfig(Section):
+    min_replicas: int | None = Field(None, ge=0)
+    """Fewest replicas. Default: 1."""
+    max_replicas: int | None = Field(None, ge=1)
+    """Most replicas. Default: 1 (laptop), one per free GPU (cluster)."""
+    target_ongoing_requests: float | None = Field(None, gt=0)
+    """Requests per replica that Serve scales towards. Default: 3/4 of `max_ongoing_requests`."""
+    max_ongoing_requests: int = Field(64, ge=1)
+    """Requests a replica works on at once."""
+    max_queued_requests: int = Field(4096, ge=1)
+    """Requests that wait at a caller before it is told to slow down."""
+    num_cpus: float | None = Field(None, ge=0)
+    """Logical CPUs a replica asks Ray for."""
+    num_gpus: float | None = Field(None, ge=0)
+    """GPUs a replica asks Ray for. Default: 1 where the profile has them."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "FleetConfig":
+        if self.min_replicas is not None and self.max_replicas is not None and self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas={self.min_replicas} is more than max_replicas={self.max_replicas}")
+        return self
+
+
+class GeneratorsConfig(FleetConfig):
+    engine: dict[str, Any] = Field(default_factory=dict)
+    """Further vLLM engine arguments, e.g. `tensor_parallel_size` or `gpu_memory_utilization`."""
+
+
+class FleetsConfig(Section):
+    generators: GeneratorsConfig = GeneratorsConfig()
+    references: FleetConfig = FleetConfig(max_ongoing_requests=2)
+    rewards: FleetConfig = FleetConfig(max_ongoing_requests=8)
+
+
+class PublishConfig(Section):
+    every_steps: int = Field(10, ge=1)
+    """Optimizer steps between published weight versions; the end of a round always publishes."""
+    keep: int = Field(2, ge=1)
+    """Published versions kept on disk besides those that begin or end a round."""
+
+
+class ServeConfig(Section):
+    enabled: bool = True
+    """Whether the run has a live endpoint."""
+    host: str = "127.0.0.1"
+    """Address the endpoint binds to; anything but loopback needs an API key."""
+    port: int = Field(8000, ge=0, le=65535)
+    """Port of the endpoint; 0 picks a free one."""
+    api_keys: tuple[SecretStr, ...] = Field(default_factory=_keys_from_environment)
+    """Keys accepted as `Authorization: Bearer ...`; none means an open (loopback) endpoint. Default: those of the environment
+    variable SAMPO_API_KEYS, separated by commas; they are never written to the run directory."""
+    max_body_bytes: int = Field(1 << 20, ge=1024)
+    """Largest request body."""
+    request_timeout_s: float = Field(300.0, gt=0)
+    """Seconds a request may take before it is cancelled."""
+
+    @model_validator(mode="after")
+    def _no_open_door(self) -> "ServeConfig":
+        if self.host not in ("127.0.0.1", "localhost", "::1") and not self.api_keys:
+            raise ValueError(f"host={self.host!r} is not loopback and no api_keys are set; set serve.api_keys")
+        return self
+
+
+class OutputConfig(Section):
+    dir: str
+    """Run directory: a local path or any fsspec URL; everything a run produces is in it."""
+    seed: int = Field(0, ge=0)
+    """Seeds data order, masks and sampling."""
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
+    """Metric trackers besides TensorBoard, which is always written."""
+    export_dtype: Literal["float16", "bfloat16"] = "float16"
+    """Data type of the exported Hugging Face folders."""
+
+
+class RunConfig(Section):
+    """A whole run. `profile: auto` looks at what the Ray cluster has and chooses between `laptop` and `cluster`."""
+
+    profile: Literal["auto", "laptop", "cluster"] = "auto"
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    rounds: RoundsConfig = RoundsConfig()
+    method: MethodConfig = MethodConfig()
+    optim: OptimConfig = OptimConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    fleet: FleetsConfig = FleetsConfig()
+    publish: PublishConfig = PublishConfig()
+    serve: ServeConfig = ServeConfig()
+    run: OutputConfig
+
+    @property
+    def tokens_per_row(self) -> int:
+        return self.trainer.tokens_per_row or 2 * self.data.max_length
+
+    @property
+    def online(self) -> bool:
+        return self.rounds.mode == "online"
+
+    @model_validator(mode="after")
+    def _whole(self) -> "RunConfig":
+        if not self.online and not self.data.train:
+            raise ValueError("data.train is missing; rounds.mode=offline trains on preference pairs, so name a file")
+        if self.online and not self.data.prompts:
+            raise ValueError("data.prompts is missing; rounds.mode=online samples for prompts, so name a file")
+        if self.online and not (self.reward.function or self.reward.model):
+            raise ValueError("reward.function or reward.model is missing; rounds.mode=online needs a reward source")
+        if self.online and self.rollout.max_tokens >= self.data.max_length:
+            raise ValueError(
+                f"rollout.max_tokens={self.rollout.max_tokens} leaves no room for a prompt within "
+                f"data.max_length={self.data.max_length}; make it smaller"
+            )
+        if self.online and self.rounds.data == "split":
+            raise ValueError("rounds.data=split is for offline rounds; online ones take rollout.prompts each")
+        workers = self.trainer.workers or 1
+        if self.optim.batch_size % workers:
+            raise ValueError(
+                f"optim.batch_size={self.optim.batch_size} does not divide over trainer.workers={workers}; "
+                f"use {max(1, self.optim.batch_size // workers) * workers}"
+            )
+        if self.trainer.tokens_per_row is not None and self.trainer.tokens_per_row < self.data.max_length:
+            raise ValueError(
+                f"trainer.tokens_per_row={self.trainer.tokens_per_row} is less than data.max_length="
+                f"{self.data.max_length}; use at least that, {2 * self.data.max_length} holds any pair"
+            )
+        return self
+
+
+def load_config(recipe: str | Path | dict[str, Any], overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Reads a YAML recipe (or takes a mapping), applies `a.b.c=value` overrides (values are YAML), validates.
+
+    Raises ConfigError with one line per mistake.
+    """
+    tree = recipe if isinstance(recipe, dict) else _read_yaml(Path(recipe))
+    for override in overrides:
+        tree = _set(tree, override)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"recipe {path}: cannot be read ({error.strerror}); name an existing YAML file") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"recipe {path}: holds {type(tree).__name__}, not sections such as `model:` and `data:`")
+    return tree
+
+
+def _set(tree: dict[str, Any], override: str) -> dict[str, Any]:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: write it as section.field=value")
+    head, _, rest = key.partition(".")
+    if not rest:
+        try:
+            return {**tree, head: yaml.safe_load(value)}
+        except yaml.YAMLError:
+            raise ConfigError(f"override {override!r}: the value is not valid YAML; quote it") from None
+    inner = tree.get(head) or {}
+    if not isinstance(inner, dict):
+        raise ConfigError(f"override {override!r}: {head} is a value ({inner!r}), not a section")
+    return {**tree, head: _set(inner, f"{rest}={value}")}
+
+
+def _explain(error: Any) -> str:
+    path = [str(part) for part in error["loc"]]
+    where, value = ".".join(path), error.get("input")
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown key; {_nearest(path[-1], _fields_at(path[:-1]))}"
+    if error["type"] == "missing":
+        return f"{where}: missing; set it in the recipe or as {where}=..."
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{where}.{message}" if where else message
+    return f"{where}: {message[0].lower()}{message[1:]} (got {value!r})"
+
+
+def _fields_at(path: list[str]) -> list[str]:
+    section: Any = RunConfig
+    for name in path:
+        section = section.model_fields[name].annotation
+    return list(section.model_fields)
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"

@@ -1,0 +1,75 @@
+"""The model as trainer and reference worker see it: a row of pairs in, log-probabilities of chosen tokens out."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sampo_ray import attention, cpu
+from sampo_ray.batching import Row, Segments
+from sampo_ray.config import ConfigError
+from sampo_ray.logprobs import TiledHead
+from sampo_ray.reduction import Positions
+
+
+class Policy(nn.Module):
+    """A causal language model whose head is computed only where asked, over rows of segments."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        head = model.get_output_embeddings()
+        if getattr(head, "bias", None) is not None:
+            raise ConfigError(f"model.path: {type(model).__name__} has a head with a bias, which is not supported")
+        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+            if getattr(model.config, name, None) not in (None, 1.0):
+                raise ConfigError(f"model.path: {type(model).__name__} changes its logits ({name}), not supported")
+        cpu.use_fp32_kernels(model)
+        model.set_output_embeddings(TiledHead(head.weight))
+        self.model = model
+
+    def forward(
+        self,
+        tokens: Int64[Tensor, " tokens"],
+        positions: Int64[Tensor, " tokens"],
+        segments: tuple[Segments, ...],
+        states: Int64[Tensor, " asked"],
+        targets: Int64[Tensor, " asked"],
+    ) -> Float[Tensor, " asked"]:
+        """Log-probabilities, fp32 nats, of `targets` given the hidden states at row positions `states`."""
+        hidden = self.model.get_decoder()(
+            input_ids=tokens[None], position_ids=positions[None], use_cache=False, segments=segments
+        ).last_hidden_state[0]
+        return self.model.get_output_embeddings()(hidden[states], targets)
+
+
+def load_policy(path: str | Path, gradient_checkpointing: bool = False, device: str = "cpu") -> Policy:
+    """Loads a Hugging Face folder or hub name in bf16, safetensors only, for rows of segments.
+
+    Raises ConfigError naming `model.path` when it cannot be opened or its head is not a plain matrix.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path), dtype=torch.bfloat16, attn_implementation=attention.NAME, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path={str(path)!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return Policy(model.to(device))
+
+
+def pair_logprobs(
+    policy: nn.Module, row: Row, positions: list[Positions]
+) -> tuple[list[Float[Tensor, " kept_w"]], list[Float[Tensor, " kept_l"]]]:
+    """Log-probabilities of the asked token positions of each pair of a row, chosen and rejected, fp32 nats."""
+    states, tokens, counts = [], [], []
+    for pair, asked in zip(row.segments, positions, strict=True):
+        states += [pair.chosen_states(asked.chosen), pair.rejected_states(asked.rejected)]
+        tokens += [pair.chosen_start + asked.chosen, pair.rejected_start + asked.rejected]
+        counts += [len(asked.chosen), len(asked.rejected)]
+    where, what = (torch.from_numpy(np.concatenate(x)).to(row.tokens.device) for x in (states, tokens))
+    parts = policy(row.tokens, row.positions, row.segments, where, row.tokens[what]).split(counts)
+    return list(parts[0::2]), list(parts[1::2])

@@ -1,0 +1,83 @@
+"""What the endpoint says when it cannot answer: OpenAI-style JSON, never a stack trace, a path or a value of the request."""
+
+from collections.abc import Mapping
+
+from fastapi import FastAPI, Request
+from pydantic import ValidationError
+from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+RETRY_AFTER_S = 2
+TYPE_NAMES = frozenset({"str", "int", "float", "bool", "list", "dict"})
+
+
+class ApiError(Exception):
+    """An answer other than 2xx: HTTP `status`, a sentence for the user, and the request's field that it is about."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+    @property
+    def headers(self) -> dict[str, str]:
+        if self.status in (429, 503):
+            return {"retry-after": str(RETRY_AFTER_S)}
+        return {"www-authenticate": "Bearer"} if self.status == 401 else {}
+
+    def response(self, headers: Mapping[str, str] = {}) -> JSONResponse:
+        kind = "invalid_request_error" if self.status < 500 and self.status != 429 else "server_error"
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return JSONResponse({"error": error}, self.status, headers={**self.headers, **headers})
+
+
+def unavailable(reason: str = "the policy is not available just now; try again soon") -> ApiError:
+    return ApiError(503, reason, code="policy_unavailable")
+
+
+def from_engine(status: int, message: str, param: str | None = None) -> ApiError:
+    """An error that the engine answered with: its 4xx as they are, what it cannot do as a 400, the rest as a 503."""
+    if status >= 500 and status != 501:
+        return unavailable()
+    return ApiError(400 if status == 501 else status, message, param=param)
+
+
+def from_policy(error: RayError | RayServeException) -> ApiError:
+    """A failed call of a policy replica: it is gone, dying, or has too much to do."""
+    if isinstance(error, BackPressureError):
+        return ApiError(429, "the policy has as many requests as it can queue; try again soon", code="queue_full")
+    return unavailable()
+
+
+def from_validation(error: ValidationError) -> ApiError:
+    """The first mistake of a request body, by the name of its field. Values are left out: they may be prompts."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    # Alternatives of a union put the names of their types into the path; the user knows only fields and positions.
+    path = [part for part in first["loc"] if isinstance(part, int) or _is_field(part)]
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")[:100]
+    message = first["msg"].removeprefix("Value error, ")
+    return ApiError(400, f"{field or 'body'}: {message[:1].lower()}{message[1:]}", param=field or None)
+
+
+def _is_field(part: str) -> bool:
+    return part.isidentifier() and not part[0].isupper() and part not in TYPE_NAMES
+
+
+def install(app: FastAPI) -> None:
+    """Makes `app` answer every error in this form, its own 404 and 405 included."""
+
+    async def api_error(request: Request, error: ApiError) -> JSONResponse:
+        return error.response()
+
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        messages = {404: f"{request.method} {request.url.path}: no such route", 405: "method not allowed here"}
+        known = ApiError(error.status_code, messages.get(error.status_code, "the request was refused"))
+        return known.response(error.headers or {})
+
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:
+        return ApiError(500, "the endpoint failed in a way it did not expect", code="internal_error").response()
+
+    app.add_exception_handler(ApiError, api_error)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(Exception, unexpected)
