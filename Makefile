@@ -35,14 +35,16 @@ bench: setup
 
 setup: $(ready)
 
+# The pins hold for what pip builds in isolation as well (deepspeed comes as source): the second name is newer pips'.
+$(ready): export PIP_CONSTRAINT := $(CURDIR)/requirements/cpu.txt
+$(ready): export PIP_BUILD_CONSTRAINT := $(CURDIR)/requirements/cpu.txt
 $(ready):
 	@$(or $(PYTHON),false) -c '$(is_supported)' 2>/dev/null || { \
 	  echo 'sampo-ray needs Python 3.11 or 3.12 with its venv module on the path; or name one: make PYTHON=/path/to/python3.11' >&2; exit 2; }
 	@echo 'Setting up .venv with $(PYTHON): once, a few minutes, about 5 GB'
 	@test '$(call version_of,.venv/bin/python)' = '$(call version_of,$(PYTHON))' || $(PYTHON) -m venv --clear .venv
-	$(pip) install $(shell grep '^setuptools==' requirements/cpu.txt)
 	$(if $(TORCH_INDEX_URL),$(pip) --retries 1 --timeout 20 install --no-deps --index-url '$(TORCH_INDEX_URL)' '$(torch)' || true)
-	$(pip) install --constraint requirements/cpu.txt '$(torch)'
-	$(pip) install --no-deps --no-build-isolation --requirement requirements/cpu.txt
+	$(pip) install '$(torch)'
+	$(pip) install --no-deps --requirement requirements/cpu.txt
 	$(pip) install --no-deps --no-build-isolation --editable .
 	@rm -f .venv/.ready-* && touch $@

@@ -1,1 +1,1 @@
-"""What runs as Ray actors: policy replicas, reference and reward workers, trainer ranks, and the weights between them."""
+"""What runs as Ray actors: policy replicas, reference and reward workers, trainer ranks, the weights between them."""

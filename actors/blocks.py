@@ -1,17 +1,31 @@
-"""Blocks of rows on their way between stages: an object reference for speed, and a durable Parquet part for when it is gone."""
+"""Blocks of rows on their way between stages: an object reference for speed, and a durable Parquet part for when it is gone.
+
+A stage is a list of parts, each made by one call. A part exists once it is complete, so a stage that was cut off makes only
+what is missing. The driver sees row counts and references, never the rows.
+"""
 
 import logging
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pyarrow as pa
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError, WorkerCrashedError
 
 from sampo_ray.runs import Place
 
 logger = logging.getLogger(__name__)
 
 FETCH_SECONDS = 120.0
+STALL_SECONDS = 1800.0
+ATTEMPTS = 4
+# What a process that died leaves behind; the call is made again. Anything else is the call's own answer.
+LOST = (RayActorError, WorkerCrashedError, ObjectLostError)
+
+
+class StageError(RuntimeError):
+    """A stage that cannot be completed; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +41,85 @@ class Part:
         if self.ref is not None:
             try:
                 return ray.get(self.ref, timeout=FETCH_SECONDS)
-            except (ObjectLostError, GetTimeoutError, RayTaskError) as error:
+            except (*LOST, GetTimeoutError) as error:
                 logger.warning("block %s is read from disk: %s", self.place.url, type(error).__name__)
         return self.place.read_table()
+
+    def argument(self) -> ray.ObjectRef:
+        """The block as an argument of a remote call, which arrives there as a table."""
+        return self.ref if self.ref is not None else read_part.remote(self)
 
 
 def part_place(stage: Place, index: int) -> Place:
     return stage.at(f"part-{index:05d}.parquet")
+
+
+@ray.remote(num_cpus=0.1)
+def read_part(part: Part) -> pa.Table:
+    return part.table()
+
+
+@ray.remote(num_cpus=0.1)
+def collect(out: Place, *tables: pa.Table) -> pa.Table:
+    """Tables end to end as one part."""
+    table = pa.concat_tables(tables)
+    out.write_table(table)
+    return table
+
+
+@ray.remote(num_cpus=0, max_retries=3)
+def count_rows(table: pa.Table) -> int:
+    return table.num_rows
+
+
+def run_stage(
+    out: Place,
+    count: int,
+    start: Callable[[int, Place], ray.ObjectRef],
+    window: int,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> list[Part]:
+    """Makes the parts 0..count-1 of a stage that are missing, at most `window` at a time; `start` makes one, and writes it.
+
+    A part whose process died is begun again. Raises StageError with the reason of a call that failed by itself, and when
+    nothing is completed for STALL_SECONDS.
+    """
+    parts: dict[int, Part] = {}
+    present = set(out.names())
+    todo: deque[tuple[int, int]] = deque()
+    for index in range(count):
+        place = part_place(out, index)
+        if place.url.rsplit("/", 1)[-1] in present:
+            parts[index] = Part(place, place.table_rows())
+            progress(parts[index].rows)
+        else:
+            todo.append((index, 1))
+    flying: dict[ray.ObjectRef, tuple[int, int, ray.ObjectRef]] = {}
+    while todo or flying:
+        while todo and len(flying) < window:
+            index, attempt = todo.popleft()
+            ref = start(index, part_place(out, index))
+            flying[count_rows.remote(ref)] = index, attempt, ref
+        ready, _ = ray.wait(list(flying), timeout=STALL_SECONDS)
+        if not ready:
+            raise StageError(f"nothing was completed in {out.url} for {STALL_SECONDS:.0f} s")
+        for counted in ready:
+            index, attempt, ref = flying.pop(counted)
+            rows = _rows_unless_lost(counted, last=attempt == ATTEMPTS)
+            if rows is None:
+                todo.appendleft((index, attempt + 1))
+            else:
+                parts[index] = Part(part_place(out, index), rows, ref)
+                progress(rows)
+    return [parts[index] for index in range(count)]
+
+
+def _rows_unless_lost(counted: ray.ObjectRef, last: bool) -> int | None:
+    try:
+        return ray.get(counted, timeout=FETCH_SECONDS)
+    except RayError as error:
+        if isinstance(error, LOST) and not last:
+            logger.warning("a part is made again: %s", str(error).splitlines()[0])
+            return None
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        raise StageError(f"{type(cause).__name__}: {cause}" if not str(cause) else str(cause)) from None

@@ -62,7 +62,9 @@ class Exchange:
         """The current entry when it is newer than `after`; `"closed"`, or `"wait"` when `timeout_s` passed."""
         async with self._changed:
             try:
-                await asyncio.wait_for(self._changed.wait_for(lambda: self._closed or self._entry[0] > after), timeout_s)
+                await asyncio.wait_for(
+                    self._changed.wait_for(lambda: self._closed or self._entry[0] > after), timeout_s
+                )
             except TimeoutError:
                 return "wait"
             number, work = self._entry
@@ -89,7 +91,8 @@ class Exchange:
         async with self._changed:
             try:
                 await asyncio.wait_for(
-                    self._changed.wait_for(lambda: self._failure is not None or after_step + 1 in self._results), timeout_s
+                    self._changed.wait_for(lambda: self._failure is not None or after_step + 1 in self._results),
+                    timeout_s,
                 )
             except TimeoutError:
                 return []

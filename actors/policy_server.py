@@ -1,4 +1,4 @@
-"""Policy replicas: vLLM under Ray Serve, for rollouts and for the live endpoint, on weights that change while they serve."""
+"""Policy replicas: vLLM under Ray Serve, for rollouts and for the live endpoint, on weights that change under way."""
 
 import asyncio
 import json
@@ -20,6 +20,7 @@ from ray.serve.llm import LLMConfig, LLMServer, build_llm_deployment
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 from vllm import SamplingParams, TokensPrompt
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+from vllm.logprobs import FlatLogprobs
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -29,13 +30,14 @@ from sampo_ray.actors.weights import Bucket, Weights, WeightsError, WeightsId, f
 from sampo_ray.chat import ChatFormat
 from sampo_ray.config import GeneratorsConfig
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ray.serve")  # the one that Serve sends to its log files
 
 POLL_S = 30.0
 FETCH_TIMEOUT_S = 300.0
 SWAP_TIMEOUT_S = 120.0
 HEALTH_PERIOD_S = 0.2
 FIRST_WEIGHTS_TIMEOUT_S = 600.0
+DONE = "data: [DONE]\n\n"
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,13 @@ class Held:
 class PolicyServer(LLMServer):
     """A vLLM replica that follows the weight store. Ready only once it holds the store's current weights.
 
-    Handle methods: `generate` (rollouts), `weights`, and what LLMServer brings. `chat` and `completions` tell which weights
-    answered:
+    Handle methods: `generate` (rollouts), `weights`, and what LLMServer brings. `chat` and `completions` tell which
+    weights answered:
 
     * the first item they yield is a `WeightsId`: the weights held when the request came (before an error, too);
     * then come the items that LLMServer yields (lists of SSE strings, or one response object, or an ErrorResponse);
-    * if other weights were swapped in on the way, the answer names them in a field `policy_version` (int): in the body, or,
-      streaming, in one more chunk without choices right before `data: [DONE]`. No such field: nothing changed.
+    * if other weights were swapped in on the way, the answer names them in a field `policy_version` (int): in the body,
+      or, streaming, in one more chunk without choices right before `data: [DONE]`. No such field: nothing changed.
 
     A swap pauses the engine, loads, and resumes; requests in flight keep their KV cache. An engine whose update failed
     half-way, or that died, ends this process, so that Serve starts another: it never serves half-loaded weights.
@@ -87,13 +89,16 @@ class PolicyServer(LLMServer):
         top_p: float,
         max_tokens: int,
         seed: int,
+        weights: tuple[str, int] | None = None,
     ) -> pa.Table:
-        """Samples `samples` completions for each of the `rows` of a PROMPTS block; returns a COMPLETIONS block, in order.
+        """Samples `samples` completions for each of `rows` of a PROMPTS block; returns a COMPLETIONS block in order.
 
-        Works on token ids: a completion's ids are those the engine sampled, with the end-of-turn token where it stopped.
-        The draw depends on (seed, prompt id, sample) alone. `temperature` 0 is greedy. Log-probs are the model's own (fp32,
-        nats, before temperature and top-p). Versions are those held when the request came and when it finished.
+        Works on token ids: a completion's ids are those the engine sampled, the end-of-turn token included where it
+        stopped. A draw's seed depends on (seed, prompt id, sample) alone; `temperature` 0 is greedy. Log-probs are the
+        model's own (nats, before temperature and top-p). Versions: those held when the request came and when it ended.
         """
+        if weights is not None:
+            await self._hold(WeightsId(*weights))
         chosen = prompts.take(list(rows))
         items = [
             self._complete(ids, sampling_params(temperature, top_p, max_tokens, seed, key, sample, self._end_of_turn))
@@ -139,12 +144,17 @@ class PolicyServer(LLMServer):
         return self._format.end_of_turn_id
 
     async def _versioned(self, method: Any, request: Any, raw_request_info: Any) -> AsyncGenerator[Any, None]:
-        first = self._held
+        first, previous = self._held, ""
         request.cache_salt = f"{first.salt}/{request.cache_salt or ''}"
         yield first.id
         async for item in await method(request, raw_request_info):
-            if self._held.id != first.id:
-                item = with_version(item, self._held.id.version)
+            changed = self._held.id != first.id
+            if isinstance(item, list):
+                if changed and item[-1] == DONE:
+                    item.insert(-1, version_chunk([previous, *item][-2], self._held.id.version))
+                previous = item[-1]
+            elif changed and hasattr(item, "choices"):
+                item.policy_version = self._held.id.version
             yield item
 
     async def _complete(
@@ -158,6 +168,15 @@ class PolicyServer(LLMServer):
         except EngineDeadError as error:
             end_process(f"the engine died: {error}")
         return final.outputs[0], first.id, self._held.id
+
+    async def _hold(self, wanted: WeightsId) -> None:
+        """Waits for weights that are on their way. WeightsError when they do not come, or newer ones are in already."""
+        deadline = time.monotonic() + FETCH_TIMEOUT_S
+        while self._held.id != wanted:
+            passed = self._held.id.run == wanted.run and self._held.id.version > wanted.version
+            if passed or time.monotonic() > deadline:
+                raise WeightsError(f"rollouts were asked for from {wanted}, but this replica holds {self._held.id}")
+            await asyncio.sleep(0.01)
 
     async def _warm_up(self) -> None:
         """Makes the engine compile what rollouts and endpoint use; the first batches cost many seconds otherwise."""
@@ -173,7 +192,10 @@ class PolicyServer(LLMServer):
             if weights:
                 await self._adopt(weights)
             elif time.monotonic() > deadline:
-                raise WeightsError(f"weight store {self._store_name!r} has had no weights for {FIRST_WEIGHTS_TIMEOUT_S} s")
+                waited = f"{FIRST_WEIGHTS_TIMEOUT_S:.0f} s"
+                raise WeightsError(
+                    f"weight store {self._store_name!r} has had no weights for {waited}; publish version 0"
+                )
             weights = await self._newer(0 if self._held.id.version >= 0 else POLL_S)
 
     async def _newer(self, timeout_s: float) -> Weights | None:
@@ -235,7 +257,7 @@ async def in_thread(context: Any) -> AsyncGenerator[Any, None]:
 
 
 def end_process(reason: str) -> NoReturn:
-    """Ends this replica and its engine at once; Serve starts another, which loads current weights before it is ready."""
+    """Ends this replica and its engine at once; Serve starts another, which is ready once it holds current weights."""
     logger.critical("this replica ends: %s", reason)
     logging.shutdown()
     for child in psutil.Process().children(recursive=True):
@@ -251,9 +273,10 @@ def sampling_params(
         temperature=temperature,
         top_p=top_p if temperature > 0 else 1.0,
         max_tokens=max_tokens,
-        seed=xxhash.xxh3_64_intdigest(f"{seed}/{sample}/{prompt_id}") >> 1 if temperature > 0 else None,
+        seed=xxhash.xxh3_64_intdigest(f"{seed}/{sample}/{prompt_id}".encode()) >> 1 if temperature > 0 else None,
         stop_token_ids=[end_of_turn_id],
-        logprobs=0,
+        logprobs=0,  # of the sampled token, and of no others
+        flat_logprobs=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
@@ -261,21 +284,16 @@ def sampling_params(
 
 def sampled_logprobs(output: CompletionOutput) -> list[float]:
     """Log-probability of each sampled token, nats."""
-    assert output.logprobs is not None
-    pairs = zip(output.logprobs, output.token_ids, strict=True)
-    return [position[token].logprob for position, token in pairs if position is not None]
+    assert isinstance(output.logprobs, FlatLogprobs)
+    assert output.logprobs.token_ids == list(output.token_ids)
+    return output.logprobs.logprobs
 
 
-def with_version(item: Any, version: int) -> Any:
-    """An item of an answer, with `policy_version` where the answer ends; other items come back unchanged."""
-    if not isinstance(item, list):
-        item.policy_version = version
-        return item
-    done = next((at for at, chunk in enumerate(item) if str(chunk).startswith("data: [DONE]")), None)
-    if done is None:
-        return item
-    chunk = json.dumps({"object": "policy_version", "choices": [], "policy_version": version})
-    return [*item[:done], f"data: {chunk}\n\n", *item[done:]]
+def version_chunk(previous: str, version: int) -> str:
+    """A chunk of a streamed answer that only names a version; its header is that of the chunk before it."""
+    header = json.loads(previous.removeprefix("data: "))
+    fields = {key: header.get(key) for key in ("id", "object", "created", "model")}
+    return f"data: {json.dumps({**fields, 'choices': [], 'policy_version': version})}\n\n"
 
 
 def policy_deployment(
@@ -299,6 +317,7 @@ def policy_deployment(
         model_loading_config={"model_id": model_id, "model_source": model_folder},
         accelerator_config={"kind": "gpu" if gpus else "cpu"},
         placement_group_config={"bundle_per_worker": {"GPU": gpus} if gpus else {"CPU": 0}},
+        deployment_config={"ray_actor_options": {"num_cpus": 1 if config.num_cpus is None else config.num_cpus}},
         runtime_env={"env_vars": {"HF_HUB_OFFLINE": "1"}} if offline else None,
         engine_kwargs={
             "tokenizer": chat_folder,
@@ -322,7 +341,6 @@ def policy_deployment(
         "max_ongoing_requests": config.max_ongoing_requests,
         "max_queued_requests": config.max_queued_requests,
     }
-    llm_config.deployment_config = {"ray_actor_options": {"num_cpus": 1 if config.num_cpus is None else config.num_cpus}}
     return build_llm_deployment(
         llm_config,
         bind_kwargs={"store": store, "chat_folder": chat_folder},

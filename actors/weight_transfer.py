@@ -1,8 +1,8 @@
 """How new weights get into a running vLLM engine: a weight-transfer backend ("host") that reads them from a local file.
 
-The replica stages a version's buckets in one file in memory (`staged`), and every worker of its engine maps that file. vLLM
-imports this module in its workers, because it is named as `worker_extension_cls`; importing it registers the backend. The
-file lives on one node, so all workers of an engine must be on the replica's node.
+The replica stages a version's buckets in one file in memory (`staged`), and every worker of its engine maps that file.
+vLLM's workers import this module, because it is named as `worker_extension_cls`; importing it registers the backend.
+The file lives on one node, so all workers of an engine must be on the replica's node.
 """
 
 import shutil
@@ -36,7 +36,7 @@ class HostInit(WeightTransferInitInfo):
 
 @dataclass
 class HostUpdate(WeightTransferUpdateInfo):
-    """`path`: file of `nbytes` bytes; `tensors`: fields of each TensorSpec, offsets counted from the start of the file."""
+    """`path`: file of `nbytes` bytes; `tensors`: the TensorSpecs, offsets counted from the start of the file."""
 
     path: str
     nbytes: int
@@ -81,7 +81,7 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInit, HostUpdate]):
 
 @contextmanager
 def staged(buckets: Iterable[Bucket]) -> Iterator[dict[str, Any]]:
-    """Writes verified buckets (their bytes here) into one file, in memory where there is room; yields the HostUpdate."""
+    """Writes buckets (their bytes fetched) into one file, in memory where there is room; yields the HostUpdate."""
     held = list(buckets)
     room = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 2 * sum(b.data.size for b in held)
     with tempfile.NamedTemporaryFile(prefix="sampo-weights-", dir=SHARED_MEMORY if room else None) as file:

@@ -1,6 +1,6 @@
-"""Weights on their way from trainer to replicas: buckets of bytes, durable versions on disk, and the store that serves them.
+"""Weights on their way from trainer to replicas: buckets of bytes, durable versions, and the store that hands them out.
 
-A *version* is a Hugging Face folder `versions/<number>/` (bf16 safetensors) that is complete once its `version.json` exists.
+A *version* is a Hugging Face folder `versions/<number>/` (bf16 safetensors), complete once its `version.json` exists.
 A *bucket* is one shard's tensors as a flat byte array with a checksum, in memory or in Ray's object store.
 The *store* is a detached actor that replicas long-poll; it only ever hands out versions that are durable.
 """
@@ -120,12 +120,12 @@ def verify(bucket: Bucket) -> None:
     found = checksum(bucket.data)
     if found != bucket.checksum:
         raise WeightsError(
-            f"bucket of {bucket.specs[0].name}: checksum is {found}, expected {bucket.checksum}; the weights are damaged"
+            f"bucket of {bucket.specs[0].name}: checksum is {found}, expected {bucket.checksum}; the bytes are damaged"
         )
 
 
 def unpack(bucket: Bucket) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields (name, tensor) as views of the bucket's bytes, which must not be written to. Verifies the checksum first."""
+    """Yields (name, tensor) as views of the bucket's bytes, not to be written to. Verifies the checksum first."""
     verify(bucket)
     return views(bucket.specs, bucket.data)
 
@@ -154,8 +154,8 @@ def write_version(
 ) -> list[Bucket]:
     """Writes a Hugging Face folder, one shard a bucket, and returns what `keep` made of each bucket.
 
-    `folder_url` and `shell_folder` (config, generation config, tokenizer) are local paths or fsspec URLs; `about` holds at
-    least version, round and step and goes into version.json, which appears last: with it the version is complete. A
+    `folder_url` and `shell_folder` (config, generation config, tokenizer) are local paths or fsspec URLs; `about` holds
+    at least version, round and step and goes into version.json, which appears last: with it the version is complete. A
     complete version is never rewritten: then `tensors` is only drained (its iteration may be a collective) and the
     buckets are those on disk. `lm_head.weight` is left out when the config ties it to the embeddings.
     """
@@ -274,9 +274,9 @@ def complete_versions(versions_url: str) -> list[int]:
 class WeightStore:
     """Ray actor (async, detached) that holds a run's latest weights and its round's reference weights for whoever asks.
 
-    The bytes are put again under this actor's ownership, since objects die with the process that put them. `state_url` is
-    a small file (local path or fsspec URL) that remembers the attached run, so that a restarted actor comes back to it by
-    itself, with the latest durable version. All methods are idempotent: the actor is started with unlimited retries.
+    The bytes are put again under this actor's ownership, since objects die with the process that put them. `state_url`
+    is a small file (local path or fsspec URL) that remembers the attached run, so that a restarted actor comes back to
+    it by itself, with the latest durable version. Methods are idempotent: the actor is started with unlimited retries.
     """
 
     def __init__(self, state_url: str) -> None:
@@ -293,7 +293,7 @@ class WeightStore:
             self._latest = self._load(numbers[-1]) if numbers else None
 
     async def attach(self, run_id: str, versions_url: str) -> WeightsId | None:
-        """Serves this run from now on, starting from its latest complete version on disk; returns that (None: none yet)."""
+        """Serves this run from now on, first its latest complete version on disk; returns that (None: none yet)."""
         async with self._lock:
             if run_id != self._run:
                 self._latest = self._reference = None

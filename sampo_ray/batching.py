@@ -132,7 +132,7 @@ class Row:
 
 
 def assemble(pairs: pa.Table) -> Row:
-    """Lays the pairs of a PAIRS block into one row, filled up to a multiple of ROW_MULTIPLE tokens. No pairs: a row of fill."""
+    """Lays the pairs of a PAIRS block into one row, filled up to a multiple of ROW_MULTIPLE tokens."""
     tokens, positions, segments, at = [], [], [], 0
     columns = (pairs.column(name).to_pylist() for name in ("prompt", "chosen", "rejected"))
     for prompt, chosen, rejected in zip(*columns, strict=True):
@@ -141,7 +141,7 @@ def assemble(pairs: pa.Table) -> Row:
         positions += [*range(len(prompt) + len(chosen)), *range(len(prompt), len(prompt) + len(rejected))]
         segments.append(pair)
         at = pair.end
-    fill = -at % ROW_MULTIPLE or (ROW_MULTIPLE if not at else 0)
+    fill = -at % ROW_MULTIPLE
     tokens += [0] * fill
     positions += [0] * fill
     return Row(torch.tensor(tokens), torch.tensor(positions), tuple(segments))

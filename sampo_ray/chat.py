@@ -81,12 +81,12 @@ class ChatFormat:
             tokenizer.chat_template = _llama3_template(tokenizer, path, template)
             end_of_turn = "<|eot_id|>"
         tokenizer.eos_token = end_of_turn
-        return cls(template, tokenizer, tokenizer.convert_tokens_to_ids(end_of_turn))
+        return cls(template, tokenizer, tokenizer.get_vocab()[end_of_turn])
 
     def render(self, messages: Sequence[Message]) -> str:
         """The text of a conversation, the answer's header behind it. ValueError if the template refuses it."""
         try:
-            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template refuses the messages: {error}") from None
 
@@ -109,7 +109,7 @@ class ChatFormat:
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of response ids, without special tokens."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     @property
     def bos_id(self) -> int | None:
@@ -154,7 +154,7 @@ def _own_end_of_turn(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> st
             f"use model.template=llama3-sampo or llama3, or a chat model"
         )
     probe: list[dict[str, Any]] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "sampo"}]
-    tail = tokenizer.apply_chat_template(probe, tokenize=False).rpartition("sampo")[2]
+    tail = str(tokenizer.apply_chat_template(probe, tokenize=False)).rpartition("sampo")[2]
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     for token in tokenizer.tokenize(tail):
         if token in special:

@@ -151,6 +151,10 @@ class RewardConfig(Section):
 class TrainerConfig(Section):
     workers: int | None = Field(None, ge=1)
     """Data-parallel ranks. Default: one per GPU (cluster profile), one (laptop)."""
+    num_cpus: float | None = Field(None, ge=0)
+    """Logical CPUs a rank asks Ray for."""
+    num_gpus: float | None = Field(None, ge=0)
+    """GPUs a rank asks Ray for. Default: 1 where the profile has them."""
     zero_stage: Literal[2, 3] = 2
     """DeepSpeed ZeRO stage; 3 also shards the parameters."""
     tokens_per_row: int | None = Field(None, ge=16)

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sampo_ray.batching import Row
+from sampo_ray.batching import Row, assemble
 from sampo_ray.config import MethodConfig
 from sampo_ray.losses import LOSSES, LossSettings
 from sampo_ray.policy import pair_logprobs
@@ -25,6 +26,8 @@ METRICS = (
     "rejected_logratio_per_token",
 )
 """Means over the pairs of a step. margin = beta * (s_w - s_l), accuracy = share with margin > 0, rewards in beta * nats."""
+
+IDLE_PAIR = pa.table({name: [[0]] for name in ("prompt", "chosen", "rejected")})
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,14 @@ def row_losses(
     return losses, _sums(losses, ratios, row, method.beta)
 
 
-def idle_loss(policy: nn.Module, row: Row) -> Tensor:
-    """The loss of a row without pairs: exactly zero, with a gradient of zeros, so that all ranks take part alike."""
-    return policy(row.tokens, row.positions, row.segments, row.tokens[:1], row.tokens[:1]).sum() * 0.0
+def idle_loss(policy: nn.Module, device: torch.device) -> Tensor:
+    """A rank's part in a row that only others have: exactly zero, with a gradient of zeros for every parameter.
+
+    A parameter without a gradient would take no part in the reduction, and the ranks would wait for each other's next one.
+    """
+    row = assemble(IDLE_PAIR).to(device)
+    chosen, _ = pair_logprobs(policy, row, [Positions(np.zeros(1, np.int64), np.zeros(1, np.int64))])
+    return chosen[0].sum() * 0.0
 
 
 @torch.no_grad()

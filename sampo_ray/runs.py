@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -122,6 +122,12 @@ class Place:
     def read_table(self) -> pa.Table:
         return pq.read_table(pa.BufferReader(self.read()))
 
+    def table_rows(self) -> int:
+        """Rows of a Parquet part, from its footer."""
+        fs, path = self._fs()
+        with fs.open(path, "rb") as file:
+            return int(pq.read_metadata(file).num_rows)
+
     def names(self) -> list[str]:
         """Names of what lies in the folder, sorted; none when it does not exist."""
         fs, path = self._fs()
@@ -174,6 +180,7 @@ class Run:
 
     def __init__(self, config: RunConfig, manifest: Manifest, place: Place) -> None:
         self.config, self.manifest, self.place = config, manifest, place
+        self.log: Callable[[Mapping[str, float], int], None] = lambda values, step: None
         self._recorded = {(line["round"], line["step"]) for line in self.metrics()}
 
     @property
@@ -193,11 +200,11 @@ class Run:
         lines = file.read().decode().splitlines() if file.exists() else []
         return [json.loads(line) for line in lines if line.endswith("}")]
 
-    def record(self, metrics: dict[str, Any]) -> bool:
+    def record(self, metrics: dict[str, Any]) -> None:
         """Adds one step's line, unless that step of that round has one already (it was trained again after a crash)."""
         key = metrics["round"], metrics["step"]
         if key in self._recorded:
-            return False
+            return
         self._recorded.add(key)
         line = json.dumps(metrics) + "\n"
         file = self.place.at("metrics.jsonl")
@@ -206,7 +213,7 @@ class Run:
                 out.write(line)
         else:
             file.write((file.read() if file.exists() else b"") + line.encode())
-        return True
+        self.log({k: v for k, v in metrics.items() if isinstance(v, float)}, metrics["version"])
 
     def round(self, index: int) -> RoundRecord:
         """The record of a round, begun if it is the next one. It starts from the version that ended the one before."""
@@ -217,6 +224,12 @@ class Run:
                 start = before.start_version + (before.steps or 0)
             self.manifest.rounds.append(RoundRecord(index=index, start_version=start))
         return self.manifest.rounds[index]
+
+    def finish(self) -> Place:
+        """Marks the run as finished and returns the place of its exported model."""
+        self.manifest.finished = True
+        self.save()
+        return self.place.at("exports", f"round-{self.config.rounds.count}")
 
 
 def create_run(config: RunConfig) -> Run:
@@ -234,12 +247,12 @@ def create_run(config: RunConfig) -> Run:
     return run
 
 
-def open_run(url: str) -> Run:
-    """Opens an existing run directory, with the configuration it was begun with."""
+def open_run(url: str, config: RunConfig | None = None) -> Run:
+    """Opens an existing run directory, with the configuration it was begun with unless another is given."""
     place = Place(_absolute(url))
     if not place.at("manifest.json").exists():
         raise ConfigError(f"{url!r} holds no run (no manifest.json); name a run directory")
-    config = load_config(yaml.safe_load(place.at("config.yaml").read()))
+    config = config or load_config(yaml.safe_load(place.at("config.yaml").read()))
     return Run(config, Manifest.model_validate_json(place.at("manifest.json").read()), place)
 
 

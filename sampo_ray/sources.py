@@ -179,10 +179,11 @@ def _dataset_records(source: str, dataset: _Dataset) -> Iterator[Record]:
     # Imported here: it takes a second, which plain files need not wait for.
     import datasets
 
-    with _explained(source):
-        if dataset.files is not None:
+    if dataset.files is not None:
+        with _explained(source):
             loaded = datasets.load_from_disk(dataset.name)
-        else:
+    else:
+        with _explained(f"{source} (no local file, so a hub dataset)"):
             loaded = datasets.load_dataset(dataset.name, streaming=True)
     split = ""
     if isinstance(loaded, dict):

@@ -13,7 +13,7 @@ OPEN_PATHS = frozenset({"/health"})
 
 
 def digests(keys: Iterable[SecretStr]) -> tuple[bytes, ...]:
-    """SHA-256 of each key; only these travel to the replicas. ValueError for an empty key, which anybody could present."""
+    """SHA-256 of each key; only these travel to the replicas. ValueError for an empty key, which anybody has."""
     secrets = [key.get_secret_value().encode() for key in keys]
     if not all(secrets):
         raise ValueError("serve.api_keys: a key is empty; remove it or give it a value")

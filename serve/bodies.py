@@ -1,9 +1,9 @@
-"""Reading request bodies: from bytes of a stranger to a request that can be handed to a policy replica, or an ApiError."""
+"""Reading request bodies: from the bytes of a stranger to a request for a policy replica, or an ApiError."""
 
 import json
 import math
 import uuid
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 from pydantic import ValidationError
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
@@ -12,7 +12,6 @@ from vllm.exceptions import VLLMClientError
 
 from sampo_ray.serve.errors import ApiError, from_validation
 
-MODEL = "policy"
 REFUSED_FIELDS = (
     # These would change the prompt format that the policy is trained in,
     "chat_template",
@@ -36,31 +35,20 @@ WRONG_TYPES = (TypeError, AttributeError, KeyError, OverflowError, RecursionErro
 
 
 async def read(request: Request, kind: type[PolicyRequest], max_bytes: int) -> PolicyRequest:
-    """The request's body as `kind`, for the live policy, under a request id of our own. Raises ApiError (4xx)."""
+    """The request's body as `kind`, under an id of our own (a user's may not be unique). Raises ApiError (4xx)."""
     body = decode(await _bytes(request, max_bytes))
     for field in REFUSED_FIELDS:
         if body.get(field) is not None:
             raise ApiError(400, f"{field}: not accepted by this endpoint; leave it out", param=field)
-    check_model(body.get("model"))
     parsed = _validated(body, kind)
-    parsed.model = MODEL
     parsed.request_id = uuid.uuid4().hex
     return parsed
-
-
-def check_model(name: Any) -> None:
-    """Raises the 404 that lists what there is, unless `name` is ours (or left out)."""
-    if name is not None and name != MODEL:
-        known = f"this endpoint has {MODEL!r}"
-        if not isinstance(name, str):
-            raise ApiError(400, f"model: must be a string; {known}", param="model")
-        raise ApiError(404, f"model: no model of that name; {known}", param="model", code="model_not_found")
 
 
 def decode(raw: bytes) -> dict[str, Any]:
     """JSON object of finite numbers and encodable text; anything else is an ApiError (400)."""
     try:
-        body = json.loads(raw, parse_constant=_no_constant, parse_float=_finite)
+        body = json.loads(raw.decode(), parse_constant=_no_constant, parse_float=_finite)
         json.dumps(body, ensure_ascii=False).encode()  # half a surrogate pair is no text, and no tokenizer takes it
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
@@ -77,7 +65,9 @@ def decode(raw: bytes) -> dict[str, Any]:
 
 
 async def _bytes(request: Request, max_bytes: int) -> bytes:
-    too_large = ApiError(413, f"body: larger than the {max_bytes} bytes that this endpoint takes", code="body_too_large")
+    too_large = ApiError(
+        413, f"body: larger than {max_bytes} bytes, which is all this endpoint takes", code="body_too_large"
+    )
     announced = request.headers.get("content-length", "0")
     if not announced.isdecimal() or int(announced) > max_bytes:
         raise too_large
@@ -100,7 +90,8 @@ def _validated(body: dict[str, Any], kind: type[PolicyRequest]) -> PolicyRequest
     except ValidationError as error:
         raise from_validation(error) from None
     except VLLMClientError as error:
-        raise ApiError(400, _vllm_message(error), param=getattr(error, "parameter", None)) from None
+        message = Exception.__str__(error)  # its own form adds the value
+        raise ApiError(400, message, param=getattr(error, "parameter", None)) from None
     except WRONG_TYPES:
         field = _culprit(body, kind)
         raise ApiError(400, f"{field or 'body'}: has a value of the wrong type", param=field) from None
@@ -115,7 +106,8 @@ def _check_messages(messages: Any) -> None:
             raise ApiError(400, f"{field}: must be an object with role and content", param=field)
         if not isinstance(message.get("role"), str):
             raise ApiError(400, f"{field}.role: must be a string", param=f"{field}.role")
-        if not _is_text(message.get("content")) and not message.get("tool_calls"):
+        content = message.get("content")
+        if not _is_text(content) and not (content is None and message.get("tool_calls")):
             wanted = "must be text, or a list of parts of type 'text'"
             raise ApiError(400, f"{field}.content: {wanted}", param=f"{field}.content")
 
@@ -128,7 +120,7 @@ def _is_text(content: Any) -> bool:
 
 def _settle(request: ChatCompletionRequest) -> None:
     """Draws out pydantic's lazy iterators, which could not travel to a replica; their checks happen only now."""
-    for message in request.messages:
+    for message in cast(list[dict[str, Any]], request.messages):
         for field in ("content", "tool_calls"):
             if message.get(field) is not None and not isinstance(message[field], str):
                 message[field] = list(message[field])
@@ -145,10 +137,6 @@ def _culprit(body: dict[str, Any], kind: type[PolicyRequest]) -> str | None:
             pass
         return field
     return None
-
-
-def _vllm_message(error: VLLMClientError) -> str:
-    return Exception.__str__(error)  # without the value, which it would append
 
 
 def _no_constant(name: str) -> NoReturn:

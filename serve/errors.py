@@ -1,6 +1,7 @@
-"""What the endpoint says when it cannot answer: OpenAI-style JSON, never a stack trace, a path or a value of the request."""
+"""What the endpoint says when it cannot answer: OpenAI-style JSON, no stack traces, paths or values of a request."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from fastapi import FastAPI, Request
 from pydantic import ValidationError
@@ -26,10 +27,12 @@ class ApiError(Exception):
             return {"retry-after": str(RETRY_AFTER_S)}
         return {"www-authenticate": "Bearer"} if self.status == 401 else {}
 
-    def response(self, headers: Mapping[str, str] = {}) -> JSONResponse:
+    def body(self) -> dict[str, Any]:
         kind = "invalid_request_error" if self.status < 500 and self.status != 429 else "server_error"
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return JSONResponse({"error": error}, self.status, headers={**self.headers, **headers})
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self, headers: Mapping[str, str] | None = None) -> JSONResponse:
+        return JSONResponse(self.body(), self.status, headers={**self.headers, **(headers or {})})
 
 
 def unavailable(reason: str = "the policy is not available just now; try again soon") -> ApiError:
@@ -67,17 +70,16 @@ def _is_field(part: str) -> bool:
 def install(app: FastAPI) -> None:
     """Makes `app` answer every error in this form, its own 404 and 405 included."""
 
+    @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> JSONResponse:
         return error.response()
 
+    @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         messages = {404: f"{request.method} {request.url.path}: no such route", 405: "method not allowed here"}
         known = ApiError(error.status_code, messages.get(error.status_code, "the request was refused"))
-        return known.response(error.headers or {})
+        return known.response(error.headers)
 
+    @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
         return ApiError(500, "the endpoint failed in a way it did not expect", code="internal_error").response()
-
-    app.add_exception_handler(ApiError, api_error)
-    app.add_exception_handler(HTTPException, http_error)
-    app.add_exception_handler(Exception, unexpected)

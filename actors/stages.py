@@ -1,0 +1,164 @@
+"""The stages of a round as calls on the fleet: each takes parts and makes parts, and skips what is complete already."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
+
+from sampo_ray.actors.blocks import Part, collect, part_place, run_stage
+from sampo_ray.batching import Lengths, lengths_of
+from sampo_ray.chat import ChatFormat
+from sampo_ray.config import DataConfig, RolloutConfig
+from sampo_ray.preferences import Counts, best_against_worst, tokenized_pairs, tokenized_prompts
+from sampo_ray.runs import Place
+
+PART_PAIRS = 512
+PART_PROMPTS = 32
+ASSIGN_SECONDS = 900.0
+TOKENIZE_SECONDS = 24 * 3600.0
+
+Progress = Callable[[int], None]
+
+
+@ray.remote(num_cpus=0.5)
+def _tokenize(out: Place, source: str, kind: str, tokenizer: Place, data: DataConfig) -> dict[str, Any]:
+    """Reads a source to its end into parts, and says what became of its rows. Starts over if it is called again."""
+    counts = Counts()
+    with tokenizer.on_disk() as folder:
+        chat = ChatFormat.load(folder, "tokenizer")
+    blocks = (
+        tokenized_pairs(source, chat, data, counts, PART_PAIRS)
+        if kind == "pairs"
+        else tokenized_prompts(source, chat, data.prompt_limit, counts, PART_PAIRS)
+    )
+    rows = []
+    for index, block in enumerate(blocks):
+        part_place(out, index).write_table(block)
+        rows.append(block.num_rows)
+    return {
+        "rows": rows,
+        "rows_read": counts.rows,
+        "dropped": dict(counts.dropped),
+        "prompts_cut": counts.prompts_cut,
+        "responses_cut": counts.responses_cut,
+    }
+
+
+def tokenize(out: Place, source: str, kind: str, tokenizer: Place, data: DataConfig) -> dict[str, Any]:
+    """Tokenizes preference pairs or prompts once for the whole run; returns rows by part, and counts of the rows left out."""
+    return ray.get(_tokenize.remote(out, source, kind, tokenizer, data), timeout=TOKENIZE_SECONDS)
+
+
+@ray.remote(num_cpus=0.2)
+def _gather(out: Place, indices: np.ndarray, *tables: pa.Table) -> pa.Table:
+    table = pa.concat_tables(tables).take(pa.array(indices)).combine_chunks()
+    out.write_table(table)
+    return table
+
+
+def gather(parts: Sequence[Part], order: np.ndarray, out: Place, rows_per_part: int, progress: Progress) -> list[Part]:
+    """The rows of `parts` in a new order, as parts of `rows_per_part`."""
+    tables = [part.argument() for part in parts]
+    chunks = [order[start : start + rows_per_part] for start in range(0, len(order), rows_per_part)]
+    return run_stage(out, len(chunks), lambda i, place: _gather.remote(place, chunks[i], *tables), 2, progress)
+
+
+def sample(
+    generators: DeploymentHandle,
+    prompts: Sequence[Part],
+    out: Place,
+    rollout: RolloutConfig,
+    seed: int,
+    weights: tuple[str, int],
+    window: int,
+    progress: Progress,
+) -> list[Part]:
+    """Rollouts: COMPLETIONS for each part of prompts, drawn from the given (run, version). One call is one prompt x n."""
+
+    def start(index: int, place: Place) -> ray.ObjectRef:
+        block = prompts[index].argument()
+        items = [
+            generators.generate.remote(
+                block, [row], rollout.samples, rollout.temperature, rollout.top_p, rollout.max_tokens, seed, weights
+            )
+            for row in range(prompts[index].rows)
+        ]
+        return collect.remote(place, *[as_ref(item) for item in items])
+
+    return run_stage(out, len(prompts), start, max(1, window // PART_PROMPTS), progress)
+
+
+def score(
+    rewards: DeploymentHandle, completions: Sequence[Part], out: Place, window: int, progress: Progress
+) -> list[Part]:
+    """SCORES for each part of completions."""
+
+    def start(index: int, place: Place) -> ray.ObjectRef:
+        return collect.remote(place, as_ref(rewards.score.remote(completions[index].argument())))
+
+    return run_stage(out, len(completions), start, window, progress)
+
+
+@ray.remote(num_cpus=0.1)
+def _pair(out: Place, scores: pa.Table) -> pa.Table:
+    pairs, counts = best_against_worst(scores)
+    pairs = pairs.replace_schema_metadata({f"dropped:{reason}": str(n) for reason, n in counts.items()})
+    out.write_table(pairs)
+    return pairs
+
+
+@ray.remote(num_cpus=0.1)
+def _dropped(pairs: pa.Table) -> dict[str, int]:
+    metadata = pairs.schema.metadata or {}
+    return {k.decode().removeprefix("dropped:"): int(v) for k, v in metadata.items() if k.startswith(b"dropped:")}
+
+
+def pair(scores: Sequence[Part], out: Place) -> tuple[list[Part], dict[str, int]]:
+    """Best against worst for each part of scores, and how many prompts gave no pair, by reason."""
+    parts = run_stage(out, len(scores), lambda i, place: _pair.remote(place, scores[i].argument()), 8)
+    dropped: dict[str, int] = {}
+    for counts in ray.get([_dropped.remote(part.argument()) for part in parts], timeout=ASSIGN_SECONDS):
+        for reason, n in counts.items():
+            dropped[reason] = dropped.get(reason, 0) + n
+    return parts, dropped
+
+
+def reference(
+    references: DeploymentHandle,
+    pairs: Sequence[Part],
+    out: Place,
+    weights: tuple[str, int],
+    versions: Place,
+    batch_size: int,
+    tokens_per_row: int,
+    window: int,
+    progress: Progress,
+) -> list[Part]:
+    """Each part of pairs with the token log-probs of the given (run, version) as reference."""
+
+    def start(index: int, place: Place) -> ray.ObjectRef:
+        block = pairs[index].argument()
+        run, version = weights
+        return as_ref(
+            references.score.remote(block, run, version, versions.url, batch_size, tokens_per_row, place.url)
+        )
+
+    return run_stage(out, len(pairs), start, window, progress)
+
+
+@ray.remote(num_cpus=0.1)
+def _lengths(pairs: pa.Table) -> np.ndarray:
+    return lengths_of(pairs)
+
+
+def lengths(pairs: Sequence[Part]) -> Lengths:
+    """[pairs, 3] token counts: all that the driver ever sees of a round's pairs."""
+    return np.concatenate(ray.get([_lengths.remote(part.argument()) for part in pairs], timeout=ASSIGN_SECONDS))
+
+
+def as_ref(response: DeploymentResponse) -> ray.ObjectRef:
+    """A Serve call's result as an object reference of this process, to hand on without looking at it."""
+    return response._to_object_ref_sync(_timeout_s=ASSIGN_SECONDS)

@@ -1,0 +1,196 @@
+"""A run as a job on an existing Ray cluster: package, submit, follow the logs, report how it ended.
+
+The cluster needs this package's dependencies but not the package itself, which travels with the job. Everything else
+that the recipe names must be reachable from the cluster: hub names, URLs, or absolute paths on its shared storage.
+"""
+
+import asyncio
+import os
+import shlex
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import requests
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+from rich.console import Console
+
+import sampo_ray
+from sampo_ray.config import ConfigError, RunConfig, load_config
+
+REQUEST_SECONDS = 30.0
+"""Limit of one call to the cluster's job server."""
+SETTLE_SECONDS = 60.0
+"""How long a job may take to report its end after its log has ended, and a lost connection to come back."""
+
+
+class SubmitError(RuntimeError):
+    """The cluster cannot be reached or refuses the job; the message says which and what to do."""
+
+
+def submit(recipe: Path, overrides: Sequence[str], address: str, console: Console) -> int:
+    """Runs `recipe` as a job on the cluster whose dashboard is at `address` (http://HOST:8265) and follows its log.
+
+    Returns the exit status to end with: 0 when the job succeeded, its own status (or 1) when it failed or was stopped,
+    130 when the user stopped following (the job goes on). Raises ConfigError, before anything is sent, for a recipe
+    that cannot run there, and SubmitError when the cluster does not take the job.
+    """
+    config = load_config(recipe, list(overrides))
+    check_reachable(config, overrides)
+    with tempfile.TemporaryDirectory(prefix="sampo-submit-") as folder:
+        stage_files(recipe, config, Path(folder))
+        return submit_entrypoint(entrypoint(recipe, overrides), Path(folder), address, console)
+
+
+def entrypoint(recipe: Path, overrides: Sequence[str]) -> str:
+    """The shell command that the cluster runs, in a working directory that holds the recipe."""
+    return shlex.join(["python", "-m", "sampo_ray.cli", "train", recipe.name, *overrides])
+
+
+def check_reachable(config: RunConfig, overrides: Sequence[str]) -> None:
+    """Raises ConfigError for what only this machine could open, and for secrets that Ray's dashboard would show."""
+    if any(override.startswith("serve.api_keys") for override in overrides):
+        raise ConfigError("serve.api_keys: an override is shown in Ray's dashboard; put the keys into the recipe file")
+    if "://" not in config.run.dir and not os.path.isabs(config.run.dir):
+        raise ConfigError(
+            f"run.dir={config.run.dir!r} is relative, and a job's working directory is thrown away; "
+            "use a URL or an absolute path on storage that the whole cluster shares"
+        )
+    named = {
+        "model.path": config.model.path,
+        "data.train": config.data.train,
+        "data.prompts": config.data.prompts,
+        "reward.model": config.reward.model,
+    }
+    for field, value in named.items():
+        if value and "://" not in value and not os.path.isabs(value) and os.path.exists(value):
+            raise ConfigError(
+                f"{field}={value!r} is a relative path on this machine, which the cluster does not see; "
+                "use a hub name, a URL or an absolute path on storage that the whole cluster shares"
+            )
+
+
+def stage_files(recipe: Path, config: RunConfig, folder: Path) -> None:
+    """Copies into `folder` what travels with the job: the recipe, and the file of a reward function given by path."""
+    (folder / recipe.name).write_bytes(recipe.read_bytes())
+    source, _, _ = (config.reward.function or "").rpartition(":")
+    if not source.endswith(".py") or os.path.isabs(source):
+        return
+    target = (folder / source).resolve()
+    if not target.is_relative_to(folder.resolve()):
+        raise ConfigError(f"reward.function={config.reward.function!r} lies outside this folder; run submit beside it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(Path(source).read_bytes())
+
+
+def submit_entrypoint(command: str, folder: Path, address: str, console: Console) -> int:
+    """Submits `command` to run in a copy of `folder`, with this package importable; follows it as `submit` says."""
+    client = _connect(address)
+    packages: dict[str, Any] = {"working_dir": str(folder), "py_modules": [str(Path(sampo_ray.__file__).parent)]}
+    try:
+        job = client.submit_job(entrypoint=command, runtime_env=packages)
+    except (RuntimeError, requests.RequestException) as error:
+        raise SubmitError(f"{address}: the job was not taken: {error}") from error
+    by_hand = f"--address {shlex.quote(address)} {job}"
+    console.print(f"job {job} submitted to {address}", markup=False, highlight=False, soft_wrap=True)
+    try:
+        asyncio.run(_follow(client, job, console))
+        details = _final_details(client, job)
+    except KeyboardInterrupt:
+        console.print(
+            f"\njob {job} goes on.  follow: ray job logs --follow {by_hand}   stop: ray job stop {by_hand}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+        return 130
+    console.print(_ending(job, details), markup=False, highlight=False, soft_wrap=True)
+    return 0 if details.status == JobStatus.SUCCEEDED else details.driver_exit_code or 1
+
+
+class _Client(JobSubmissionClient):
+    """Ray's client, whose calls would otherwise wait for ever on a server that accepts and never answers."""
+
+    def _do_request(self, method: str, endpoint: str, **kwargs: Any) -> requests.Response:
+        return super()._do_request(method, endpoint, timeout=REQUEST_SECONDS, **kwargs)
+
+
+def _connect(address: str) -> JobSubmissionClient:
+    if not address.startswith(("http://", "https://")):
+        raise SubmitError(f"--address {address}: give the URL of the cluster's dashboard, such as http://HOST:8265")
+    for variable in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+        if os.environ.get(variable, address) != address:
+            raise SubmitError(f"--address {address}: {variable} is set and Ray would use that instead; unset it")
+    try:
+        return _Client(address)
+    except (ConnectionError, requests.RequestException) as error:
+        raise SubmitError(
+            f"--address {address}: no Ray job server answers there within {REQUEST_SECONDS:.0f} s "
+            "(is it the dashboard's address, and does the cluster run ray[default]?)"
+        ) from error
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise SubmitError(f"--address {address}: {error}") from error
+
+
+async def _follow(client: JobSubmissionClient, job: str, console: Console) -> None:
+    """Copies the job's log as it grows. A lost connection is taken up again where it broke."""
+    shown, deadline = 0, 0.0
+    while True:
+        try:
+            seen = 0
+            async for text in _log(client, job):
+                # A new connection starts the log from its beginning.
+                fresh = text[max(0, shown - seen) :]
+                seen += len(text)
+                shown, deadline = max(shown, seen), 0.0
+                console.print(fresh, end="", markup=False, highlight=False, soft_wrap=True)
+            return
+        except (RuntimeError, aiohttp.ClientError, OSError) as error:  # requests' errors are OSErrors
+            deadline = deadline or time.monotonic() + SETTLE_SECONDS
+            if time.monotonic() > deadline:
+                raise SubmitError(f"job {job}: its log is lost since {SETTLE_SECONDS:.0f} s: {error}") from error
+            await asyncio.sleep(1)
+
+
+async def _log(client: JobSubmissionClient, job: str) -> AsyncIterator[str]:
+    """The job's log in pieces, from its beginning. When it is silent for long, asks whether the cluster still lives."""
+    stream = client.tail_job_logs(job)
+    piece = asyncio.ensure_future(anext(stream, None))
+    try:
+        while True:
+            await asyncio.wait({piece}, timeout=REQUEST_SECONDS)
+            if piece.done():
+                if (text := piece.result()) is None:
+                    return
+                yield text
+                piece = asyncio.ensure_future(anext(stream, None))
+            elif client.get_job_info(job).status.is_terminal():
+                return
+    finally:
+        piece.cancel()
+        await asyncio.wait({piece})
+        await stream.aclose()
+
+
+def _final_details(client: JobSubmissionClient, job: str) -> JobDetails:
+    """The job's details once it has ended, which is a moment after its log has."""
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while True:
+        try:
+            details = client.get_job_info(job)
+        except (RuntimeError, requests.RequestException) as error:
+            raise SubmitError(f"job {job}: how it ended is not known: {error}") from error
+        if details.status.is_terminal():
+            return details
+        if time.monotonic() > deadline:
+            raise SubmitError(f"job {job}: its log has ended, but it still is {details.status.value}")
+        time.sleep(0.5)
+
+
+def _ending(job: str, details: JobDetails) -> str:
+    seconds = ((details.end_time or 0) - (details.start_time or 0)) / 1000
+    outcome = f"job {job} {details.status.value.lower()} after {seconds:.0f} s"
+    return outcome if details.status == JobStatus.SUCCEEDED else f"{outcome}: {details.message}"

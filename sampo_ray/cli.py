@@ -1,0 +1,236 @@
+"""The command line: `sampo train`, `sampo demo`, `sampo submit`."""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from sampo_ray.config import ConfigError, RunConfig, load_config
+
+app = typer.Typer(
+    name="sampo",
+    help="Iterative SamPO as a service on Ray.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value ...", show_default=False)]
+LOCAL_CPUS = 16
+"""Logical CPUs of a Ray of our own: actors share the cores, they do not own them."""
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path | None, typer.Argument(help="YAML recipe", show_default=False)] = None,
+    overrides: Overrides = None,
+    resume: Annotated[str | None, typer.Option(help="Go on with the run in this directory.", show_default=False)] = None,
+    dry_run: Annotated[bool, typer.Option(help="Check everything, print the configuration, start nothing.")] = False,
+    serve: Annotated[bool, typer.Option(help="Keep the live endpoint up when the run has ended.")] = False,
+) -> None:
+    """Runs a recipe, or goes on with a run that was cut off."""
+    with readable_errors():
+        changes = [*([str(recipe)] if recipe and resume else []), *(overrides or [])]
+        if resume is None:
+            if recipe is None:
+                raise ConfigError("name a recipe, or a run to go on with: --resume RUN_DIR")
+            config = load_config(recipe, changes)
+        else:
+            config = resumed_config(resume, changes)
+        check_everything(config)
+        if dry_run:
+            show(config)
+            return
+        run_training(config, resume, serve)
+
+
+@app.command()
+def demo(
+    serve: Annotated[bool, typer.Option(help="Keep the live endpoint up afterwards.")] = False,
+    directory: Annotated[Path, typer.Option("--dir", help="Where the demo's run directories go.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Seed of data, model and runs.")] = 0,
+) -> None:
+    """Base, DPO, Iterative DPO and Iterative SamPO on a small task, made, trained, served and compared on this machine."""
+    from sampo_ray.demo_run import run_demo
+
+    with readable_errors():
+        run_demo(directory, seed, serve)
+
+
+@app.command()
+def submit(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe")],
+    overrides: Overrides = None,
+    address: Annotated[str, typer.Option(help="The cluster's dashboard, such as http://127.0.0.1:8265.")] = ...,
+) -> None:
+    """Runs a recipe as a job on a Ray cluster and follows its log."""
+    from sampo_ray.cluster.submit import submit as submit_job
+
+    with readable_errors():
+        raise typer.Exit(submit_job(recipe, overrides or [], address, Console()))
+
+
+def resumed_config(directory: str, overrides: list[str]) -> RunConfig:
+    """The configuration that a run was begun with, plus overrides of how (not what) it trains."""
+    from sampo_ray.runs import open_run
+
+    config = open_run(directory).config
+    for override in overrides:
+        if not override.startswith(("serve.", "fleet.", "trainer.max_failures", "run.trackers")):
+            raise ConfigError(f"override {override!r}: a run that is resumed keeps its method, data and sizes; drop it")
+    return load_config(config.model_dump(), overrides) if overrides else config
+
+
+def check_everything(config: RunConfig) -> None:
+    quiet_libraries()
+    from sampo_ray.validate import check
+
+    check(config)
+
+
+def show(config: RunConfig) -> None:
+    """Prints the configuration as it would run here."""
+    import torch
+
+    from sampo_ray.profiles import resolve
+    from sampo_ray.runs import dump_config
+
+    resolved, notes = resolve(config, {"GPU": torch.cuda.device_count()}, os.cpu_count() or 1)
+    for note in notes:
+        print(f"# {note}")
+    print(dump_config(resolved), end="")
+
+
+def run_training(config: RunConfig, resume: str | None, keep_serving: bool) -> None:
+    from sampo_ray.actors.fleet import open_fleet
+    from sampo_ray.display import open_display
+    from sampo_ray.iterate import iterate
+    from sampo_ray.profiles import resolve
+    from sampo_ray.runs import create_run, exclusive, open_run
+    from sampo_ray.trackers import open_trackers
+
+    with open_display() as display, contextlib.ExitStack() as stack:
+        stack.enter_context(exclusive(resume or config.run.dir))
+        resources = stack.enter_context(ray_cluster())
+        config, notes = resolve(config, resources, os.cpu_count() or 1)
+        for note in notes:
+            display.note(note)
+        run = open_run(resume, config) if resume else create_run(config)
+        display.note(f"run {run.id} in {run.place.url}")
+        log_to(run.place.at("logs", "driver.log").path if run.place.local else None)
+        run.log = stack.enter_context(open_trackers(config, run.place, run.id))
+        with display.stage("start", None, "engines"):
+            fleet = stack.enter_context(open_fleet(run, keep_serving))
+        if fleet.endpoint:
+            display.note(f"live policy: {fleet.endpoint}/v1")
+        with on_failure(display, run.place.url):
+            export = iterate(run, fleet, display)
+        display.note(f"model: {export.url}")
+        if keep_serving and fleet.endpoint:
+            display.note(curl_line(fleet.endpoint, bool(config.serve.api_keys)))
+            wait_for_interrupt(display)
+
+
+def curl_line(endpoint: str, keyed: bool) -> str:
+    """A shell command that asks the live policy something."""
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if keyed else ""
+    body = '{"model": "policy", "messages": [{"role": "user", "content": "What is 2 + 3?"}]}'
+    return f"curl -i {endpoint}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'"
+
+
+def wait_for_interrupt(display: Any) -> None:
+    display.note("serving; Ctrl-C ends it")
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            time.sleep(3600)
+
+
+@contextlib.contextmanager
+def on_failure(display: Any, run_dir: str) -> Iterator[None]:
+    """Says how to go on when the loop is interrupted or fails."""
+    try:
+        yield
+    except BaseException:
+        display.note(f"nothing stored is lost; go on with: sampo train --resume {run_dir}")
+        raise
+
+
+@contextlib.contextmanager
+def ray_cluster() -> Iterator[dict[str, float]]:
+    """Joins the cluster that RAY_ADDRESS names, or starts a Ray of our own; yields its resources. Its logs go to files."""
+    import ray
+
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "sampo"}
+    if not os.environ.get("RAY_ADDRESS"):
+        options |= {"address": "local", "num_cpus": LOCAL_CPUS, "include_dashboard": False}
+    ray.init(**options)
+    try:
+        yield dict(ray.cluster_resources())
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def readable_errors() -> Iterator[None]:
+    """Errors that the user can mend are printed as one message, not as a stack."""
+    from sampo_ray.sources import DataError
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except Exception as error:
+        # What actors raise is imported only where actors are, since that takes seconds.
+        if not isinstance(error, (ConfigError, DataError, *(_errors_of_actors() if "ray" in sys.modules else ()))):
+            raise
+        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+def _errors_of_actors() -> tuple[type[BaseException], ...]:
+    from sampo_ray.actors.blocks import StageError
+    from sampo_ray.actors.exchange import TrainingError
+    from sampo_ray.actors.fleet import FleetError
+    from sampo_ray.actors.weights import WeightsError
+    from sampo_ray.cluster.submit import SubmitError
+    from sampo_ray.serve.endpoint import EndpointError
+
+    return StageError, TrainingError, FleetError, WeightsError, EndpointError, SubmitError
+
+
+def quiet_libraries() -> None:
+    """Progress bars and advice of the libraries do not belong on the user's terminal."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "error")
+    logging.getLogger().setLevel(logging.WARNING)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+def log_to(path: str | None) -> None:
+    """Sends this process's log records to a file instead of the terminal."""
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+    if path is None:
+        root.addHandler(logging.NullHandler())
+        return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    root.addHandler(logging.FileHandler(path))
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""The loop: iterative preference optimisation, online and offline."""
+
+from collections.abc import Sequence
+
+from sampo_ray.actors.blocks import Part
+from sampo_ray.actors.fleet import Fleet
+from sampo_ray.display import Display
+from sampo_ray.rounds import Round, tokenized
+from sampo_ray.runs import Place, Run
+
+
+def iterate(run: Run, fleet: Fleet, display: Display) -> Place:
+    """Iterative preference optimisation: each round starts from, and is held to, the last round's policy.
+
+    Returns the place of the exported model. What a resumed run has finished already is not done again. Raises
+    StageError or TrainingError with a reason to show.
+    """
+    fleet.attach(run)
+    data = tokenized(run, display)
+    for index in range(run.config.rounds.count):
+        round = Round(run, index, display)
+        if round.committed:
+            continue
+        source = rollouts(round, fleet, data) if run.config.online else data
+        pairs = round.reference(round.pairs(source), fleet.references)
+        for step in round.train(pairs, fleet.trainer):  # publishes on its way
+            round.record(step)
+        round.commit()  # the manifest now says: never again
+    return run.finish()
+
+
+def rollouts(round: Round, fleet: Fleet, prompts: Sequence[Part]) -> list[Part]:
+    """Preference pairs of the round's own policy: n completions a prompt, scored, the best against the worst."""
+    completions = round.sample(round.prompts(prompts), fleet.generators)
+    return round.best_against_worst(round.score(completions, fleet.rewards))

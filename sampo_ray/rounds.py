@@ -1,0 +1,215 @@
+"""One round of a run: its stages, each done once, and what the run directory records of them."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sampo_ray.actors import stages
+from sampo_ray.actors.blocks import Part, StageError, part_place
+from sampo_ray.actors.exchange import Work
+from sampo_ray.actors.weights import complete_versions, version_folder
+from sampo_ray.batching import Lengths, steps_in_round
+from sampo_ray.display import Display
+from sampo_ray.preferences import fingerprint
+from sampo_ray.runs import Checkpoint, Place, Run
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
+    from sampo_ray.actors.trainer import Trainer
+
+
+def tokenized(run: Run, display: Display) -> list[Part]:
+    """The run's preference pairs (offline) or prompts (online) as parts of token ids, made once for all rounds."""
+    config, place = run.config, run.place.at("data")
+    if not run.manifest.data:
+        source, kind = (config.data.prompts, "prompts") if config.online else (config.data.train, "pairs")
+        assert source is not None, "validated with the configuration"
+        data = config.data
+        if config.online:  # a completion of max_tokens must fit behind any prompt
+            limit = min(data.prompt_limit, data.max_length - config.rollout.max_tokens)
+            data = data.model_copy(update={"max_prompt_length": limit})
+        with display.stage("tokenize", None, kind):
+            counts = stages.tokenize(place, source, kind, run.place.at("tokenizer"), data)
+        run.manifest.data = {"source": source, "fingerprint": fingerprint(source), **counts}
+        run.save()
+    found = run.manifest.data
+    dropped = "".join(f", {n} dropped: {reason}" for reason, n in found["dropped"].items())
+    display.note(f"{sum(found['rows'])} {'prompts' if config.online else 'pairs'} of {found['rows_read']} rows{dropped}")
+    if found["prompts_cut"] or found["responses_cut"]:
+        display.note(f"cut to length: {found['prompts_cut']} prompts, {found['responses_cut']} responses")
+    return parts_of(place, found["rows"])
+
+
+def parts_of(stage: Place, rows: Sequence[int]) -> list[Part]:
+    return [Part(part_place(stage, index), n) for index, n in enumerate(rows)]
+
+
+class Round:
+    """A round in progress. Every stage is recorded in the manifest once it is complete, and then only looked up."""
+
+    def __init__(self, run: Run, index: int, display: Display) -> None:
+        self.run, self.index, self.display, self.config = run, index, display, run.config
+        self._record = run.round(index)
+        self._place = run.place.at("rounds", str(index))
+        if not self.committed:
+            display.round(index, run.config.rounds.count)
+
+    @property
+    def committed(self) -> bool:
+        return self._record.committed
+
+    @property
+    def start(self) -> tuple[str, int]:
+        """The weights that the round starts from, which are its reference: run and version."""
+        return self.run.id, self._record.start_version
+
+    def prompts(self, data: Sequence[Part]) -> list[Part]:
+        """The round's share of the prompts; a run that has used all of them begins again in another order."""
+        total = sum(part.rows for part in data)
+        n = self.config.rollout.prompts or -(-total // self.config.rounds.count)
+        passes = range(n * self.index // total, (n * (self.index + 1) - 1) // total + 1)
+        rng = [np.random.default_rng([self.config.run.seed, 0, again]) for again in passes]
+        order = np.concatenate([each.permutation(total) for each in rng])
+        mine = order[n * self.index - passes.start * total :][:n]
+
+        def work(out: Place, progress: Callable[[int], None]) -> list[Part]:
+            return stages.gather(data, mine, out, stages.PART_PROMPTS, progress)
+
+        return self._stage("prompts", n, "prompts", work)
+
+    def sample(self, prompts: Sequence[Part], generators: "DeploymentHandle") -> list[Part]:
+        """Completions of the round's prompts, drawn from the policy that the round starts from."""
+        rollout, settings = self.config.rollout, self.config.fleet.generators
+        window = (settings.max_replicas or 1) * settings.max_ongoing_requests
+        seed = self.config.run.seed * 1_000_003 + self.index
+
+        def work(out: Place, progress: Callable[[int], None]) -> list[Part]:
+            return stages.sample(generators, prompts, out, rollout, seed, self.start, window, progress)
+
+        total = sum(part.rows for part in prompts) * rollout.samples
+        return self._stage("generate", total, "completions", work)
+
+    def score(self, completions: Sequence[Part], rewards: "DeploymentHandle") -> list[Part]:
+        window = (self.config.fleet.rewards.max_replicas or 1) * self.config.fleet.rewards.max_ongoing_requests
+
+        def work(out: Place, progress: Callable[[int], None]) -> list[Part]:
+            return stages.score(rewards, completions, out, window, progress)
+
+        return self._stage("score", sum(part.rows for part in completions), "completions", work)
+
+    def best_against_worst(self, scores: Sequence[Part]) -> list[Part]:
+        """Candidate pairs; prompts without a usable pair are dropped and counted."""
+        dropped: dict[str, int] = {}
+
+        def work(out: Place, progress: Callable[[int], None]) -> list[Part]:
+            parts, counts = stages.pair(scores, out)
+            dropped.update(counts)
+            return parts
+
+        parts = self._stage("candidates", None, "pairs", work, lambda: {"dropped": dropped})
+        dropped = self._record.stages["candidates"]["dropped"]
+        if dropped:
+            self.display.note("no pair: " + ", ".join(f"{n} {reason}" for reason, n in dropped.items()))
+        return parts
+
+    def pairs(self, source: Sequence[Part]) -> list[Part]:
+        """The round's pairs in training order, in parts of whole global batches."""
+        total = sum(part.rows for part in source)
+        if not total:
+            raise StageError(f"round {self.index + 1} has no preference pairs; look at the reward source and the prompts")
+        order = np.random.default_rng([self.config.run.seed, 1, self.index]).permutation(total)
+        if self.config.rounds.data == "split":
+            order = np.random.default_rng([self.config.run.seed, 1]).permutation(total)
+            order = np.array_split(order, self.config.rounds.count)[self.index]
+        batch = self.config.optim.batch_size
+        rows = -(-stages.PART_PAIRS // batch) * batch
+
+        def work(out: Place, progress: Callable[[int], None]) -> list[Part]:
+            return stages.gather(source, order, out, rows, progress)
+
+        return self._stage("pairs", len(order), "pairs", work)
+
+    def reference(self, pairs: Sequence[Part], references: "DeploymentHandle") -> list[Part]:
+        """The pairs with their token log-probs under the policy that the round starts from."""
+        config, settings = self.config, self.config.fleet.references
+        window = (settings.max_replicas or 1) * settings.max_ongoing_requests
+
+        def work(out: Place, progress: Callable[[int], None]) -> list[Part]:
+            batch, tokens = config.optim.batch_size, config.tokens_per_row
+            return stages.reference(
+                references, pairs, out, self.start, self.run.versions, batch, tokens, window, progress
+            )
+
+        return self._stage("reference", sum(part.rows for part in pairs), "pairs", work)
+
+    def train(self, pairs: Sequence[Part], trainer: "Trainer") -> Iterator[dict[str, Any]]:
+        """Trains on the pairs from where the last checkpoint stands, and yields each step's result."""
+        work = self._work(pairs, stages.lengths(pairs))
+        if self._record.steps is None:
+            self._record.steps = work.steps
+            self.run.save()
+        checkpoint = self.run.manifest.checkpoint
+        done = checkpoint.step if checkpoint and checkpoint.round == self.index else 0
+        started = time.monotonic()
+        with self.display.stage("train", work.steps, "steps") as progress:
+            progress.advance(done)
+            for result in trainer.train(work, after_step=done):
+                yield result
+                progress.advance(1)
+        self._record.stages["train"] = {"steps": work.steps, "seconds": round(time.monotonic() - started, 2)}
+
+    def record(self, result: dict[str, Any]) -> None:
+        """Takes down a step: its metrics, its version and, in the manifest, its checkpoint; clears what these replace."""
+        checkpoint, published = result.pop("checkpoint", None), result.pop("published", False)
+        self.run.record(result)
+        self.display.metrics(result)
+        if published:
+            self.display.version(result["version"])
+            self._prune_versions()
+        if checkpoint:
+            before = self.run.manifest.checkpoint
+            self.run.manifest.checkpoint = Checkpoint(**checkpoint)
+            self.run.save()
+            if before and before.path != checkpoint["path"]:
+                self.run.place.at(before.path).remove()
+
+    def commit(self) -> None:
+        """Marks the round as finished. Its export, its last version and its checkpoint are durable by now."""
+        self._record.committed = True
+        self.run.save()
+
+    def _work(self, pairs: Sequence[Part], lengths: Lengths) -> Work:
+        config = self.config
+        steps = steps_in_round(len(lengths), config.optim.batch_size, config.rounds.epochs)
+        run, version = self.start
+        return Work(run, self.run.place, config, self.index, version, steps, tuple(pairs), lengths)
+
+    def _stage(
+        self,
+        name: str,
+        total: int | None,
+        unit: str,
+        work: Callable[[Place, Callable[[int], None]], list[Part]],
+        counts: Callable[[], dict[str, Any]] = dict,
+    ) -> list[Part]:
+        out = self._place.at(name)
+        if name in self._record.stages:
+            return parts_of(out, self._record.stages[name]["rows"])
+        started = time.monotonic()
+        with self.display.stage(name, total, unit) as progress:
+            parts = work(out, progress.advance)
+        rows = [part.rows for part in parts]
+        self._record.stages[name] = {"rows": rows, "seconds": round(time.monotonic() - started, 2), **counts()}
+        self.run.save()
+        return parts
+
+    def _prune_versions(self) -> None:
+        """Keeps the base, the versions that begin and end rounds, and the last `publish.keep`."""
+        records = self.run.manifest.rounds
+        kept = {0} | {r.start_version for r in records} | {r.start_version + r.steps for r in records if r.steps}
+        others = [v for v in complete_versions(self.run.versions.url) if v not in kept]
+        for version in others[: -self.config.publish.keep]:
+            Place(version_folder(self.run.versions.url, version)).remove()

@@ -1,0 +1,46 @@
+"""What can be checked of a configuration by opening things, in seconds, before Ray or any engine starts."""
+
+import warnings
+
+from transformers import AutoConfig
+
+from sampo_ray.chat import ChatFormat
+from sampo_ray.config import ConfigError, RunConfig
+from sampo_ray.preferences import check_source
+from sampo_ray.rewards import check_reward
+from sampo_ray.trackers import check_trackers
+
+
+def check(config: RunConfig) -> None:
+    """Opens the model's configuration and tokenizer, the data and the reward source, and tries the prompt format.
+
+    Raises ConfigError or DataError, naming the field and the mend.
+    """
+    path = config.model.path
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.path={path!r}: no model can be opened there ({str(error).splitlines()[0]}); "
+            "name a Hugging Face folder or hub name"
+        ) from None
+    positions = getattr(model, "max_position_embeddings", None)
+    if positions is not None and config.data.max_length > positions:
+        raise ConfigError(
+            f"data.max_length={config.data.max_length} is more than the {positions} positions of {path!r}; make it smaller"
+        )
+    chat = ChatFormat.load(path, config.model.template)
+    if len(chat.tokenizer) > model.vocab_size:
+        raise ConfigError(
+            f"model.path={path!r}: the tokenizer has {len(chat.tokenizer)} tokens, the model {model.vocab_size}; "
+            "they do not belong together"
+        )
+    if config.online:
+        row = check_source(str(config.data.prompts), "prompts")
+        check_reward(config.reward)
+    else:
+        row = check_source(str(config.data.train), "pairs")
+    chat.prompt_ids(row.prompt)
+    check_trackers(config)

@@ -1,0 +1,354 @@
+"""The live endpoint, over HTTP, in front of a real policy replica on a tiny model."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import ray
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from ray import serve
+from transformers import AutoModelForCausalLM
+
+from sampo_ray.config import GeneratorsConfig, ServeConfig
+
+pytestmark = pytest.mark.slow
+
+KEY, OTHER_KEY = "first key of two", "second-key"
+CONTEXT = 512
+HI = [{"role": "user", "content": "hello world"}]
+LONG = {"model": "policy", "messages": HI, "n": 200, "max_tokens": 450, "temperature": 1.0, "ignore_eos": True}
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A guarded endpoint at `url`, an open one of little patience at `hasty`, and the weight store of their policy."""
+
+    url: str
+    hasty: str
+    store: Any
+    versions: str
+    model: Path
+
+    def post(self, route: str, body: Any, **more: Any) -> httpx.Response:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {"authorization": f"Bearer {KEY}", **more.pop("headers", {})}
+        return httpx.post(f"{self.url}/v1/{route}", content=content, headers=headers, timeout=60, **more)
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=60)
+
+    def publish(self, version: int) -> None:
+        """Makes noisy weights live and returns when the replica holds them."""
+        from sampo_ray.actors.weights import publish_version
+
+        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.bfloat16)
+        noise = {name: tensor + torch.randn_like(tensor) * 0.02 for name, tensor in model.state_dict().items()}
+        about = {"round": 0, "step": version}
+        publish_version(
+            self.store, "run-a", self.versions, version, noise.items(), f"{self.versions}/000000", False, about
+        )
+        while self.live() != version:
+            time.sleep(0.01)
+
+    def live(self) -> int:
+        return int(serve.get_app_handle("test-policy").weights.remote().result(timeout_s=30)["version"])
+
+
+@pytest.fixture(scope="module")
+def endpoint(local_ray: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    from sampo_ray.actors.policy_server import policy_deployment
+    from sampo_ray.actors.weights import start_weight_store, write_version
+    from sampo_ray.chat import ChatFormat
+    from sampo_ray.serve.endpoint import free_port, start_endpoint, start_serve, stop_endpoint
+
+    run = tmp_path_factory.mktemp("run")
+    ChatFormat.load(tiny_model, "llama3-sampo").save(run / "tokenizer")
+    state = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).state_dict()
+    write_version(f"{run}/versions/000000", state.items(), str(tiny_model), {"version": 0, "round": 0, "step": 0})
+    config = ServeConfig(port=free_port("127.0.0.1"), api_keys=(KEY, OTHER_KEY), max_body_bytes=20_000)
+    start_serve(config)
+    store = start_weight_store("test-endpoint", f"{run}/store.json")
+    ray.get(store.attach.remote("run-a", f"{run}/versions"), timeout=60)
+    generators = GeneratorsConfig(max_ongoing_requests=4, num_cpus=0.5)
+    policy = policy_deployment(
+        "policy", f"{run}/versions/000000", str(run / "tokenizer"), "test-endpoint", generators, CONTEXT
+    )
+    serve.run(policy, name="test-policy", route_prefix=None)
+    url = start_endpoint("test-endpoint", "test-policy", config)
+    hasty = config.model_copy(update={"api_keys": (), "request_timeout_s": 2.0})
+    hasty_url = start_endpoint("test-hasty", "test-policy", hasty, route_prefix="/hasty")
+    yield Endpoint(url, hasty_url, store, f"{run}/versions", tiny_model)
+    stop_endpoint("test-hasty")
+    stop_endpoint("test-endpoint")
+    serve.shutdown()
+    ray.kill(store)
+
+
+def message(response: httpx.Response) -> str:
+    """The error's message, after checking that the answer has OpenAI's form and gives nothing away."""
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert not any(leak in response.text for leak in ("Traceback", "/site-packages", 'File "', "sampo_ray", ".py"))
+    return error["message"]
+
+
+def test_the_openai_client_chats(endpoint: Endpoint) -> None:
+    answer = endpoint.client().chat.completions.with_raw_response.create(
+        model="policy", messages=HI, max_tokens=8, temperature=0
+    )
+    assert answer.headers["x-policy-version"] == "0"
+    assert answer.headers["x-policy-run"] == "run-a"
+    completion = answer.parse()
+    assert completion.model == "policy"
+    assert completion.usage.completion_tokens == 8 or completion.choices[0].finish_reason == "stop"
+
+
+def test_the_openai_client_streams_the_same_chat(endpoint: Endpoint) -> None:
+    ask = {"model": "policy", "messages": HI, "max_tokens": 16, "temperature": 0}
+    whole = endpoint.client().chat.completions.create(**ask)
+    answer = endpoint.client().chat.completions.with_raw_response.create(**ask, stream=True)
+    assert answer.headers["x-policy-version"] == "0"
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in answer.parse() if chunk.choices)
+    assert text == whole.choices[0].message.content
+
+
+def test_the_openai_client_completes_and_streams_text(endpoint: Endpoint) -> None:
+    ask = {"model": "policy", "prompt": "hello world", "max_tokens": 16, "temperature": 0}
+    whole = endpoint.client().completions.create(**ask)
+    chunks = endpoint.client().completions.create(**ask, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == whole.choices[0].text
+
+
+def test_completions_score_given_tokens(endpoint: Endpoint) -> None:
+    ask = {"model": "policy", "prompt": [7, 8, 9], "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
+    answer = endpoint.client().completions.create(**ask)
+    assert len(answer.choices[0].logprobs.token_logprobs) == 4
+
+
+def test_the_endpoint_renders_messages_to_the_ids_that_training_uses(endpoint: Endpoint) -> None:
+    from sampo_ray.chat import ChatFormat
+
+    turns = [{"role": "system", "content": "be brief"}, *HI, {"role": "assistant", "content": "hi"}, *HI]
+    answer = endpoint.post("chat/completions", {"messages": turns, "max_tokens": 1, "return_token_ids": True})
+    assert answer.json()["prompt_token_ids"] == ChatFormat.load(endpoint.model, "llama3-sampo").prompt_ids(turns)
+
+
+def test_the_model_list_names_the_live_version(endpoint: Endpoint) -> None:
+    (card,) = endpoint.client().models.list().data
+    assert card.id == "policy"
+    assert card.metadata["version"] == 0
+    assert endpoint.client().models.retrieve("policy").id == "policy"
+    with pytest.raises(openai.NotFoundError):
+        endpoint.client().models.retrieve("policy:adapter")
+
+
+@pytest.mark.parametrize("name", ["nobody", "policy:adapter", "policy@99", "Policy", "", "../policy"])
+def test_an_unknown_model_is_a_404_that_lists_what_there_is(endpoint: Endpoint, name: str) -> None:
+    for route, ask in (("chat/completions", {"messages": HI}), ("completions", {"prompt": "x"})):
+        answer = endpoint.post(route, {"model": name, **ask})
+        assert answer.status_code == 404
+        assert "'policy'" in message(answer)
+        assert answer.headers["x-policy-version"] == "0"
+
+
+CHAT = {"model": "policy", "messages": HI}
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "field"),
+    [
+        (b"{", 400, "JSON"),
+        (b"", 400, "JSON"),
+        (b"[1]", 400, "object"),
+        (b"null", 400, "object"),
+        (b"\xff\xfe", 400, "Unicode"),
+        (b"[" * 10_000, 400, "nested"),
+        (b'{"temperature": NaN}', 400, "NaN"),
+        (b'{"temperature": 1e999}', 400, "too large"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "Unicode"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", 400, "body"),
+        ({}, 400, "messages"),
+        ({**CHAT, "messages": []}, 400, "messages"),
+        ({**CHAT, "messages": "hi"}, 400, "messages"),
+        ({**CHAT, "messages": [{"role": "user"}]}, 400, "messages[0].content"),
+        ({**CHAT, "messages": [*HI, {"role": 1, "content": "x"}]}, 400, "messages[1].role"),
+        ({**CHAT, "messages": [{"role": "pirate", "content": "x"}]}, 400, "role"),
+        (
+            {
+                **CHAT,
+                "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://a"}}]}],
+            },
+            400,
+            "messages[0].content",
+        ),
+        ({**CHAT, "temperature": "hot"}, 400, "temperature"),
+        ({**CHAT, "temperature": -1}, 400, "temperature"),
+        ({**CHAT, "top_p": 0}, 400, "top_p"),
+        ({**CHAT, "n": 0}, 400, "n"),
+        ({**CHAT, "max_tokens": "many"}, 400, "max_tokens"),
+        ({**CHAT, "max_tokens": -1}, 400, "max_tokens"),
+        ({**CHAT, "max_tokens": 100_000}, 400, "max_tokens"),
+        ({**CHAT, "structured_outputs": 5}, 400, "structured_outputs"),
+        ({**CHAT, "logit_bias": {"999999": 1}}, 400, "logit_bias"),
+        ({**CHAT, "messages": [{"role": "user", "content": "x" * 3000}]}, 400, str(CONTEXT)),
+        ({**CHAT, "chat_template": "{{ messages }}"}, 400, "chat_template"),
+        ({**CHAT, "chat_template_kwargs": {"a": 1}}, 400, "chat_template_kwargs"),
+        ({**CHAT, "messages": [{"role": "user", "content": "x" * 30_000}]}, 413, "20000"),
+    ],
+)
+def test_a_wrong_body_is_a_4xx_that_names_the_field(endpoint: Endpoint, body: Any, status: int, field: str) -> None:
+    for stream in (False, True) if isinstance(body, dict) and body else (False,):
+        answer = endpoint.post("chat/completions", {**body, "stream": stream} if stream else body)
+        assert answer.status_code == status, answer.text
+        assert field in message(answer)
+
+
+def test_a_chunked_body_is_counted_too(endpoint: Endpoint) -> None:
+    def chunks() -> Iterator[bytes]:
+        yield from (b"x" * 1000 for _ in range(100))
+
+    headers = {"authorization": f"Bearer {KEY}"}
+    answer = httpx.post(f"{endpoint.url}/v1/completions", content=chunks(), headers=headers, timeout=30)
+    assert answer.status_code == 413
+
+
+def test_only_our_own_routes_exist(endpoint: Endpoint) -> None:
+    headers = {"authorization": f"Bearer {KEY}"}
+    for path in ("/docs", "/redoc", "/openapi.json", "/v1/embeddings", "/tokenize", "/metrics", "/"):
+        answer = httpx.get(endpoint.url + path, headers=headers)
+        assert answer.status_code == 404
+        assert path in message(answer)
+    assert httpx.get(endpoint.url + "/v1/completions", headers=headers).status_code == 405
+
+
+def test_without_a_key_nothing_but_health_answers(endpoint: Endpoint) -> None:
+    assert httpx.get(f"{endpoint.url}/health").json() == {"status": "ok"}
+    for path in ("/v1/models", "/docs", "/nothing", "/health/../v1/models"):
+        answer = httpx.get(endpoint.url + path)
+        assert answer.status_code == 401
+        assert "Bearer" in message(answer)
+        assert "x-policy-version" not in answer.headers
+    assert endpoint.post("completions", {"prompt": "x"}, headers={"authorization": "Bearer wrong"}).status_code == 401
+    second = {"authorization": f"Bearer {OTHER_KEY}"}
+    assert endpoint.post("completions", {"prompt": "x", "max_tokens": 1}, headers=second).status_code == 200
+
+
+def test_other_sites_scripts_get_no_permission(endpoint: Endpoint) -> None:
+    origin = {"origin": "http://elsewhere.example", "access-control-request-method": "POST"}
+    preflight = httpx.options(f"{endpoint.url}/v1/chat/completions", headers=origin)
+    assert preflight.status_code == 405
+    assert not [name for name in preflight.headers if name.startswith("access-control")]
+
+
+def test_a_swap_on_the_way_is_named_in_the_answer(endpoint: Endpoint) -> None:
+    chunks: list[Any] = []
+    headers: dict[str, str] = {}
+
+    def ask() -> None:
+        body = {"prompt": "hello", "max_tokens": 480, "ignore_eos": True, "stream": True}
+        auth = {"authorization": f"Bearer {KEY}"}
+        with httpx.stream("POST", f"{endpoint.url}/v1/completions", json=body, headers=auth, timeout=60) as answer:
+            headers.update(answer.headers)
+            chunks.extend(json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {"))
+
+    before = endpoint.live()
+    asking = threading.Thread(target=ask)
+    asking.start()
+    while not chunks and not headers:
+        time.sleep(0.001)
+    endpoint.publish(before + 1)
+    asking.join(60)
+    assert headers["x-policy-version"] == str(before)
+    assert chunks[-1]["policy_version"] == before + 1
+    after = endpoint.post("completions", {"prompt": "hello", "max_tokens": 1})
+    assert after.headers["x-policy-version"] == str(before + 1)
+    assert "policy_version" not in after.json()
+    assert endpoint.client().models.list().data[0].metadata["version"] == before + 1
+
+
+def test_a_request_that_takes_too_long_is_a_504(endpoint: Endpoint) -> None:
+    answer = httpx.post(f"{endpoint.hasty}/v1/chat/completions", json=LONG, timeout=30)
+    assert answer.status_code == 504
+    assert "longer" in message(answer)
+    with httpx.stream("POST", f"{endpoint.hasty}/v1/chat/completions", json={**LONG, "stream": True}) as stream:
+        assert stream.status_code == 200
+        last = [line for line in stream.iter_lines() if line][-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_the_engine(endpoint: Endpoint, stream: bool) -> None:
+    for _ in range(4):  # all that the replica works on at once
+        leave(endpoint, {**LONG, "stream": stream})
+    started = time.monotonic()
+    assert endpoint.post("completions", {"prompt": "x", "max_tokens": 1}).status_code == 200
+    assert time.monotonic() - started < 5
+
+
+def leave(endpoint: Endpoint, body: dict[str, Any]) -> None:
+    """Asks, and goes away at the first chunk or after a second."""
+    auth = {"authorization": f"Bearer {KEY}"}
+    ask = httpx.stream("POST", f"{endpoint.url}/v1/chat/completions", json=body, headers=auth, timeout=1.0)
+    with suppress(httpx.ReadTimeout), ask as answer:
+        next(answer.iter_lines())
+
+
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers(-5, 20)
+    | st.sampled_from([513, 2**31, 2**63, -(2**63), 10**30, 1e300, 0.5, 1.0, -0.0])
+    | st.text(max_size=8)
+    | st.sampled_from(["user", "assistant", "policy", "text", "json_object", "auto", "required", "none", "left"])
+)
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["type", "text", "role", "content", "json_schema", "schema", "0", "5", "x"]),
+            inner,
+            max_size=3,
+        )
+    ),
+    max_leaves=6,
+)
+
+
+def fields(route: str) -> list[str]:
+    from sampo_ray.serve.bodies import ChatCompletionRequest, CompletionRequest
+
+    kind = ChatCompletionRequest if route == "chat/completions" else CompletionRequest
+    return sorted(kind.model_fields)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_no_body_makes_it_fail(endpoint: Endpoint, data: st.DataObject) -> None:
+    route = data.draw(st.sampled_from(["chat/completions", "completions"]))
+    valid = {"messages": HI} if route == "chat/completions" else {"prompt": "hello"}
+    names = st.sampled_from(fields(route))
+    changes = data.draw(st.dictionaries(names, VALUES, min_size=1, max_size=3))
+    answer = endpoint.post(route, {**valid, "max_tokens": 2, **changes})
+    assert answer.status_code in (200, 400, 404), f"{changes}: {answer.status_code} {answer.text}"
+    if answer.status_code != 200:
+        message(answer)
+
+
+def test_health_and_answers_say_so_when_the_policy_is_gone(endpoint: Endpoint) -> None:
+    serve.delete("test-policy")
+    answers = [endpoint.post("completions", {"prompt": "x"}), httpx.get(f"{endpoint.url}/health")]
+    for answer in answers:
+        assert answer.status_code == 503
+        assert int(answer.headers["retry-after"]) > 0
+        assert "not available" in message(answer)

@@ -1,0 +1,231 @@
+"""The endpoint's parts that need no engine: keys, bodies, errors, headers."""
+
+import asyncio
+import json
+import pickle
+import socket
+from contextlib import suppress
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI, Request
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import SecretStr
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError
+from ray.serve.llm.ingress import OpenAiIngress
+from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
+
+from sampo_ray.actors.weights import WeightsId
+from sampo_ray.config import ServeConfig
+from sampo_ray.serve import bodies, errors
+from sampo_ray.serve.auth import KeyGuard, digests
+from sampo_ray.serve.endpoint import EndpointError, base_url, check_port, free_port
+from sampo_ray.serve.errors import ApiError
+from sampo_ray.serve.gateway import PolicyIngress
+from sampo_ray.serve.stamp import Stamp
+
+KEYS = (SecretStr("one"), SecretStr("two words"))
+
+
+def call(app: Any, method: str, path: str, **more: Any) -> httpx.Response:
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False, root_path=more.pop("root_path", ""))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.request(method, path, **more)
+
+    return asyncio.run(ask())
+
+
+def small_app(*keys: SecretStr) -> FastAPI:
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    errors.install(app)
+    app.add_middleware(Stamp, live=lambda: WeightsId("run-a", 7))
+    app.add_middleware(KeyGuard, known=digests(keys))
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/broken")
+    async def broken() -> None:
+        raise RuntimeError("secret of the house")
+
+    @app.post("/body")
+    async def body(request: Request) -> dict[str, Any]:
+        return (await bodies.read(request, CompletionRequest, 100)).model_dump(include={"prompt", "request_id"})
+
+    return app
+
+
+@pytest.mark.parametrize("value", ["Bearer one", "bearer one", "Bearer two words", "Bearer  one "])
+def test_any_of_the_keys_opens(value: str) -> None:
+    assert call(small_app(*KEYS), "GET", "/nothing", headers={"authorization": value}).status_code == 404
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [],
+        [("authorization", "one")],
+        [("authorization", "Basic one")],
+        [("authorization", "Bearer")],
+        [("authorization", "Bearer ")],
+        [("authorization", "Bearer oneone")],
+        [("authorization", "Bearer one, Bearer two words")],
+        [("authorization", "Bearer one"), ("authorization", "Bearer three")],
+        [("x-api-key", "one")],
+    ],
+)
+def test_nothing_else_opens(headers: list[tuple[str, str]]) -> None:
+    for path in ("/nothing", "/health/", "//health", "/HEALTH", "/health/x"):
+        answer = call(small_app(*KEYS), "GET", path, headers=headers)
+        assert answer.status_code == 401
+        assert answer.headers["www-authenticate"] == "Bearer"
+        assert answer.json()["error"]["code"] == "invalid_api_key"
+
+
+@given(st.binary(max_size=40))
+def test_random_keys_do_not_open(value: bytes) -> None:
+    guard = KeyGuard(small_app(), digests(KEYS))
+    scope = {"type": "http", "headers": [(b"authorization", b"Bearer " + value)]}
+    assert guard._holds_key(scope) == (value.strip() in (b"one", b"two words"))
+
+
+def test_health_needs_no_key_under_a_prefix_either() -> None:
+    assert call(small_app(*KEYS), "GET", "/health").json() == {"status": "ok"}
+    assert call(small_app(*KEYS), "GET", "/run-a/health", root_path="/run-a").status_code == 200
+    assert call(small_app(*KEYS), "GET", "/run-a/nothing", root_path="/run-a").status_code == 401
+
+
+def test_without_keys_the_endpoint_is_open() -> None:
+    assert call(small_app(), "GET", "/nothing").status_code == 404
+
+
+def test_an_empty_key_is_refused() -> None:
+    with pytest.raises(ValueError, match="api_keys"):
+        digests((SecretStr("one"), SecretStr("")))
+
+
+def test_a_websocket_needs_a_key_too() -> None:
+    sent: list[Any] = []
+
+    async def knock() -> None:
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {"type": "websocket", "path": "/health", "headers": []}
+        await KeyGuard(small_app(), digests(KEYS))(scope, None, send)  # type: ignore[arg-type]
+
+    asyncio.run(knock())
+    assert sent == [{"type": "websocket.close", "code": 1008}]
+
+
+def test_errors_carry_the_live_version_but_not_to_strangers() -> None:
+    known = call(small_app(*KEYS), "GET", "/nothing", headers={"authorization": "Bearer one"})
+    assert (known.headers["x-policy-version"], known.headers["x-policy-run"]) == ("7", "run-a")
+    assert "x-policy-version" not in call(small_app(*KEYS), "GET", "/nothing").headers
+
+
+def test_an_unexpected_failure_says_nothing_about_itself() -> None:
+    answer = call(small_app(), "GET", "/broken")
+    assert answer.status_code == 500
+    assert "secret" not in answer.text
+    assert answer.json()["error"]["code"] == "internal_error"
+
+
+def test_a_body_gets_an_id_of_our_own() -> None:
+    answer = call(small_app(), "POST", "/body", json={"prompt": "x", "request_id": "mine"}).json()
+    assert answer["prompt"] == "x"
+    assert answer["request_id"] != "mine"
+
+
+@pytest.mark.parametrize("length", ["101", "-1", "x", "1" * 30])
+def test_a_body_announced_as_too_large_is_not_read(length: str) -> None:
+    answer = call(small_app(), "POST", "/body", content=b"{}", headers={"content-length": length})
+    assert answer.status_code == 413
+    assert "100" in answer.json()["error"]["message"]
+
+
+def test_a_body_that_grows_too_large_is_cut_off() -> None:
+    async def chunks() -> Any:
+        for _ in range(20):
+            yield b" " * 10
+
+    assert call(small_app(), "POST", "/body", content=chunks()).status_code == 413
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.dictionaries(st.text(max_size=5), JSON, max_size=3))
+def test_any_json_object_of_text_and_finite_numbers_decodes_to_itself(body: dict[str, Any]) -> None:
+    assert bodies.decode(json.dumps(body).encode()) == body
+
+
+@given(st.binary(max_size=200))
+def test_other_bytes_are_an_object_or_a_400(raw: bytes) -> None:
+    with suppress(ApiError):
+        assert isinstance(bodies.decode(raw), dict)
+
+
+def test_a_validation_error_names_the_field_and_keeps_the_value_to_itself() -> None:
+    answer = call(small_app(), "POST", "/body", json={"prompt": "x", "logit_bias": {"5": "private words"}})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"].startswith("logit_bias")
+    assert "private" not in answer.text
+
+
+def test_engine_errors_become_answers_that_say_whether_to_try_again() -> None:
+    assert errors.from_engine(400, "too long", "prompt").status == 400
+    assert errors.from_engine(501, "no such feature").status == 400
+    dead = errors.from_engine(500, "EngineCore encountered an issue. See stack trace")
+    assert (dead.status, "EngineCore" in dead.message) == (503, False)
+    assert errors.from_policy(RayActorError()).status == 503
+    full = errors.from_policy(BackPressureError(5, 5))
+    assert (full.status, full.headers) == (429, {"retry-after": str(errors.RETRY_AFTER_S)})
+
+
+def test_ray_still_has_what_the_ingress_overrides() -> None:
+    for name in ("_get_model_id", "_get_configured_serve_handle", "_process_llm_request"):
+        assert name in OpenAiIngress.__mro__[1].__dict__, f"{name} is gone from ray.serve.llm's ingress"
+        assert name in PolicyIngress.__dict__
+
+
+def test_pictures_do_not_slip_in_beside_tool_calls() -> None:
+    picture = {"type": "image_url", "image_url": {"url": "http://elsewhere.example"}}
+    message = {"role": "assistant", "content": [picture], "tool_calls": [{"id": "1"}]}
+    with pytest.raises(ApiError, match="content"):
+        bodies._validated({"messages": [message]}, ChatCompletionRequest)
+
+
+def test_lazy_parts_of_a_message_are_settled_so_that_it_can_travel() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    request = bodies._validated({"messages": [{"role": "user", "content": parts}]}, ChatCompletionRequest)
+    assert pickle.loads(pickle.dumps(request)).messages[0]["content"] == parts
+
+
+@pytest.mark.parametrize(
+    ("host", "prefix", "url"),
+    [
+        ("127.0.0.1", "/", "http://127.0.0.1:8000"),
+        ("0.0.0.0", "/run-a", "http://127.0.0.1:8000/run-a"),
+        ("::1", "/", "http://[::1]:8000"),
+    ],
+)
+def test_the_base_url_is_one_that_a_client_on_this_machine_can_use(host: str, prefix: str, url: str) -> None:
+    assert base_url(ServeConfig(host=host, api_keys=KEYS), prefix) == url
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(EndpointError, match=rf"serve\.port={port}"):
+            check_port(ServeConfig(port=port))
+    assert free_port("127.0.0.1") > 0

@@ -1,0 +1,414 @@
+import gzip
+import json
+import time
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sampo_ray.chat import ChatFormat
+from sampo_ray.config import DataConfig
+from sampo_ray.preferences import (
+    PAIRS,
+    PROMPTS,
+    SCORES,
+    Counts,
+    DataError,
+    best_against_worst,
+    check_source,
+    fingerprint,
+    read_rows,
+    tokenized_pairs,
+    tokenized_prompts,
+)
+
+ASK = [{"role": "user", "content": "Is it?"}]
+PLAIN = {"prompt": "Is it?", "chosen": "yes", "rejected": "no"}
+
+
+def answer(text):
+    return {"role": "assistant", "content": text}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def chat(tiny_model):
+    return ChatFormat.load(tiny_model, "llama3-sampo")
+
+
+def one_row(tmp_path, values, kind="pairs"):
+    return next(read_rows(write(tmp_path / "one.jsonl", [values]), kind))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        PLAIN,
+        PLAIN | {"prompt": ASK},
+        {"prompt": ASK, "chosen": [answer("yes")], "rejected": [answer("no")]},
+        {"prompt": ASK, "chosen": [*ASK, answer("yes")], "rejected": [*ASK, answer("no")]},
+        {"prompt": "Is it?", "chosen": [*ASK, answer("yes")], "rejected": [*ASK, answer("no")], "messages": ASK},
+        {"chosen": [*ASK, answer("yes")], "rejected": [*ASK, answer("no")]},
+        {"prompt": None, "chosen": [*ASK, answer("yes")], "rejected": "no"},
+    ],
+)
+def test_every_layout_of_a_pair_gives_the_same_row(tmp_path, values):
+    row = one_row(tmp_path, values)
+    assert (row.prompt, row.chosen, row.rejected) == (ASK, "yes", "no")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"prompt": "Is it?"},
+        {"prompt": ASK},
+        {"messages": ASK},
+        {"messages": [*ASK, answer("yes")]},
+        PLAIN,
+        {"chosen": [*ASK, answer("yes")], "rejected": [*ASK, answer("no")]},
+    ],
+)
+def test_every_layout_of_a_prompt_gives_the_same_row(tmp_path, values):
+    row = one_row(tmp_path, values, "prompts")
+    assert (row.prompt, row.chosen, row.rejected) == (ASK, None, None)
+
+
+def test_a_system_turn_in_the_prompt_column_is_kept(tmp_path):
+    system = {"role": "system", "content": "Be brief."}
+    row = one_row(
+        tmp_path, {"prompt": [system, *ASK], "chosen": [*ASK, answer("yes")], "rejected": [*ASK, answer("no")]}
+    )
+    assert row.prompt == [system, *ASK]
+
+
+def test_other_columns_are_kept_for_the_reward(tmp_path, chat):
+    path = write(tmp_path / "a.jsonl", [{"prompt": "2+2?", "solution": 4, "tags": ["sum"], "chosen": "4"}])
+    [block] = tokenized_prompts(path, chat, 64, Counts())
+    assert json.loads(block["columns"][0].as_py()) == {"solution": 4, "tags": ["sum"]}
+    assert json.loads(block["messages"][0].as_py()) == [{"role": "user", "content": "2+2?"}]
+    assert block.schema == PROMPTS
+
+
+def test_all_containers_hold_the_same_rows(tmp_path):
+    rows = [{"id": f"r{i}", "prompt": ASK, "chosen": f"yes {i}", "rejected": "no", "n": i} for i in range(5)]
+    write(tmp_path / "a.jsonl", rows)
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.write((tmp_path / "a.jsonl").read_text())
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    splits = {"train": datasets.Dataset.from_list(rows), "test": datasets.Dataset.from_list(rows[:1])}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "splits")
+    (tmp_path / "parts").mkdir()
+    write(tmp_path / "parts/1.jsonl", rows[:2])
+    pq.write_table(pa.Table.from_pylist(rows[2:]), tmp_path / "parts/2.parquet")
+
+    def content(source):
+        return [(row.id, row.prompt, row.chosen, row.rejected, row.columns) for row in read_rows(source, "pairs")]
+
+    expected = content(str(tmp_path / "a.jsonl"))
+    assert len(expected) == 5
+    names = ["a.jsonl.gz", "a.parquet", "saved", "splits", "splits:train", "parts", "parts/*"]
+    for source in [*(str(tmp_path / name) for name in names), f"file://{tmp_path}/a.parquet"]:
+        assert content(source) == expected, source
+    assert len(content(f"{tmp_path}/splits:test")) == 1
+
+
+def test_a_url_is_read_like_a_file(tmp_path):
+    import fsspec
+
+    with fsspec.open("memory://bucket/a.jsonl", "w") as file:
+        file.write(json.dumps(PLAIN) + "\n")
+    assert check_source("memory://bucket/a.jsonl", "pairs").chosen == "yes"
+    assert fingerprint("memory://bucket/a.jsonl") == fingerprint(write(tmp_path / "a.jsonl", [PLAIN]))
+
+
+@pytest.mark.parametrize(
+    ("reason", "values"),
+    [
+        ("no chosen or no rejected", {"prompt": "x", "chosen": "y"}),
+        ("no prompt", {"chosen": "y", "rejected": "z"}),
+        ("empty prompt", PLAIN | {"prompt": " \n"}),
+        ("empty response", PLAIN | {"rejected": " "}),
+        ("empty response", PLAIN | {"rejected": []}),
+        ("identical responses", PLAIN | {"rejected": "yes"}),
+        ("wrong roles", PLAIN | {"prompt": [*ASK, answer("x")]}),
+        ("wrong roles", PLAIN | {"prompt": [{"role": "tool", "content": "x"}]}),
+        ("wrong roles", PLAIN | {"chosen": ASK}),
+        ("wrong roles", PLAIN | {"prompt": [*ASK, {"role": "system", "content": "x"}, *ASK]}),
+        ("neither text nor a list of messages", PLAIN | {"chosen": 7}),
+        ("neither text nor a list of messages", PLAIN | {"prompt": ["x"]}),
+        ("a message without text", PLAIN | {"prompt": [{"role": "user", "content": None}]}),
+        ("not valid Unicode", PLAIN | {"chosen": "\ud800"}),
+        ("response of zero tokens", PLAIN | {"chosen": "\u200b"}),
+        (
+            "chosen and rejected answer different prompts",
+            {"chosen": [*ASK, answer("y")], "rejected": [answer("z"), *ASK, answer("z")]},
+        ),
+    ],
+)
+def test_an_unusable_row_is_dropped_and_counted_by_reason(tmp_path, chat, reason, values):
+    if reason == "response of zero tokens":
+        chat = without_zero_width_space(chat)
+    counts = Counts()
+    blocks = list(tokenized_pairs(write(tmp_path / "a.jsonl", [PLAIN, values]), chat, DataConfig(), counts))
+    assert sum(block.num_rows for block in blocks) == counts.usable == 1
+    assert counts.dropped == {reason: 1}
+    assert counts.first[reason].endswith("a.jsonl:2")
+
+
+def without_zero_width_space(chat):
+    from dataclasses import replace
+
+    from tokenizers import normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    core = type(chat.tokenizer.backend_tokenizer).from_str(chat.tokenizer.backend_tokenizer.to_str())
+    core.normalizer = normalizers.Replace("\u200b", "")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, chat_template=chat.tokenizer.chat_template)
+    return replace(chat, tokenizer=tokenizer)
+
+
+def test_a_prompt_that_the_template_refuses_is_counted(tmp_path, tiny_model):
+    chat = ChatFormat.load(tiny_model, "llama3")
+    chat.tokenizer.chat_template = (
+        "{{ raise_exception('no') if messages[0].content == 'bad' else messages[0].content }}"
+    )
+    counts = Counts()
+    rows = [PLAIN, PLAIN | {"prompt": "bad"}]
+    list(tokenized_pairs(write(tmp_path / "a.jsonl", rows), chat, DataConfig(), counts))
+    assert counts.dropped == {"refused by the chat template": 1}
+
+
+@pytest.mark.parametrize("line", ['{"prompt": "x"', "[1, 2]", '"text"', '{"prompt": "\xff"}'])
+def test_a_broken_line_names_file_and_line(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(json.dumps(PLAIN).encode() + b"\n\n" + line.encode("latin-1") + b"\n")
+    with pytest.raises(DataError, match=r"a\.jsonl:3: .*one JSON object a line"):
+        list(read_rows(str(path), "pairs"))
+
+
+def test_a_file_cut_short_says_so(tmp_path):
+    whole = gzip.compress("".join(json.dumps(PLAIN | {"n": i}) + "\n" for i in range(1000)).encode())
+    (tmp_path / "a.jsonl.gz").write_bytes(whole[:-30])
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
+    for name in ("a.jsonl.gz", "a.parquet"):
+        with pytest.raises(DataError, match=rf"{name}.*cannot be read"):
+            list(read_rows(str(tmp_path / name), "pairs"))
+
+
+def test_a_source_without_a_usable_row_says_why_where_and_what_to_write(tmp_path, chat):
+    path = write(tmp_path / "a.jsonl", [{"question": "x"}] * 3)
+    expected = r"a\.jsonl.*among 3 \(no chosen or no rejected: 3 \(first at .*a\.jsonl:1\)\); write prompt, chosen"
+    with pytest.raises(DataError, match=expected):
+        check_source(path, "pairs")
+    with pytest.raises(DataError, match=expected):
+        list(tokenized_pairs(path, chat, DataConfig(), Counts()))
+    with pytest.raises(DataError, match="write prompt as a string"):
+        list(tokenized_prompts(path, chat, 8, Counts()))
+
+
+def test_an_empty_file_says_so(tmp_path):
+    with pytest.raises(DataError, match="holds no rows"):
+        check_source(write(tmp_path / "a.jsonl", []), "pairs")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing.jsonl", "no such file"),
+        ("*.jsonl", "no file matches"),
+        ("notes.txt", r"use \.jsonl"),
+        ("empty", r"no \.jsonl"),
+        ("splits", "name one, as in .*splits:a"),
+    ],
+)
+def test_a_source_that_cannot_be_opened_says_how_to_mend_it(tmp_path, name, message):
+    (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "empty").mkdir()
+    rows = datasets.Dataset.from_list([PLAIN])
+    datasets.DatasetDict({"a": rows, "b": rows}).save_to_disk(tmp_path / "splits")
+    with pytest.raises(DataError, match=message):
+        check_source(str(tmp_path / name), "pairs")
+
+
+def test_a_folder_with_held_out_files_is_not_read_as_one(tmp_path):
+    write(tmp_path / "train.jsonl", [PLAIN])
+    write(tmp_path / "test.jsonl", [PLAIN])
+    with pytest.raises(DataError, match=r"test\.jsonl.*train\*"):
+        check_source(str(tmp_path), "pairs")
+    assert len(list(read_rows(f"{tmp_path}/train*", "pairs"))) == 1
+
+
+def test_ids_are_the_rows_own_or_their_place_and_always_unique(tmp_path):
+    rows = [{"id": "a"}, {"id": "a"}, {"id": 7}, {"prompt_id": "p"}, {}, {"id": "a#2"}, {"id": "a"}]
+    path = write(tmp_path / "x.jsonl", [PLAIN | row for row in rows])
+    ids = [row.id for row in read_rows(path, "pairs")]
+    assert ids == ["a", "a#2", "7", "p", "x.jsonl:5", "a#2#2", "a#3"]
+    (tmp_path / "elsewhere").mkdir()
+    again = write(tmp_path / "elsewhere/x.jsonl", [PLAIN | row for row in rows])
+    assert [row.id for row in read_rows(again, "pairs")] == ids
+
+
+def test_a_fingerprint_changes_with_a_byte_and_not_with_the_place(tmp_path):
+    (tmp_path / "b").mkdir()
+    first = fingerprint(write(tmp_path / "a.jsonl", [PLAIN]))
+    assert fingerprint(write(tmp_path / "b/a.jsonl", [PLAIN])) == first
+    assert fingerprint(write(tmp_path / "b/a.jsonl", [PLAIN | {"chosen": "yep"}])) != first
+
+
+words = st.lists(st.sampled_from(["hello ", "world ", "x", "\n", "é"]), max_size=60).map("".join)
+
+
+@given(prompt=words, chosen=words, rejected=words, max_length=st.integers(8, 96), share=st.floats(0.1, 0.9))
+def test_cutting_keeps_the_limits_and_as_much_as_they_allow(
+    tmp_path_factory, chat, prompt, chosen, rejected, max_length, share
+):
+    data = DataConfig(max_length=max_length, max_prompt_length=max(1, int(share * max_length)))
+    row = {"prompt": f"{prompt}?", "chosen": f"a{chosen}", "rejected": f"b{rejected}"}
+    path = write(tmp_path_factory.mktemp("cut") / "a.jsonl", [row])
+    counts = Counts()
+    [[pair]] = [block.to_pylist() for block in tokenized_pairs(path, chat, data, counts)]
+    whole = {"prompt": chat.prompt_ids([{"role": "user", "content": row["prompt"]}])}
+    whole |= {side: chat.response_ids(row[side]) for side in ("chosen", "rejected")}
+
+    kept = min(len(whole["prompt"]), data.prompt_limit)
+    assert pair["prompt"] == [chat.bos_id, *whole["prompt"][len(whole["prompt"]) - kept + 1 :]]
+    for side in ("chosen", "rejected"):
+        assert pair[side] == whole[side][: max_length - kept]
+        assert (pair[side][-1] == chat.end_of_turn_id) == (len(pair[side]) == len(whole[side]))
+    assert counts.prompts_cut == (pair["prompt"] != whole["prompt"])
+    assert counts.responses_cut == sum(pair[side] != whole[side] for side in ("chosen", "rejected"))
+
+
+def test_only_the_response_that_is_too_long_is_cut_and_both_cuts_are_counted(tmp_path, chat):
+    row = {"prompt": "x" * 100, "chosen": "y" * 100, "rejected": "no"}
+    counts = Counts()
+    [block] = tokenized_pairs(write(tmp_path / "a.jsonl", [row]), chat, DataConfig(max_length=64), counts)
+    [pair] = block.to_pylist()
+    assert block.schema == PAIRS
+    assert len(pair["prompt"]) == 48
+    assert len(pair["chosen"]) == 16
+    assert pair["rejected"] == chat.response_ids("no")
+    assert (counts.prompts_cut, counts.responses_cut) == (1, 1)
+    assert pair["chosen_reward"] is None
+
+
+def test_responses_that_only_differ_beyond_the_limit_are_dropped(tmp_path, chat):
+    rows = [PLAIN, {"prompt": "x", "chosen": "y" * 100 + "a", "rejected": "y" * 100 + "b"}]
+    counts = Counts()
+    list(tokenized_pairs(write(tmp_path / "a.jsonl", rows), chat, DataConfig(max_length=64), counts))
+    assert counts.dropped == {"identical responses within max_length": 1}
+
+
+def test_blocks_have_the_rows_asked_for_and_their_number_does_not_matter(tmp_path, chat):
+    path = write(tmp_path / "a.jsonl", [PLAIN | {"chosen": f"yes {i}"} for i in range(7)])
+    blocks = list(tokenized_pairs(path, chat, DataConfig(), Counts(), block_rows=3))
+    assert [block.num_rows for block in blocks] == [3, 3, 1]
+    [whole] = tokenized_pairs(path, chat, DataConfig(), Counts())
+    assert pa.concat_tables(blocks).combine_chunks() == whole
+
+
+def scores(*samples):
+    """SCORES of (prompt id, sample, reward, finish reason, text)."""
+    rows = [
+        {
+            "id": prompt_id,
+            "messages": "[]",
+            "columns": "{}",
+            "prompt": [1, 2],
+            "sample": sample,
+            "completion": list(text.encode()),
+            "text": text,
+            "finish_reason": finish,
+            "logprobs": [],
+            "first_version": 0,
+            "last_version": 0,
+            "reward": reward,
+        }
+        for prompt_id, sample, reward, finish, text in samples
+    ]
+    return pa.Table.from_pylist(rows, schema=SCORES)
+
+
+def pairs_of(*samples):
+    pairs, counts = best_against_worst(scores(*samples))
+    assert pairs.schema == PAIRS
+    return [(p["id"], bytes(p["chosen"]).decode(), bytes(p["rejected"]).decode()) for p in pairs.to_pylist()], counts
+
+
+def test_the_best_is_paired_with_the_worst_of_its_prompt():
+    pairs, counts = pairs_of(
+        ("p", 0, 0.1, "stop", "a"),
+        ("q", 0, 5.0, "stop", "x"),
+        ("p", 1, 0.9, "stop", "b"),
+        ("q", 1, 4.0, "stop", "y"),
+        ("p", 2, 0.5, "stop", "c"),
+    )
+    assert pairs == [("p", "b", "a"), ("q", "x", "y")]
+    assert not counts
+
+
+def test_a_completion_cut_by_the_length_limit_may_be_rejected_but_not_chosen():
+    assert pairs_of(("p", 0, 9.0, "length", "a"), ("p", 1, 2.0, "stop", "b"), ("p", 2, 1.0, "length", "c"))[0] == [
+        ("p", "b", "c")
+    ]
+    assert pairs_of(("p", 0, 9.0, "length", "a"), ("p", 1, 2.0, "stop", "b")) == (
+        [],
+        {"only unfinished completions are better than the worst": 1},
+    )
+    assert pairs_of(("p", 0, 9.0, "length", "a"), ("p", 1, 2.0, "length", "b")) == ([], {"no finished completion": 1})
+
+
+def test_equal_rewards_are_broken_by_the_sample_number_whatever_the_order():
+    samples = [("p", i, float(i // 2), "stop", f"t{i}") for i in range(4)]
+    assert pairs_of(*samples)[0] == pairs_of(*reversed(samples))[0] == [("p", "t2", "t0")]
+
+
+def test_ties_and_identical_texts_are_dropped_and_counted():
+    assert pairs_of(("p", 0, 1.0, "stop", "a"), ("p", 1, 1.0, "stop", "b")) == ([], {"tie": 1})
+    assert pairs_of(("p", 0, 1.0, "stop", "a"), ("p", 1, 2.0, "stop", "a")) == ([], {"identical texts": 1})
+
+
+def test_completions_without_a_reward_take_no_part():
+    pairs, counts = pairs_of(
+        ("p", 0, None, "stop", "a"), ("p", 1, 2.0, "stop", "b"), ("p", 2, 1.0, "stop", "c"), ("q", 0, 1.0, "stop", "d")
+    )
+    assert pairs == [("p", "b", "c")]
+    assert counts == {"completions without a reward": 1, "fewer than two scored completions": 1}
+
+
+def test_no_completions_make_no_pairs():
+    assert pairs_of() == ([], {})
+
+
+samples = st.lists(
+    st.tuples(st.sampled_from("pq"), st.sampled_from([None, 0.0, 1.0, 2.0]), st.sampled_from(["stop", "length"])),
+    max_size=12,
+)
+
+
+@given(samples=samples)
+def test_every_prompt_becomes_a_pair_or_is_counted(samples):
+    rows = [(p, i, reward, finish, f"t{i}") for i, (p, reward, finish) in enumerate(samples)]
+    pairs, counts = best_against_worst(scores(*rows))
+    dropped = counts.total() - counts["completions without a reward"]
+    assert pairs.num_rows + dropped == len({p for p, _, _ in samples})
+    for pair in pairs.to_pylist():
+        assert pair["chosen_reward"] > pair["rejected_reward"]
+
+
+def test_ultrafeedback_is_read_whole_and_validated_at_once(shared, chat):
+    path = str(shared / "data/prefs/ultrafeedback_binarized/train.jsonl.gz")
+    start = time.monotonic()
+    check_source(path, "pairs")
+    assert time.monotonic() - start < 0.5
+    counts = Counts()
+    rows = sum(block.num_rows for block in tokenized_pairs(path, chat, DataConfig(), counts))
+    assert rows == counts.usable == counts.rows == 994
