@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-import psutil
 import pyarrow as pa
 import xxhash
 from ray import serve
@@ -260,9 +259,7 @@ def end_process(reason: str) -> NoReturn:
     """Ends this replica and its engine at once; Serve starts another, which is ready once it holds current weights."""
     logger.critical("this replica ends: %s", reason)
     logging.shutdown()
-    for child in psutil.Process().children(recursive=True):
-        child.kill()
-    os._exit(1)
+    os._exit(1)  # Ray kills the processes that this one started
 
 
 def sampling_params(
@@ -296,6 +293,20 @@ def version_chunk(previous: str, version: int) -> str:
     return f"data: {json.dumps({**fields, 'choices': [], 'policy_version': version})}\n\n"
 
 
+def cpu_engine(max_model_len: int) -> dict[str, Any]:
+    """vLLM's settings where there is no GPU: nothing to compile, and whole prompts only.
+
+    vLLM 0.29 rewinds the random generator of a seeded request whose prompt it cuts into chunks, which on a CPU kills
+    the engine ("CPU Generator does not use offset").
+    """
+    return {
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 1 << 30,
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(max_model_len, 4096),
+    }
+
+
 def policy_deployment(
     model_id: str,
     model_folder: str,
@@ -327,7 +338,7 @@ def policy_deployment(
             "enable_prompt_tokens_details": True,
             "worker_extension_cls": "sampo_ray.actors.weight_transfer.WorkerExtension",
             "weight_transfer_config": {"backend": BACKEND},
-            **({} if gpus else {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}),
+            **({} if gpus else cpu_engine(max_model_len)),
             **config.engine,
         },
     )

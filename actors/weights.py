@@ -94,15 +94,16 @@ def pack(tensors: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int = BUCKET
     data, end = np.zeros(0, np.uint8), 0
     for name, tensor in tensors:
         flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
-        if specs and end + flat.size > data.size:
+        start = -(-end // ALIGNMENT) * ALIGNMENT
+        if specs and start + flat.size > data.size:
             yield _sealed(specs, data[:end])
-            specs, end = [], 0
+            specs, start = [], 0
         if not specs:
             data = np.zeros(max(bucket_bytes, flat.size), np.uint8)
-        data[end : end + flat.size] = flat
+        end = start + flat.size
+        data[start:end] = flat
         dtype = str(tensor.dtype).removeprefix("torch.")
-        specs.append(TensorSpec(name, dtype, tuple(tensor.shape), end, flat.size))
-        end = min(-(-(end + flat.size) // ALIGNMENT) * ALIGNMENT, data.size)
+        specs.append(TensorSpec(name, dtype, tuple(tensor.shape), start, flat.size))
     if specs:
         yield _sealed(specs, data[:end])
 
@@ -298,8 +299,7 @@ class WeightStore:
             if run_id != self._run:
                 self._latest = self._reference = None
             self._run, self._versions = run_id, versions_url
-            self._fs.makedirs(self._fs._parent(self._state), exist_ok=True)
-            self._fs.pipe_file(self._state, json.dumps({"run": run_id, "versions": versions_url}).encode())
+            await asyncio.to_thread(self._remember, {"run": run_id, "versions": versions_url})
             numbers = await asyncio.to_thread(complete_versions, versions_url)
             if numbers and (self._latest is None or numbers[-1] > self._latest.id.version):
                 await self._go_live(await asyncio.to_thread(self._load, numbers[-1]))
@@ -340,6 +340,11 @@ class WeightStore:
             if held and held.id.version == version:
                 return held
         return await asyncio.to_thread(self._load, version)
+
+    def _remember(self, state: dict[str, str]) -> None:
+        self._fs.makedirs(self._fs._parent(self._state), exist_ok=True)
+        self._fs.pipe_file(f"{self._state}.new", json.dumps(state).encode())
+        self._fs.mv(f"{self._state}.new", self._state)
 
     def _differs(self, known: WeightsId | None) -> bool:
         return self._latest is not None and self._latest.id != known

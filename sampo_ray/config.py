@@ -4,6 +4,7 @@ Everything that can be known to be wrong before an engine starts is refused here
 the value and the mend. Fields left at `None` are filled by the profile (`sampo_ray.profiles`).
 """
 
+import copy
 import difflib
 import os
 from pathlib import Path
@@ -255,7 +256,7 @@ class RunConfig(Section):
     trainer: TrainerConfig = TrainerConfig()
     fleet: FleetsConfig = FleetsConfig()
     publish: PublishConfig = PublishConfig()
-    serve: ServeConfig = ServeConfig()
+    serve: ServeConfig = Field(default_factory=ServeConfig)
     run: OutputConfig
 
     @property
@@ -325,16 +326,19 @@ def _set(tree: dict[str, Any], override: str) -> dict[str, Any]:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {override!r}: write it as section.field=value")
-    head, _, rest = key.partition(".")
-    if not rest:
-        try:
-            return {**tree, head: yaml.safe_load(value)}
-        except yaml.YAMLError:
-            raise ConfigError(f"override {override!r}: the value is not valid YAML; quote it") from None
-    inner = tree.get(head) or {}
-    if not isinstance(inner, dict):
-        raise ConfigError(f"override {override!r}: {head} is a value ({inner!r}), not a section")
-    return {**tree, head: _set(inner, f"{rest}={value}")}
+    try:
+        leaf = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML; quote it") from None
+    tree = copy.deepcopy(tree)
+    *sections, name = key.split(".")
+    inner = tree
+    for section in sections:
+        inner = inner.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"override {override!r}: {section} is a value ({inner!r}), not a section")
+    inner[name] = leaf
+    return tree
 
 
 def _explain(error: Any) -> str:

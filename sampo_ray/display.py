@@ -69,6 +69,8 @@ class Stage:
 
     def result(self, elapsed: float) -> str:
         """What is left to say at the end; names both numbers where units are missing."""
+        if not self.done and self.total is None:
+            return f"{self.name}: {duration(elapsed)}"
         amount = f"{self.done:,} {self.unit}" if self.done == self.total else self.amount()
         rate = self.rate(elapsed)
         return f"{self.name}: {amount} in {duration(elapsed)}" + (f", {rate}" if rate else "")
@@ -144,8 +146,7 @@ class Display(ABC):
             table.add_column(column, justify="right" if position else "left", no_wrap=True)
         for row in rows:
             table.add_row(*(Text(str(cell)) for cell in row))
-        # A pipe has no width of its own; rich would cut the table to 80 columns.
-        self.console.print(table, width=None if self.console.is_terminal else 160, crop=self.console.is_terminal)
+        self.console.print(table)
 
     def _update(self, facts: dict[str, str]) -> None:
         self._status.update(facts)
@@ -218,6 +219,7 @@ class PlainDisplay(Display):
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(console, clock)
+        console.width = 160  # a pipe has no width of its own, and rich would cut tables to 80 columns
         self._last_line = clock()
 
     def note(self, text: str) -> None:

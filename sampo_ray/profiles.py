@@ -4,25 +4,31 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from sampo_ray.config import FleetConfig, RunConfig
+from sampo_ray.config import ConfigError, FleetConfig, RunConfig
 
 Resolved = Literal["laptop", "cluster"]
+CLUSTER_GPUS = 4
+"""Trainer, reference, generators and live policy each have GPUs of their own from this many on."""
 
 
 def resolve(config: RunConfig, resources: Mapping[str, float], cores: int) -> tuple[RunConfig, list[str]]:
     """The configuration with every open size filled in, and notes on what was made smaller than asked for.
 
     `resources` are those of the Ray cluster (CPU, GPU), `cores` the real cores of this machine. `auto` becomes `cluster`
-    where there are GPUs, else `laptop`, on which a recipe for GPUs runs with fewer workers and replicas.
+    where there are GPUs enough, else `laptop`, on which a recipe for GPUs runs with fewer workers and replicas.
+
+    Raises ConfigError when the cluster profile is asked for by name and there are too few GPUs.
     """
     gpus = int(resources.get("GPU", 0))
     auto = config.profile == "auto"
-    profile: Resolved = ("cluster" if gpus else "laptop") if auto else config.profile  # type: ignore[assignment]
-    plan = _cluster(config, gpus) if profile == "cluster" and gpus else _laptop(config, cores if auto else None)
+    profile: Resolved = ("cluster" if gpus >= CLUSTER_GPUS else "laptop") if auto else config.profile  # type: ignore[assignment]
+    if profile == "cluster" and gpus < CLUSTER_GPUS:
+        raise ConfigError(f"profile='cluster' needs {CLUSTER_GPUS} GPUs or more, Ray has {gpus}; use profile=laptop")
+    plan = _cluster(config, gpus) if profile == "cluster" else _laptop(config, gpus, (gpus or cores) if auto else None)
     notes = [
         f"{name}: {before} -> {after} ({profile} profile)"
         for name, before, after in _changes(config, plan)
-        if before is not None and auto
+        if before is not None
     ]
     tree = config.model_dump() | {"profile": profile}
     tree["trainer"] |= plan["trainer"]
@@ -31,58 +37,50 @@ def resolve(config: RunConfig, resources: Mapping[str, float], cores: int) -> tu
     return RunConfig.model_validate(tree), notes
 
 
-def _laptop(config: RunConfig, at_most: int | None) -> dict[str, dict[str, Any]]:
-    """One of everything on CPUs that all share; with a limit, no more ranks or replicas than that."""
+def _laptop(config: RunConfig, gpus: int, at_most: int | None) -> dict[str, dict[str, Any]]:
+    """One of everything, all sharing the CPUs or the few GPUs; with a limit, no more ranks or replicas than that."""
 
     def size(asked: int | None) -> int:
         return min(asked or 1, at_most) if at_most else asked or 1
 
-    def fleet(asked: FleetConfig, cpus: float) -> dict[str, Any]:
+    def fleet(asked: FleetConfig, cpus: float, share: float) -> dict[str, Any]:
         most = size(asked.max_replicas)
-        least = 1 if asked.min_replicas is None else asked.min_replicas
-        logical = cpus if asked.num_cpus is None or at_most else asked.num_cpus
-        return {"num_gpus": 0, "num_cpus": logical, "max_replicas": most, "min_replicas": min(least, most)}
+        least = min(1 if asked.min_replicas is None else asked.min_replicas, most)
+        return {"num_gpus": share if gpus else 0, "num_cpus": cpus, "max_replicas": most, "min_replicas": least}
 
-    workers = size(config.trainer.workers)
-    while config.optim.batch_size % workers:
-        workers -= 1
+    fleets, engine = config.fleet, dict(config.fleet.generators.engine)
+    if gpus:
+        engine.setdefault("gpu_memory_utilization", 0.3)
+    workers = math.gcd(size(config.trainer.workers or gpus or 1), config.optim.batch_size)
     return {
-        "trainer": {"workers": workers, "num_gpus": 0, "num_cpus": 0.5},
-        "generators": fleet(config.fleet.generators, 0.5),
-        "references": fleet(config.fleet.references, 0.5),
-        "rewards": fleet(config.fleet.rewards, 0.1),
+        "trainer": {"workers": workers, "num_gpus": 0.5 if gpus else 0, "num_cpus": 0.5},
+        "generators": {**fleet(fleets.generators, 0.5, 0.3), "engine": engine},
+        "references": fleet(fleets.references, 0.5, 0.1),
+        "rewards": fleet(fleets.rewards, 0.1, 0.1 if config.reward.model else 0),
     }
 
 
 def _cluster(config: RunConfig, gpus: int) -> dict[str, dict[str, Any]]:
-    """Whole GPUs where there are enough: generators a quarter, one reference, trainers the rest; else shares of each."""
+    """Whole GPUs: the live policy and the reference one each, generators a quarter of all, the trainer the rest."""
     fleets = config.fleet
-    sampling = config.online or config.serve.enabled
-    roomy = gpus >= 4
-    generators = max(1, gpus // 4) if sampling else 0
-    left = max(1, gpus - generators - 1) if roomy else gpus
-    workers = config.trainer.workers or math.gcd(left, config.optim.batch_size)
-    share = {"trainer": 1.0, "generators": 1.0, "references": 1.0} if roomy else _SHARES
-    engine = dict(fleets.generators.engine)
-    if not roomy:
-        engine.setdefault("gpu_memory_utilization", share["generators"])
+    live = 1 if config.serve.enabled else 0
+    sampling = max(1, gpus // 4) if config.online else 0
+    workers = config.trainer.workers or math.gcd(max(1, gpus - sampling - live - 1), config.optim.batch_size)
+    share = 0.5 if config.reward.model else 1.0  # the reward model lives beside the reference
 
-    def fleet(asked: FleetConfig, gpus_each: float, most: int) -> dict[str, Any]:
+    def fleet(asked: FleetConfig, each: float, most: int) -> dict[str, Any]:
         least = 1 if asked.min_replicas is None else asked.min_replicas
         most = max(asked.max_replicas or most, least, 1)
-        each = gpus_each if asked.num_gpus is None else asked.num_gpus
-        return {"num_gpus": each, "num_cpus": asked.num_cpus or 1.0, "min_replicas": least, "max_replicas": most}
+        each = each if asked.num_gpus is None else asked.num_gpus
+        cpus = 1.0 if asked.num_cpus is None else asked.num_cpus
+        return {"num_gpus": each, "num_cpus": cpus, "min_replicas": least, "max_replicas": most}
 
-    reward_gpus = share["references"] if config.reward.model else 0
     return {
-        "trainer": {"workers": workers, "num_gpus": share["trainer"], "num_cpus": 1.0},
-        "generators": {**fleet(fleets.generators, share["generators"], generators), "engine": engine},
-        "references": fleet(fleets.references, share["references"], 1),
-        "rewards": fleet(fleets.rewards, reward_gpus, 1),
+        "trainer": {"workers": workers, "num_gpus": 1.0, "num_cpus": 1.0},
+        "generators": fleet(fleets.generators, 1.0, sampling or live),
+        "references": fleet(fleets.references, share, 1),
+        "rewards": fleet(fleets.rewards, share if config.reward.model else 0, 1),
     }
-
-
-_SHARES = {"trainer": 0.5, "generators": 0.3, "references": 0.1}
 
 
 def _changes(config: RunConfig, plan: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Any, Any]]:

@@ -16,9 +16,11 @@ SPECIAL_TOKENS = (
 
 
 def tiny_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE on `texts` with Llama-3's special tokens in front; any text can be encoded with it."""
+    """Trains a byte-level BPE on `texts` with Llama-3's special tokens in front and every digit a token; it encodes any text."""
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

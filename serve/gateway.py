@@ -85,7 +85,7 @@ class PolicyIngress(OpenAiIngress):
     def _get_configured_serve_handle(self, model_id: str) -> DeploymentHandle:
         return self._policy.handle()
 
-    async def _process_llm_request(  # type: ignore[override]  # the two kinds of requests that have a route
+    async def _process_llm_request(
         self, body: ChatCompletionRequest | CompletionRequest, call_method: str, raw_request: Request | None = None
     ) -> Response:
         deadline = asyncio.get_running_loop().time() + self._request_timeout_s
@@ -111,6 +111,8 @@ async def _stream(first: list[str], answer: Answer) -> AsyncIterator[str]:
     chunks: list[str] | None = first
     try:
         while chunks is not None:
+            for chunk in chunks:
+                _raise_if_error(chunk)
             yield "".join(chunks)
             chunks = await answer.next()
     except ApiError as error:  # the status line has been sent; OpenAI's clients look for this
@@ -118,7 +120,7 @@ async def _stream(first: list[str], answer: Answer) -> AsyncIterator[str]:
 
 
 def _raise_if_error(first: Any) -> None:
-    """Errors come as an object or, from an engine that failed before the first token, as text of the stream."""
+    """An engine's error comes as an object or as text of the stream; no item at all means that it fell silent."""
     if first is None:
         raise errors.unavailable()
     if isinstance(first, str) and first.startswith('data: {"error"'):

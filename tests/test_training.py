@@ -1,0 +1,194 @@
+"""Offline runs through the command line, on real Ray Train and DeepSpeed: what they leave behind, and kill -9 at any time."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import TEXTS
+
+pytestmark = pytest.mark.slow
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_model, tmp_path_factory) -> Path:
+    """Two rounds of twelve steps, each of them published and checkpointed."""
+    folder = tmp_path_factory.mktemp("recipe")
+    words = " ".join(TEXTS[:2]).split()
+    rows = [
+        {
+            "prompt": f"Say {' '.join(words[i % 9 : i % 9 + 4])}",
+            "chosen": " ".join(words[i % 5 : i % 5 + 3 + i % 7]),
+            "rejected": " ".join(words[i % 7 : i % 7 + 12 - i % 6]),
+        }
+        for i in range(4 * STEPS)
+    ]
+    (folder / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    tree = {
+        "model": {"path": str(tiny_model)},
+        "data": {"train": str(folder / "pairs.jsonl"), "max_length": 128},
+        "rounds": {"count": 2},
+        "optim": {"batch_size": 4, "learning_rate": 1e-3},
+        "trainer": {"workers": 2, "checkpoint_every": 1},
+        "publish": {"every_steps": 1},
+        "serve": {"enabled": False},
+        "profile": "laptop",
+        "run": {"dir": "set by each test"},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    return folder / "recipe.yaml"
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "sampo_ray.cli", "train", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe, tmp_path_factory) -> Path:
+    """The run directory of a run that nobody killed."""
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    finish(start(recipe, f"run.dir={folder}"))
+    return folder
+
+
+def metrics(run: Path) -> list[dict]:
+    file = run / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def facts(run: Path) -> list[dict]:
+    """Metrics without what depends on the clock."""
+    return [{k: v for k, v in line.items() if k != "pairs_per_s"} for line in metrics(run)]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+def same_bits(a: Path, b: Path) -> bool:
+    ours, theirs = weights(a), weights(b)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.fixture
+def after() -> Iterator[Callable]:
+    """Starts a run, calls back once it has taken some steps, and returns it; it is dead after the test."""
+    started: list[subprocess.Popen] = []
+
+    def wait(steps: int, run: Path, *arguments: object) -> subprocess.Popen:
+        process = start(*arguments)
+        started.append(process)
+        deadline = time.monotonic() + 300
+        while len(metrics(run)) < steps:
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        return process
+
+    yield wait
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.wait(30)
+
+
+def test_a_run_begins_at_ln_two_and_learns(undisturbed):
+    lines = metrics(undisturbed)
+    assert [(line["round"], line["step"]) for line in lines] == [(r, s) for r in (0, 1) for s in range(1, STEPS + 1)]
+    for first in (lines[0], lines[STEPS]):
+        assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert first["margin"] == 0.0, "policy and reference are the same weights: exactly"
+    assert lines[-1]["margin"] > 0
+    assert [line["version"] for line in lines] == list(range(1, 2 * STEPS + 1))
+
+
+def test_a_run_leaves_what_the_next_person_needs(undisturbed):
+    assert {"config.yaml", "manifest.json", "metrics.jsonl", "tensorboard", "exports"} <= set(os.listdir(undisturbed))
+    manifest = json.loads((undisturbed / "manifest.json").read_text())
+    assert manifest["finished"] and all(record["committed"] for record in manifest["rounds"])
+    assert manifest["packages"]["ray"] and manifest["data"]["fingerprint"]
+    table = pq.read_table(undisturbed / "rounds" / "1" / "reference" / "part-00000.parquet")
+    for side in ("chosen", "rejected"):
+        counts = [(len(t), len(r)) for t, r in zip(table[side].to_pylist(), table[f"{side}_ref"].to_pylist(), strict=True)]
+        assert all(tokens == logprobs > 0 for tokens, logprobs in counts)
+    versions = sorted(int(name) for name in os.listdir(undisturbed / "versions"))
+    assert versions == [0, STEPS, 2 * STEPS - 2, 2 * STEPS - 1, 2 * STEPS], "base, ends of rounds, and the last two"
+    assert len(os.listdir(undisturbed / "checkpoints")) == 1
+
+
+def test_an_export_loads_as_any_model_does(undisturbed, tiny_model):
+    export = AutoModelForCausalLM.from_pretrained(undisturbed / "exports" / "round-2", dtype="auto")
+    assert export.dtype == torch.float16
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    moved = [not torch.equal(a.float(), b.float()) for a, b in zip(export.parameters(), base.parameters(), strict=True)]
+    assert any(moved)
+
+
+def test_a_run_that_lost_a_rank_ends_in_the_same_bits(undisturbed, recipe, tmp_path, after):
+    process = after(5, tmp_path / "run", recipe, f"run.dir={tmp_path / 'run'}")
+    ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+    assert len(ranks) == 2
+    ranks[0].send_signal(signal.SIGKILL)
+    finish(process)
+    assert same_bits(tmp_path / "run" / "exports" / "round-2", undisturbed / "exports" / "round-2")
+    assert facts(tmp_path / "run") == facts(undisturbed)
+
+
+def test_a_run_whose_driver_was_killed_goes_on_to_the_same_bits(undisturbed, recipe, tmp_path, after):
+    run = tmp_path / "run"
+    process = after(STEPS + 5, run, recipe, f"run.dir={run}")
+    second = start("--resume", run)
+    assert "in use by another process" in second.communicate(timeout=100)[0] and second.returncode == 1
+    process.kill()
+    process.wait(30)
+    scored = run / "rounds" / "1" / "reference" / "part-00000.parquet"
+    before = scored.stat().st_mtime_ns
+    finish(start("--resume", run))
+    assert scored.stat().st_mtime_ns == before, "nothing stored is scored twice"
+    assert same_bits(run / "exports" / "round-2", undisturbed / "exports" / "round-2")
+    assert facts(run) == facts(undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.train=none.jsonl"], ["none.jsonl"]),
+        (["model.path=/nowhere"], ["model.path='/nowhere'"]),
+        (["data.max_length=5000"], ["data.max_length=5000", "1024"]),
+        (["optim.learning_rat=1"], ["learning_rate"]),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_starts(recipe, tmp_path, overrides, words):
+    process = start(recipe, f"run.dir={tmp_path / 'run'}", *overrides)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 1 and "Traceback" not in output
+    assert all(word in output for word in words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_prints_the_resolved_configuration_and_starts_nothing(recipe, tmp_path):
+    output = finish(start(recipe, f"run.dir={tmp_path / 'run'}", "--dry-run"))
+    assert yaml.safe_load(output)["trainer"]["workers"] == 2
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,239 @@
+"""Buckets, durable versions and the weight store."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from sampo_ray.actors.weights import (
+    WeightsError,
+    WeightsId,
+    complete_versions,
+    fetch,
+    pack,
+    publish_version,
+    read_about,
+    read_version,
+    start_weight_store,
+    unpack,
+    version_folder,
+    write_version,
+)
+from sampo_ray.tiny import tiny_llama, tiny_tokenizer
+
+ABOUT = {"version": 0, "round": 0, "step": 0}
+
+tensors = st.builds(
+    lambda dtype, shape, seed: torch.randint(0, 100, shape, generator=torch.Generator().manual_seed(seed)).to(dtype),
+    st.sampled_from([torch.bfloat16, torch.float32, torch.float16, torch.int64, torch.bool]),
+    st.lists(st.integers(0, 9), max_size=3),
+    st.integers(0, 99),
+)
+
+
+@given(st.lists(tensors, max_size=12), st.integers(1, 2000))
+@settings(deadline=None)
+def test_unpacking_gives_back_the_packed_tensors_bit_for_bit(values: list[torch.Tensor], bucket_bytes: int) -> None:
+    named = [(f"t{i}", value) for i, value in enumerate(values)]
+    buckets = list(pack(named, bucket_bytes))
+    found = [pair for bucket in buckets for pair in unpack(bucket)]
+    assert [name for name, _ in found] == [name for name, _ in named]
+    for (_, before), (_, after) in zip(named, found, strict=True):
+        assert after.dtype == before.dtype
+        assert torch.equal(after, before)
+    assert all(bucket.data.size <= bucket_bytes or len(bucket.specs) == 1 for bucket in buckets)
+
+
+def test_a_bucket_with_a_flipped_bit_is_refused() -> None:
+    (bucket,) = pack([("w", torch.ones(10))], 1000)
+    damaged = bucket.data.copy()
+    damaged[7] ^= 1
+    with pytest.raises(WeightsError, match=r"bucket of w: checksum"):
+        list(unpack(replace(bucket, data=damaged)))
+
+
+def test_each_tensor_is_copied_before_the_next_is_asked_for() -> None:
+    def reused() -> Iterator[tuple[str, torch.Tensor]]:
+        buffer = torch.empty(4)
+        for i in range(3):
+            yield f"w{i}", buffer.fill_(i)
+
+    found = [tensor[0].item() for bucket in list(pack(reused(), 1000)) for _, tensor in unpack(bucket)]
+    assert found == [0, 1, 2]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("bucket_bytes", [50_000, 1 << 30])
+def test_a_written_version_loads_with_plain_transformers(tmp_path: Path, tied: bool, bucket_bytes: int) -> None:
+    model = tiny_llama(tokenizer := tiny_tokenizer(["hello"]), tied=tied)
+    model.config.dtype = torch.float32  # what a shell may still say, whatever the weights have become
+    shell = tmp_path / "shell"
+    model.config.save_pretrained(shell)
+    tokenizer.save_pretrained(shell)
+    folder = str(tmp_path / "versions" / "000000")
+    written = write_version(folder, model.state_dict().items(), str(shell), ABOUT, bucket_bytes)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    for name, value in model.state_dict().items():
+        assert loaded.state_dict()[name].dtype == torch.bfloat16
+        assert torch.equal(loaded.state_dict()[name], value)
+    names = {spec.name for bucket in read_version(folder) for spec in bucket.specs}
+    assert names == {spec.name for bucket in written for spec in bucket.specs}
+    assert ("lm_head.weight" in names) != tied
+    assert (Path(folder) / "tokenizer.json").exists()
+
+
+def test_a_version_may_live_behind_any_fsspec_url(tiny_model: Path) -> None:
+    versions = "memory://run/versions"
+    write_version(version_folder(versions, 3), [("w", torch.ones(5))], str(tiny_model), {**ABOUT, "version": 3})
+    assert complete_versions(versions) == [3]
+    assert [name for bucket in read_version(version_folder(versions, 3)) for name, _ in unpack(bucket)] == ["w"]
+
+
+def test_a_version_is_complete_only_with_its_version_json(tmp_path: Path, tiny_model: Path) -> None:
+    for version in (0, 10, 20):
+        write_version(version_folder(str(tmp_path), version), [("w", torch.ones(5))], str(tiny_model), ABOUT)
+    (tmp_path / "000010" / "version.json").unlink()
+    (tmp_path / ".000030.abc").mkdir()
+    assert complete_versions(str(tmp_path)) == [0, 20]
+    with pytest.raises(WeightsError, match="not a complete version"):
+        read_about(str(tmp_path / "000010"))
+    write_version(str(tmp_path / "000010"), [("w", torch.zeros(5))], str(tiny_model), ABOUT)
+    assert complete_versions(str(tmp_path)) == [0, 10, 20]
+
+
+def test_a_complete_version_is_never_rewritten_but_its_source_is_drained(tmp_path: Path, tiny_model: Path) -> None:
+    folder = str(tmp_path / "000000")
+    write_version(folder, [("w", torch.ones(5))], str(tiny_model), ABOUT)
+    source = iter([("w", torch.zeros(5))])
+    (bucket,) = write_version(folder, source, str(tiny_model), ABOUT)
+    assert next(source, None) is None
+    assert dict(unpack(bucket))["w"].tolist() == [1] * 5
+
+
+def test_a_damaged_or_missing_file_of_a_version_is_named(tmp_path: Path, tiny_model: Path) -> None:
+    folder = tmp_path / "000000"
+    write_version(str(folder), [("w", torch.ones(5))], str(tiny_model), ABOUT)
+    shard = folder / "model-00001-of-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(WeightsError, match=r"model-00001-of-00001.safetensors: checksum"):
+        list(read_version(str(folder)))
+    shard.unlink()
+    with pytest.raises(WeightsError, match=r"model-00001-of-00001.safetensors: missing"):
+        list(read_version(str(folder)))
+
+
+class Run:
+    """A run directory with a store of its own; `publish` writes a version whose one tensor holds `value`."""
+
+    def __init__(self, folder: Path, shell: Path, name: str) -> None:
+        self.name, self.folder, self.shell, self.versions = name, folder, str(shell), str(folder / "versions")
+        self.store = start_weight_store(name, str(folder / "store.json"))
+
+    def call(self, method: str, *args: object) -> object:
+        return ray.get(getattr(self.store, method).remote(*args), timeout=60)
+
+    def publish(self, version: int, value: float, reference: bool = False) -> WeightsId:
+        tensors = [("w", torch.full((5,), value))]
+        about = {"round": 0, "step": version}
+        return publish_version(
+            self.store, self.name, self.versions, version, tensors, self.shell, reference, about, timeout_s=60
+        )
+
+    def value(self, weights: object) -> float:
+        (bucket,) = weights.buckets  # type: ignore[attr-defined]
+        return dict(unpack(fetch(bucket, 30)))["w"][0].item()
+
+
+@pytest.fixture
+def run(local_ray: None, tmp_path: Path, tiny_model: Path) -> Iterator[Run]:
+    run = Run(tmp_path / "run", tiny_model, f"store-{tmp_path.name}")
+    run.call("attach", run.name, run.versions)
+    yield run
+    ray.kill(run.store)
+
+
+@pytest.mark.slow
+def test_published_weights_wake_a_waiting_reader(run: Run) -> None:
+    assert run.call("wait", None, 0.1) is None
+    waiting = run.store.wait.remote(None, 30)
+    run.publish(10, 1.0)
+    weights = ray.get(waiting, timeout=60)
+    assert weights.id == WeightsId(run.name, 10)
+    assert weights.about["step"] == 10
+    assert run.value(weights) == 1.0
+    assert run.call("wait", weights.id, 0.1) is None
+
+
+@pytest.mark.slow
+def test_weights_never_go_backwards_and_publishing_again_changes_nothing(run: Run) -> None:
+    run.publish(10, 1.0)
+    run.publish(20, 2.0)
+    assert run.publish(10, 1.0) == WeightsId(run.name, 20)
+    assert run.publish(20, 3.0) == WeightsId(run.name, 20)
+    assert run.value(run.call("wait", None, 5)) == 2.0
+
+
+@pytest.mark.slow
+def test_a_version_that_is_not_durable_does_not_go_live(run: Run) -> None:
+    (bucket,) = pack([("w", torch.ones(5))])
+    bucket = replace(bucket, data=ray.put(bucket.data))
+    with pytest.raises(WeightsError, match="not a complete version"):
+        run.call("publish", run.name, 10, False, [bucket])
+    with pytest.raises(WeightsError, match="is not attached"):
+        run.call("publish", "another", 10, False, [bucket])
+    assert run.call("wait", None, 0.1) is None
+
+
+@pytest.mark.slow
+def test_the_reference_stays_in_memory_and_older_versions_come_from_disk(run: Run) -> None:
+    for version, reference in ((0, False), (10, True), (20, False), (30, False)):
+        run.publish(version, float(version), reference)
+    assert run.value(run.call("get", run.name, 20)) == 20.0
+    for version in (10, 20):
+        shutil.rmtree(version_folder(run.versions, version))
+    assert run.value(run.call("get", run.name, 10)) == 10.0
+    with pytest.raises(WeightsError, match="not a complete version"):
+        run.call("get", run.name, 20)
+
+
+@pytest.mark.slow
+def test_a_killed_store_comes_back_with_the_latest_durable_version(run: Run) -> None:
+    run.publish(10, 1.0)
+    write_version(version_folder(run.versions, 20), [("w", torch.full((5,), 2.0))], run.shell, {**ABOUT, "version": 20})
+    ray.kill(run.store, no_restart=False)
+    weights = run.call("wait", WeightsId(run.name, 10), 30)
+    assert weights.id.version == 20
+    assert run.value(weights) == 2.0
+
+
+@pytest.mark.slow
+def test_weights_outlive_the_process_that_published_them(run: Run) -> None:
+    publisher = ray.remote(Run).options(num_cpus=0).remote(run.folder, Path(run.shell), run.name)
+    ray.get(publisher.publish.remote(10, 1.0), timeout=60)
+    weights = run.call("wait", None, 5)
+    ray.kill(publisher)
+    assert run.value(weights) == 1.0
+    assert np.all(run.value(run.call("wait", None, 5)) == 1.0)
+
+
+@pytest.mark.slow
+def test_a_store_serves_one_run_after_another(run: Run) -> None:
+    run.publish(10, 1.0)
+    other = str(run.folder / "other")
+    write_version(version_folder(other, 0), [("w", torch.full((5,), 7.0))], run.shell, ABOUT)
+    assert run.call("attach", "other", other) == WeightsId("other", 0)
+    weights = run.call("wait", WeightsId(run.name, 10), 5)
+    assert weights.id == WeightsId("other", 0)
+    assert run.value(weights) == 7.0
+    ray.kill(run.store, no_restart=False)
+    assert run.call("wait", None, 30).id == WeightsId("other", 0)
