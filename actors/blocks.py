@@ -1,7 +1,8 @@
-"""Blocks of rows on their way between stages: an object reference for speed, and a durable Parquet part for when it is gone.
+"""Blocks of rows on their way between stages: an object reference for speed, and a durable Parquet part for when it is
+gone.
 
-A stage is a list of parts, each made by one call. A part exists once it is complete, so a stage that was cut off makes only
-what is missing. The driver sees row counts and references, never the rows.
+A stage is a list of parts, each made by one call. A part exists once it is complete, so a stage that was cut off makes
+only what is missing. The driver sees row counts and references, never the rows.
 """
 
 import logging
@@ -79,10 +80,11 @@ def run_stage(
     window: int,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> list[Part]:
-    """Makes the parts 0..count-1 of a stage that are missing, at most `window` at a time; `start` makes one, and writes it.
+    """Makes the parts 0..count-1 of a stage that are missing, at most `window` at a time; `start` makes one, and
+    writes it.
 
-    A part whose process died is begun again. Raises StageError with the reason of a call that failed by itself, and when
-    nothing is completed for STALL_SECONDS.
+    A part whose process died is begun again. Raises StageError with the reason of a call that failed by itself, and
+    when nothing is completed for STALL_SECONDS.
     """
     parts: dict[int, Part] = {}
     present = set(out.names())

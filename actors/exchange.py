@@ -1,8 +1,8 @@
 """Rounds in, results out: the log through which the driver and the training ranks talk for the life of a driver.
 
-The ranks live in one long Ray Train run; the loop hands it a round at a time. Entries are numbered; a rank asks for the first
-one after the last it knows, with a time limit and never inside a collective. Results are keyed by (entry, step) and the first
-write wins, since a rank that came back from its checkpoint trains steps again that were reported already.
+The ranks live in one long Ray Train run; the loop hands it a round at a time. Entries are numbered; a rank asks for the
+first one after the last it knows, with a limit and never inside a collective. Results are keyed by (entry, step) and
+the first write wins, since a rank that came back from its checkpoint trains steps again that were reported already.
 """
 
 import asyncio
@@ -84,7 +84,8 @@ class Exchange:
             self._changed.notify_all()
 
     async def results(self, after_step: int, timeout_s: float) -> list[dict[str, Any]]:
-        """Results of the current entry beyond `after_step`, in order, as soon as there are any; empty after `timeout_s`.
+        """Results of the current entry beyond `after_step`, in order, as soon as there are any; empty after
+        `timeout_s`.
 
         Raises TrainingError with the ranks' reason when they gave up.
         """

@@ -1,4 +1,6 @@
-"""The fleet of a run: weight store, generators, reference and reward workers, trainer. Started before the loop, which uses it."""
+"""The fleet of a run: weight store, generators, reference and reward workers, trainer. Started before the loop, which
+uses it.
+"""
 
 import contextlib
 import logging
@@ -19,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from sampo_ray.actors.reference import build_reference_app
 from sampo_ray.actors.reward import build_reward_app
 from sampo_ray.actors.trainer import Trainer
-from sampo_ray.actors.weights import find_weight_store, publish_version, start_weight_store
+from sampo_ray.actors.weights import publish_version, start_weight_store
 from sampo_ray.chat import ChatFormat
 from sampo_ray.config import RunConfig
 from sampo_ray.runs import Place, Run
@@ -48,7 +50,7 @@ class Fleet:
 
     def attach(self, run: Run) -> None:
         """From now on the fleet works for this run: its weights are served, from its latest durable version."""
-        ray.get(self.store.attach.remote(run.id, run.versions.url), timeout=CALL_SECONDS)
+        attach(self.store, run)
 
 
 @contextlib.contextmanager
@@ -62,8 +64,7 @@ def open_fleet(run: Run, keep_serving: bool = False) -> Iterator[Fleet]:
     with contextlib.ExitStack() as stack:
         if not keep_serving:
             stack.callback(ray.kill, store)
-        ray.get(store.attach.remote(run.id, run.versions.url), timeout=CALL_SECONDS)
-        publish_base(run, store_name)
+        attach(store, run)
         trainer = Trainer(config.trainer, store_name, run.place.at("logs", "ray-train"))
         stack.callback(trainer.close)
         serve_config = config.serve
@@ -124,31 +125,35 @@ def last_words(error: RuntimeError) -> str:
     return (said or lines or ["an application could not be started"])[-1]
 
 
-def publish_base(run: Run, store: str) -> None:
-    """Makes the model that the run starts from its version 0, with the run's tokenizer and template. Done once."""
-    chat = ChatFormat.load(run.config.model.path, run.config.model.template)
-    if not run.place.at("tokenizer", "tokenizer_config.json").exists():
-        with run.place.at("tokenizer").draft() as draft:
-            chat.save(draft)
-            run.place.at("tokenizer").take(draft)
+def attach(store: ActorHandle, run: Run) -> None:
+    """Makes the store serve this run. A new run gets its tokenizer with its template, and its model as version 0."""
+    ray.get(store.attach.remote(run.id, run.versions.url), timeout=CALL_SECONDS)
+    tokenizer = run.place.at("tokenizer")
+    if not tokenizer.at("tokenizer_config.json").exists():
+        with tokenizer.draft() as draft:
+            ChatFormat.load(run.config.model.path, run.config.model.template).save(draft)
+            tokenizer.take(draft)
     if not run.versions.at("000000", "version.json").exists():
         ray.get(_publish_base.remote(run.config.model.path, run.place, run.id, store), timeout=BASE_SECONDS)
 
 
 @ray.remote(num_cpus=0.5, max_retries=1)
-def _publish_base(path: str, place: Place, run_id: str, store: str) -> None:
+def _publish_base(path: str, place: Place, run_id: str, store: ActorHandle) -> None:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, use_safetensors=True)
     with place.at("tokenizer").on_disk() as tokenizer:
         chat = ChatFormat.load(tokenizer, "tokenizer")
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
-    model.generation_config.eos_token_id = [chat.end_of_turn_id, *(e for e in ends if e not in (None, chat.end_of_turn_id))]
+    model.generation_config.eos_token_id = [
+        chat.end_of_turn_id,
+        *(e for e in ends if e not in (None, chat.end_of_turn_id)),
+    ]
     with tempfile.TemporaryDirectory(prefix="sampo-") as shell:
         model.config.save_pretrained(shell)
         model.generation_config.save_pretrained(shell)
         chat.save(shell)
         publish_version(
-            find_weight_store(store),
+            store,
             run_id,
             place.at("versions").url,
             0,

@@ -1,4 +1,4 @@
-"""Reference workers: the trainer's own forward, without gradients, over the same rows; one log-prob a response token."""
+"""Reference workers: the trainer's own forward, without gradients, over the same rows; a log-prob a token."""
 
 import logging
 import time
@@ -46,7 +46,9 @@ def score_pairs(policy: Policy, pairs: pa.Table, batch_size: int, tokens_per_row
 
 
 class ReferenceWorker:
-    """Serve replica that holds one version of the policy and scores pairs with it; each call names the version it wants."""
+    """Serve replica that holds one version of the policy and scores pairs with it; each call names the version it
+    wants.
+    """
 
     def __init__(self, store: str, threads: int | None) -> None:
         if threads:

@@ -48,7 +48,9 @@ def _tokenize(out: Place, source: str, kind: str, tokenizer: Place, data: DataCo
 
 
 def tokenize(out: Place, source: str, kind: str, tokenizer: Place, data: DataConfig) -> dict[str, Any]:
-    """Tokenizes preference pairs or prompts once for the whole run; returns rows by part, and counts of the rows left out."""
+    """Tokenizes preference pairs or prompts once for the whole run; returns rows by part, and counts of the rows left
+    out.
+    """
     return ray.get(_tokenize.remote(out, source, kind, tokenizer, data), timeout=TOKENIZE_SECONDS)
 
 
@@ -76,7 +78,7 @@ def sample(
     window: int,
     progress: Progress,
 ) -> list[Part]:
-    """Rollouts: COMPLETIONS for each part of prompts, drawn from the given (run, version). One call is one prompt x n."""
+    """Rollouts: COMPLETIONS for each part of prompts, drawn from (run, version) `weights`. A call is a prompt x n."""
 
     def start(index: int, place: Place) -> ray.ObjectRef:
         block = prompts[index].argument()
@@ -142,9 +144,7 @@ def reference(
     def start(index: int, place: Place) -> ray.ObjectRef:
         block = pairs[index].argument()
         run, version = weights
-        return as_ref(
-            references.score.remote(block, run, version, versions.url, batch_size, tokens_per_row, place.url)
-        )
+        return as_ref(references.score.remote(block, run, version, versions.url, batch_size, tokens_per_row, place.url))
 
     return run_stage(out, len(pairs), start, window, progress)
 

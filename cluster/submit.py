@@ -5,6 +5,7 @@ that the recipe names must be reachable from the cluster: hub names, URLs, or ab
 """
 
 import asyncio
+import logging
 import os
 import shlex
 import tempfile
@@ -15,6 +16,7 @@ from typing import Any
 
 import aiohttp
 import requests
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from rich.console import Console
 
@@ -124,12 +126,18 @@ def _connect(address: str) -> JobSubmissionClient:
     for variable in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
         if os.environ.get(variable, address) != address:
             raise SubmitError(f"--address {address}: {variable} is set and Ray would use that instead; unset it")
+    logging.getLogger("ray.dashboard").setLevel(logging.WARNING)  # it tells of every upload
     try:
         return _Client(address)
     except (ConnectionError, requests.RequestException) as error:
         raise SubmitError(
             f"--address {address}: no Ray job server answers there within {REQUEST_SECONDS:.0f} s "
             "(is it the dashboard's address, and does the cluster run ray[default]?)"
+        ) from error
+    except AuthenticationError as error:
+        raise SubmitError(
+            f"--address {address}: the cluster asks for its token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN "
+            "unless the token is in ~/.ray/auth_token"
         ) from error
     except (RuntimeError, ValueError, KeyError) as error:
         raise SubmitError(f"--address {address}: {error}") from error

@@ -1,8 +1,9 @@
-"""Attention over rows of segments: chosen and rejected share one prompt, and pairs that share a row never see each other.
+"""Attention over rows of segments: chosen and rejected share one prompt, and pairs that share a row never see each
+other.
 
-Registered with transformers as `sampo_segments`; the row's segments travel as the keyword argument `segments`. Each pair costs
-two calls, one causal over prompt and chosen, one of rejected over prompt and rejected. A call sees one pair only, so on CPU
-its bits do not depend on what else is in the row.
+Registered with transformers as `sampo_segments`; the row's segments travel as the keyword argument `segments`. Each
+pair costs two calls, one causal over prompt and chosen, one of rejected over prompt and rejected. A call sees one pair
+only, so on CPU its bits do not depend on what else is in the row.
 """
 
 import torch
@@ -55,9 +56,7 @@ def segment_attention(
         )
         keys, values = (torch.cat([x[:, :, prompt], x[:, :, rejected]], dim=2) for x in (key, value))
         mask = causal_lower_right(pair.rejected, pair.prompt + pair.rejected)
-        outputs.append(
-            scaled_dot_product_attention(query[:, :, rejected], keys, values, attn_mask=mask, scale=scaling)
-        )
+        outputs.append(scaled_dot_product_attention(query[:, :, rejected], keys, values, attn_mask=mask, scale=scaling))
         at = pair.end
     fill = query.shape[2] - at
     if fill:

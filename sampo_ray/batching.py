@@ -1,7 +1,7 @@
 """From tokens to rows: which pairs share a step, a rank and a row, planned from lengths alone.
 
-The plan of a round is a pure function of (lengths, batch size, tokens a row, world size, seed, round), so every rank computes
-it for itself and a restarted one finds its place. Which pairs share a row does not depend on the world size.
+The plan of a round is a pure function of (lengths, batch size, tokens a row, world size, seed, round), so every rank
+computes it for itself and a restarted one finds its place. Which pairs share a row does not depend on the world size.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-# Rows are filled up to a multiple of this many tokens: matrix kernels take other paths for a few rows, and so round differently.
+# Rows are filled up to a multiple of this many tokens: matrix kernels take other paths for a few rows, and so round
+# differently.
 ROW_MULTIPLE = 64
 
 Lengths = Int64[np.ndarray, "pairs 3"]
@@ -41,8 +42,8 @@ def plan_round(
 ) -> Iterator[Step]:
     """The steps of a round, in order, numbered from 1.
 
-    The first epoch takes the pairs as they are stored (stored order is shuffled already); later ones are permuted. Every rank
-    gets the same number of rows, since each row is a collective operation: missing ones are empty.
+    The first epoch takes the pairs as they are stored (stored order is shuffled already); later ones are permuted.
+    Every rank gets the same number of rows, since each row is a collective operation: missing ones are empty.
     """
     index = 0
     for epoch in range(epochs):
@@ -88,7 +89,7 @@ def deal(rows: list[np.ndarray], lengths: Lengths, world: int) -> tuple[tuple[np
 
 @dataclass(frozen=True)
 class Segments:
-    """Where one pair lies in a row: its prompt, computed once, then chosen, then rejected; both attend to the prompt."""
+    """Where one pair lies in a row: its prompt, computed once, then chosen, then rejected; both see the prompt."""
 
     start: int
     prompt: int

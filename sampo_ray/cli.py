@@ -31,7 +31,9 @@ LOCAL_CPUS = 16
 def train(
     recipe: Annotated[Path | None, typer.Argument(help="YAML recipe", show_default=False)] = None,
     overrides: Overrides = None,
-    resume: Annotated[str | None, typer.Option(help="Go on with the run in this directory.", show_default=False)] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="Go on with the run in this directory.", show_default=False)
+    ] = None,
     dry_run: Annotated[bool, typer.Option(help="Check everything, print the configuration, start nothing.")] = False,
     serve: Annotated[bool, typer.Option(help="Keep the live endpoint up when the run has ended.")] = False,
 ) -> None:
@@ -57,7 +59,9 @@ def demo(
     directory: Annotated[Path, typer.Option("--dir", help="Where the demo's run directories go.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Seed of data, model and runs.")] = 0,
 ) -> None:
-    """Base, DPO, Iterative DPO and Iterative SamPO on a small task, made, trained, served and compared on this machine."""
+    """Base, DPO, Iterative DPO and Iterative SamPO on a small task, made, trained, served and compared on this
+    machine.
+    """
     from sampo_ray.demo_run import run_demo
 
     with readable_errors():
@@ -128,14 +132,18 @@ def run_training(config: RunConfig, resume: str | None, keep_serving: bool) -> N
         run.log = stack.enter_context(open_trackers(config, run.place, run.id))
         with display.stage("start", None, "engines"):
             fleet = stack.enter_context(open_fleet(run, keep_serving))
-        if fleet.endpoint:
-            display.note(f"live policy: {fleet.endpoint}/v1")
+        announce(display, fleet.endpoint)
         with on_failure(display, run.place.url):
             export = iterate(run, fleet, display)
         display.note(f"model: {export.url}")
         if keep_serving and fleet.endpoint:
             display.note(curl_line(fleet.endpoint, bool(config.serve.api_keys)))
             wait_for_interrupt(display)
+
+
+def announce(display: Any, endpoint: str | None) -> None:
+    if endpoint:
+        display.note(f"live policy: {endpoint}/v1 (model `policy`)")
 
 
 def curl_line(endpoint: str, keyed: bool) -> str:
@@ -164,7 +172,9 @@ def on_failure(display: Any, run_dir: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def ray_cluster() -> Iterator[dict[str, float]]:
-    """Joins the cluster that RAY_ADDRESS names, or starts a Ray of our own; yields its resources. Its logs go to files."""
+    """Joins the cluster that RAY_ADDRESS names, or starts a Ray of our own; yields its resources. Its logs go to
+    files.
+    """
     import ray
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "sampo"}

@@ -122,7 +122,7 @@ class OptimConfig(Section):
 class RolloutConfig(Section):
     prompts: int | None = Field(None, ge=1)
     """Prompts a round (online). Default: all of `data.prompts`, split evenly over the rounds."""
-    samples: int = Field(4, ge=2)
+    samples: int = Field(4, ge=1)
     """Completions a prompt; the best is paired with the worst."""
     temperature: float = Field(0.8, gt=0)
     """Sampling temperature."""
@@ -217,8 +217,8 @@ class ServeConfig(Section):
     port: int = Field(8000, ge=0, le=65535)
     """Port of the endpoint; 0 picks a free one."""
     api_keys: tuple[SecretStr, ...] = Field(default_factory=_keys_from_environment)
-    """Keys accepted as `Authorization: Bearer ...`; none means an open (loopback) endpoint. Default: those of the environment
-    variable SAMPO_API_KEYS, separated by commas; they are never written to the run directory."""
+    """Keys accepted as `Authorization: Bearer ...`; none means an open (loopback) endpoint. Default: those of the
+    environment variable SAMPO_API_KEYS, separated by commas; they are never written to the run directory."""
     max_body_bytes: int = Field(1 << 20, ge=1024)
     """Largest request body."""
     request_timeout_s: float = Field(300.0, gt=0)
@@ -275,6 +275,10 @@ class RunConfig(Section):
             raise ValueError("data.prompts is missing; rounds.mode=online samples for prompts, so name a file")
         if self.online and not (self.reward.function or self.reward.model):
             raise ValueError("reward.function or reward.model is missing; rounds.mode=online needs a reward source")
+        if self.online and self.rollout.samples < 2:
+            raise ValueError(
+                f"rollout.samples={self.rollout.samples} gives no pairs; rounds.mode=online needs 2 or more"
+            )
         if self.online and self.rollout.max_tokens >= self.data.max_length:
             raise ValueError(
                 f"rollout.max_tokens={self.rollout.max_tokens} leaves no room for a prompt within "

@@ -1,7 +1,8 @@
 """bf16 arithmetic on CPUs without bf16 instructions: the same products, summed in fp32, through fp32 kernels.
 
-A product of two bf16 numbers is exact in fp32, so a bf16 matrix product done in fp32 and rounded once is what bf16 hardware
-computes. torch's own fallback on such CPUs (AVX2) was measured 5 times (forward) and 25 times (backward) slower.
+A product of two bf16 numbers is exact in fp32, so a bf16 matrix product done in fp32 and rounded once is what bf16
+hardware computes. torch's own fallback on such CPUs (AVX2) was measured 5 times (forward) and 25 times (backward)
+slower.
 """
 
 import functools
@@ -42,7 +43,7 @@ def _forward(self: nn.Linear, x: Tensor) -> Tensor:
 
 
 def use_fp32_kernels(model: nn.Module) -> None:
-    """Makes the linear layers of a bf16 model compute through fp32 where the CPU has no bf16; elsewhere does nothing."""
+    """Makes the linear layers of a bf16 model compute through fp32 where the CPU has no bf16; else does nothing."""
     for module in model.modules():
         if type(module) is nn.Linear and wants_fp32(module.weight):
             module.forward = functools.partial(_forward, module)

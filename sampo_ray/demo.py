@@ -293,4 +293,8 @@ def _wilson(successes: int, count: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def _percent(value: float, low: float | None, high: float | None) -> str:
-    return f"{100 * value:.1f}" if low is None or high is None else f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    return (
+        f"{100 * value:.1f}"
+        if low is None or high is None
+        else f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    )

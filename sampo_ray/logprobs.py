@@ -1,7 +1,8 @@
 """From hidden states to token log-probabilities, only at the positions that are asked for, in tiles.
 
-Neither forward nor backward ever holds a [tokens, vocabulary] tensor: rows are taken a tile at a time and computed again in the
-backward pass. Tiles have a fixed shape, so that a row's result does not depend on how many others are asked for.
+Neither forward nor backward ever holds a [tokens, vocabulary] tensor: rows are taken a tile at a time and computed
+again in the backward pass. Tiles have a fixed shape, so that a row's result does not depend on how many others are
+asked for.
 """
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 
 def tile_rows(device: torch.device) -> int:
-    """Rows of one tile: enough to keep the device busy, few enough that a tile of a 128k vocabulary stays below 1 GB."""
+    """Rows of one tile: enough to keep the device busy, few enough that a tile of a 128k vocabulary is below 1 GB."""
     return 64 if device.type == "cpu" else 1024
 
 
@@ -85,7 +86,9 @@ def token_logprobs(
 
 
 class TiledHead(nn.Module):
-    """Takes the place of a model's output embedding; a module of its own, so that ZeRO-3 gathers its weight around the call."""
+    """Takes the place of a model's output embedding; a module of its own, so that ZeRO-3 gathers its weight around the
+    call.
+    """
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()

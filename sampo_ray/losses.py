@@ -32,7 +32,9 @@ def sigmoid(ratios: SequenceLogRatios, settings: LossSettings) -> Float[Tensor, 
 
 
 def ipo(ratios: SequenceLogRatios, settings: LossSettings) -> Float[Tensor, " pairs"]:
-    """(mean r^w - mean r^l - 1/(2 beta))^2: IPO (Azar et al. 2023, Eq. 17), log-ratios averaged over the counted tokens."""
+    """(mean r^w - mean r^l - 1/(2 beta))^2: IPO (Azar et al. 2023, Eq. 17), log-ratios averaged over the counted
+    tokens.
+    """
     margin = ratios.chosen / ratios.chosen_tokens - ratios.rejected / ratios.rejected_tokens
     return (margin - 1 / (2 * settings.beta)) ** 2
 

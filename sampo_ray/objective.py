@@ -1,4 +1,6 @@
-"""One row's contribution to a training step: losses of its pairs, and the sums that metrics are made of. No Ray, no DeepSpeed."""
+"""One row's contribution to a training step: losses of its pairs, and the sums that metrics are made of. No Ray, no
+DeepSpeed.
+"""
 
 from dataclasses import dataclass
 
@@ -25,7 +27,9 @@ METRICS = (
     "chosen_logratio_per_token",
     "rejected_logratio_per_token",
 )
-"""Means over the pairs of a step. margin = beta * (s_w - s_l), accuracy = share with margin > 0, rewards in beta * nats."""
+"""Means over the pairs of a step. margin = beta * (s_w - s_l), accuracy = share with margin > 0, rewards in beta *
+nats.
+"""
 
 IDLE_PAIR = pa.table({name: [[0]] for name in ("prompt", "chosen", "rejected")})
 
@@ -42,7 +46,7 @@ class Draw:
 def row_positions(method: MethodConfig, draw: Draw, pairs: pa.Table) -> tuple[list[Positions], list[Positions]]:
     """The token positions of each pair that the policy, and that the reference, is summed over.
 
-    They are the same (one mask for the log-ratio of Eq. 10) unless `method.mask` is `independent`, which draws again for
+    They are the same (one mask, Eq. 10) unless `method.mask` is `independent`, which draws again for
     the reference as the authors' code does.
     """
     reduction = REDUCTIONS[method.reduction]
@@ -59,7 +63,9 @@ def row_positions(method: MethodConfig, draw: Draw, pairs: pa.Table) -> tuple[li
 def row_losses(
     policy: nn.Module, row: Row, pairs: pa.Table, method: MethodConfig, draw: Draw
 ) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " metrics"]]:
-    """Losses of a row's pairs (a REFERENCE block, at least one pair), and the sums over them of METRICS (detached, fp32)."""
+    """Losses of a row's pairs (a REFERENCE block, at least one pair), and the sums over them of METRICS (detached,
+    fp32).
+    """
     positions, reference_positions = row_positions(method, draw, pairs)
     chosen, rejected = pair_logprobs(policy, row, positions)
     reference = [
@@ -79,7 +85,7 @@ def row_losses(
 def idle_loss(policy: nn.Module, device: torch.device) -> Tensor:
     """A rank's part in a row that only others have: exactly zero, with a gradient of zeros for every parameter.
 
-    A parameter without a gradient would take no part in the reduction, and the ranks would wait for each other's next one.
+    A parameter without a gradient would take no part in the reduction, and the ranks would mismatch.
     """
     row = assemble(IDLE_PAIR).to(device)
     chosen, _ = pair_logprobs(policy, row, [Positions(np.zeros(1, np.int64), np.zeros(1, np.int64))])

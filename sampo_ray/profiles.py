@@ -1,4 +1,4 @@
-"""Profiles: how large a run is on the machines it finds. Fills what the configuration leaves open; nothing else does."""
+"""Profiles: how large a run is on the machines it finds. They fill what the configuration leaves open."""
 
 import math
 from collections.abc import Mapping
@@ -14,8 +14,9 @@ CLUSTER_GPUS = 4
 def resolve(config: RunConfig, resources: Mapping[str, float], cores: int) -> tuple[RunConfig, list[str]]:
     """The configuration with every open size filled in, and notes on what was made smaller than asked for.
 
-    `resources` are those of the Ray cluster (CPU, GPU), `cores` the real cores of this machine. `auto` becomes `cluster`
-    where there are GPUs enough, else `laptop`, on which a recipe for GPUs runs with fewer workers and replicas.
+    `resources` are those of the Ray cluster (CPU, GPU), `cores` the real cores of this machine. `auto` becomes
+    `cluster` where there are GPUs enough, else `laptop`, on which a recipe for GPUs runs with fewer workers and
+    replicas.
 
     Raises ConfigError when the cluster profile is asked for by name and there are too few GPUs.
     """
@@ -84,7 +85,10 @@ def _cluster(config: RunConfig, gpus: int) -> dict[str, dict[str, Any]]:
 
 
 def _changes(config: RunConfig, plan: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Any, Any]]:
-    asked = {"trainer": config.trainer, **{n: getattr(config.fleet, n) for n in ("generators", "references", "rewards")}}
+    asked = {
+        "trainer": config.trainer,
+        **{n: getattr(config.fleet, n) for n in ("generators", "references", "rewards")},
+    }
     return [
         (f"{'' if part == 'trainer' else 'fleet.'}{part}.{name}", getattr(asked[part], name), value)
         for part, values in plan.items()

@@ -1,8 +1,8 @@
 """Length reduction: which response tokens of a pair count, and how their log-ratios become one number a response.
 
-A log-ratio is r_t = log pi(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t), in nats. SamPO's contribution is `sample`: chosen and
-rejected are down-sampled to the same number of tokens, so that the implicit reward no longer grows with length
-(Lu et al., EMNLP 2024, arXiv 2406.10957, Eq. 10).
+A log-ratio is r_t = log pi(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t), in nats. SamPO's contribution is `sample`:
+chosen and rejected are down-sampled to the same number of tokens, so that the implicit reward no longer grows with
+length (Lu et al., EMNLP 2024, arXiv 2406.10957, Eq. 10).
 """
 
 import hashlib
@@ -91,7 +91,9 @@ def _top_k(chosen: Tensor, rejected: Tensor, length_w: int, length_l: int) -> tu
 
 @dataclass(frozen=True)
 class Reduction:
-    """`positions` says, from lengths alone, which tokens need log-probs; `reduce` makes one pair's log-ratios two numbers."""
+    """`positions` says, from lengths alone, which tokens need log-probs; `reduce` makes one pair's log-ratios two
+    numbers.
+    """
 
     positions: Callable[..., Positions]
     reduce: Reduce
@@ -103,8 +105,8 @@ REDUCTIONS: dict[str, Reduction] = {
     "sample": Reduction(sampled_positions, _sum),
     "top_k": Reduction(all_positions, _top_k),
 }
-"""sum: plain DPO (Eq. 7). average: means, rescaled by (T_w + T_l)/2 (Eq. 9). sample: SamPO (Eq. 10). top_k: as `sample`,
-but the tokens with the largest log-ratios (Appendix G, an ablation)."""
+"""sum: plain DPO (Eq. 7). average: means, rescaled by (T_w + T_l)/2 (Eq. 9). sample: SamPO (Eq. 10). top_k: as
+`sample`, but the tokens with the largest log-ratios (Appendix G, an ablation)."""
 
 
 def reduce_pairs(

@@ -37,7 +37,9 @@ def tokenized(run: Run, display: Display) -> list[Part]:
         run.save()
     found = run.manifest.data
     dropped = "".join(f", {n} dropped: {reason}" for reason, n in found["dropped"].items())
-    display.note(f"{sum(found['rows'])} {'prompts' if config.online else 'pairs'} of {found['rows_read']} rows{dropped}")
+    display.note(
+        f"{sum(found['rows'])} {'prompts' if config.online else 'pairs'} of {found['rows_read']} rows{dropped}"
+    )
     if found["prompts_cut"] or found["responses_cut"]:
         display.note(f"cut to length: {found['prompts_cut']} prompts, {found['responses_cut']} responses")
     return parts_of(place, found["rows"])
@@ -119,7 +121,9 @@ class Round:
         """The round's pairs in training order, in parts of whole global batches."""
         total = sum(part.rows for part in source)
         if not total:
-            raise StageError(f"round {self.index + 1} has no preference pairs; look at the reward source and the prompts")
+            raise StageError(
+                f"round {self.index + 1} has no preference pairs; look at the reward source and the prompts"
+            )
         order = np.random.default_rng([self.config.run.seed, 1, self.index]).permutation(total)
         if self.config.rounds.data == "split":
             order = np.random.default_rng([self.config.run.seed, 1]).permutation(total)
@@ -162,7 +166,7 @@ class Round:
         self._record.stages["train"] = {"steps": work.steps, "seconds": round(time.monotonic() - started, 2)}
 
     def record(self, result: dict[str, Any]) -> None:
-        """Takes down a step: its metrics, its version and, in the manifest, its checkpoint; clears what these replace."""
+        """Takes down a step: metrics, version and, in the manifest, its checkpoint; clears what they replace."""
         checkpoint, published = result.pop("checkpoint", None), result.pop("published", False)
         self.run.record(result)
         self.display.metrics(result)

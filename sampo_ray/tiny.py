@@ -1,4 +1,6 @@
-"""Small Llama-3-architecture models and tokenizers, made on the spot: for the demo, for tests and for trying a recipe out."""
+"""Small Llama-3-architecture models and tokenizers, made on the spot: for the demo, for tests and for trying a recipe
+out.
+"""
 
 from collections.abc import Iterable
 
@@ -16,7 +18,9 @@ SPECIAL_TOKENS = (
 
 
 def tiny_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE on `texts` with Llama-3's special tokens in front and every digit a token; it encodes any text."""
+    """Trains a byte-level BPE on `texts` with Llama-3's special tokens in front and every digit a token; it encodes
+    any text.
+    """
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

@@ -29,7 +29,8 @@ def check(config: RunConfig) -> None:
     positions = getattr(model, "max_position_embeddings", None)
     if positions is not None and config.data.max_length > positions:
         raise ConfigError(
-            f"data.max_length={config.data.max_length} is more than the {positions} positions of {path!r}; make it smaller"
+            f"data.max_length={config.data.max_length} is more than the {positions} positions of {path!r}; "
+            "make it smaller"
         )
     chat = ChatFormat.load(path, config.model.template)
     if len(chat.tokenizer) > model.vocab_size:

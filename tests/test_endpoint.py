@@ -276,12 +276,11 @@ def test_a_swap_on_the_way_is_named_in_the_answer(endpoint: Endpoint) -> None:
     assert endpoint.client().models.list().data[0].metadata["version"] == before + 1
 
 
-def test_a_request_that_takes_too_long_is_a_504(endpoint: Endpoint) -> None:
+def test_a_request_that_takes_too_long_ends_with_a_504_or_an_error_in_its_stream(endpoint: Endpoint) -> None:
     answer = httpx.post(f"{endpoint.hasty}/v1/chat/completions", json=LONG, timeout=30)
     assert answer.status_code == 504
     assert "longer" in message(answer)
     with httpx.stream("POST", f"{endpoint.hasty}/v1/chat/completions", json={**LONG, "stream": True}) as stream:
-        assert stream.status_code == 200
         last = [line for line in stream.iter_lines() if line][-1]
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
 

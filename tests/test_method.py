@@ -51,7 +51,9 @@ def test_each_part_of_the_key_changes_the_mask(changed):
 
 def test_the_independent_draw_differs_from_the_policy_s():
     key = MaskKey(0, 0, 0, "a")
-    assert not np.array_equal(sampled_positions(key, 200, 100).chosen, sampled_positions(key, 200, 100, stream=1).chosen)
+    assert not np.array_equal(
+        sampled_positions(key, 200, 100).chosen, sampled_positions(key, 200, 100, stream=1).chosen
+    )
 
 
 def test_expected_sampled_sum_is_the_scaled_sum():
@@ -192,7 +194,9 @@ def test_policy_equal_to_reference_gives_delta_zero_exactly(policy, reduction, l
 
 def test_a_pair_s_loss_does_not_depend_on_what_shares_its_row(policy):
     pairs = with_reference(policy, random_pairs(8, seed=5))
-    ref = pa.array([[x - 0.1 * i for i, x in enumerate(r)] for r in pairs["chosen_ref"].to_pylist()], pa.list_(pa.float32()))
+    ref = pa.array(
+        [[x - 0.1 * i for i, x in enumerate(r)] for r in pairs["chosen_ref"].to_pylist()], pa.list_(pa.float32())
+    )
     pairs = pairs.set_column(pairs.schema.get_field_index("chosen_ref"), "chosen_ref", ref)
     method = MethodConfig(reduction="sample")
     together, _ = row_losses(policy, assemble(pairs), pairs, method, DRAW)

@@ -32,7 +32,7 @@ from sampo_ray.chat import ChatFormat
 from sampo_ray.config import GeneratorsConfig
 from sampo_ray.tiny import tiny_llama
 
-LONG = "What is two plus three? The answer is five. " * 6  # more than one block of the prefix cache (128 tokens)
+LONG = "What is two plus three? The answer is five. " * 14  # more than one block of the prefix cache (128 tokens)
 
 
 def test_a_draw_is_seeded_by_run_seed_prompt_and_sample_alone() -> None:

@@ -93,7 +93,11 @@ def test_a_remote_run_directory_works_like_a_local_one(tmp_path):
     run = new_run("memory://run-directory")
     run.record({"round": 0, "step": 1, "version": 1, "loss": 0.5})
     assert open_run("memory://run-directory").metrics() == run.metrics() != []
-    with exclusive("memory://run-directory"), pytest.raises(ConfigError, match="in use"), exclusive("memory://run-directory"):
+    with (
+        exclusive("memory://run-directory"),
+        pytest.raises(ConfigError, match="in use"),
+        exclusive("memory://run-directory"),
+    ):
         pass
     draft = tmp_path / "checkpoint"
     draft.mkdir()
@@ -121,7 +125,11 @@ checkpoints = st.builds(
 )
 
 
-@given(st.builds(Manifest, id=st.text(max_size=8), rounds=st.lists(records, max_size=4), checkpoint=st.none() | checkpoints))
+@given(
+    st.builds(
+        Manifest, id=st.text(max_size=8), rounds=st.lists(records, max_size=4), checkpoint=st.none() | checkpoints
+    )
+)
 @settings(max_examples=50)
 def test_any_manifest_survives_being_written(manifest):
     assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest

@@ -1,7 +1,9 @@
 """Runs as jobs on an existing cluster."""
 
+import contextlib
 import io
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -9,13 +11,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 import requests
-from ray.job_submission import JobStatus, JobSubmissionClient
 from rich.console import Console
 
 from sampo_ray.cluster import submit as job
@@ -91,6 +93,82 @@ def test_an_environment_that_would_overrule_the_address_is_named(tmp_path, monke
         job.submit_entrypoint("true", tmp_path, "http://127.0.0.1:8265", Console(file=io.StringIO()))
 
 
+@dataclass(frozen=True)
+class Cluster:
+    address: str
+    env: dict[str, str]
+    """For processes that belong to the cluster and for those that talk to it: it asks for a token, as Ray advises."""
+
+    def follower(self, command: str, folder: Path, log: Path) -> subprocess.Popen[bytes]:
+        """A process that submits `command` and follows it, writing to `log`."""
+        code = (
+            "import sys, pathlib; from rich.console import Console\n"
+            "from sampo_ray.cluster.submit import submit_entrypoint\n"
+            "sys.exit(submit_entrypoint(sys.argv[1], pathlib.Path(sys.argv[2]), sys.argv[3], Console()))"
+        )
+        with log.open("wb") as out:
+            arguments = [sys.executable, "-c", code, command, str(folder), self.address]
+            return subprocess.Popen(arguments, env=self.env, stdout=out, stderr=out)
+
+    def run(self, command: str, folder: Path) -> tuple[int, str]:
+        """Exit status and output of `command`, run as a job in a copy of `folder`."""
+        with tempfile.TemporaryDirectory() as outside:
+            log = Path(outside) / "out.log"
+            status = self.follower(command, folder, log).wait(timeout=240)
+            return status, log.read_text()
+
+    def request(self, method: str, path: str) -> requests.Response:
+        headers = {"Authorization": f"Bearer {self.env['RAY_AUTH_TOKEN']}"}
+        return requests.request(method, f"{self.address}{path}", headers=headers, timeout=30)
+
+    def ready(self) -> bool:
+        try:
+            return self.request("GET", "/api/version").ok
+        except requests.RequestException:
+            return False
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A cluster of two nodes on this machine, started as a user does."""
+    gcs, dashboard, ray_client = free_ports(3)
+    scratch = tempfile.mkdtemp(prefix="ray-")  # short: socket paths have a limit
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    env |= {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", MARK: scratch}
+    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    running = Cluster(f"http://127.0.0.1:{dashboard}", env)
+    start = ["ray", "start", "--disable-usage-stats", "--num-cpus=4", "--object-store-memory=200000000"]
+    head = [f"--temp-dir={scratch}", "--head", f"--port={gcs}", f"--ray-client-server-port={ray_client}"]
+    try:
+        subprocess.run([*start, *head, f"--dashboard-port={dashboard}"], env=env, check=True, timeout=240)
+        address = (Path(scratch) / "ray_current_cluster").read_text().strip()
+        subprocess.run([*start, f"--address={address}"], env=env, check=True, timeout=240)
+        wait_until(running.ready, "job server", 120)
+        yield running
+    finally:
+        stop(scratch)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+MARK = "SAMPO_TEST_CLUSTER"
+"""Every process of the test's cluster inherits this, so that it can be found; `ray stop` would end other people's."""
+
+
+def stop(scratch: str) -> None:
+    processes = [process for process in psutil.process_iter() if mark_of(process) == scratch]
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=20)
+
+
+def mark_of(process: psutil.Process) -> str | None:
+    try:
+        return process.environ().get(MARK)
+    except psutil.Error:
+        return None
+
+
 def free_ports(count: int) -> list[int]:
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [each.getsockname()[1] for each in sockets]
@@ -99,67 +177,11 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    """The dashboard address of a cluster of two nodes on this machine, started as a user does."""
-    gcs, dashboard = free_ports(2)
-    scratch = tempfile.mkdtemp(prefix="ray-")  # short: socket paths have a limit
-    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
-    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", "--num-cpus=4"]
-    start += ["--object-store-memory=200000000"]
-    head = [
-        f"--temp-dir={scratch}",
-        "--head",
-        f"--port={gcs}",
-        "--dashboard-host=127.0.0.1",
-        f"--dashboard-port={dashboard}",
-    ]
-    head += ["--node-ip-address=127.0.0.1", "--ray-client-server-port=0"]
-    nodes: list[subprocess.Popen[bytes]] = []
-    address = f"http://127.0.0.1:{dashboard}"
-    try:
-        for options in (head, [f"--address=127.0.0.1:{gcs}", "--node-ip-address=127.0.0.1"]):
-            with open(Path(scratch) / f"node-{len(nodes)}.log", "wb") as log:
-                nodes.append(subprocess.Popen([*start, *options], env=env, cwd=scratch, stdout=log, stderr=log))
-            wait_until(lambda: alive_nodes(address) == len(nodes), f"{len(nodes)} nodes", 120)
-        yield address
-    finally:
-        stop(nodes)
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def alive_nodes(address: str) -> int:
-    try:
-        listed = requests.get(f"{address}/api/v0/nodes", timeout=10).json()
-        return sum(node["state"] == "ALIVE" for node in listed["data"]["result"]["result"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
-
-
-def wait_until(true, what: str, seconds: float) -> None:
+def wait_until(true: Callable[[], bool], what: str, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, f"no {what} within {seconds} s"
         time.sleep(0.5)
-
-
-def stop(nodes: list[subprocess.Popen[bytes]]) -> None:
-    """Ends these nodes and what they started, by process id: other clusters of this machine stay."""
-    running = [psutil.Process(node.pid) for node in nodes if node.poll() is None]
-    family = [*running, *(child for node in running for child in node.children(recursive=True))]
-    for node in running:
-        node.terminate()
-    _, left = psutil.wait_procs(family, timeout=20)
-    for process in left:
-        process.kill()
-    for node in nodes:
-        node.wait(timeout=20)
-
-
-def submitted(command: str, folder: Path, address: str) -> tuple[int, str]:
-    out = io.StringIO()
-    return job.submit_entrypoint(command, folder, address, Console(file=out)), out.getvalue()
 
 
 @pytest.mark.slow
@@ -169,7 +191,7 @@ def test_a_job_runs_over_both_nodes_with_the_package_that_travels_with_it(cluste
         "ray.init(log_to_driver=False)\n"
         "print(len(ray.nodes()), 'nodes', sampo_ray.__file__, sampo_ray.actors.__file__)\n"
     )
-    status, output = submitted("python probe.py", tmp_path, cluster)
+    status, output = cluster.run("python probe.py", tmp_path)
     assert status == 0, output
     assert "2 nodes" in output and "succeeded" in output
     assert output.count("runtime_resources/py_modules_files") == 2
@@ -177,28 +199,33 @@ def test_a_job_runs_over_both_nodes_with_the_package_that_travels_with_it(cluste
 
 @pytest.mark.slow
 def test_a_job_that_fails_gives_its_status_and_its_last_words(cluster, tmp_path):
-    status, output = submitted("echo out of luck; exit 3", tmp_path, cluster)
-    assert status == 3
+    status, output = cluster.run("echo out of luck; exit 3", tmp_path)
+    assert status == 3, output
     assert "out of luck" in output and "failed" in output
 
 
 @pytest.mark.slow
+def test_a_cluster_that_asks_for_a_token_says_so(cluster, tmp_path):
+    stranger = Cluster(cluster.address, {k: v for k, v in cluster.env.items() if not k.startswith("RAY_AUTH")})
+    status, output = stranger.run("true", tmp_path)
+    assert status == 1
+    assert "SubmitError" in output and "RAY_AUTH_TOKEN" in output
+
+
+@pytest.mark.slow
 def test_ctrl_c_leaves_the_job_running_and_says_how_to_go_on(cluster, tmp_path):
-    code = (
-        "import sys, pathlib; from rich.console import Console\n"
-        "from sampo_ray.cluster.submit import submit_entrypoint\n"
-        "sys.exit(submit_entrypoint('echo working; sleep 600', pathlib.Path(sys.argv[1]), sys.argv[2], Console()))"
-    )
     log, empty = tmp_path / "out.log", tmp_path / "empty"
     empty.mkdir()
-    with log.open("wb") as out:
-        follower = subprocess.Popen([sys.executable, "-c", code, str(empty), cluster], stdout=out, stderr=out)
-    wait_until(lambda: "\nworking" in log.read_text(), "output of the job", 90)
+    follower = cluster.follower("echo working; sleep 600", empty, log)
+    wait_until(lambda: "\nworking" in log.read_text(), "output of the job", 120)
     follower.send_signal(signal.SIGINT)
     assert follower.wait(timeout=60) == 130
-    name = log.read_text().split()[1]
-    assert f"ray job stop --address {cluster} {name}" in log.read_text()
-    client = JobSubmissionClient(cluster)
-    assert client.get_job_status(name) == JobStatus.RUNNING
-    client.stop_job(name)
-    wait_until(lambda: client.get_job_status(name) == JobStatus.STOPPED, "end of the job", 60)
+    job_id = log.read_text().split("job ", 1)[1].split()[0]
+    assert f"ray job stop --address {cluster.address} {job_id}" in log.read_text()
+
+    def status() -> str:
+        return cluster.request("GET", f"/api/jobs/{job_id}").json()["status"]
+
+    assert status() == "RUNNING"
+    cluster.request("POST", f"/api/jobs/{job_id}/stop")
+    wait_until(lambda: status() == "STOPPED", "end of the job", 60)

@@ -1,4 +1,6 @@
-"""Offline runs through the command line, on real Ray Train and DeepSpeed: what they leave behind, and kill -9 at any time."""
+"""Offline runs through the command line, on real Ray Train and DeepSpeed: what they leave behind, and kill -9 at any
+time.
+"""
 
 import json
 import math
@@ -131,7 +133,9 @@ def test_a_run_leaves_what_the_next_person_needs(undisturbed):
     assert manifest["packages"]["ray"] and manifest["data"]["fingerprint"]
     table = pq.read_table(undisturbed / "rounds" / "1" / "reference" / "part-00000.parquet")
     for side in ("chosen", "rejected"):
-        counts = [(len(t), len(r)) for t, r in zip(table[side].to_pylist(), table[f"{side}_ref"].to_pylist(), strict=True)]
+        counts = [
+            (len(t), len(r)) for t, r in zip(table[side].to_pylist(), table[f"{side}_ref"].to_pylist(), strict=True)
+        ]
         assert all(tokens == logprobs > 0 for tokens, logprobs in counts)
     versions = sorted(int(name) for name in os.listdir(undisturbed / "versions"))
     assert versions == [0, STEPS, 2 * STEPS - 2, 2 * STEPS - 1, 2 * STEPS], "base, ends of rounds, and the last two"
@@ -148,7 +152,9 @@ def test_an_export_loads_as_any_model_does(undisturbed, tiny_model):
 
 def test_a_run_that_lost_a_rank_ends_in_the_same_bits(undisturbed, recipe, tmp_path, after):
     process = after(5, tmp_path / "run", recipe, f"run.dir={tmp_path / 'run'}")
-    ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+    ranks = [
+        p for p in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())
+    ]
     assert len(ranks) == 2
     ranks[0].send_signal(signal.SIGKILL)
     finish(process)

@@ -1,0 +1,91 @@
+"""The demo on the real stack: one fleet, three runs of one program, and a table of what each did to quality and
+length.
+"""
+
+import contextlib
+import json
+import os
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sampo_ray.actors import stages
+from sampo_ray.actors.fleet import Fleet, open_fleet
+from sampo_ray.cli import announce, curl_line, log_to, ray_cluster, wait_for_interrupt
+from sampo_ray.config import load_config
+from sampo_ray.demo import ROWS, Answers, DemoAssets, make_demo, render, summarise
+from sampo_ray.display import Display, open_display
+from sampo_ray.iterate import iterate
+from sampo_ray.profiles import resolve
+from sampo_ray.rounds import parts_of
+from sampo_ray.runs import Run, create_run
+
+TEMPERATURE = 0.8
+
+
+def run_demo(directory: Path, seed: int, keep_serving: bool) -> None:
+    """Makes model and data, trains each configuration, and prints how they compare."""
+    # Models this small are fastest on one thread; two would wait for each other at every layer.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    folder = (directory / time.strftime("%Y%m%d-%H%M%S")).resolve()
+    started = time.monotonic()
+    with open_display() as display, contextlib.ExitStack() as stack:
+        with display.stage("make", None, "model and data"):
+            assets = make_demo(folder / "assets", seed)
+        resources = stack.enter_context(ray_cluster())
+        log_to(str(folder / "driver.log"))
+        runs = {name: demo_run(folder, name, assets, seed, resources) for name in ROWS}
+        with display.stage("start", None, "engines"):
+            fleet = stack.enter_context(open_fleet(list(runs.values())[-1], keep_serving))
+        announce(display, fleet.endpoint)
+        answers: dict[str, Answers] = {}
+        rightful = [json.loads(line)["answer"] for line in assets.evaluation.read_text().splitlines()]
+        for name, run in runs.items():
+            if not answers:
+                fleet.attach(run)
+                answers["base"] = evaluate(fleet, run, 0, assets, display)
+            display.note(f"--- {name}: {run.place.url}")
+            iterate(run, fleet, display)
+            answers[name] = evaluate(fleet, run, last_version(run), assets, display)
+        display.console.print(render(summarise(answers, rightful), TEMPERATURE))
+        display.note(f"{time.monotonic() - started:.0f} s in all; runs and exported models are in {folder}")
+        if keep_serving and fleet.endpoint:
+            display.note(curl_line(fleet.endpoint, keyed=False))
+            wait_for_interrupt(display)
+
+
+def demo_run(folder: Path, name: str, assets: DemoAssets, seed: int, resources: dict[str, float]) -> Run:
+    """A run directory for one row of the table; what all rows share is here, what they differ in is in ROWS."""
+    shared = {
+        "model": {"path": str(assets.model)},
+        "data": {"train": str(assets.preferences), "prompts": str(assets.prompts), "max_length": 128},
+        "reward": {"function": "sampo_ray.demo:reward"},
+        "run": {"dir": str(folder / name.lower().replace(" ", "-")), "seed": seed},
+        "serve": {"port": 0},
+    }
+    config, _ = resolve(load_config(shared, ROWS[name]), resources, os.cpu_count() or 1)
+    return create_run(config)
+
+
+def evaluate(fleet: Fleet, run: Run, version: int, assets: DemoAssets, display: Display) -> Answers:
+    """One completion of each evaluation prompt from a version of the run's policy."""
+    place = run.place.at("evaluation", str(version))
+    counts = stages.tokenize(
+        place.at("prompts"), str(assets.evaluation), "prompts", run.place.at("tokenizer"), run.config.data
+    )
+    prompts = parts_of(place.at("prompts"), counts["rows"])
+    rollout = run.config.rollout.model_copy(update={"samples": 1, "temperature": TEMPERATURE, "top_p": 1.0})
+    window = run.config.fleet.generators.max_ongoing_requests
+    with display.stage("evaluate", sum(counts["rows"]), "prompts") as progress:
+        parts = stages.sample(
+            fleet.generators, prompts, place, rollout, run.config.run.seed, (run.id, version), window, progress.advance
+        )
+    table = pa.concat_tables([part.table() for part in parts])
+    return Answers(table["text"].to_pylist(), pc.list_value_length(table["completion"]).to_pylist())
+
+
+def last_version(run: Run) -> int:
+    last = run.manifest.rounds[-1]
+    return last.start_version + (last.steps or 0)
