@@ -32,6 +32,7 @@ from sampo_ray.config import GeneratorsConfig
 logger = logging.getLogger("ray.serve")  # the one that Serve sends to its log files
 
 POLL_S = 30.0
+RETRY_S = 2.0
 FETCH_TIMEOUT_S = 300.0
 SWAP_TIMEOUT_S = 120.0
 HEALTH_PERIOD_S = 0.2
@@ -71,13 +72,15 @@ class PolicyServer(LLMServer):
     async def __init__(self, llm_config: LLMConfig, *, store: str, chat_folder: str) -> None:
         self._store_name = store
         self._format = ChatFormat.load(chat_folder, "tokenizer")
-        self._held = Held(WeightsId("", -1), {}, 0)
+        self._held = Held(WeightsId("", -1), {}, 0)  # nothing that a store would know
         await super().__init__(llm_config)
         self._client = self.engine._engine_client  # vLLM's AsyncLLM; LLMServer has no way to send token ids
         await self._client.init_weight_transfer_engine(WeightTransferInitRequest({}))
         await self._warm_up()
         await self._catch_up()
-        self._tasks = [asyncio.create_task(self._follow()), asyncio.create_task(self._watch())]
+        self._tasks = [asyncio.create_task(work) for work in (self._follow(), self._watch())]
+        for task in self._tasks:
+            task.add_done_callback(ended)
 
     async def generate(
         self,
@@ -211,7 +214,7 @@ class PolicyServer(LLMServer):
             except (RayError, WeightsError, TimeoutError, ValueError, OSError) as error:
                 # Nothing was touched yet (a failure in the swap itself ends the process): serve on, and ask again.
                 logger.warning("still on %s, could not get newer weights: %s", self._held.id, error)
-                await asyncio.sleep(1.0)
+                await asyncio.sleep(RETRY_S)
 
     async def _watch(self) -> None:
         # Serve needs three failed checks 10 s apart, and routing prefers a replica that fails fast: do not wait for it.
@@ -227,10 +230,10 @@ class PolicyServer(LLMServer):
             try:
                 async with asyncio.timeout(SWAP_TIMEOUT_S):
                     await self._swap(update)
+                    self._held = Held(weights.id, weights.about, self._held.swaps + 1)
+                    await self._client.resume_generation()
             except Exception as error:
                 end_process(f"loading {weights.id} failed half-way: {error!r}")
-            self._held = Held(weights.id, weights.about, self._held.swaps + 1)
-            await self._client.resume_generation()
         logger.info("now on %s, after a pause of %.0f ms", weights.id, 1000 * (time.perf_counter() - started))
 
     async def _swap(self, update: dict[str, Any]) -> None:
@@ -253,6 +256,12 @@ async def in_thread(context: Any) -> AsyncGenerator[Any, None]:
         yield value
     finally:
         await asyncio.to_thread(context.__exit__, None, None, None)
+
+
+def ended(task: asyncio.Task[None]) -> None:
+    """A replica that no longer follows the store, or no longer watches its engine, must not live on."""
+    if not task.cancelled():
+        end_process(f"{task.get_coro()} ended: {task.exception()!r}")
 
 
 def end_process(reason: str) -> NoReturn:

@@ -65,25 +65,15 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInit, HostUpdate]):
     def receive_weights(self, update_info: HostUpdate) -> None:
         mapped = torch.from_file(update_info.path, shared=False, size=update_info.nbytes, dtype=torch.uint8)
         specs = (TensorSpec(*fields) for fields in update_info.tensors)
-        import time
-
-        t = time.perf_counter()
         self.model.load_weights(views(specs, mapped.numpy()))
-        print("SWAP load", time.perf_counter() - t, flush=True)
 
     def finish_weight_update(self) -> None:
-        import time
-
-        t = time.perf_counter()
         finalize_layerwise_reload(self.model, self.model_config)
-        print("SWAP finalize", time.perf_counter() - t, flush=True)
-        t = time.perf_counter()
         if self.device.type == "cpu":
             # On CPU the head computes with a packed copy; a tied head was given no weights, so nobody packed it again.
             for module in self.model.modules():
                 if isinstance(module, ParallelLMHead):
                     module.quant_method.process_weights_after_loading(module)
-            print("SWAP head", time.perf_counter() - t, flush=True)
 
     def shutdown(self) -> None:
         pass

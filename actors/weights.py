@@ -327,10 +327,11 @@ class WeightStore:
     async def wait(self, known: WeightsId | None, timeout_s: float) -> Weights | None:
         """Long poll: the latest weights as soon as they are not `known`; None when `timeout_s` passes first."""
         async with self._changed:
-            try:
-                await asyncio.wait_for(self._changed.wait_for(lambda: self._differs(known)), timeout_s)
-            except TimeoutError:
-                return None
+            if not self._differs(known):  # asked first: a wait of 0 s would not even look
+                try:
+                    await asyncio.wait_for(self._changed.wait_for(lambda: self._differs(known)), timeout_s)
+                except TimeoutError:
+                    return None
             return self._latest
 
     async def get(self, run_id: str, version: int) -> Weights:
@@ -359,7 +360,9 @@ class WeightStore:
             self._changed.notify_all()
 
     async def _own(self, bucket: Bucket) -> Bucket:
-        return await asyncio.to_thread(_put, replace(bucket, data=await bucket.data))
+        here = replace(bucket, data=await bucket.data)
+        await asyncio.to_thread(verify, here)
+        return await asyncio.to_thread(_put, here)
 
     def _load(self, version: int) -> Weights:
         folder = version_folder(self._versions, version)
@@ -368,7 +371,6 @@ class WeightStore:
 
 
 def _put(bucket: Bucket) -> Bucket:
-    verify(bucket)
     return replace(bucket, data=ray.put(bucket.data))
 
 

@@ -5,7 +5,6 @@ that the recipe names must be reachable from the cluster: hub names, URLs, or ab
 """
 
 import asyncio
-import logging
 import os
 import shlex
 import tempfile
@@ -126,7 +125,6 @@ def _connect(address: str) -> JobSubmissionClient:
     for variable in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
         if os.environ.get(variable, address) != address:
             raise SubmitError(f"--address {address}: {variable} is set and Ray would use that instead; unset it")
-    logging.getLogger("ray.dashboard").setLevel(logging.WARNING)  # it tells of every upload
     try:
         return _Client(address)
     except (ConnectionError, requests.RequestException) as error:

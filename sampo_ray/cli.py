@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,19 +39,28 @@ def train(
     serve: Annotated[bool, typer.Option(help="Keep the live endpoint up when the run has ended.")] = False,
 ) -> None:
     """Runs a recipe, or goes on with a run that was cut off."""
+    from sampo_ray.runs import exclusive, open_run
+
     with readable_errors():
-        changes = [*([str(recipe)] if recipe and resume else []), *(overrides or [])]
-        if resume is None:
-            if recipe is None:
-                raise ConfigError("name a recipe, or a run to go on with: --resume RUN_DIR")
-            config = load_config(recipe, changes)
-        else:
-            config = resumed_config(resume, changes)
+        if resume:
+            changes = [*([str(recipe)] if recipe else []), *(overrides or [])]
+            with exclusive(resume):
+                if open_run(resume).manifest.finished:
+                    typer.echo(f"this run is finished; its models are in {resume}/exports")
+                    return
+                config = resumed_config(resume, changes)
+                check_everything(config)
+                run_training(config, resume, serve)
+            return
+        if recipe is None:
+            raise ConfigError("name a recipe, or a run to go on with: --resume RUN_DIR")
+        config = load_config(recipe, overrides or [])
         check_everything(config)
         if dry_run:
             show(config)
             return
-        run_training(config, resume, serve)
+        with exclusive(config.run.dir):
+            run_training(config, None, serve)
 
 
 @app.command()
@@ -108,8 +118,8 @@ def show(config: RunConfig) -> None:
 
     resolved, notes = resolve(config, {"GPU": torch.cuda.device_count()}, os.cpu_count() or 1)
     for note in notes:
-        print(f"# {note}")
-    print(dump_config(resolved), end="")
+        typer.echo(f"# {note}")
+    typer.echo(dump_config(resolved), nl=False)
 
 
 def run_training(config: RunConfig, resume: str | None, keep_serving: bool) -> None:
@@ -117,18 +127,17 @@ def run_training(config: RunConfig, resume: str | None, keep_serving: bool) -> N
     from sampo_ray.display import open_display
     from sampo_ray.iterate import iterate
     from sampo_ray.profiles import resolve
-    from sampo_ray.runs import create_run, exclusive, open_run
+    from sampo_ray.runs import create_run, open_run
     from sampo_ray.trackers import open_trackers
 
-    with open_display() as display, contextlib.ExitStack() as stack:
-        stack.enter_context(exclusive(resume or config.run.dir))
+    with open_display(Console(file=sys.stdout)) as display, contextlib.ExitStack() as stack:
+        stack.enter_context(library_output_to(driver_log(config)))
         resources = stack.enter_context(ray_cluster())
         config, notes = resolve(config, resources, os.cpu_count() or 1)
         for note in notes:
             display.note(note)
         run = open_run(resume, config) if resume else create_run(config)
         display.note(f"run {run.id} in {run.place.url}")
-        log_to(run.place.at("logs", "driver.log").path if run.place.local else None)
         run.log = stack.enter_context(open_trackers(config, run.place, run.id))
         with display.stage("start", None, "engines"):
             fleet = stack.enter_context(open_fleet(run, keep_serving))
@@ -139,6 +148,14 @@ def run_training(config: RunConfig, resume: str | None, keep_serving: bool) -> N
         if keep_serving and fleet.endpoint:
             display.note(curl_line(fleet.endpoint, bool(config.serve.api_keys)))
             wait_for_interrupt(display)
+
+
+def driver_log(config: RunConfig) -> Path:
+    """Where this process's own log goes: into the run directory, or beside it on this machine if that is remote."""
+    from sampo_ray.runs import Place, absolute
+
+    place = Place(absolute(config.run.dir)).at("logs", "driver.log")
+    return Path(place.path) if place.local else Path(tempfile.gettempdir()) / f"sampo-{os.getpid()}.log"
 
 
 def announce(display: Any, endpoint: str | None) -> None:
@@ -226,16 +243,21 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def log_to(path: str | None) -> None:
-    """Sends this process's log records to a file instead of the terminal."""
-    root = logging.getLogger()
-    for handler in list(root.handlers):
-        root.removeHandler(handler)
-    if path is None:
-        root.addHandler(logging.NullHandler())
-        return
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    root.addHandler(logging.FileHandler(path))
+@contextlib.contextmanager
+def library_output_to(path: Path) -> Iterator[None]:
+    """Sends what libraries log and print in this process to a file, as their own processes do; the display goes on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    root, before = logging.getLogger(), os.dup(2)
+    with path.open("a", buffering=1) as file:
+        handlers, root.handlers = root.handlers, [logging.StreamHandler(file)]
+        os.dup2(file.fileno(), 2)
+        try:
+            with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+                yield
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            root.handlers = handlers
 
 
 def main() -> None:

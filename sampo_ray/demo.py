@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch.nn.functional import cross_entropy
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaForCausalLM
 
 from sampo_ray.chat import ChatFormat
 from sampo_ray.tiny import tiny_llama, tiny_tokenizer
@@ -44,6 +44,7 @@ _CHATTER = (
     "Have a nice day.",
 )
 _MOST_CHATTER = 5
+_DIGITS = 4
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def _questions(rng: random.Random, count: int, avoid: frozenset[str]) -> list[st
     found: list[str] = []
     seen: set[str] = set()
     while len(found) < count:
-        digits = f"{rng.randrange(100_000):05d}"
+        digits = f"{rng.randrange(10**_DIGITS):0{_DIGITS}d}"
         if digits in avoid or (not avoid and digits in seen) or digits == digits[::-1] or len(set(digits)) < 3:
             continue
         seen.add(digits)

@@ -5,15 +5,17 @@ length.
 import contextlib
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from rich.console import Console
 
 from sampo_ray.actors import stages
 from sampo_ray.actors.fleet import Fleet, open_fleet
-from sampo_ray.cli import announce, curl_line, log_to, ray_cluster, wait_for_interrupt
+from sampo_ray.cli import announce, curl_line, library_output_to, quiet_libraries, ray_cluster, wait_for_interrupt
 from sampo_ray.config import load_config
 from sampo_ray.demo import ROWS, Answers, DemoAssets, make_demo, render, summarise
 from sampo_ray.display import Display, open_display
@@ -31,11 +33,12 @@ def run_demo(directory: Path, seed: int, keep_serving: bool) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     folder = (directory / time.strftime("%Y%m%d-%H%M%S")).resolve()
     started = time.monotonic()
-    with open_display() as display, contextlib.ExitStack() as stack:
+    quiet_libraries()
+    with open_display(Console(file=sys.stdout)) as display, contextlib.ExitStack() as stack:
+        stack.enter_context(library_output_to(folder / "driver.log"))
         with display.stage("make", None, "model and data"):
             assets = make_demo(folder / "assets", seed)
         resources = stack.enter_context(ray_cluster())
-        log_to(str(folder / "driver.log"))
         runs = {name: demo_run(folder, name, assets, seed, resources) for name in ROWS}
         with display.stage("start", None, "engines"):
             fleet = stack.enter_context(open_fleet(list(runs.values())[-1], keep_serving))

@@ -234,7 +234,7 @@ class Run:
 
 def create_run(config: RunConfig) -> Run:
     """Begins a run in `run.dir`. ConfigError when something is there already (name --resume as the mend)."""
-    place = Place(_absolute(config.run.dir))
+    place = Place(absolute(config.run.dir))
     if place.at("manifest.json").exists():
         raise ConfigError(
             f"run.dir={config.run.dir!r} already holds a run; resume it with `sampo train --resume {config.run.dir}` "
@@ -249,7 +249,7 @@ def create_run(config: RunConfig) -> Run:
 
 def open_run(url: str, config: RunConfig | None = None) -> Run:
     """Opens an existing run directory, with the configuration it was begun with unless another is given."""
-    place = Place(_absolute(url))
+    place = Place(absolute(url))
     if not place.at("manifest.json").exists():
         raise ConfigError(f"{url!r} holds no run (no manifest.json); name a run directory")
     config = config or load_config(yaml.safe_load(place.at("config.yaml").read()))
@@ -273,7 +273,7 @@ def exclusive(url: str) -> Iterator[None]:
 
     Locally an OS lock, gone with the process; elsewhere a lease that is renewed and runs out after LEASE_SECONDS.
     """
-    place = Place(_absolute(url))
+    place = Place(absolute(url))
     if place.local:
         os.makedirs(place.path, exist_ok=True)
         lock = filelock.FileLock(place.at("lock").path)
@@ -304,7 +304,8 @@ def exclusive(url: str) -> Iterator[None]:
         lease.remove()
 
 
-def _absolute(url: str) -> str:
+def absolute(url: str) -> str:
+    """A local path made absolute, since ranks and replicas have other working directories; a URL as it is."""
     return url if re.match(r"^[a-z0-9+]+://", url) else str(Path(url).expanduser().resolve())
 
 

@@ -165,6 +165,7 @@ def test_a_run_that_lost_a_rank_ends_in_the_same_bits(undisturbed, recipe, tmp_p
 def test_a_run_whose_driver_was_killed_goes_on_to_the_same_bits(undisturbed, recipe, tmp_path, after):
     run = tmp_path / "run"
     process = after(STEPS + 5, run, recipe, f"run.dir={run}")
+    process.send_signal(signal.SIGSTOP)  # so that it does not finish meanwhile; it still holds the run
     second = start("--resume", run)
     assert "in use by another process" in second.communicate(timeout=100)[0] and second.returncode == 1
     process.kill()
@@ -175,6 +176,7 @@ def test_a_run_whose_driver_was_killed_goes_on_to_the_same_bits(undisturbed, rec
     assert scored.stat().st_mtime_ns == before, "nothing stored is scored twice"
     assert same_bits(run / "exports" / "round-2", undisturbed / "exports" / "round-2")
     assert facts(run) == facts(undisturbed)
+    assert "is finished" in finish(start("--resume", run))
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,7 @@ def test_published_weights_wake_a_waiting_reader(run: Run) -> None:
     assert weights.about["step"] == 10
     assert run.value(weights) == 1.0
     assert run.call("wait", weights.id, 0.1) is None
+    assert run.call("wait", None, 0).id == weights.id
 
 
 @pytest.mark.slow
