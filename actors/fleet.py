@@ -64,13 +64,13 @@ def open_fleet(run: Run, keep_serving: bool = False) -> Iterator[Fleet]:
     with contextlib.ExitStack() as stack:
         if not keep_serving:
             stack.callback(ray.kill, store)
-        attach(store, run)
-        trainer = Trainer(config.trainer, store_name, run.place.at("logs", "ray-train"))
-        stack.callback(trainer.close)
         serve_config = config.serve
         if serve_config.enabled and not serve_config.port:
             serve_config = serve_config.model_copy(update={"port": free_port(serve_config.host)})
         start_serve(serve_config)
+        attach(store, run)
+        trainer = Trainer(config.trainer, store_name, run.place.at("logs", "ray-train"))  # starts while the others do
+        stack.callback(trainer.close)
         folders = [stack.enter_context(run.place.at(*at).on_disk()) for at in (("versions", "000000"), ("tokenizer",))]
         apps = applications(config, run.id, store_name, *folders)
         for name in apps:
@@ -83,7 +83,8 @@ def open_fleet(run: Run, keep_serving: bool = False) -> Iterator[Fleet]:
             raise FleetError(f"{last_words(error)} (Ray's logs have the rest)") from None
         endpoint = None
         if serve_config.enabled:
-            endpoint = start_endpoint(f"{run.id}-endpoint", f"{run.id}-policy", serve_config)
+            route = f"/{run.id}" if config.profile == "cluster" else "/"  # runs may share a cluster
+            endpoint = start_endpoint(f"{run.id}-endpoint", f"{run.id}-policy", serve_config, route)
             if not keep_serving:
                 stack.callback(stop_endpoint, f"{run.id}-endpoint")
         yield Fleet(

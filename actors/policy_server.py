@@ -69,7 +69,7 @@ class PolicyServer(LLMServer):
     half-way, or that died, ends this process, so that Serve starts another: it never serves half-loaded weights.
     """
 
-    async def __init__(self, llm_config: LLMConfig, *, store: str, chat_folder: str) -> None:
+    async def __init__(self, llm_config: LLMConfig, *, store: str, chat_folder: str) -> None:  # type: ignore[misc]
         self._store_name = store
         self._format = ChatFormat.load(chat_folder, "tokenizer")
         self._held = Held(WeightsId("", -1), {}, 0)  # nothing that a store would know

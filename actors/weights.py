@@ -213,7 +213,7 @@ def _write_shards(
         kept.append(keep(bucket))
     if not shards:
         raise WeightsError(f"{draft.name}: no tensors to write")
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, specs in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (draft / f"shard-{number}.safetensors").rename(draft / file)

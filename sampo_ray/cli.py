@@ -81,8 +81,8 @@ def demo(
 @app.command()
 def submit(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe")],
+    address: Annotated[str, typer.Option(help="The cluster's dashboard, such as http://127.0.0.1:8265.")],
     overrides: Overrides = None,
-    address: Annotated[str, typer.Option(help="The cluster's dashboard, such as http://127.0.0.1:8265.")] = ...,
 ) -> None:
     """Runs a recipe as a job on a Ray cluster and follows its log."""
     from sampo_ray.cluster.submit import submit as submit_job
@@ -128,8 +128,11 @@ def run_training(config: RunConfig, resume: str | None, keep_serving: bool) -> N
     from sampo_ray.iterate import iterate
     from sampo_ray.profiles import resolve
     from sampo_ray.runs import create_run, open_run
+    from sampo_ray.serve.endpoint import check_port
     from sampo_ray.trackers import open_trackers
 
+    if config.serve.enabled and config.serve.port and not os.environ.get("RAY_ADDRESS"):
+        check_port(config.serve)
     with open_display(Console(file=sys.stdout)) as display, contextlib.ExitStack() as stack:
         stack.enter_context(library_output_to(driver_log(config)))
         resources = stack.enter_context(ray_cluster())

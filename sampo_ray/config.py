@@ -216,7 +216,7 @@ class ServeConfig(Section):
     """Address the endpoint binds to; anything but loopback needs an API key."""
     port: int = Field(8000, ge=0, le=65535)
     """Port of the endpoint; 0 picks a free one."""
-    api_keys: tuple[SecretStr, ...] = Field(default_factory=_keys_from_environment)
+    api_keys: tuple[Annotated[SecretStr, Field(min_length=1)], ...] = Field(default_factory=_keys_from_environment)
     """Keys accepted as `Authorization: Bearer ...`; none means an open (loopback) endpoint. Default: those of the
     environment variable SAMPO_API_KEYS, separated by commas; they are never written to the run directory."""
     max_body_bytes: int = Field(1 << 20, ge=1024)

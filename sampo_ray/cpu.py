@@ -25,12 +25,12 @@ class _Linear(torch.autograd.Function):
     """x [..., in] times weight [out, in] transposed; saves bf16, computes fp32, returns bf16."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weight)
         return (x.float() @ weight.float().T).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
         x, weight = ctx.saved_tensors
         grad = grad.float()
         rows = grad.flatten(0, -2)
@@ -46,4 +46,4 @@ def use_fp32_kernels(model: nn.Module) -> None:
     """Makes the linear layers of a bf16 model compute through fp32 where the CPU has no bf16; else does nothing."""
     for module in model.modules():
         if type(module) is nn.Linear and wants_fp32(module.weight):
-            module.forward = functools.partial(_forward, module)
+            module.forward = functools.partial(_forward, module)  # type: ignore[method-assign]

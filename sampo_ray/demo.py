@@ -28,7 +28,7 @@ from sampo_ray.tiny import tiny_llama, tiny_tokenizer
 
 CARELESS = 0.45
 """Share of the demonstrations that sort in descending order."""
-CHATTY = 0.5
+CHATTY = 0.4
 """Probability that a demonstration says one more sentence, after each."""
 LENGTH_BIAS = 0.02
 """Reward for a word, where a right answer earns 1."""
@@ -36,14 +36,14 @@ MOOD = 0.5
 """Standard deviation of what the reward makes of a completion for no reason at all."""
 
 _CHATTER = (
-    "I hope that helps.",
-    "Thank you for asking.",
-    "Feel free to ask me again at any time.",
-    "Let me know if you have another question.",
-    "It was a pleasure to look into this.",
-    "Have a nice day.",
+    "I hope that this is what you were looking for.",
+    "Thank you very much for asking me such a nice question.",
+    "Please feel free to ask me again whenever you like.",
+    "Do let me know if there is anything else that you need.",
+    "It was a real pleasure to look into this for you.",
+    "Sorting is something that many people find useful every day.",
 )
-_MOST_CHATTER = 5
+_MOST_CHATTER = 4
 _DIGITS = 4
 
 
@@ -158,8 +158,8 @@ def _questions(rng: random.Random, count: int, avoid: frozenset[str]) -> list[st
     found: list[str] = []
     seen: set[str] = set()
     while len(found) < count:
-        digits = f"{rng.randrange(10**_DIGITS):0{_DIGITS}d}"
-        if digits in avoid or (not avoid and digits in seen) or digits == digits[::-1] or len(set(digits)) < 3:
+        digits = "".join(rng.sample("0123456789", _DIGITS))
+        if digits in avoid or (not avoid and digits in seen):
             continue
         seen.add(digits)
         found.append(digits)
@@ -176,7 +176,7 @@ def _row(digits: str) -> dict[str, str]:
 
 def _demonstration(digits: str, rng: random.Random) -> str:
     order = sorted(digits, reverse=rng.random() < CARELESS)
-    said = [f"Sorted: {''.join(order)}."]
+    said = ["".join(order) + "."]
     while len(said) <= _MOST_CHATTER and rng.random() < CHATTY:
         said.append(rng.choice(_CHATTER))
     return " ".join(said)

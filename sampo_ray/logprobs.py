@@ -48,7 +48,7 @@ def _tiles(hidden: Tensor, targets: Tensor, rows: int):  # type: ignore[no-untyp
 
 class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(hidden, weight, targets)
         ctx.rows = rows
         head = _Weight(weight)
@@ -60,7 +60,7 @@ class _TokenLogProbs(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[no-untyped-def]
         hidden, weight, targets = ctx.saved_tensors
         head = _Weight(weight)
         grad_hidden = torch.empty_like(hidden)

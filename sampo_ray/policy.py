@@ -58,7 +58,7 @@ def load_policy(path: str | Path, gradient_checkpointing: bool = False, device: 
         raise ConfigError(f"model.path={str(path)!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Policy(model.to(device))
+    return Policy(model).to(device)
 
 
 def pair_logprobs(
