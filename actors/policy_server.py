@@ -98,6 +98,7 @@ class PolicyServer(LLMServer):
         Works on token ids: a completion's ids are those the engine sampled, the end-of-turn token included where it
         stopped. A draw's seed depends on (seed, prompt id, sample) alone; `temperature` 0 is greedy. Log-probs are the
         model's own (nats, before temperature and top-p). Versions: those held when the request came and when it ended.
+        `weights` (run, version): waits until the replica holds them; WeightsError if they do not come or have passed.
         """
         if weights is not None:
             await self._hold(WeightsId(*weights))

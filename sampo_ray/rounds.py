@@ -92,7 +92,7 @@ class Round:
             return stages.sample(generators, prompts, out, rollout, seed, self.start, window, progress)
 
         total = sum(part.rows for part in prompts) * rollout.samples
-        return self._stage("generate", total, "completions", work)
+        return self._stage("completions", total, "samples", work)
 
     def score(self, completions: Sequence[Part], rewards: "DeploymentHandle") -> list[Part]:
         window = (self.config.fleet.rewards.max_replicas or 1) * self.config.fleet.rewards.max_ongoing_requests
@@ -100,7 +100,7 @@ class Round:
         def work(out: Place, progress: Callable[[int], None]) -> list[Part]:
             return stages.score(rewards, completions, out, window, progress)
 
-        return self._stage("score", sum(part.rows for part in completions), "completions", work)
+        return self._stage("scores", sum(part.rows for part in completions), "samples", work)
 
     def best_against_worst(self, scores: Sequence[Part]) -> list[Part]:
         """Candidate pairs; prompts without a usable pair are dropped and counted."""

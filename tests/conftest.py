@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: a tiny model, pairs for it, and one Ray for the session."""
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import yaml
 from hypothesis import settings
 
 settings.register_profile("default", deadline=None)  # a busy machine is no failure
@@ -52,6 +54,34 @@ def random_pairs(count: int, seed: int = 0, longest: int = 40, vocabulary: int =
             **{name: pa.array(sequences(), pa.list_(pa.int32())) for name in ("prompt", "chosen", "rejected")},
         }
     )
+
+
+def write_recipe(folder: Path, model: Path, pairs: int) -> Path:
+    """An offline recipe of two rounds and two ranks on made-up pairs, four a step, with a checkpoint at each step."""
+    words = " ".join(TEXTS[:2]).split()
+    rows = [
+        {
+            "prompt": f"Say {' '.join(words[i % 9 : i % 9 + 4])}",
+            "chosen": " ".join(words[i % 5 : i % 5 + 3 + i % 7]),
+            "rejected": " ".join(words[i % 7 : i % 7 + 12 - i % 6]),
+        }
+        for i in range(pairs)
+    ]
+    (folder / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    tree = {
+        "model": {"path": str(model)},
+        "data": {"train": str(folder / "pairs.jsonl"), "max_length": 128},
+        "rounds": {"count": 2},
+        "optim": {"batch_size": 4, "learning_rate": 1e-3},
+        "trainer": {"workers": 2, "checkpoint_every": 1},
+        "publish": {"every_steps": 1},
+        "serve": {"enabled": False},
+        "profile": "laptop",
+        "run": {"dir": str(folder / "run")},
+    }
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tree))
+    return recipe
 
 
 @pytest.fixture(scope="session")

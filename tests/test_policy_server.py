@@ -138,9 +138,22 @@ class Policy:
             }
         )
 
-    def generate(self, temperature: float = 0.0, samples: int = 1, rows: tuple[int, ...] = (0, 1, 2, 3)) -> pa.Table:
+    def generate(
+        self,
+        temperature: float = 0.0,
+        samples: int = 1,
+        rows: tuple[int, ...] = (0, 1, 2, 3),
+        weights: tuple[str, int] | None = None,
+    ) -> pa.Table:
         call = self.handle.generate.remote(
-            ray.put(self.prompts()), list(rows), samples, temperature=temperature, top_p=0.95, max_tokens=24, seed=1
+            ray.put(self.prompts()),
+            list(rows),
+            samples,
+            temperature=temperature,
+            top_p=0.95,
+            max_tokens=24,
+            seed=1,
+            weights=weights,
         )
         return call.result(timeout_s=120)
 
@@ -226,6 +239,15 @@ def test_new_weights_answer_and_going_back_gives_the_first_answers_again(policy:
     policy.publish(seed=1)
     assert policy.generate()["completion"].to_pylist() == first["completion"].to_pylist()
     assert first["completion"].to_pylist() != second["completion"].to_pylist()
+
+
+@pytest.mark.slow
+def test_rollouts_can_ask_for_the_weights_they_are_drawn_from(policy: Policy) -> None:
+    passed = policy.version
+    current = policy.publish(seed=1)
+    assert set(policy.generate(weights=("run", current))["first_version"].to_pylist()) == {current}
+    with pytest.raises(WeightsError, match=f"asked for from run@{passed}, but this replica holds run@{current}"):
+        policy.generate(weights=("run", passed))
 
 
 @pytest.mark.slow

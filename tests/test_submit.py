@@ -22,6 +22,7 @@ from rich.console import Console
 
 from sampo_ray.cluster import submit as job
 from sampo_ray.config import ConfigError, load_config
+from tests.conftest import write_recipe
 
 RECIPE = {"model": {"path": "hub/model"}, "data": {"train": "hub/pairs"}, "run": {"dir": "s3://bucket/run"}}
 
@@ -229,3 +230,15 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_go_on(cluster, tmp_path):
     assert status() == "RUNNING"
     cluster.request("POST", f"/api/jobs/{job_id}/stop")
     wait_until(lambda: status() == "STOPPED", "end of the job", 60)
+
+
+@pytest.mark.slow
+def test_a_recipe_trains_as_a_job_on_the_cluster(cluster, tiny_model, tmp_path):
+    recipe = write_recipe(tmp_path, tiny_model, pairs=16)
+    command = [sys.executable, "-m", "sampo_ray.cli", "submit", str(recipe), "--address", cluster.address]
+    done = subprocess.run(
+        [*command, "optim.batch_size=8"], env=cluster.env, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "round 2/2" in done.stdout and "succeeded" in done.stdout
+    assert (tmp_path / "run" / "exports" / "round-2" / "version.json").exists()

@@ -20,7 +20,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import TEXTS
+from tests.conftest import write_recipe
 
 pytestmark = pytest.mark.slow
 STEPS = 12
@@ -29,30 +29,7 @@ STEPS = 12
 @pytest.fixture(scope="module")
 def recipe(tiny_model, tmp_path_factory) -> Path:
     """Two rounds of twelve steps, each of them published and checkpointed."""
-    folder = tmp_path_factory.mktemp("recipe")
-    words = " ".join(TEXTS[:2]).split()
-    rows = [
-        {
-            "prompt": f"Say {' '.join(words[i % 9 : i % 9 + 4])}",
-            "chosen": " ".join(words[i % 5 : i % 5 + 3 + i % 7]),
-            "rejected": " ".join(words[i % 7 : i % 7 + 12 - i % 6]),
-        }
-        for i in range(4 * STEPS)
-    ]
-    (folder / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    tree = {
-        "model": {"path": str(tiny_model)},
-        "data": {"train": str(folder / "pairs.jsonl"), "max_length": 128},
-        "rounds": {"count": 2},
-        "optim": {"batch_size": 4, "learning_rate": 1e-3},
-        "trainer": {"workers": 2, "checkpoint_every": 1},
-        "publish": {"every_steps": 1},
-        "serve": {"enabled": False},
-        "profile": "laptop",
-        "run": {"dir": "set by each test"},
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
-    return folder / "recipe.yaml"
+    return write_recipe(tmp_path_factory.mktemp("recipe"), tiny_model, 4 * STEPS)
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
