@@ -299,3 +299,11 @@ def _percent(value: float, low: float | None, high: float | None) -> str:
         if low is None or high is None
         else f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
     )
+
+
+ROWS: dict[str, list[str]] = {
+    "DPO": ["rounds.mode=offline", "rounds.count=1", "rounds.epochs=1", "method.reduction=sum"],
+    "Iterative DPO": ["rounds.mode=online", "rounds.count=3", "method.reduction=sum"],
+    "Iterative SamPO": ["rounds.mode=online", "rounds.count=3", "method.reduction=sample"],
+}
+"""The rows below base: one program, and what each sets."""

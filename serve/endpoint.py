@@ -13,7 +13,6 @@ import urllib.request
 from ray import serve
 
 from sampo_ray.config import ServeConfig
-from sampo_ray.serve.gateway import build_endpoint_app
 
 POLL_S = 0.2
 
@@ -63,6 +62,8 @@ def start_endpoint(
     Returns its base URL (a client appends `/v1/...`) once it answers. It outlives the driver. EndpointError if it
     does not answer within `timeout_s`.
     """
+    from sampo_ray.serve.gateway import build_endpoint_app  # brings vLLM in, which takes many seconds
+
     target = serve.RunTarget(build_endpoint_app(name, policy_app, config), name=name, route_prefix=route_prefix)
     serve.run_many([target], wait_for_applications_running=False)
     url = base_url(config, route_prefix)

@@ -86,7 +86,10 @@ def finished(fleet, tiny_model, tmp_path_factory) -> tuple[Run, Client]:
     fleet.attach(run)
     client.start()
     iterate(run, fleet, QuietDisplay())
-    time.sleep(2)
+    last = run.manifest.rounds[-1]
+    final, deadline = str(last.start_version + last.steps), time.monotonic() + 60
+    while client.answers[-1][1] != final and time.monotonic() < deadline:
+        time.sleep(0.1)
     client.stopped.set()
     client.join(120)
     return run, client
