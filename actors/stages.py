@@ -1,19 +1,20 @@
 """The stages of a round as calls on the fleet: each takes parts and makes parts, and skips what is complete already."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from sampo_ray.actors.blocks import Part, collect, part_place, run_stage
 from sampo_ray.batching import Lengths, lengths_of
-from sampo_ray.chat import ChatFormat
 from sampo_ray.config import DataConfig, RolloutConfig
 from sampo_ray.preferences import Counts, best_against_worst, tokenized_pairs, tokenized_prompts
 from sampo_ray.runs import Place
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 PART_PAIRS = 512
 PART_PROMPTS = 32
@@ -26,6 +27,8 @@ Progress = Callable[[int], None]
 @ray.remote(num_cpus=0.5)
 def _tokenize(out: Place, source: str, kind: str, tokenizer: Place, data: DataConfig) -> dict[str, Any]:
     """Reads a source to its end into parts, and says what became of its rows. Starts over if it is called again."""
+    from sampo_ray.chat import ChatFormat  # only here: it would cost every stage's processes seconds
+
     counts = Counts()
     with tokenizer.on_disk() as folder:
         chat = ChatFormat.load(folder, "tokenizer")
@@ -69,7 +72,7 @@ def gather(parts: Sequence[Part], order: np.ndarray, out: Place, rows_per_part: 
 
 
 def sample(
-    generators: DeploymentHandle,
+    generators: "DeploymentHandle",
     prompts: Sequence[Part],
     out: Place,
     rollout: RolloutConfig,
@@ -94,7 +97,7 @@ def sample(
 
 
 def score(
-    rewards: DeploymentHandle, completions: Sequence[Part], out: Place, window: int, progress: Progress
+    rewards: "DeploymentHandle", completions: Sequence[Part], out: Place, window: int, progress: Progress
 ) -> list[Part]:
     """SCORES for each part of completions."""
 
@@ -129,7 +132,7 @@ def pair(scores: Sequence[Part], out: Place) -> tuple[list[Part], dict[str, int]
 
 
 def reference(
-    references: DeploymentHandle,
+    references: "DeploymentHandle",
     pairs: Sequence[Part],
     out: Place,
     weights: tuple[str, int],
@@ -159,6 +162,6 @@ def lengths(pairs: Sequence[Part]) -> Lengths:
     return np.concatenate(ray.get([_lengths.remote(part.argument()) for part in pairs], timeout=ASSIGN_SECONDS))
 
 
-def as_ref(response: DeploymentResponse) -> ray.ObjectRef:
+def as_ref(response: "DeploymentResponse") -> ray.ObjectRef:
     """A Serve call's result as an object reference of this process, to hand on without looking at it."""
     return response._to_object_ref_sync(_timeout_s=ASSIGN_SECONDS)

@@ -8,13 +8,15 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
-from sampo_ray.chat import ChatFormat, Message
 from sampo_ray.config import DataConfig
 from sampo_ray.sources import DataError, Record, fingerprint, read_records
+
+if TYPE_CHECKING:
+    from sampo_ray.chat import ChatFormat, Message
 
 __all__ = [
     "COMPLETIONS",
@@ -86,7 +88,7 @@ class Row:
 
     id: str
     where: str
-    prompt: list[Message]
+    prompt: list["Message"]
     chosen: str | None
     rejected: str | None
     columns: dict[str, Any]
@@ -138,7 +140,7 @@ def check_source(source: str, kind: Kind) -> Row:
 
 
 def tokenized_pairs(
-    source: str, chat: ChatFormat, data: DataConfig, counts: Counts, block_rows: int = 512
+    source: str, chat: "ChatFormat", data: DataConfig, counts: Counts, block_rows: int = 512
 ) -> Iterator[pa.Table]:
     """Streams PAIRS blocks of at most `block_rows` pairs, in the source's order, rewards null.
 
@@ -166,7 +168,7 @@ def tokenized_pairs(
 
 
 def tokenized_prompts(
-    source: str, chat: ChatFormat, prompt_limit: int, counts: Counts, block_rows: int = 512
+    source: str, chat: "ChatFormat", prompt_limit: int, counts: Counts, block_rows: int = 512
 ) -> Iterator[pa.Table]:
     """Streams PROMPTS blocks of at most `block_rows` prompts, cut on the left to `prompt_limit` tokens (BOS stays)."""
     for rows in _blocks(read_rows(source, "prompts", counts), block_rows):
@@ -248,7 +250,7 @@ def _rows(records: Iterable[Record], kind: Kind, counts: Counts) -> Iterator[Row
 
 
 def _encoded_prompts(
-    rows: list[Row], chat: ChatFormat, limit: int, counts: Counts
+    rows: list[Row], chat: "ChatFormat", limit: int, counts: Counts
 ) -> tuple[list[Row], list[list[int]]]:
     kept, rendered = [], []
     for row in rows:
@@ -262,7 +264,7 @@ def _encoded_prompts(
     return kept, [cut_prompt(prompt, limit, chat.bos_id) for prompt in prompts]
 
 
-def _parse_pair(values: dict[str, Any]) -> tuple[list[Message], str, str]:
+def _parse_pair(values: dict[str, Any]) -> tuple[list["Message"], str, str]:
     chosen_prompt, chosen = _response(values.get("chosen"))
     rejected_prompt, rejected = _response(values.get("rejected"))
     if chosen_prompt and rejected_prompt and chosen_prompt != rejected_prompt:
@@ -275,7 +277,7 @@ def _parse_pair(values: dict[str, Any]) -> tuple[list[Message], str, str]:
     return prompt, chosen, rejected
 
 
-def _parse_prompt(values: dict[str, Any]) -> tuple[list[Message], None, None]:
+def _parse_prompt(values: dict[str, Any]) -> tuple[list["Message"], None, None]:
     prompt = values.get("prompt")
     if prompt is None and values.get("messages") is not None:
         prompt = _messages(values["messages"])
@@ -286,7 +288,7 @@ def _parse_prompt(values: dict[str, Any]) -> tuple[list[Message], None, None]:
     return _joined_prompt(prompt, []), None, None
 
 
-def _response(value: Any) -> tuple[list[Message], str]:
+def _response(value: Any) -> tuple[list["Message"], str]:
     """What comes before an answer within its own column (nothing, if it is a string), and the answer."""
     if value is None:
         raise _Unusable("no chosen or no rejected")
@@ -301,7 +303,7 @@ def _response(value: Any) -> tuple[list[Message], str]:
     return messages[:-1], messages[-1]["content"]
 
 
-def _joined_prompt(prompt: Any, prefix: list[Message]) -> list[Message]:
+def _joined_prompt(prompt: Any, prefix: list["Message"]) -> list["Message"]:
     """The prompt column, or what chosen and rejected share, if they bring the prompt along."""
     if isinstance(prompt, str):
         _require_unicode(prompt)
@@ -321,7 +323,7 @@ def _joined_prompt(prompt: Any, prefix: list[Message]) -> list[Message]:
     return messages
 
 
-def _messages(value: Any) -> list[Message]:
+def _messages(value: Any) -> list["Message"]:
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise _Unusable("neither text nor a list of messages")
     messages = [{"role": message.get("role"), "content": message.get("content")} for message in value]

@@ -22,6 +22,7 @@ from sampo_ray.actors import policy_server
 from sampo_ray.actors.policy_server import Held, PolicyServer, policy_deployment, sampling_params, version_chunk
 from sampo_ray.actors.weights import (
     Weights,
+    WeightsError,
     WeightsId,
     publish_version,
     start_weight_store,
