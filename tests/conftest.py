@@ -94,3 +94,12 @@ def local_ray() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def own_serve(local_ray: None) -> Iterator[None]:
+    """Ray Serve for one module: the first to start it decides its address, so none is left to the next."""
+    from ray import serve
+
+    yield
+    serve.shutdown()

@@ -65,7 +65,7 @@ class Endpoint:
 
 
 @pytest.fixture(scope="module")
-def endpoint(local_ray: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+def endpoint(own_serve: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     from sampo_ray.actors.policy_server import policy_deployment
     from sampo_ray.actors.weights import start_weight_store, write_version
     from sampo_ray.chat import ChatFormat
@@ -90,7 +90,6 @@ def endpoint(local_ray: None, tiny_model: Path, tmp_path_factory: pytest.TempPat
     yield Endpoint(url, hasty_url, store, f"{run}/versions", tiny_model)
     stop_endpoint("test-hasty")
     stop_endpoint("test-endpoint")
-    serve.shutdown()
     ray.kill(store)
 
 

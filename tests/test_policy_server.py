@@ -193,7 +193,7 @@ def assert_greedy(completions: pa.Table, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def policy(local_ray: None, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Policy]:
+def policy(own_serve: None, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Policy]:
     policy = Policy(tmp_path_factory.mktemp("policy"), tiny_model)
     yield policy
     serve.delete("policy-test")

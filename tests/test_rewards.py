@@ -243,7 +243,7 @@ def test_a_call_that_hangs_is_given_up_and_makes_the_replica_unhealthy_until_it_
 
 
 @pytest.fixture
-def deploy(local_ray):
+def deploy(own_serve):
     from ray import serve
 
     names = []

@@ -53,7 +53,7 @@ def new_run(folder: Path, tiny_model: Path, *overrides: str) -> Run:
 
 
 @pytest.fixture(scope="module")
-def fleet(local_ray, tiny_model, tmp_path_factory):
+def fleet(own_serve, tiny_model, tmp_path_factory):
     from sampo_ray.actors.fleet import open_fleet
 
     with open_fleet(new_run(tmp_path_factory.mktemp("fleet"), tiny_model)) as fleet:
