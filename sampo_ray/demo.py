@@ -1,10 +1,10 @@
 """The demo's task, data and base policy, made on the spot, and the arithmetic of its table.
 
-The task is to sort five digits: an answer can be checked. The demonstrations that the base policy imitates have two
+The task is to sort four digits: an answer can be checked. The demonstrations that the base policy imitates have two
 habits that real ones have: some sort the wrong way round (`CARELESS`), and some go on chatting after the answer
-(`CHATTY`). The reward knows right from wrong, but it is also fond of length and has moods, as reward models trained on
-UltraFeedback are; the preferences are labelled with it, and so are the online rounds. What is reported judges the
-answer alone.
+(`CHATTY`). The reward knows right from wrong, but it is also fond of length and has moods, as a reward model trained on
+people's preferences would; the offline preferences are labelled with it, and so are the online rounds. What is reported
+judges the answer alone.
 """
 
 import json
@@ -45,6 +45,7 @@ _CHATTER = (
 )
 _MOST_CHATTER = 4
 _DIGITS = 4
+_LESSONS = 6000
 
 
 @dataclass(frozen=True)
@@ -94,19 +95,23 @@ def make_demo(
     prompts: int = 768,
     evaluation: int = 400,
 ) -> DemoAssets:
-    """Writes the data and the base policy (fine-tuned in fp32, saved in bf16) into `folder`, all functions of `seed`."""
+    """Writes the data and the base policy (fine-tuned in fp32, saved in bf16) into `folder`; all depend on `seed` alone.
+
+    `sft_steps` are optimizer steps of 64 demonstrations; the others are rows of the files.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    rng = random.Random(seed)
-    held_out = _questions(rng, evaluation, avoid=frozenset())
-    asked = frozenset(held_out)
-    lessons = [(question, _demonstration(question, rng)) for question in _questions(rng, 20 * sft_steps + 2000, asked)]
     assets = DemoAssets(
         folder / "model", folder / "preferences.jsonl", folder / "prompts.jsonl", folder / "evaluation.jsonl"
     )
+    held_out = _questions(_stream(seed, "evaluation"), evaluation, avoid=frozenset())
+    asked = frozenset(held_out)
     _write(assets.evaluation, map(_row, held_out))
-    _write(assets.prompts, map(_row, _questions(rng, prompts, asked)))
-    _write(assets.preferences, (_preference(question, rng) for question in _questions(rng, pairs, asked)))
+    _write(assets.prompts, map(_row, _questions(_stream(seed, "prompts"), prompts, asked)))
+    rng = _stream(seed, "preferences")
+    _write(assets.preferences, [_preference(digits, rng) for digits in _questions(rng, pairs, asked)])
+    rng = _stream(seed, "lessons")
+    lessons = [(_prompt(digits), _demonstration(digits, rng)) for digits in _questions(rng, _LESSONS, asked)]
     _make_policy(assets.model, lessons, sft_steps, seed)
     return assets
 
@@ -139,9 +144,9 @@ def render(outcomes: Sequence[Outcome], temperature: float) -> Table:
     """The table as it is printed."""
     samples = outcomes[0].samples
     table = Table(
-        title="Sorting five digits",
-        caption=f"{samples} prompts not trained on, one completion each at temperature {temperature:g}; in brackets 95 % "
-        f"intervals; win rate against base by correctness, ties half; tokens with their standard deviation",
+        title="Sorting four digits",
+        caption=f"{samples} prompts not trained on, one completion each at temperature {temperature:g}; in brackets "
+        f"95 % intervals; win rate against base by correctness, ties half; tokens with their standard deviation",
     )
     table.add_column("policy")
     for heading in ("accuracy %", "win rate %", "tokens"):
@@ -151,6 +156,11 @@ def render(outcomes: Sequence[Outcome], temperature: float) -> Table:
         accuracy = _percent(row.accuracy, row.accuracy_low, row.accuracy_high)
         table.add_row(row.name, accuracy, wins, f"{row.tokens:.1f} ± {row.tokens_spread:.1f}")
     return table
+
+
+def _stream(seed: int, purpose: str) -> random.Random:
+    """Random numbers for one purpose, so that how many another one uses does not matter."""
+    return random.Random(f"{seed} {purpose}")
 
 
 def _questions(rng: random.Random, count: int, avoid: frozenset[str]) -> list[str]:
@@ -198,13 +208,13 @@ def _reward(completion: str, answer: str) -> float:
 
 
 def _make_policy(folder: Path, lessons: Sequence[tuple[str, str]], steps: int, seed: int) -> None:
-    texts = [f"{_prompt(digits)}\n\nuser\n\nassistant\n\n{response}" for digits, response in lessons[:2000]]
+    texts = [f"user\n\n{prompt}\nassistant\n\n{response}" for prompt, response in lessons[:2000]]
     tokenizer = tiny_tokenizer(texts, vocab_size=384)
     model = tiny_llama(tokenizer, hidden=192, layers=2, positions=256, seed=seed)
     tokenizer.save_pretrained(folder)
     chat = ChatFormat.load(folder, "llama3-sampo")
     chat.save(folder)
-    fine_tune(model, chat, [(_prompt(digits), response) for digits, response in lessons], steps, seed)
+    fine_tune(model, chat, lessons, steps, seed)
     model.save_pretrained(folder)
 
 
@@ -256,7 +266,7 @@ def _batches(lessons: Sequence[Lesson], size: int, steps: int, rng: random.Rando
 
 
 def _imitation(model: LlamaForCausalLM, batch: Sequence[Lesson], pad: int) -> torch.Tensor:
-    """Negative log-likelihood in nats of a response, scaled by a constant: a mean over tokens would favour the short."""
+    """Negative log-likelihood in nats of a response, scaled by a constant: a mean over tokens favours the short."""
     longest = max(len(prompt) + len(response) for prompt, response in batch)
     ids = torch.full((len(batch), longest), pad)
     targets = torch.full((len(batch), longest), -100)

@@ -13,14 +13,12 @@ from transformers import AutoModelForCausalLM
 from sampo_ray.chat import ChatFormat
 from sampo_ray.config import load_config
 from sampo_ray.demo import (
-    BASE,
     ROWS,
     Answers,
     DemoAssets,
     correct,
     fine_tune,
     make_demo,
-    recipe,
     render,
     reward,
     summarise,
@@ -110,28 +108,39 @@ def test_fine_tuning_makes_demonstrations_likelier(assets: DemoAssets) -> None:
     chat = ChatFormat.load(assets.model, "llama3-sampo")
     model = AutoModelForCausalLM.from_pretrained(assets.model)
     lesson = ("Sort these digits: 8361", "1368.")
-    ids = torch.tensor([chat.prompt_ids([{"role": "user", "content": lesson[0]}]) + chat.response_ids(lesson[1])])
-    before = model(input_ids=ids, labels=ids).loss.item()
-    fine_tune(model, chat, [lesson], steps=8, seed=0, batch_size=4)
-    assert model(input_ids=ids, labels=ids).loss.item() < before - 1
+    prompt = torch.tensor([chat.prompt_ids([{"role": "user", "content": lesson[0]}])])
+    response = torch.tensor([chat.response_ids(lesson[1])])
+    ids = torch.cat([prompt, response], dim=1)
+    labels = torch.cat([torch.full_like(prompt, -100), response], dim=1)
+    before = model(input_ids=ids, labels=labels).loss.item()
+    fine_tune(model, chat, [lesson], steps=12, seed=0, batch_size=4)
+    assert model(input_ids=ids, labels=labels).loss.item() < before - 1
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_every_row_is_a_valid_configuration_of_one_program(name: str, assets: DemoAssets, tmp_path: Path) -> None:
-    config = load_config(recipe(name, assets, tmp_path, seed=5))
+    shared = {
+        "model": {"path": str(assets.model)},
+        "data": {"train": str(assets.preferences), "prompts": str(assets.prompts), "max_length": 128},
+        "rollout": {"max_tokens": 64},
+        "reward": {"function": "sampo_ray.demo:reward"},
+        "run": {"dir": str(tmp_path)},
+    }
+    config = load_config(shared, ROWS[name])
     assert config.online == (name != "DPO")
     assert config.method.reduction == ("sample" if "SamPO" in name else "sum")
-    assert config.run.seed == 5
 
 
 def test_iterative_dpo_and_iterative_sampo_differ_in_the_reduction_alone() -> None:
-    dpo, sampo = ROWS["Iterative DPO"], ROWS["Iterative SamPO"]
-    assert {**dpo, "method": None} == {**sampo, "method": None}
+    assert set(ROWS["Iterative DPO"]) ^ set(ROWS["Iterative SamPO"]) == {
+        "method.reduction=sum",
+        "method.reduction=sample",
+    }
 
 
 def test_the_table_gives_accuracy_wins_and_length_with_their_uncertainty() -> None:
     answers = {
-        BASE: Answers(["12.", "21.", "12.", "21."], [3, 3, 3, 3]),
+        "base": Answers(["12.", "21.", "12.", "21."], [3, 3, 3, 3]),
         "DPO": Answers(["12. Thanks.", "12.", "12.", "21."], [9, 3, 3, 3]),
     }
     base, dpo = summarise(answers, ["12"] * 4)
@@ -149,7 +158,7 @@ def test_the_table_gives_accuracy_wins_and_length_with_their_uncertainty() -> No
 def test_length_alone_wins_nothing(right: list[bool], padding: int) -> None:
     texts = ["12." if is_right else "21." for is_right in right]
     longer = [text + " Thanks." * padding for text in texts]
-    answers = {BASE: Answers(texts, [3] * len(right)), "long": Answers(longer, [3 + 2 * padding] * len(right))}
+    answers = {"base": Answers(texts, [3] * len(right)), "long": Answers(longer, [3 + 2 * padding] * len(right))}
     outcome = summarise(answers, ["12"] * len(right))[1]
     assert outcome.win_rate == 0.5
     assert 0.0 <= outcome.accuracy_low <= outcome.accuracy <= outcome.accuracy_high <= 1.0
