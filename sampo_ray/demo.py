@@ -95,7 +95,7 @@ def make_demo(
     prompts: int = 768,
     evaluation: int = 400,
 ) -> DemoAssets:
-    """Writes the data and the base policy (fine-tuned in fp32, saved in bf16) into `folder`; all depend on `seed` alone.
+    """Writes the data and the base policy (fine-tuned in fp32, saved in bf16) into `folder`, each a function of `seed`.
 
     `sft_steps` are optimizer steps of 64 demonstrations; the others are rows of the files.
     """
