@@ -67,6 +67,7 @@ def demo_run(folder: Path, name: str, assets: DemoAssets, seed: int, resources: 
         "reward": {"function": "sampo_ray.demo:reward"},
         "run": {"dir": str(folder / name.lower().replace(" ", "-")), "seed": seed},
         "serve": {"port": 0},
+        "fleet": {"generators": {"max_ongoing_requests": 128}},
         "optim": {"batch_size": 16, "learning_rate": 1e-4},
         "rollout": {"prompts": 192, "samples": 4, "max_tokens": 64},
         "publish": {"every_steps": 6},
