@@ -49,7 +49,7 @@ def run_demo(directory: Path, seed: int, keep_serving: bool) -> None:
             if not answers:
                 fleet.attach(run)
                 answers["base"] = evaluate(fleet, run, 0, assets, display)
-            display.note(f"--- {name}: {run.place.url}")
+            display.heading(f"{name}: {run.place.url}")
             iterate(run, fleet, display)
             answers[name] = evaluate(fleet, run, last_version(run), assets, display)
         display.console.print(render(summarise(answers, rightful), TEMPERATURE))

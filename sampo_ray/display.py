@@ -139,6 +139,11 @@ class Display(ABC):
         """One line that stays: something the user should know."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def heading(self, text: str) -> None:
+        """Something new begins, such as another run: what was shown of the last one goes."""
+        self._round, self._status, self._news = "", {}, False
+        self.note(f"--- {text}")
+
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """A table that stays, such as the summary of a run; the first column names the rows."""
         table = Table(title=title, title_justify="left", title_style="bold")
