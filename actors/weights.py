@@ -95,7 +95,7 @@ def pack(tensors: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int = BUCKET
     for name, tensor in tensors:
         flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
         start = -(-end // ALIGNMENT) * ALIGNMENT
-        if specs and start + flat.size > data.size:
+        if specs and start + flat.size > bucket_bytes:
             yield _sealed(specs, data[:end])
             specs, start = [], 0
         if not specs:
