@@ -24,7 +24,7 @@ from sampo_ray.config import ConfigError, RunConfig, load_config
 
 REQUEST_SECONDS = 30.0
 """Limit of one call to the cluster's job server."""
-SETTLE_SECONDS = 60.0
+SETTLE_SECONDS = 120.0
 """How long a job may take to report its end after its log has ended, and a lost connection to come back."""
 
 
@@ -91,10 +91,7 @@ def submit_entrypoint(command: str, folder: Path, address: str, console: Console
     """Submits `command` to run in a copy of `folder`, with this package importable; follows it as `submit` says."""
     client = _connect(address)
     packages: dict[str, Any] = {"working_dir": str(folder), "py_modules": [str(Path(sampo_ray.__file__).parent)]}
-    try:
-        job = client.submit_job(entrypoint=command, runtime_env=packages)
-    except (RuntimeError, requests.RequestException) as error:
-        raise SubmitError(f"{address}: the job was not taken: {error}") from error
+    job = _submitted(client, command, packages, address)
     by_hand = f"--address {shlex.quote(address)} {job}"
     console.print(f"job {job} submitted to {address}", markup=False, highlight=False, soft_wrap=True)
     try:
@@ -139,6 +136,18 @@ def _connect(address: str) -> JobSubmissionClient:
         ) from error
     except (RuntimeError, ValueError, KeyError) as error:
         raise SubmitError(f"--address {address}: {error}") from error
+
+
+def _submitted(client: JobSubmissionClient, command: str, packages: dict[str, Any], address: str) -> str:
+    """The job's id. A cluster that has just started takes jobs only once an agent of its is up, and is asked again."""
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while True:
+        try:
+            return client.submit_job(entrypoint=command, runtime_env=packages)
+        except (RuntimeError, requests.RequestException) as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise SubmitError(f"{address}: the job was not taken: {error}") from error
+            time.sleep(2.0)
 
 
 async def _follow(client: JobSubmissionClient, job: str, console: Console) -> None:
