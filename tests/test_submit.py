@@ -132,18 +132,21 @@ class Cluster:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """A cluster of two nodes on this machine, started as a user does."""
-    gcs, dashboard, ray_client = free_ports(3)
+    gcs, dashboard, ray_client, *agents = free_ports(5)
     scratch = tempfile.mkdtemp(prefix="ray-")  # short: socket paths have a limit
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     env |= {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", MARK: scratch}
     env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     running = Cluster(f"http://127.0.0.1:{dashboard}", env)
     start = ["ray", "start", "--disable-usage-stats", "--num-cpus=4", "--object-store-memory=200000000"]
+    # Jobs are taken by a node's agent, whose usual port another Ray on this machine may have.
+    agent_ports = [f"--dashboard-agent-listen-port={port}" for port in agents]
     head = [f"--temp-dir={scratch}", "--head", f"--port={gcs}", f"--ray-client-server-port={ray_client}"]
+    head += [f"--dashboard-port={dashboard}", agent_ports[0]]
     try:
-        subprocess.run([*start, *head, f"--dashboard-port={dashboard}"], env=env, check=True, timeout=240)
+        subprocess.run([*start, *head], env=env, check=True, timeout=240)
         address = (Path(scratch) / "ray_current_cluster").read_text().strip()
-        subprocess.run([*start, f"--address={address}"], env=env, check=True, timeout=240)
+        subprocess.run([*start, agent_ports[1], f"--address={address}"], env=env, check=True, timeout=240)
         wait_until(running.ready, "job server", 120)
         yield running
     finally:
