@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import tempfile
 import threading
 import time
@@ -136,7 +137,9 @@ class Place:
 
     def remove(self) -> None:
         fs, path = self._fs()
-        if fs.exists(path):
+        if self.local:  # fsspec would look at the working directory, which a job may have lost
+            shutil.rmtree(path, ignore_errors=True)
+        elif fs.exists(path):
             fs.rm(path, recursive=True)
 
     def take(self, folder: Path) -> None:
