@@ -1,6 +1,7 @@
 """The command line: `sampo train`, `sampo demo`, `sampo submit`."""
 
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -166,10 +167,10 @@ def announce(display: Any, endpoint: str | None) -> None:
         display.note(f"live policy: {endpoint}/v1 (model `policy`)")
 
 
-def curl_line(endpoint: str, keyed: bool) -> str:
+def curl_line(endpoint: str, keyed: bool, question: str = "Hello") -> str:
     """A shell command that asks the live policy something."""
     key = " -H 'Authorization: Bearer YOUR_KEY'" if keyed else ""
-    body = '{"model": "policy", "messages": [{"role": "user", "content": "What is 2 + 3?"}]}'
+    body = json.dumps({"model": "policy", "messages": [{"role": "user", "content": question}]})
     return f"curl -i {endpoint}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'"
 
 
