@@ -3,7 +3,6 @@ uses it.
 """
 
 import contextlib
-import logging
 import re
 import tempfile
 from collections.abc import Iterator
@@ -26,8 +25,6 @@ from sampo_ray.chat import ChatFormat
 from sampo_ray.config import RunConfig
 from sampo_ray.runs import Place, Run
 from sampo_ray.serve.endpoint import free_port, start_endpoint, start_serve, stop_endpoint
-
-logger = logging.getLogger(__name__)
 
 CALL_SECONDS = 120.0
 BASE_SECONDS = 3600.0
