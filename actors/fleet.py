@@ -24,7 +24,7 @@ from sampo_ray.actors.weights import publish_version, start_weight_store
 from sampo_ray.chat import ChatFormat
 from sampo_ray.config import RunConfig
 from sampo_ray.runs import Place, Run
-from sampo_ray.serve.endpoint import free_port, start_endpoint, start_serve, stop_endpoint
+from sampo_ray.serve.endpoint import await_endpoint, deploy_endpoint, free_port, start_serve, stop_endpoint
 
 CALL_SECONDS = 120.0
 BASE_SECONDS = 3600.0
@@ -73,17 +73,20 @@ def open_fleet(run: Run, keep_serving: bool = False) -> Iterator[Fleet]:
         for name in apps:
             if not (keep_serving and name.endswith("-policy")):
                 stack.callback(serve.delete, name)
+        gateway, route = (
+            f"{run.id}-endpoint",
+            f"/{run.id}" if config.profile == "cluster" else "/",
+        )  # runs share a cluster
+        if serve_config.enabled:
+            deploy_endpoint(gateway, f"{run.id}-policy", serve_config, route)  # starts while the engines do
+            if not keep_serving:
+                stack.callback(stop_endpoint, gateway)
         targets = [serve.RunTarget(app, name=name, route_prefix=None) for name, app in apps.items()]
         try:
             handles = dict(zip(apps, serve.run_many(targets), strict=True))
         except RuntimeError as error:
             raise FleetError(f"{last_words(error)} (Ray's logs have the rest)") from None
-        endpoint = None
-        if serve_config.enabled:
-            route = f"/{run.id}" if config.profile == "cluster" else "/"  # runs may share a cluster
-            endpoint = start_endpoint(f"{run.id}-endpoint", f"{run.id}-policy", serve_config, route)
-            if not keep_serving:
-                stack.callback(stop_endpoint, f"{run.id}-endpoint")
+        endpoint = await_endpoint(gateway, serve_config, route) if serve_config.enabled else None
         yield Fleet(
             store,
             trainer,

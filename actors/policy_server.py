@@ -354,11 +354,7 @@ def policy_deployment(
     )
     options = {
         "name": name,
-        "autoscaling_config": {
-            "min_replicas": 1 if config.min_replicas is None else config.min_replicas,
-            "max_replicas": config.max_replicas or 1,
-            "target_ongoing_requests": config.target_ongoing_requests or 0.75 * config.max_ongoing_requests,
-        },
+        "autoscaling_config": config.autoscaling,
         "max_ongoing_requests": config.max_ongoing_requests,
         "max_queued_requests": config.max_queued_requests,
     }

@@ -87,17 +87,12 @@ class ReferenceWorker:
 
 def build_reference_app(store: str, fleet: FleetConfig, threads: int | None) -> serve.Application:
     """The reference workers as a Serve application; they load nothing before the first call says what it wants."""
-    ceiling = max(fleet.max_replicas or 1, fleet.min_replicas or 1)
     deployment = serve.deployment(
         ReferenceWorker,
         name="references",
         max_ongoing_requests=fleet.max_ongoing_requests,
         max_queued_requests=fleet.max_queued_requests,
-        autoscaling_config={
-            "min_replicas": fleet.min_replicas if fleet.min_replicas is not None else 1,
-            "max_replicas": ceiling,
-            "target_ongoing_requests": fleet.target_ongoing_requests or 0.75 * fleet.max_ongoing_requests,
-        },
+        autoscaling_config=fleet.autoscaling,
         ray_actor_options={
             "num_cpus": fleet.num_cpus if fleet.num_cpus is not None else 0.5,
             "num_gpus": fleet.num_gpus or 0,

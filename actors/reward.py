@@ -106,16 +106,10 @@ def build_reward_app(config: RewardConfig, fleet: FleetConfig) -> serve.Applicat
     (through the job's working directory, for example), and a reward model's path readable there.
     """
     source = None if config.function is None else function_source(config.function)
-    least = 1 if fleet.min_replicas is None else fleet.min_replicas
-    target = fleet.target_ongoing_requests or max(1.0, 0.75 * fleet.max_ongoing_requests)
     deploy = serve.deployment(
         max_ongoing_requests=fleet.max_ongoing_requests,
         max_queued_requests=fleet.max_queued_requests,
-        autoscaling_config={
-            "min_replicas": least,
-            "max_replicas": max(1, least, fleet.max_replicas or 1),
-            "target_ongoing_requests": target,
-        },
+        autoscaling_config=fleet.autoscaling,
         ray_actor_options={
             "num_cpus": 0.1 if fleet.num_cpus is None else fleet.num_cpus,
             "num_gpus": fleet.num_gpus or 0,

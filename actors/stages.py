@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 PART_PAIRS = 512
 PART_PROMPTS = 32
+ITEM_SAMPLES = 8
+"""Completions of one generator call, about: few, so that queues tell how busy a replica is; more than one, because with
+a small model a call costs more than a completion."""
 ASSIGN_SECONDS = 900.0
 TOKENIZE_SECONDS = 24 * 3600.0
 
@@ -81,15 +84,23 @@ def sample(
     window: int,
     progress: Progress,
 ) -> list[Part]:
-    """Rollouts: COMPLETIONS for each part of prompts, drawn from (run, version) `weights`. A call is a prompt x n."""
+    """Rollouts: COMPLETIONS for each part of prompts, drawn from (run, version) `weights`; a few prompts a call."""
+    together = max(1, ITEM_SAMPLES // rollout.samples)
 
     def start(index: int, place: Place) -> ray.ObjectRef:
-        block = prompts[index].argument()
+        block, rows = prompts[index].argument(), range(prompts[index].rows)
         items = [
             generators.generate.remote(
-                block, [row], rollout.samples, rollout.temperature, rollout.top_p, rollout.max_tokens, seed, weights
+                block,
+                rows[first : first + together],
+                rollout.samples,
+                rollout.temperature,
+                rollout.top_p,
+                rollout.max_tokens,
+                seed,
+                weights,
             )
-            for row in range(prompts[index].rows)
+            for first in rows[::together]
         ]
         return collect.remote(place, *[as_ref(item) for item in items])
 

@@ -184,6 +184,16 @@ class FleetConfig(Section):
     num_gpus: float | None = Field(None, ge=0)
     """GPUs a replica asks Ray for. Default: 1 where the profile has them."""
 
+    @property
+    def autoscaling(self) -> dict[str, float]:
+        """Ray Serve's `autoscaling_config`, with every size explicit."""
+        least = 1 if self.min_replicas is None else self.min_replicas
+        return {
+            "min_replicas": least,
+            "max_replicas": max(1, least, self.max_replicas or 1),
+            "target_ongoing_requests": self.target_ongoing_requests or max(1.0, 0.75 * self.max_ongoing_requests),
+        }
+
     @model_validator(mode="after")
     def _ordered(self) -> "FleetConfig":
         if self.min_replicas is not None and self.max_replicas is not None and self.min_replicas > self.max_replicas:

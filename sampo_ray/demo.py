@@ -300,7 +300,8 @@ def _wilson(successes: int, count: int, z: float = 1.96) -> tuple[float, float]:
     p, n = successes / count, count
     centre = p + z * z / (2 * n)
     reach = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (max(0.0, (centre - reach) / (1 + z * z / n)), min(1.0, (centre + reach) / (1 + z * z / n)))
+    # At 0 and at 1 a bound is the proportion itself, but for rounding.
+    return (max(0.0, min(p, (centre - reach) / (1 + z * z / n))), min(1.0, max(p, (centre + reach) / (1 + z * z / n))))
 
 
 def _percent(value: float, low: float | None, high: float | None) -> str:

@@ -24,7 +24,7 @@ from sampo_ray.profiles import resolve
 from sampo_ray.rounds import parts_of
 from sampo_ray.runs import Run, create_run
 
-TEMPERATURE = 0.8
+TEMPERATURE = 1.0
 
 
 def run_demo(directory: Path, seed: int, keep_serving: bool) -> None:
@@ -69,7 +69,7 @@ def demo_run(folder: Path, name: str, assets: DemoAssets, seed: int, resources: 
         "serve": {"port": 0},
         "fleet": {"generators": {"max_ongoing_requests": 128}},
         "optim": {"batch_size": 16, "learning_rate": 1e-4},
-        "rollout": {"prompts": 192, "samples": 4, "max_tokens": 64},
+        "rollout": {"prompts": 256, "samples": 4, "temperature": 1.0, "top_p": 1.0, "max_tokens": 72},
         "publish": {"every_steps": 6},
     }
     config, _ = resolve(load_config(shared, ROWS[name]), resources, os.cpu_count() or 1)

@@ -243,11 +243,25 @@ def create_run(config: RunConfig) -> Run:
             f"run.dir={config.run.dir!r} already holds a run; resume it with `sampo train --resume {config.run.dir}` "
             "or choose another directory"
         )
+    config = _grounded(config)
     manifest = Manifest(id=f"r{uuid.uuid4().hex[:8]}", packages={name: _version(name) for name in PACKAGES})
     place.at("config.yaml").write(dump_config(config).encode())
     run = Run(config, manifest, place)
     run.save()
     return run
+
+
+def _grounded(config: RunConfig) -> RunConfig:
+    """Local paths of a recipe made absolute: actors, and whoever resumes the run, have other working directories."""
+    tree = config.model_dump()
+    for section, field in (("model", "path"), ("data", "train"), ("data", "prompts"), ("reward", "model")):
+        named = tree[section][field]
+        if named and (Path(named).exists() or ("*" in named and Path(named).parent.is_dir())):
+            tree[section][field] = absolute(named)
+    file, colon, function = (tree["reward"]["function"] or "").rpartition(":")
+    if file.endswith(".py") and Path(file).exists():
+        tree["reward"]["function"] = f"{absolute(file)}{colon}{function}"
+    return RunConfig.model_validate(tree)
 
 
 def open_run(url: str, config: RunConfig | None = None) -> Run:

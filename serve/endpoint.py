@@ -62,10 +62,20 @@ def start_endpoint(
     Returns its base URL (a client appends `/v1/...`) once it answers. It outlives the driver. EndpointError if it
     does not answer within `timeout_s`.
     """
+    deploy_endpoint(name, policy_app, config, route_prefix)
+    return await_endpoint(name, config, route_prefix, timeout_s)
+
+
+def deploy_endpoint(name: str, policy_app: str, config: ServeConfig, route_prefix: str) -> None:
+    """Begins to start the endpoint; its policy may still be starting itself."""
     from sampo_ray.serve.gateway import build_endpoint_app  # brings vLLM in, which takes many seconds
 
     target = serve.RunTarget(build_endpoint_app(name, policy_app, config), name=name, route_prefix=route_prefix)
     serve.run_many([target], wait_for_applications_running=False)
+
+
+def await_endpoint(name: str, config: ServeConfig, route_prefix: str, timeout_s: float = 120.0) -> str:
+    """The base URL of a deployed endpoint, once it answers; EndpointError when it does not within `timeout_s`."""
     url = base_url(config, route_prefix)
     deadline = time.monotonic() + timeout_s
     while not _answers(url):

@@ -133,3 +133,20 @@ checkpoints = st.builds(
 @settings(max_examples=50)
 def test_any_manifest_survives_being_written(manifest):
     assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest
+
+
+def test_paths_of_a_recipe_hold_in_any_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("pairs.jsonl", "judge.py"):
+        (tmp_path / name).touch()
+    (tmp_path / "model").mkdir()
+    tree = {
+        "model": {"path": "model"},
+        "data": {"train": "pairs.jsonl", "prompts": "org/on-the-hub"},
+        "reward": {"function": "judge.py:reward"},
+        "run": {"dir": "run"},
+    }
+    config = create_run(load_config(tree)).config
+    assert config.model.path == str(tmp_path / "model")
+    assert config.data.train == str(tmp_path / "pairs.jsonl") and config.data.prompts == "org/on-the-hub"
+    assert config.reward.function == f"{tmp_path / 'judge.py'}:reward"
