@@ -14,6 +14,7 @@ import pyarrow as pa
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError, WorkerCrashedError
 
+from sampo_ray.actors.weights import Elsewhere
 from sampo_ray.runs import Place
 
 logger = logging.getLogger(__name__)
@@ -21,8 +22,9 @@ logger = logging.getLogger(__name__)
 FETCH_SECONDS = 120.0
 STALL_SECONDS = 1800.0
 ATTEMPTS = 4
-# What a process that died leaves behind; the call is made again. Anything else is the call's own answer.
-LOST = (RayActorError, WorkerCrashedError, ObjectLostError)
+# What a process that died leaves behind, or one that holds other weights by now: the call is made again. Anything else
+# is the call's own answer.
+LOST = (RayActorError, WorkerCrashedError, ObjectLostError, Elsewhere)
 
 
 class StageError(RuntimeError):

@@ -5,9 +5,9 @@ uses it.
 import contextlib
 import re
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,13 +17,14 @@ from ray.actor import ActorHandle
 from ray.serve.handle import DeploymentHandle
 from transformers import AutoModelForCausalLM
 
+from sampo_ray.actors.pinned import delete_pinned
 from sampo_ray.actors.reference import build_reference_app
 from sampo_ray.actors.reward import build_reward_app
 from sampo_ray.actors.trainer import Trainer
-from sampo_ray.actors.weights import publish_version, start_weight_store
+from sampo_ray.actors.weight_store import publish_version, start_weight_store
 from sampo_ray.chat import ChatFormat
-from sampo_ray.config import RunConfig
-from sampo_ray.runs import Place, Run
+from sampo_ray.config import GeneratorsConfig, RunConfig
+from sampo_ray.runs import Place, Run, lineage
 from sampo_ray.serve.endpoint import await_endpoint, deploy_endpoint, free_port, start_serve, stop_endpoint
 
 CALL_SECONDS = 120.0
@@ -36,18 +37,28 @@ class FleetError(RuntimeError):
 
 @dataclass(frozen=True)
 class Fleet:
-    """Running actors. Generators and rewards are None where no stage needs them, `endpoint` where nothing is served."""
+    """Running actors. What no stage needs is None, and so is `endpoint` where nothing is served."""
 
     store: ActorHandle
     trainer: Trainer
     references: DeploymentHandle
-    generators: DeploymentHandle | None
     rewards: DeploymentHandle | None
     endpoint: str | None
+    own_generators: DeploymentHandle | None
+    shared_policy: DeploymentHandle | None
 
     def attach(self, run: Run) -> None:
         """From now on the fleet works for this run: its weights are served, from its latest durable version."""
         attach(self.store, run)
+
+    def generators(self, version: int) -> DeploymentHandle:
+        """The replicas to draw rollouts of a version from: the live policy's, where it may be shared and serves that
+        version, or else those that follow training.
+        """
+        if self.shared_policy and ray.get(self.store.serves.remote(version), timeout=CALL_SECONDS):
+            return self.shared_policy
+        assert self.own_generators is not None, "the configuration asks for no rollouts"
+        return self.own_generators
 
 
 @contextlib.contextmanager
@@ -56,66 +67,110 @@ def open_fleet(run: Run, keep_serving: bool = False) -> Iterator[Fleet]:
 
     With `keep_serving` the endpoint, its policy replicas and the weight store stay, and outlive this process.
     """
-    config, store_name = run.config, f"sampo-{run.id}"
-    store = start_weight_store(store_name, run.place.at("weights.json").url)
+    config = run.config
     with contextlib.ExitStack() as stack:
-        if not keep_serving:
-            stack.callback(ray.kill, store)
-        serve_config = config.serve
-        if serve_config.enabled and not serve_config.port:
-            serve_config = serve_config.model_copy(update={"port": free_port(serve_config.host)})
-        start_serve(serve_config)
-        attach(store, run)
-        trainer = Trainer(config.trainer, store_name, run.place.at("logs", "ray-train"))  # starts while the others do
+        live = _Live(stack, run, run.id, "weights.json", keep_serving)
+        attach(live.store, run)
+        trainer = Trainer(config.trainer, live.store_name, run.place.at("logs", "ray-train"))  # starts beside the rest
         stack.callback(trainer.close)
-        folders = [stack.enter_context(run.place.at(*at).on_disk()) for at in (("versions", "000000"), ("tokenizer",))]
-        apps = applications(config, run.id, store_name, *folders)
+        apps = applications(run, live)
+        # Runs may share a cluster, and its one proxy.
+        handles, endpoint = live.deploy(apps, f"/{run.id}" if config.profile == "cluster" else "/")
+        policy, generators = handles.get(f"{run.id}-policy"), handles.get(f"{run.id}-generators")
+        yield Fleet(
+            live.store,
+            trainer,
+            handles[f"{run.id}-references"],
+            handles.get(f"{run.id}-rewards"),
+            endpoint,
+            generators,
+            policy if is_shared(config) else None,
+        )
+
+
+@contextlib.contextmanager
+def open_live(run: Run) -> Iterator[str]:
+    """Serves a run without training it, and follows it if it is trained elsewhere; yields the endpoint's URL."""
+    name = f"serve-{run.id}"
+    with contextlib.ExitStack() as stack:
+        live = _Live(stack, run, name, "weights-serve.json", keep_serving=False)
+        if not ray.get(live.store.attach.remote(run.id, run.versions.url, True), timeout=CALL_SECONDS):
+            raise FleetError(f"{run.place.url} has no version to serve yet; wait until the run has published one")
+        _, endpoint = live.deploy({f"{name}-policy": live.policy("live", run.config.fleet.generators)}, "/")
+        assert endpoint is not None
+        yield endpoint
+
+
+class _Live:
+    """What the endpoint of a run is made of, whoever trains it: weight store, policy applications, gateway."""
+
+    def __init__(self, stack: contextlib.ExitStack, run: Run, name: str, state: str, keep_serving: bool) -> None:
+        self._stack, self._run, self._name, self._keep = stack, run, name, keep_serving
+        self.store_name = f"sampo-{name}"
+        self.store = start_weight_store(self.store_name, run.place.at(state).url, name)
+        self._at_end(ray.kill, self.store)
+        self._serve = run.config.serve
+        if self._serve.enabled and not self._serve.port:
+            self._serve = self._serve.model_copy(update={"port": free_port(self._serve.host)})
+        start_serve(self._serve)
+        self._at_end(delete_pinned, name)
+
+    def policy(self, channel: str, settings: GeneratorsConfig) -> serve.Application:
+        """Replicas that serve a channel of the weight store."""
+        from sampo_ray.actors.policy_server import Source, policy_deployment  # importing vLLM takes many seconds
+
+        base, chat = (
+            str(self._stack.enter_context(self._run.place.at(*at).on_disk()))
+            for at in (("versions", "000000"), ("tokenizer",))
+        )
+        config = self._run.config
+        source = Source(self.store_name, channel, swap=config.serve.swap, drain_s=config.serve.request_timeout_s)  # type: ignore[arg-type]
+        return policy_deployment("policy", base, chat, source, settings, config.data.max_length)
+
+    def deploy(self, apps: dict[str, serve.Application], route: str) -> tuple[dict[str, DeploymentHandle], str | None]:
+        """Starts applications and endpoint, all at once; their handles and the endpoint's URL, once all are ready."""
+        gateway, policy = f"{self._name}-endpoint", f"{self._name}-policy"
         for name in apps:
-            if not (keep_serving and name.endswith("-policy")):
-                stack.callback(serve.delete, name)
-        gateway, route = (
-            f"{run.id}-endpoint",
-            f"/{run.id}" if config.profile == "cluster" else "/",
-        )  # runs share a cluster
-        if serve_config.enabled:
-            deploy_endpoint(gateway, f"{run.id}-policy", serve_config, route)  # starts while the engines do
-            if not keep_serving:
-                stack.callback(stop_endpoint, gateway)
+            (self._at_end if name == policy else self._stack.callback)(serve.delete, name)
+        if self._serve.enabled:
+            deploy_endpoint(gateway, policy, self.store_name, self._serve, route)
+            self._at_end(stop_endpoint, gateway)
         targets = [serve.RunTarget(app, name=name, route_prefix=None) for name, app in apps.items()]
         try:
             handles = dict(zip(apps, serve.run_many(targets), strict=True))
         except RuntimeError as error:
             raise FleetError(f"{last_words(error)} (Ray's logs have the rest)") from None
-        endpoint = await_endpoint(gateway, serve_config, route) if serve_config.enabled else None
-        yield Fleet(
-            store,
-            trainer,
-            handles[f"{run.id}-references"],
-            handles.get(f"{run.id}-generators") or handles.get(f"{run.id}-policy"),
-            handles.get(f"{run.id}-rewards"),
-            endpoint,
-        )
+        return handles, await_endpoint(gateway, self._serve, route) if self._serve.enabled else None
+
+    def _at_end(self, function: Callable[..., Any], *arguments: Any) -> None:
+        if not self._keep:
+            self._stack.callback(function, *arguments)
 
 
-def applications(config: RunConfig, run_id: str, store: str, base: Path, chat: Path) -> dict[str, serve.Application]:
-    """The Serve applications of a run by name. On a laptop one deployment serves both rollouts and the endpoint; on a
-    cluster the generators are their own, so that rollouts cannot disturb the live policy."""
-    fleet = config.fleet
+def is_shared(config: RunConfig) -> bool:
+    """Whether rollouts may be drawn from the live policy's replicas: on one machine, while it serves what is newest."""
+    steady = config.serve.follow == "latest" and not config.serve.gates.any
+    return config.serve.enabled and steady and config.profile != "cluster"
+
+
+def applications(run: Run, live: _Live) -> dict[str, serve.Application]:
+    """The Serve applications of a run by name.
+
+    Rollouts have replicas of their own, so that they cannot disturb the live policy; where they may share its replicas,
+    their own start only when the live policy is made to serve something else (a rollback).
+    """
+    config, fleet = run.config, run.config.fleet
     threads = None if fleet.references.num_gpus else torch.get_num_threads()
-    apps = {f"{run_id}-references": build_reference_app(store, fleet.references, threads)}
-
-    def policy(name: str, settings: Any) -> None:
-        from sampo_ray.actors.policy_server import policy_deployment  # importing vLLM takes many seconds
-
-        apps[name] = policy_deployment("policy", str(base), str(chat), store, settings, config.data.max_length)
-
-    if config.serve.enabled or (config.online and config.profile != "cluster"):
+    apps = {f"{run.id}-references": build_reference_app(live.store_name, fleet.references, threads)}
+    if config.serve.enabled:
         one = fleet.generators.model_copy(update={"min_replicas": 1, "max_replicas": 1})
-        policy(f"{run_id}-policy", one if config.online and config.profile == "cluster" else fleet.generators)
-    if config.online and config.profile == "cluster":
-        policy(f"{run_id}-generators", fleet.generators)
+        apps[f"{run.id}-policy"] = live.policy("live", fleet.generators if is_shared(config) else one)
+    if config.online or config.serve.gates.probing:
+        seldom = fleet.generators.model_copy(update={"min_replicas": 0})
+        needed = config.online and not is_shared(config)
+        apps[f"{run.id}-generators"] = live.policy("training", fleet.generators if needed else seldom)
     if config.online:
-        apps[f"{run_id}-rewards"] = build_reward_app(config.reward, fleet.rewards)
+        apps[f"{run.id}-rewards"] = build_reward_app(config.reward, fleet.rewards)
     return apps
 
 
@@ -135,11 +190,12 @@ def attach(store: ActorHandle, run: Run) -> None:
             ChatFormat.load(run.config.model.path, run.config.model.template).save(draft)
             tokenizer.take(draft)
     if not run.versions.at("000000", "version.json").exists():
-        ray.get(_publish_base.remote(run.config.model.path, run.place, run.id, store), timeout=BASE_SECONDS)
+        about = {key: value for key, value in lineage(run.config, run.manifest).items() if key in ("base", "recipe")}
+        ray.get(_publish_base.remote(run.config.model.path, run.place, run.id, store, about), timeout=BASE_SECONDS)
 
 
 @ray.remote(num_cpus=0.5, max_retries=1)
-def _publish_base(path: str, place: Place, run_id: str, store: ActorHandle) -> None:
+def _publish_base(path: str, place: Place, run_id: str, store: ActorHandle, about: dict[str, Any]) -> None:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, use_safetensors=True)
     with place.at("tokenizer").on_disk() as tokenizer:
         chat = ChatFormat.load(tokenizer, "tokenizer")
@@ -161,6 +217,6 @@ def _publish_base(path: str, place: Place, run_id: str, store: ActorHandle) -> N
             model.named_parameters(),
             shell,
             reference=True,
-            about={"version": 0, "round": 0, "step": 0},
+            about={"round": 0, "step": 0, "created": int(time.time()), **about},
             timeout_s=BASE_SECONDS,
         )

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import pyarrow as pa
 import xxhash
@@ -24,8 +24,10 @@ from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from sampo_ray.actors.replica import Event, State, after
+from sampo_ray.actors.weight_store import Channel, find_weight_store
 from sampo_ray.actors.weight_transfer import BACKEND, staged
-from sampo_ray.actors.weights import Bucket, Weights, WeightsError, WeightsId, find_weight_store, verify
+from sampo_ray.actors.weights import Bucket, Elsewhere, Weights, WeightsError, WeightsId, verify
 from sampo_ray.chat import ChatFormat
 from sampo_ray.config import GeneratorsConfig
 
@@ -35,6 +37,7 @@ POLL_S = 30.0
 RETRY_S = 2.0
 FETCH_TIMEOUT_S = 300.0
 SWAP_TIMEOUT_S = 120.0
+REACH_TIMEOUT_S = 10.0
 HEALTH_PERIOD_S = 0.2
 FIRST_WEIGHTS_TIMEOUT_S = 600.0
 DONE = "data: [DONE]\n\n"
@@ -47,11 +50,32 @@ class Held:
     id: WeightsId
     about: dict[str, Any]
     swaps: int
+    sequence: int = 0
 
     @property
     def salt(self) -> str:
         """Keeps prefix blocks of other weights apart; `swaps` makes a return to earlier weights a new salt as well."""
         return f"{self.id}#{self.swaps}"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Which weights answer from here on, and their place in the order in which weights went live."""
+
+    id: WeightsId
+    sequence: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a replica serves: a channel of the named weight store, or for good one version of a run."""
+
+    store: str
+    channel: Channel = "live"
+    pinned: WeightsId | None = None
+    swap: Literal["keep", "wait"] = "keep"
+    drain_s: float = 300.0
+    """With swap=wait: seconds that answers in flight may take to end."""
 
 
 class PolicyServer(LLMServer):
@@ -60,23 +84,27 @@ class PolicyServer(LLMServer):
     Handle methods: `generate` (rollouts), `weights`, and what LLMServer brings. `chat` and `completions` tell which
     weights answered:
 
-    * the first item they yield is a `WeightsId`: the weights held when the request came (before an error, too);
+    * the first item they yield is an `Origin`: the weights held when the request came (before an error, too);
     * then come the items that LLMServer yields (lists of SSE strings, or one response object, or an ErrorResponse);
-    * if other weights were swapped in on the way, the answer names them in a field `policy_version` (int): in the body,
-      or, streaming, in one more chunk without choices right before `data: [DONE]`. No such field: nothing changed.
+    * if other weights were swapped in on the way, one more `Origin` names them, and the answer has a field
+      `policy_versions`: each `version` in turn and, by choice, `from_tokens` (null: the choice had ended). It is in the
+      body or, streaming, in one more chunk without choices right before `data: [DONE]`.
 
     A swap pauses the engine, loads, and resumes; requests in flight keep their KV cache. An engine whose update failed
     half-way, or that died, ends this process, so that Serve starts another: it never serves half-loaded weights.
     """
 
-    async def __init__(self, llm_config: LLMConfig, *, store: str, chat_folder: str) -> None:  # type: ignore[misc]
-        self._store_name = store
+    async def __init__(self, llm_config: LLMConfig, *, source: Source, chat_folder: str) -> None:  # type: ignore[misc]
+        self._source, self._state = source, State.STARTING
         self._format = ChatFormat.load(chat_folder, "tokenizer")
         self._held = Held(WeightsId("", -1), {}, 0)  # nothing that a store would know
+        self._had: set[WeightsId] = set()
+        self._answers: dict[str, list[dict[str, Any]]] = {}
         await super().__init__(llm_config)
         self._client = self.engine._engine_client  # vLLM's AsyncLLM; LLMServer has no way to send token ids
         await self._client.init_weight_transfer_engine(WeightTransferInitRequest({}))
         await self._warm_up()
+        self._become(Event.ENGINE_UP)
         await self._catch_up()
         self._tasks = [asyncio.create_task(work) for work in (self._follow(), self._watch())]
         for task in self._tasks:
@@ -126,15 +154,20 @@ class PolicyServer(LLMServer):
         return repeated
 
     async def weights(self) -> dict[str, Any]:
-        """Which weights this replica holds: run, version, round, step."""
+        """Which weights this replica holds (run, version, round, step), and its state (actors/replica.py)."""
         about = {key: self._held.about.get(key) for key in ("round", "step")}
-        return {"run": self._held.id.run, "version": self._held.id.version, **about}
+        return {"run": self._held.id.run, "version": self._held.id.version, **about, "state": str(self._state)}
 
-    async def chat(self, request: ChatCompletionRequest, raw_request_info: Any = None) -> AsyncGenerator[Any, None]:
-        return self._versioned(super().chat, request, raw_request_info)
+    async def chat(
+        self, request: ChatCompletionRequest, raw_request_info: Any = None, at_least: tuple[str, int] = ("", 0)
+    ) -> AsyncGenerator[Any, None]:
+        """Answers with weights not older than `at_least` (run, sequence); Elsewhere when they do not come soon."""
+        return self._versioned(super().chat, request, raw_request_info, at_least)
 
-    async def completions(self, request: CompletionRequest, raw_request_info: Any = None) -> AsyncGenerator[Any, None]:
-        return self._versioned(super().completions, request, raw_request_info)
+    async def completions(
+        self, request: CompletionRequest, raw_request_info: Any = None, at_least: tuple[str, int] = ("", 0)
+    ) -> AsyncGenerator[Any, None]:
+        return self._versioned(super().completions, request, raw_request_info, at_least)
 
     async def check_health(self) -> None:
         try:
@@ -146,19 +179,52 @@ class PolicyServer(LLMServer):
     def _end_of_turn(self) -> int:
         return self._format.end_of_turn_id
 
-    async def _versioned(self, method: Any, request: Any, raw_request_info: Any) -> AsyncGenerator[Any, None]:
+    async def __del__(self) -> None:
+        if getattr(self, "_tasks", None):
+            self._become(Event.DRAIN)
+            for task in self._tasks:
+                task.cancel()
+        await super().__del__()
+
+    async def _versioned(
+        self, method: Any, request: Any, raw_request_info: Any, at_least: tuple[str, int]
+    ) -> AsyncGenerator[Any, None]:
+        await self._reach(*at_least)
         first, previous = self._held, ""
         request.cache_salt = f"{first.salt}/{request.cache_salt or ''}"
-        yield first.id
-        async for item in await method(request, raw_request_info):
-            changed = self._held.id != first.id
-            if isinstance(item, list):
-                if changed and item[-1] == DONE:
-                    item.insert(-1, version_chunk([previous, *item][-2], self._held.id.version))
-                previous = item[-1]
-            elif changed and hasattr(item, "choices"):
-                item.policy_version = self._held.id.version
-            yield item
+        spans = self._answers[request.request_id] = [{"version": first.id.version}]
+        try:
+            yield Origin(first.id, first.sequence)
+            async for item in await method(request, raw_request_info):
+                if len(spans) > 1:
+                    if isinstance(item, list) and item[-1] == DONE:
+                        item.insert(-1, versions_chunk([previous, *item][-2], spans))
+                        yield Origin(self._held.id, self._held.sequence)
+                    elif hasattr(item, "choices"):
+                        item.policy_versions = spans
+                        yield Origin(self._held.id, self._held.sequence)
+                previous = item[-1] if isinstance(item, list) else ""
+                yield item
+        finally:
+            del self._answers[request.request_id]
+
+    def _note_swap(self, version: int) -> None:
+        """Notes for each answer in flight how many tokens it has from the weights that go. The engine is paused."""
+        states = self._client.output_processor.request_states.values()
+        emitted = [(s.external_req_id, s.request_index, s.n or 1, s.detokenizer.num_output_tokens()) for s in states]
+        for request_id, spans in self._answers.items():
+            spans.append({"version": version, "from_tokens": tokens_by_choice(request_id, emitted)})
+
+    async def _reach(self, run: str, sequence: int) -> None:
+        """Waits until this replica holds weights that went live no earlier than those a client has seen already."""
+        deadline = time.monotonic() + REACH_TIMEOUT_S
+        while self._held.id.run == run and self._held.sequence < sequence:
+            if time.monotonic() > deadline:
+                raise Elsewhere(f"this replica still holds {self._held.id}, older than what a client has seen")
+            await asyncio.sleep(0.01)
+
+    def _become(self, event: Event) -> None:
+        self._state = after(self._state, event)
 
     async def _complete(
         self, prompt: list[int], params: SamplingParams
@@ -173,12 +239,12 @@ class PolicyServer(LLMServer):
         return final.outputs[0], first.id, self._held.id
 
     async def _hold(self, wanted: WeightsId) -> None:
-        """Waits for weights that are on their way. WeightsError when they do not come, or newer ones are in already."""
+        """Waits for weights that are on their way. Elsewhere when they do not come, or have been here and gone."""
         deadline = time.monotonic() + FETCH_TIMEOUT_S
         while self._held.id != wanted:
-            passed = self._held.id.run == wanted.run and self._held.id.version > wanted.version
-            if passed or time.monotonic() > deadline:
-                raise WeightsError(f"rollouts were asked for from {wanted}, but this replica holds {self._held.id}")
+            newer = self._held.id.run == wanted.run and self._held.id.version > wanted.version
+            if newer or wanted in self._had or time.monotonic() > deadline:
+                raise Elsewhere(f"rollouts were asked for from {wanted}, but this replica holds {self._held.id}")
             await asyncio.sleep(0.01)
 
     async def _warm_up(self) -> None:
@@ -188,7 +254,7 @@ class PolicyServer(LLMServer):
         await asyncio.gather(*(self._complete(prompt, params) for params in both))
 
     async def _catch_up(self) -> None:
-        """Loads the store's current weights, again until there are no newer ones. WeightsError if it never has any."""
+        """Loads what it is to serve, again until there is nothing newer. WeightsError if the store never has any."""
         deadline = time.monotonic() + FIRST_WEIGHTS_TIMEOUT_S
         weights = await self._newer(POLL_S)
         while weights or self._held.id.version < 0:
@@ -197,13 +263,20 @@ class PolicyServer(LLMServer):
             elif time.monotonic() > deadline:
                 waited = f"{FIRST_WEIGHTS_TIMEOUT_S:.0f} s"
                 raise WeightsError(
-                    f"weight store {self._store_name!r} has had no weights for {waited}; publish version 0"
+                    f"weight store {self._source.store!r} has had no weights for {waited}; publish version 0"
                 )
             weights = await self._newer(0 if self._held.id.version >= 0 else POLL_S)
 
     async def _newer(self, timeout_s: float) -> Weights | None:
-        known = self._held.id if self._held.id.version >= 0 else None
-        waiting = find_weight_store(self._store_name).wait.remote(known, timeout_s)
+        store, source = find_weight_store(self._source.store), self._source
+        if source.pinned is None:
+            known = (self._held.id, self._held.sequence) if self._held.id.version >= 0 else (None, None)
+            waiting = store.wait.remote(known[0], timeout_s, source.channel, known[1])
+        elif self._held.id != source.pinned:
+            waiting = store.get.remote(source.pinned.run, source.pinned.version, 0)
+        else:
+            await asyncio.sleep(timeout_s)
+            return None
         return await asyncio.wait_for(waiting, timeout_s + FETCH_TIMEOUT_S)
 
     async def _follow(self) -> None:
@@ -224,21 +297,30 @@ class PolicyServer(LLMServer):
             await self.check_health()
 
     async def _adopt(self, weights: Weights) -> None:
+        if weights.id == self._held.id:  # only its place in the order of what went live is another
+            self._held = replace(self._held, sequence=weights.sequence)
+            return
         buckets = [await self._fetched(bucket) for bucket in weights.buckets]
         async with in_thread(staged(buckets)) as update:
             del buckets
-            started = time.perf_counter()
+            started, limit = time.perf_counter(), SWAP_TIMEOUT_S
+            self._become(Event.LOAD)
             try:
-                async with asyncio.timeout(SWAP_TIMEOUT_S):
-                    await self._swap(update)
-                    self._held = Held(weights.id, weights.about, self._held.swaps + 1)
+                async with asyncio.timeout(limit + (self._source.drain_s if self._source.swap == "wait" else 0)):
+                    await self._swap(update, weights.id.version)
+                    self._had.add(self._held.id)
+                    self._had.discard(weights.id)
+                    self._held = Held(weights.id, weights.about, self._held.swaps + 1, weights.sequence)
                     await self._client.resume_generation()
             except Exception as error:
+                self._become(Event.FAIL)
                 end_process(f"loading {weights.id} failed half-way: {error!r}")
+            self._become(Event.LOADED)
         logger.info("now on %s, after a pause of %.0f ms", weights.id, 1000 * (time.perf_counter() - started))
 
-    async def _swap(self, update: dict[str, Any]) -> None:
-        await self._client.pause_generation(mode="keep", clear_cache=False)
+    async def _swap(self, update: dict[str, Any], version: int) -> None:
+        await self._client.pause_generation(mode=self._source.swap, clear_cache=False)
+        self._note_swap(version)
         await self._client.start_weight_update()
         await self._client.update_weights(WeightTransferUpdateRequest(update))
         await self._client.finish_weight_update()
@@ -296,11 +378,25 @@ def sampled_logprobs(output: CompletionOutput) -> list[float]:
     return output.logprobs.logprobs
 
 
-def version_chunk(previous: str, version: int) -> str:
-    """A chunk of a streamed answer that only names a version; its header is that of the chunk before it."""
+def tokens_by_choice(request_id: str, emitted: Sequence[tuple[str, int, int, int]]) -> list[int | None]:
+    """Tokens that each choice of an answer has had; None for one that has ended.
+
+    `emitted` has an engine request's external id (which holds `request_id` and, for a list of prompts, ends in `-` and
+    the prompt's position), its index among the `n` of its prompt, n, and its tokens.
+    """
+    found: dict[int, int] = {}
+    for external_id, index, n, tokens in emitted:
+        if request_id in external_id:
+            position = external_id.partition(request_id)[2].removeprefix("-")
+            found[(int(position) if position.isdecimal() else 0) * n + index] = tokens
+    return [found.get(choice) for choice in range(max(found, default=-1) + 1)]
+
+
+def versions_chunk(previous: str, spans: Sequence[dict[str, Any]]) -> str:
+    """A chunk of a streamed answer that only names versions; its header is that of the chunk before it."""
     header = json.loads(previous.removeprefix("data: "))
     fields = {key: header.get(key) for key in ("id", "object", "created", "model")}
-    return f"data: {json.dumps({**fields, 'choices': [], 'policy_version': version})}\n\n"
+    return f"data: {json.dumps({**fields, 'choices': [], 'policy_versions': list(spans)})}\n\n"
 
 
 def cpu_engine(max_model_len: int) -> dict[str, Any]:
@@ -321,15 +417,15 @@ def policy_deployment(
     model_id: str,
     model_folder: str,
     chat_folder: str,
-    store: str,
+    source: Source,
     config: GeneratorsConfig,
     max_model_len: int,
     name: str = "policy",
 ) -> serve.Application:
-    """The Serve deployment of policy replicas.
+    """The Serve deployment of policy replicas, which serve `source` under the name `model_id`.
 
     `model_folder` is a complete version (000000: architecture, and weights until the store's are in), `chat_folder` the
-    run's tokenizer with its chat template and end-of-turn token, `store` the name of the weight store, which must run.
+    run's tokenizer with its chat template and end-of-turn token; the store that `source` names must run.
     `config.num_gpus` decides between GPU and CPU.
     """
     gpus = config.num_gpus or 0
@@ -357,10 +453,11 @@ def policy_deployment(
         "autoscaling_config": config.autoscaling,
         "max_ongoing_requests": config.max_ongoing_requests,
         "max_queued_requests": config.max_queued_requests,
+        "graceful_shutdown_timeout_s": source.drain_s,  # answers in flight end before the replica does
     }
     return build_llm_deployment(
         llm_config,
-        bind_kwargs={"store": store, "chat_folder": chat_folder},
+        bind_kwargs={"source": source, "chat_folder": chat_folder},
         override_serve_options=options,
         deployment_cls=PolicyServer,
     )

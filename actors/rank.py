@@ -14,11 +14,10 @@ import torch.distributed as dist
 from ray.actor import ActorHandle
 
 from sampo_ray.actors.exchange import TrainingError, Work
+from sampo_ray.actors.weight_store import find_weight_store, publish_version
 from sampo_ray.actors.weights import (
     WeightsError,
     checksum,
-    find_weight_store,
-    publish_version,
     version_folder,
     write_version,
 )
@@ -26,7 +25,8 @@ from sampo_ray.batching import Step, assemble, plan_round
 from sampo_ray.config import OptimConfig, RunConfig
 from sampo_ray.objective import METRICS, Draw, idle_loss, row_losses
 from sampo_ray.policy import Policy, load_policy
-from sampo_ray.runs import Checkpoint, Place, read_manifest
+from sampo_ray.runs import Checkpoint, Place, lineage, read_manifest
+from sampo_ray.versions import labels_of
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ class Rank:
             self.step, last = step.index, step.index == work.steps
             version = work.start_version + step.index
             if last or step.index % config.publish.every_steps == 0:
-                result["published"] = self._publish(work, version, last)
+                result["published"] = self._publish(work, version, last, result)
             if last:
                 self._export(work)
             if last or step.index % config.trainer.checkpoint_every == 0:
@@ -199,10 +199,18 @@ class Rank:
         norm = self.engine.get_global_grad_norm()
         return metrics | {"learning_rate": lr, "grad_norm": float(norm) if norm is not None else None}
 
-    def _publish(self, work: Work, version: int, last: bool) -> bool:
-        about = {"version": version, "round": work.round, "step": self.step}
+    def _publish(self, work: Work, version: int, last: bool, metrics: dict[str, Any]) -> bool:
         versions, shell = work.place.at("versions").url, version_folder(work.place.at("versions").url, 0)
         if self.rank == 0:
+            about = {
+                "round": work.round,
+                "step": self.step,
+                "parent": work.start_version,
+                "labels": labels_of(work.round, self.step, last, work.config.rounds.count),
+                **lineage(work.config, read_manifest(self.place)),
+                "metrics": {name: value for name, value in metrics.items() if isinstance(value, float)},
+                "created": int(time.time()),
+            }
             publish_version(
                 self.store, work.run, versions, version, self._weights(), shell, last, about, timeout_s=PUBLISH_SECONDS
             )

@@ -9,7 +9,8 @@ import ray
 import torch
 from ray import serve
 
-from sampo_ray.actors.weights import WeightsId, fetch, find_weight_store, unpack
+from sampo_ray.actors.weight_store import find_weight_store
+from sampo_ray.actors.weights import WeightsId, fetch, unpack
 from sampo_ray.batching import assemble, lengths_of, plan_rows
 from sampo_ray.config import FleetConfig
 from sampo_ray.policy import Policy, load_policy, pair_logprobs

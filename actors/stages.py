@@ -75,7 +75,7 @@ def gather(parts: Sequence[Part], order: np.ndarray, out: Place, rows_per_part: 
 
 
 def sample(
-    generators: "DeploymentHandle",
+    generators: Callable[[int], "DeploymentHandle"],
     prompts: Sequence[Part],
     out: Place,
     rollout: RolloutConfig,
@@ -84,13 +84,17 @@ def sample(
     window: int,
     progress: Progress,
 ) -> list[Part]:
-    """Rollouts: COMPLETIONS for each part of prompts, drawn from (run, version) `weights`; a few prompts a call."""
+    """Rollouts: COMPLETIONS for each part of prompts, drawn from (run, version) `weights`; a few prompts a call.
+
+    `generators` says which replicas to ask for a version; asked again for each part, since that may change.
+    """
     together = max(1, ITEM_SAMPLES // rollout.samples)
 
     def start(index: int, place: Place) -> ray.ObjectRef:
         block, rows = prompts[index].argument(), range(prompts[index].rows)
+        handle = generators(weights[1])
         items = [
-            generators.generate.remote(
+            handle.generate.remote(
                 block,
                 rows[first : first + together],
                 rollout.samples,

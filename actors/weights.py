@@ -2,19 +2,17 @@
 
 A *version* is a Hugging Face folder `versions/<number>/` (bf16 safetensors), complete once its `version.json` exists.
 A *bucket* is one shard's tensors as a flat byte array with a checksum, in memory or in Ray's object store.
-The *store* is a detached actor that replicas long-poll; it only ever hands out versions that are durable.
+The *store* (`weight_store.py`) is an actor that replicas long-poll; it only ever hands out versions that are durable.
 """
 
-import asyncio
 import json
-import logging
 import os
 import re
 import shutil
 import tempfile
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,12 +23,8 @@ import ray
 import torch
 import xxhash
 from fsspec.implementations.local import LocalFileSystem
-from ray.actor import ActorHandle
 from safetensors.torch import load, save_file
 
-logger = logging.getLogger(__name__)
-
-NAMESPACE = "sampo"
 BUCKET_BYTES = 256 << 20
 ALIGNMENT = 64
 SHELL_SUFFIXES = (".json", ".jinja", ".txt", ".model")
@@ -38,6 +32,10 @@ SHELL_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 
 class WeightsError(RuntimeError):
     """Weights that are incomplete, damaged, or not what was asked for."""
+
+
+class Elsewhere(WeightsError):
+    """A replica that holds other weights than those a call asks for, and will not hold them soon; ask another one."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +76,8 @@ class Weights:
     id: WeightsId
     about: dict[str, Any]
     buckets: tuple[Bucket, ...]
+    sequence: int = 0
+    """How many times what its channel hands out had changed before; orders answers even across a rollback."""
 
 
 def checksum(data: Any) -> str:
@@ -272,118 +272,8 @@ def complete_versions(versions_url: str) -> list[int]:
     return [number for number in numbers if fs.exists(f"{version_folder(folder, number)}/version.json")]
 
 
-class WeightStore:
-    """Ray actor (async, detached) that holds a run's latest weights and its round's reference weights for whoever asks.
-
-    The bytes are put again under this actor's ownership, since objects die with the process that put them. `state_url`
-    is a small file (local path or fsspec URL) that remembers the attached run, so that a restarted actor comes back to
-    it by itself, with the latest durable version. Methods are idempotent: the actor is started with unlimited retries.
-    """
-
-    def __init__(self, state_url: str) -> None:
-        self._fs, self._state = fsspec.core.url_to_fs(state_url)
-        self._run, self._versions = "", ""
-        self._latest: Weights | None = None
-        self._reference: Weights | None = None
-        self._lock = asyncio.Lock()
-        self._changed = asyncio.Condition()
-        if self._fs.exists(self._state):
-            state = json.loads(self._fs.cat_file(self._state))
-            self._run, self._versions = state["run"], state["versions"]
-            numbers = complete_versions(self._versions)
-            self._latest = self._load(numbers[-1]) if numbers else None
-
-    async def attach(self, run_id: str, versions_url: str) -> WeightsId | None:
-        """Serves this run from now on, first its latest complete version on disk; returns that (None: none yet)."""
-        async with self._lock:
-            if run_id != self._run:
-                self._latest = self._reference = None
-            self._run, self._versions = run_id, versions_url
-            await asyncio.to_thread(self._remember, {"run": run_id, "versions": versions_url})
-            numbers = await asyncio.to_thread(complete_versions, versions_url)
-            if numbers and (self._latest is None or numbers[-1] > self._latest.id.version):
-                await self._go_live(await asyncio.to_thread(self._load, numbers[-1]))
-            return self._latest.id if self._latest else None
-
-    async def publish(self, run_id: str, version: int, reference: bool, buckets: Sequence[Bucket]) -> WeightsId:
-        """Makes a durable version the latest, and the round's reference if so marked; returns the latest.
-
-        Idempotent; a version older than the latest is ignored, so weights never go backwards. Raises WeightsError for a
-        run that is not attached or a version that is not complete on disk.
-        """
-        async with self._lock:
-            self._check_run(run_id)
-            if self._latest is None or version > self._latest.id.version:
-                about = await asyncio.to_thread(read_about, version_folder(self._versions, version))
-                owned = tuple([await self._own(bucket) for bucket in buckets])
-                await self._go_live(Weights(WeightsId(run_id, version), about, owned))
-            elif version < self._latest.id.version:
-                logger.warning("ignored version %d of run %s: %s is live", version, run_id, self._latest.id)
-            if reference and self._latest and self._latest.id.version == version:
-                self._reference = self._latest
-            assert self._latest is not None
-            return self._latest.id
-
-    async def wait(self, known: WeightsId | None, timeout_s: float) -> Weights | None:
-        """Long poll: the latest weights as soon as they are not `known`; None when `timeout_s` passes first."""
-        async with self._changed:
-            if not self._differs(known):  # asked first: a wait of 0 s would not even look
-                try:
-                    await asyncio.wait_for(self._changed.wait_for(lambda: self._differs(known)), timeout_s)
-                except TimeoutError:
-                    return None
-            return self._latest
-
-    async def get(self, run_id: str, version: int) -> Weights:
-        """A version of the attached run: from memory when it is the latest or the reference, else from disk."""
-        self._check_run(run_id)
-        for held in (self._latest, self._reference):
-            if held and held.id.version == version:
-                return held
-        return await asyncio.to_thread(self._load, version)
-
-    def _remember(self, state: dict[str, str]) -> None:
-        self._fs.makedirs(self._fs._parent(self._state), exist_ok=True)
-        self._fs.pipe_file(f"{self._state}.new", json.dumps(state).encode())
-        self._fs.mv(f"{self._state}.new", self._state)
-
-    def _differs(self, known: WeightsId | None) -> bool:
-        return self._latest is not None and self._latest.id != known
-
-    def _check_run(self, run_id: str) -> None:
-        if run_id != self._run:
-            raise WeightsError(f"run {run_id!r} is not attached (attached: {self._run!r}); call attach first")
-
-    async def _go_live(self, weights: Weights) -> None:
-        async with self._changed:
-            self._latest = weights
-            self._changed.notify_all()
-
-    async def _own(self, bucket: Bucket) -> Bucket:
-        here = replace(bucket, data=await bucket.data)
-        await asyncio.to_thread(verify, here)
-        return await asyncio.to_thread(_put, here)
-
-    def _load(self, version: int) -> Weights:
-        folder = version_folder(self._versions, version)
-        buckets = tuple(_put(bucket) for bucket in read_version(folder))
-        return Weights(WeightsId(self._run, version), read_about(folder), buckets)
-
-
-def _put(bucket: Bucket) -> Bucket:
+def put(bucket: Bucket) -> Bucket:
     return replace(bucket, data=ray.put(bucket.data))
-
-
-def start_weight_store(name: str, state_url: str) -> ActorHandle:
-    """The store of that name (in namespace "sampo"), started if it does not run yet. It outlives the driver."""
-    options = {"lifetime": "detached", "max_restarts": -1, "max_task_retries": -1, "num_cpus": 0.1}
-    actor = ray.remote(WeightStore).options(name=name, namespace=NAMESPACE, get_if_exists=True, **options)
-    return actor.remote(state_url)
-
-
-def find_weight_store(name: str) -> ActorHandle:
-    """The running store of that name; ValueError (Ray's) when there is none."""
-    return ray.get_actor(name, namespace=NAMESPACE)
 
 
 def fetch(bucket: Bucket, timeout_s: float) -> Bucket:
@@ -391,23 +281,3 @@ def fetch(bucket: Bucket, timeout_s: float) -> Bucket:
     here = replace(bucket, data=ray.get(bucket.data, timeout=timeout_s))
     verify(here)
     return here
-
-
-def publish_version(
-    store: ActorHandle,
-    run_id: str,
-    versions_url: str,
-    version: int,
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    shell_folder: str,
-    reference: bool,
-    about: dict[str, Any],
-    timeout_s: float = 300.0,
-) -> WeightsId:
-    """Makes a version durable, then live: streams `tensors` to disk and object store, then tells the store.
-
-    `about` holds round and step; `reference` marks the start of a round. Returns the id that is live afterwards.
-    """
-    folder = version_folder(versions_url, version)
-    buckets = write_version(folder, tensors, shell_folder, {"version": version, **about}, keep=_put)
-    return ray.get(store.publish.remote(run_id, version, reference, buckets), timeout=timeout_s)

@@ -1,4 +1,4 @@
-"""The command line: `sampo train`, `sampo demo`, `sampo submit`."""
+"""The command line: `sampo train`, `demo`, `serve`, `submit`, and commands on versions."""
 
 import contextlib
 import json
@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from sampo_ray.config import ConfigError, RunConfig, load_config
+from sampo_ray.versions_cli import add_commands
 
 app = typer.Typer(
     name="sampo",
@@ -92,6 +93,29 @@ def submit(
         raise typer.Exit(submit_job(recipe, overrides or [], address, Console()))
 
 
+@app.command("serve")
+def serve_run(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The run directory.")], overrides: Overrides = None
+) -> None:
+    """Serves a run without training it: finished, or while it is trained elsewhere, which is then followed."""
+    from sampo_ray.runs import open_run
+
+    with readable_errors():
+        quiet_libraries()
+        place = open_run(run).place
+        tree = open_run(run).config.model_dump()
+        serve_live(
+            place.url, load_config({**tree, "serve": {**tree["serve"], "enabled": True}}, serving_only(overrides))
+        )
+
+
+def serving_only(overrides: list[str] | None) -> list[str]:
+    for override in overrides or []:
+        if not override.startswith(("serve.", "fleet.generators.")):
+            raise ConfigError(f"override {override!r}: only serve.... and fleet.generators.... mean something here")
+    return overrides or []
+
+
 def resumed_config(directory: str, overrides: list[str]) -> RunConfig:
     """The configuration that a run was begun with, plus overrides of how (not what) it trains."""
     from sampo_ray.runs import open_run
@@ -154,6 +178,26 @@ def run_training(config: RunConfig, resume: str | None, keep_serving: bool) -> N
             wait_for_interrupt(display)
 
 
+def serve_live(directory: str, config: RunConfig) -> None:
+    from sampo_ray.actors.fleet import open_live
+    from sampo_ray.display import open_display
+    from sampo_ray.profiles import resolve
+    from sampo_ray.runs import open_run
+    from sampo_ray.serve.endpoint import check_port
+
+    if config.serve.port and not os.environ.get("RAY_ADDRESS"):
+        check_port(config.serve)
+    with open_display(Console(file=sys.stdout)) as display, contextlib.ExitStack() as stack:
+        stack.enter_context(library_output_to(driver_log(config)))
+        resources = stack.enter_context(ray_cluster())
+        config, _ = resolve(config, resources, os.cpu_count() or 1)
+        with display.stage("start", None, "engine"):
+            endpoint = stack.enter_context(open_live(open_run(directory, config)))
+        announce(display, endpoint)
+        display.note(curl_line(endpoint, bool(config.serve.api_keys)))
+        wait_for_interrupt(display)
+
+
 def driver_log(config: RunConfig) -> Path:
     """Where this process's own log goes: into the run directory, or beside it on this machine if that is remote."""
     from sampo_ray.runs import Place, absolute
@@ -212,6 +256,7 @@ def ray_cluster() -> Iterator[dict[str, float]]:
 def readable_errors() -> Iterator[None]:
     """Errors that the user can mend are printed as one message, not as a stack."""
     from sampo_ray.sources import DataError
+    from sampo_ray.versions import VersionError
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
@@ -220,7 +265,9 @@ def readable_errors() -> Iterator[None]:
         raise typer.Exit(130) from None
     except Exception as error:
         # What actors raise is imported only where actors are, since that takes seconds.
-        if not isinstance(error, (ConfigError, DataError, *(_errors_of_actors() if "ray" in sys.modules else ()))):
+        if not isinstance(
+            error, (ConfigError, DataError, VersionError, *(_errors_of_actors() if "ray" in sys.modules else ()))
+        ):
             raise
         Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
@@ -262,6 +309,9 @@ def library_output_to(path: Path) -> Iterator[None]:
             os.dup2(before, 2)
             os.close(before)
             root.handlers = handlers
+
+
+add_commands(app, readable_errors)
 
 
 def main() -> None:

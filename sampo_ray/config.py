@@ -219,6 +219,32 @@ class PublishConfig(Section):
     """Published versions kept on disk besides those that begin or end a round."""
 
 
+class GatesConfig(Section):
+    """Checks that a version must pass before it goes live; none unless set. Probes are greedy answers."""
+
+    finite: bool = False
+    """No weight is NaN or infinite."""
+    smoke: str | None = Field(None, min_length=1)
+    """A prompt that must get an answer which ends by itself."""
+    max_mean_tokens: float | None = Field(None, gt=0)
+    """Mean tokens of an answer to the probe prompts, at most."""
+    max_growth: float | None = Field(None, gt=0)
+    """The same, as a multiple of the last version that passed."""
+    min_win_rate: float | None = Field(None, ge=0, le=1)
+    """Share of probe prompts that get a higher reward than from the last version that passed (ties half), at least."""
+    probes: int = Field(32, ge=1, le=512)
+    """Prompts of the run's data that are asked."""
+
+    @property
+    def any(self) -> bool:
+        return self.finite or self.probing
+
+    @property
+    def probing(self) -> bool:
+        """Whether a check needs answers of the version."""
+        return any(gate is not None for gate in (self.smoke, self.max_mean_tokens, self.max_growth, self.min_win_rate))
+
+
 class ServeConfig(Section):
     enabled: bool = True
     """Whether the run has a live endpoint."""
@@ -233,6 +259,13 @@ class ServeConfig(Section):
     """Largest request body."""
     request_timeout_s: float = Field(300.0, gt=0)
     """Seconds a request may take before it is cancelled."""
+    start_timeout_s: float = Field(120.0, ge=0)
+    """Seconds of them that it waits for a replica where none is running (one that scales from zero, say)."""
+    follow: Literal["latest", "round", "manual"] = "latest"
+    """Which versions go live by themselves: all that are published, those that end rounds, or none."""
+    swap: Literal["keep", "wait"] = "keep"
+    """At new weights, answers in flight go on with them, or are finished first (one version an answer)."""
+    gates: GatesConfig = GatesConfig()
 
     @model_validator(mode="after")
     def _no_open_door(self) -> "ServeConfig":
@@ -296,6 +329,8 @@ class RunConfig(Section):
             )
         if self.online and self.rounds.data == "split":
             raise ValueError("rounds.data=split is for offline rounds; online ones take rollout.prompts each")
+        if self.serve.gates.min_win_rate is not None and not self.online:
+            raise ValueError("serve.gates.min_win_rate needs a reward source: use rounds.mode=online, or drop it")
         workers = self.trainer.workers or 1
         if self.optim.batch_size % workers:
             raise ValueError(

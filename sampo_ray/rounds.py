@@ -14,6 +14,7 @@ from sampo_ray.batching import Lengths, steps_in_round
 from sampo_ray.display import Display
 from sampo_ray.preferences import fingerprint
 from sampo_ray.runs import Checkpoint, Place, Run
+from sampo_ray.versions import read_serving
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -82,7 +83,7 @@ class Round:
 
         return self._stage("prompts", n, "prompts", work)
 
-    def sample(self, prompts: Sequence[Part], generators: "DeploymentHandle") -> list[Part]:
+    def sample(self, prompts: Sequence[Part], generators: Callable[[int], "DeploymentHandle"]) -> list[Part]:
         """Completions of the round's prompts, drawn from the policy that the round starts from."""
         rollout, settings = self.config.rollout, self.config.fleet.generators
         window = (settings.max_replicas or 1) * settings.max_ongoing_requests
@@ -211,9 +212,10 @@ class Round:
         return parts
 
     def _prune_versions(self) -> None:
-        """Keeps the base, the versions that begin and end rounds, and the last `publish.keep`."""
+        """Keeps the base, the versions that begin and end rounds, the last `publish.keep`, and what somebody serves."""
         records = self.run.manifest.rounds
+        served = read_serving(self.run.place).kept()
         kept = {0} | {r.start_version for r in records} | {r.start_version + r.steps for r in records if r.steps}
-        others = [v for v in complete_versions(self.run.versions.url) if v not in kept]
+        others = [v for v in complete_versions(self.run.versions.url) if v not in kept | served]
         for version in others[: -self.config.publish.keep]:
             Place(version_folder(self.run.versions.url, version)).remove()

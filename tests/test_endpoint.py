@@ -49,7 +49,7 @@ class Endpoint:
 
     def publish(self, version: int) -> None:
         """Makes noisy weights live and returns when the replica holds them."""
-        from sampo_ray.actors.weights import publish_version
+        from sampo_ray.actors.weight_store import publish_version
 
         model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.bfloat16)
         noise = {name: tensor + torch.randn_like(tensor) * 0.02 for name, tensor in model.state_dict().items()}
@@ -66,8 +66,9 @@ class Endpoint:
 
 @pytest.fixture(scope="module")
 def endpoint(own_serve: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    from sampo_ray.actors.policy_server import policy_deployment
-    from sampo_ray.actors.weights import start_weight_store, write_version
+    from sampo_ray.actors.policy_server import Source, policy_deployment
+    from sampo_ray.actors.weight_store import start_weight_store
+    from sampo_ray.actors.weights import write_version
     from sampo_ray.chat import ChatFormat
     from sampo_ray.serve.endpoint import free_port, start_endpoint, start_serve, stop_endpoint
 
@@ -75,18 +76,20 @@ def endpoint(own_serve: None, tiny_model: Path, tmp_path_factory: pytest.TempPat
     ChatFormat.load(tiny_model, "llama3-sampo").save(run / "tokenizer")
     state = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).state_dict()
     write_version(f"{run}/versions/000000", state.items(), str(tiny_model), {"version": 0, "round": 0, "step": 0})
-    config = ServeConfig(port=free_port("127.0.0.1"), api_keys=(KEY, OTHER_KEY), max_body_bytes=20_000)
+    config = ServeConfig(
+        port=free_port("127.0.0.1"), api_keys=(KEY, OTHER_KEY), max_body_bytes=20_000, start_timeout_s=3.0
+    )
     start_serve(config)
     store = start_weight_store("test-endpoint", f"{run}/store.json")
     ray.get(store.attach.remote("run-a", f"{run}/versions"), timeout=60)
     generators = GeneratorsConfig(max_ongoing_requests=4, num_cpus=0.5)
     policy = policy_deployment(
-        "policy", f"{run}/versions/000000", str(run / "tokenizer"), "test-endpoint", generators, CONTEXT
+        "policy", f"{run}/versions/000000", str(run / "tokenizer"), Source("test-endpoint"), generators, CONTEXT
     )
     serve.run(policy, name="test-policy", route_prefix=None)
-    url = start_endpoint("test-endpoint", "test-policy", config)
+    url = start_endpoint("test-endpoint", "test-policy", "test-endpoint", config)
     hasty = config.model_copy(update={"api_keys": (), "request_timeout_s": 2.0})
-    hasty_url = start_endpoint("test-hasty", "test-policy", hasty, route_prefix="/hasty")
+    hasty_url = start_endpoint("test-hasty", "test-policy", "test-endpoint", hasty, route_prefix="/hasty")
     yield Endpoint(url, hasty_url, store, f"{run}/versions", tiny_model)
     stop_endpoint("test-hasty")
     stop_endpoint("test-endpoint")
@@ -268,10 +271,10 @@ def test_a_swap_on_the_way_is_named_in_the_answer(endpoint: Endpoint) -> None:
     endpoint.publish(before + 1)
     asking.join(60)
     assert headers["x-policy-version"] == str(before)
-    assert chunks[-1]["policy_version"] == before + 1
+    assert [span["version"] for span in chunks[-1]["policy_versions"]] == [before, before + 1]
     after = endpoint.post("completions", {"prompt": "hello", "max_tokens": 1})
     assert after.headers["x-policy-version"] == str(before + 1)
-    assert "policy_version" not in after.json()
+    assert "policy_versions" not in after.json()
     assert endpoint.client().models.list().data[0].metadata["version"] == before + 1
 
 

@@ -25,6 +25,7 @@ from sampo_ray.serve.auth import KeyGuard, digests
 from sampo_ray.serve.endpoint import EndpointError, base_url, check_port, free_port
 from sampo_ray.serve.errors import ApiError
 from sampo_ray.serve.gateway import PolicyIngress, _stream
+from sampo_ray.serve.policy_app import PolicyApp
 from sampo_ray.serve.stamp import Stamp
 
 KEYS = (SecretStr("one"), SecretStr("two words"))
@@ -207,7 +208,7 @@ def test_an_engine_that_dies_while_it_streams_is_reported_in_our_words() -> None
             return [f"data: {json.dumps({'error': error})}\n\n", "data: [DONE]\n\n"]
 
     async def read() -> list[str]:
-        return [text async for text in _stream(['data: {"choices": []}\n\n'], Dying())]  # type: ignore[arg-type]
+        return [text async for text in _stream(['data: {"choices": []}\n\n'], Dying(), PolicyApp("p"))]  # type: ignore[arg-type]
 
     first, last = asyncio.run(read())
     assert first == 'data: {"choices": []}\n\n'

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -19,13 +20,22 @@ from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionReq
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sampo_ray.actors import policy_server
-from sampo_ray.actors.policy_server import Held, PolicyServer, policy_deployment, sampling_params, version_chunk
+from sampo_ray.actors.policy_server import (
+    Held,
+    Origin,
+    PolicyServer,
+    Source,
+    policy_deployment,
+    sampling_params,
+    tokens_by_choice,
+    versions_chunk,
+)
+from sampo_ray.actors.replica import Event, State, after
+from sampo_ray.actors.weight_store import publish_version, start_weight_store
 from sampo_ray.actors.weights import (
     Weights,
     WeightsError,
     WeightsId,
-    publish_version,
-    start_weight_store,
     version_folder,
     write_version,
 )
@@ -49,10 +59,54 @@ def test_the_chunk_that_names_a_version_continues_the_stream_it_is_in() -> None:
     previous = (
         'data: {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "policy", "choices": [{}]}\n\n'
     )
-    chunk = version_chunk(previous, 20)
+    spans = [{"version": 10}, {"version": 20, "from_tokens": [5]}]
+    chunk = versions_chunk(previous, spans)
     assert chunk.endswith("\n\n")
     header = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "policy"}
-    assert json.loads(chunk.removeprefix("data: ")) == {**header, "choices": [], "policy_version": 20}
+    assert json.loads(chunk.removeprefix("data: ")) == {**header, "choices": [], "policy_versions": spans}
+
+
+def test_tokens_are_counted_by_choice_over_prompts_and_samples() -> None:
+    emitted = [("chatcmpl-abc", 1, 2, 7), ("chatcmpl-other", 0, 1, 9)]
+    assert tokens_by_choice("abc", emitted) == [None, 7]
+    assert tokens_by_choice("abc", [("cmpl-abc-1", 0, 2, 3), ("cmpl-abc-0", 1, 2, 4)]) == [None, 4, 3]
+    assert tokens_by_choice("abc", []) == []
+
+
+def test_a_replica_goes_through_its_states_and_no_others() -> None:
+    state = State.STARTING
+    for event, expected in (
+        (Event.ENGINE_UP, State.STALE),
+        (Event.LOAD, State.LOADING),
+        (Event.LOADED, State.READY),
+        (Event.LOAD, State.LOADING),
+        (Event.LOADED, State.READY),
+        (Event.DRAIN, State.DRAINING),
+    ):
+        state = after(state, event)
+        assert state == expected
+    allowed = {(s, e) for s in State for e in Event if _goes(s, e)}
+    assert {s for s, e in allowed if e == Event.FAIL} == set(State), "any replica may die"
+    for state, event in [
+        (State.STALE, Event.LOADED),
+        (State.LOADING, Event.ENGINE_UP),
+        (State.LOADING, Event.LOAD),
+        (State.LOADING, Event.DRAIN),
+        (State.DRAINING, Event.LOAD),
+        (State.DEAD, Event.ENGINE_UP),
+        (State.DEAD, Event.LOADED),
+        (State.READY, Event.ENGINE_UP),
+    ]:
+        assert (state, event) not in allowed
+    assert len(allowed) == 6 + len(State)
+
+
+def _goes(state: State, event: Event) -> bool:
+    try:
+        after(state, event)
+    except ValueError:
+        return False
+    return True
 
 
 def test_vllm_has_the_engine_calls_that_a_swap_is_made_of() -> None:
@@ -82,15 +136,17 @@ def test_an_update_that_fails_half_way_ends_the_replica_and_never_resumes(monkey
                 if name == "update_weights":
                     raise RuntimeError("out of memory")
 
-            return call
+            return SimpleNamespace(request_states={}) if name == "output_processor" else call
 
     monkeypatch.setattr(policy_server, "end_process", end)
     server = PolicyServer.__new__(PolicyServer)
     server._client, server._held = FailingEngine(), Held(WeightsId("run", 0), {}, 1)
+    server._source, server._state, server._answers, server._had = Source("store"), State.READY, {}, set()
     with pytest.raises(Ended, match=r"run@10 failed half-way.*out of memory"):
         asyncio.run(server._adopt(Weights(WeightsId("run", 10), {}, ())))
     assert calls == ["pause_generation", "start_weight_update", "update_weights"]
     assert server._held.id.version == 0
+    assert server._state == State.DEAD
 
 
 class Policy:
@@ -111,7 +167,7 @@ class Policy:
         ray.get(self.store.attach.remote("run", self.versions), timeout=60)
         config = GeneratorsConfig(num_cpus=0.5, max_ongoing_requests=32)
         app = policy_deployment(
-            "policy", version_folder(self.versions, 0), self.chat_folder, "policy-test", config, 640
+            "policy", version_folder(self.versions, 0), self.chat_folder, Source("policy-test"), config, 640
         )
         self.handle = serve.run(app, name="policy-test", route_prefix=None)
 
@@ -270,25 +326,29 @@ def test_a_request_in_flight_survives_a_swap_and_names_both_versions(policy: Pol
     after = policy.publish(seed=2)
     assert asking.is_alive()
     asking.join(60)
-    assert items[0] == WeightsId("run", before)
-    *answer, named, done = [chunk for batch in items[1:] for chunk in batch]
+    origins = [item for item in items if isinstance(item, Origin)]
+    assert [origin.id for origin in origins] == [WeightsId("run", before), WeightsId("run", after)]
+    assert origins[0].sequence < origins[1].sequence
+    *answer, named, done = [chunk for batch in items if isinstance(batch, list) for chunk in batch]
     assert done == "data: [DONE]\n\n"
-    assert json.loads(named.removeprefix("data: "))["policy_version"] == after
+    first, second = json.loads(named.removeprefix("data: "))["policy_versions"]
+    assert first == {"version": before} and second["version"] == after
+    assert 0 < second["from_tokens"][0] < 320
     assert json.loads(answer[-1].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
-    assert not any("policy_version" in chunk for chunk in answer)
+    assert not any("policy_versions" in chunk for chunk in answer)
 
 
 @pytest.mark.slow
 def test_an_answer_whole_or_refused_says_which_weights_gave_it(policy: Policy) -> None:
     first, answer = policy.chat(max_tokens=4)
-    assert first == WeightsId("run", policy.version)
-    assert not hasattr(answer, "policy_version")
+    assert first.id == WeightsId("run", policy.version)
+    assert not hasattr(answer, "policy_versions")
     first, refusal = policy.chat(max_tokens=100_000)
-    assert first == WeightsId("run", policy.version)
+    assert first.id == WeightsId("run", policy.version)
     assert refusal.error.code == 400
     request = CompletionRequest(model="policy", prompt="hello", max_tokens=4)
     first, answer = policy.handle.options(stream=True).completions.remote(request)
-    assert first == WeightsId("run", policy.version)
+    assert first.id == WeightsId("run", policy.version)
     assert answer.usage.completion_tokens == 4
 
 
@@ -303,5 +363,11 @@ def test_a_replica_whose_engine_died_is_replaced_by_one_that_is_ready_on_current
     psutil.wait_procs([replica], timeout=5)
     assert not replica.is_running()
     held = policy.handle.weights.remote().result(timeout_s=240)
-    assert held == {"run": "run", "version": policy.version, "round": 0, "step": policy.version}
+    assert held == {
+        "run": "run",
+        "version": policy.version,
+        "round": 0,
+        "step": policy.version,
+        "state": "ready",
+    }
     assert policy.generate()["completion"].to_pylist() == answers["completion"].to_pylist()

@@ -13,16 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from sampo_ray.actors.weight_store import publish_version, start_weight_store
 from sampo_ray.actors.weights import (
     WeightsError,
     WeightsId,
     complete_versions,
     fetch,
     pack,
-    publish_version,
     read_about,
     read_version,
-    start_weight_store,
     unpack,
     version_folder,
     write_version,

@@ -1,0 +1,337 @@
+"""The weight store: a run's newest weights for its fleet, and which of its versions the live policy serves.
+
+It hands out two channels. `training` is the newest published version, which rollouts are drawn from; `live` is what
+`serving.json` says (`sampo_ray/versions.py`), which the endpoint answers with. Mostly they are the same bytes.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import fsspec
+import ray
+import torch
+from pydantic import ValidationError
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+
+from sampo_ray import versions
+from sampo_ray.actors.gate import Verdict, check
+from sampo_ray.actors.pinned import Pinned
+from sampo_ray.actors.weights import (
+    Bucket,
+    Weights,
+    WeightsError,
+    WeightsId,
+    complete_versions,
+    put,
+    read_about,
+    read_version,
+    verify,
+    version_folder,
+    write_version,
+)
+from sampo_ray.config import ServeConfig
+from sampo_ray.runs import Place, read_serve_config
+from sampo_ray.versions import Serving
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE = "sampo"
+LOOK_S = 1.0
+CHECK_TIMEOUT_S = 1800.0
+Channel = Literal["live", "training"]
+
+
+class WeightStore:
+    """Ray actor (async, detached) that holds a run's weights in the object store and follows its `serving.json`.
+
+    The bytes are put again under this actor's ownership, since objects die with the process that put them. `state_url`
+    is a small file (local path or fsspec URL) that remembers the attached run, so that a restarted actor comes back to
+    it by itself. `apps` is the prefix of the fleet's Serve applications ("": no fleet, so no checks and no pins).
+    Methods are idempotent: the actor is started with unlimited retries.
+    """
+
+    def __init__(self, state_url: str, apps: str = "", name: str = "") -> None:
+        self._fs, self._state = fsspec.core.url_to_fs(state_url)
+        self._apps = apps
+        self._run, self._versions, self._watch = "", "", False
+        self._config = ServeConfig(api_keys=())
+        self._serving = Serving()
+        self._training: Weights | None = None
+        self._live: Weights | None = None
+        self._reference: Weights | None = None
+        self._abouts: dict[int, dict[str, Any]] = {}
+        self._pinned = Pinned(apps, name)
+        self._lock = asyncio.Lock()
+        self._changed = asyncio.Condition()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        if self._fs.exists(self._state):
+            state = json.loads(self._fs.cat_file(self._state))
+            self._run, self._versions, self._watch = state["run"], state["versions"], state.get("watch", False)
+            self._recover()
+
+    async def attach(self, run_id: str, versions_url: str, watch: bool = False) -> WeightsId | None:
+        """Works for this run from now on, beginning with its versions on disk; returns what is live (None: nothing).
+
+        With `watch` the run is trained elsewhere, and new versions are looked for on disk.
+        """
+        async with self._lock:
+            if run_id != self._run:
+                self._training = self._live = self._reference = None
+                self._abouts = {}
+            self._run, self._versions, self._watch = run_id, versions_url, watch
+            state = {"run": run_id, "versions": versions_url, "watch": watch}
+            await asyncio.to_thread(self._remember, state)
+            await asyncio.to_thread(self._recover)
+            await self._notify()
+        self._attend()
+        return self._live.id if self._live else None
+
+    async def publish(self, run_id: str, version: int, reference: bool, buckets: Sequence[Bucket]) -> WeightsId | None:
+        """Makes a durable version the newest, and the round's reference if so marked; returns what is live afterwards.
+
+        It goes live at once if the live policy follows such versions and the recipe names no checks; else when it has
+        passed them. Idempotent; a version older than the newest is ignored. Raises WeightsError for a run that is not
+        attached or a version that is not complete on disk.
+        """
+        async with self._lock:
+            self._check_run(run_id)
+            if self._training is None or version > self._training.id.version:
+                about = await asyncio.to_thread(self._about, version)
+                owned = tuple([await self._own(bucket) for bucket in buckets])
+                self._training = Weights(WeightsId(run_id, version), about, owned, version)
+                await self._consider(version)
+            elif version < self._training.id.version:
+                logger.warning("ignored version %d of run %s: %s is newer", version, run_id, self._training.id)
+            if reference and self._training and self._training.id.version == version:
+                self._reference = self._training
+            return self._live.id if self._live else None
+
+    async def wait(
+        self, known: WeightsId | None, timeout_s: float, channel: Channel = "live", sequence: int | None = None
+    ) -> Weights | None:
+        """Long poll: a channel's weights once they are not `known` (or their sequence is another); None on time-out."""
+        self._attend()
+
+        def current() -> Weights | None:
+            return self._live if channel == "live" else self._training
+
+        def differs() -> bool:
+            now = current()
+            return now is not None and (now.id != known or sequence not in (None, now.sequence))
+
+        async with self._changed:
+            if not differs():  # asked first: a wait of 0 s would not even look
+                try:
+                    await asyncio.wait_for(self._changed.wait_for(differs), timeout_s)
+                except TimeoutError:
+                    return None
+            return current()
+
+    async def get(self, run_id: str, version: int, sequence: int | None = None) -> Weights:
+        """A version of the attached run: from memory when it is held, else from disk."""
+        self._check_run(run_id)
+        for held in (self._training, self._live, self._reference):
+            if held and held.id.version == version:
+                break
+        else:
+            held = await asyncio.to_thread(self._load, version)
+        return held if sequence is None else replace(held, sequence=sequence)
+
+    async def serves(self, version: int) -> bool:
+        """Whether the live policy serves the newest version, this one, and goes on to serve what is published."""
+        state = self._serving
+        steady = state.follow == "latest" and not state.held and not self._config.gates.any
+        return steady and state.live == version
+
+    async def place(self) -> str:
+        """URL of the attached run's directory ("": none is attached)."""
+        return self._place.url if self._versions else ""
+
+    async def state(self) -> dict[str, Any]:
+        """What is served and what there is: `run`, `apps` (prefix of the fleet's applications), `serving` (a Serving)
+        and `versions` (see versions.catalogue).
+        """
+        abouts = await asyncio.to_thread(self._all_abouts)
+        listed = versions.catalogue(self._serving, abouts)
+        return {"run": self._run, "apps": self._apps, "serving": self._serving, "versions": listed}
+
+    async def command(self, verb: str, name: str, argument: str = "") -> dict[str, Any]:
+        """Promotes, rolls back, pins, unpins or labels, and returns the new state. VersionError says what is wrong."""
+        async with self._lock:
+            abouts = await asyncio.to_thread(self._all_abouts)
+            await self._edit(lambda state: versions.commanded(state, abouts, verb, name, argument))
+        return await self.state()
+
+    @property
+    def _place(self) -> Place:
+        return Place(self._versions.rstrip("/").rsplit("/", 1)[0])
+
+    def _recover(self) -> None:
+        """Takes up what the run directory holds: its settings, its newest version, and what is to be live."""
+        numbers = complete_versions(self._versions)
+        self._config = read_serve_config(self._place)
+        if numbers and (self._training is None or numbers[-1] > self._training.id.version):
+            self._training = self._load(numbers[-1])
+
+        def settled(state: Serving) -> Serving:
+            # Without checks, what is durable may be live: it was about to be when its publisher was cut off.
+            for version in numbers if not self._config.gates.any else numbers[:1]:
+                state = state if version in state.passed else versions.passed(state, version, self._labels(version))
+            return state
+
+        if numbers:
+            self._serving = versions.edit_serving(self._place, settled, self._config.follow)
+            self._go_live()
+
+    async def _consider(self, version: int) -> None:
+        """A new version: to its checks, if there are any, and live."""
+        if self._config.gates.any and self._apps and version:
+            if "check" in self._tasks and not self._tasks["check"].done():
+                return  # when that one is decided, the newest is looked at
+            self._tasks["check"] = asyncio.create_task(self._decide(version))
+        else:
+            labels = self._labels(version)
+            await self._edit(lambda state: versions.passed(state, version, labels))
+        await self._notify()
+
+    async def _decide(self, version: int) -> None:
+        run, labels = self._run, self._labels(version)
+        before = max((v for v in self._serving.passed if v < version), default=None)
+        try:
+            verdict: Verdict | None = await asyncio.wait_for(
+                check.remote(self._apps, self._place, run, version, before), CHECK_TIMEOUT_S
+            )
+        except (RayError, TimeoutError) as error:
+            cause = getattr(error, "cause", None) or error
+            verdict = Verdict(False, f"its checks could not be made: {type(cause).__name__}: {cause}"[:300])
+        async with self._lock:
+            if run != self._run:
+                return
+            if verdict is not None:
+                found = verdict
+                await self._edit(
+                    lambda state: (
+                        versions.passed(state, version, labels)
+                        if found.passed
+                        else versions.refused(state, version, found.reason)
+                    )
+                )
+            newest = self._training.id.version if self._training else version
+            del self._tasks["check"]
+            if newest != version:
+                await self._consider(newest)
+
+    async def _edit(self, change: Callable[[Serving], Serving]) -> None:
+        self._serving = await asyncio.to_thread(versions.edit_serving, self._place, change, self._config.follow)
+        await self._follow()
+
+    async def _follow(self) -> None:
+        """Makes what serving.json says so."""
+        await asyncio.to_thread(self._go_live)
+        await self._notify()
+        await asyncio.to_thread(self._pinned.become, self._place, self._run, self._serving.pinned)
+
+    def _go_live(self) -> None:
+        wanted, sequence = self._serving.live, self._serving.sequence
+        if wanted is None or (self._live and (self._live.id.version, self._live.sequence) == (wanted, sequence)):
+            return
+        held = [w for w in (self._training, self._live, self._reference) if w and w.id.version == wanted]
+        self._live = replace(held[0] if held else self._load(wanted), sequence=sequence)
+
+    def _attend(self) -> None:
+        """Sees to it that somebody follows serving.json, which others change as well."""
+        if self._run and ("look" not in self._tasks or self._tasks["look"].done()):
+            self._tasks["look"] = asyncio.create_task(self._look())
+
+    async def _look(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_S)
+            try:
+                async with self._lock:
+                    now = await asyncio.to_thread(versions.read_serving, self._place, self._config.follow)
+                    if now != self._serving:
+                        self._serving = now
+                        await self._follow()
+                    if self._watch:
+                        await self._look_for_versions()
+            except (OSError, ValidationError, WeightsError, RayError) as error:
+                logger.warning("could not follow the run directory, and will look again: %s", type(error).__name__)
+
+    async def _look_for_versions(self) -> None:
+        numbers = await asyncio.to_thread(complete_versions, self._versions)
+        if numbers and (self._training is None or numbers[-1] > self._training.id.version):
+            self._training = await asyncio.to_thread(self._load, numbers[-1])
+            # Whoever trains the run has checks of its own and writes their verdict; without them we are the first.
+            if not self._config.gates.any:
+                await self._consider(numbers[-1])
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _remember(self, state: dict[str, Any]) -> None:
+        self._fs.makedirs(self._fs._parent(self._state), exist_ok=True)
+        self._fs.pipe_file(f"{self._state}.new", json.dumps(state).encode())
+        self._fs.mv(f"{self._state}.new", self._state)
+
+    def _check_run(self, run_id: str) -> None:
+        if run_id != self._run:
+            raise WeightsError(f"run {run_id!r} is not attached (attached: {self._run!r}); call attach first")
+
+    def _about(self, version: int) -> dict[str, Any]:
+        if version not in self._abouts:
+            self._abouts[version] = read_about(version_folder(self._versions, version))
+        return self._abouts[version]
+
+    def _all_abouts(self) -> dict[int, dict[str, Any]]:
+        return {version: self._about(version) for version in complete_versions(self._versions)}
+
+    def _labels(self, version: int) -> list[str]:
+        about = {version: self._about(version)}
+        return versions.all_labels(self._serving, about)[version]
+
+    async def _own(self, bucket: Bucket) -> Bucket:
+        here = replace(bucket, data=await bucket.data)
+        await asyncio.to_thread(verify, here)
+        return await asyncio.to_thread(put, here)
+
+    def _load(self, version: int) -> Weights:
+        buckets = tuple(put(bucket) for bucket in read_version(version_folder(self._versions, version)))
+        return Weights(WeightsId(self._run, version), self._about(version), buckets, version)
+
+
+def start_weight_store(name: str, state_url: str, apps: str = "") -> ActorHandle:
+    """The store of that name (in namespace "sampo"), started if it does not run yet. It outlives the driver."""
+    options = {"lifetime": "detached", "max_restarts": -1, "max_task_retries": -1, "num_cpus": 0.1}
+    actor = ray.remote(WeightStore).options(name=name, namespace=NAMESPACE, get_if_exists=True, **options)
+    return actor.remote(state_url, apps, name)
+
+
+def find_weight_store(name: str) -> ActorHandle:
+    """The running store of that name; ValueError (Ray's) when there is none."""
+    return ray.get_actor(name, namespace=NAMESPACE)
+
+
+def publish_version(
+    store: ActorHandle,
+    run_id: str,
+    versions_url: str,
+    version: int,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    shell_folder: str,
+    reference: bool,
+    about: dict[str, Any],
+    timeout_s: float = 300.0,
+) -> WeightsId | None:
+    """Makes a version durable, then known: streams `tensors` to disk and object store, then tells the store.
+
+    `about` holds round and step; `reference` marks the start of a round. Returns the id that is live afterwards.
+    """
+    folder = version_folder(versions_url, version)
+    buckets = write_version(folder, tensors, shell_folder, {"version": version, **about}, keep=put)
+    return ray.get(store.publish.remote(run_id, version, reference, buckets), timeout=timeout_s)

@@ -1,0 +1,254 @@
+"""Which version of a policy is live, and why: a small state, pure functions that change it, and the file it lives in.
+
+A *version* is a published checkpoint, numbered by the optimizer steps behind it. `serving.json` in the run directory is
+the only truth about what is live, pinned or refused. The weight store changes it when a version is published, the
+command line and the admin routes when somebody asks; whoever serves the run follows the file.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import filelock
+from pydantic import BaseModel, Field
+
+from sampo_ray.runs import Place
+
+Follow = Literal["latest", "round", "manual"]
+BASE_LABELS = ("base",)
+HISTORY = 50
+LOCK_SECONDS = 30.0
+LABEL = re.compile(r"[a-z][a-z0-9._/-]{0,63}")
+
+
+class VersionError(ValueError):
+    """A request about versions that cannot be met; the message names the version and what there is."""
+
+
+class Serving(BaseModel):
+    """What the live policy serves. `sequence` counts changes of `live`: with it, answers of several replicas have an
+    order even when a rollback makes version numbers go backwards."""
+
+    follow: Follow = "latest"
+    held: bool = False
+    """Somebody promoted or rolled back by hand: new versions do not go live until `latest` is promoted."""
+    live: int | None = None
+    sequence: int = 0
+    previous: list[int] = Field(default_factory=list)
+    """What was live before, oldest first: where a rollback goes."""
+    pinned: list[int] = Field(default_factory=list)
+    labels: dict[str, int] = Field(default_factory=dict)
+    """Labels that users gave; those of rounds and steps are in each version's own record."""
+    refused: dict[int, str] = Field(default_factory=dict)
+    """Versions that failed a check, with the reason."""
+    passed: list[int] = Field(default_factory=list)
+    """Versions that passed their checks, in the order in which they did."""
+
+    def kept(self) -> set[int]:
+        """Versions that retention must leave on disk."""
+        live = () if self.live is None else (self.live,)
+        return {*live, *self.pinned, *self.labels.values(), *self.previous[-1:]}
+
+
+def labels_of(round: int, step: int, last: bool, rounds: int) -> list[str]:
+    """The labels that a version gets by itself: `round` counts from 0, labels from 1; version 0 is `base`."""
+    labels = [f"round-{round + 1}/step-{step}"]
+    if last:
+        labels.append(f"round-{round + 1}")
+    if last and round + 1 == rounds:
+        labels.append("final")
+    return labels
+
+
+def is_wanted(follow: Follow, labels: Sequence[str]) -> bool:
+    """Whether a version with these labels goes live by itself."""
+    ends_round = any(label == "base" or re.fullmatch(r"round-\d+", label) for label in labels)
+    return follow == "latest" or (follow == "round" and ends_round)
+
+
+def passed(state: Serving, version: int, labels: Sequence[str]) -> Serving:
+    """A version has passed its checks: it goes live if that is what the live policy follows, and it is news."""
+    new = state.model_copy(update={"passed": [*(v for v in state.passed if v != version), version][-HISTORY:]})
+    newer = state.live is None or version > state.live
+    return (
+        _live(new, version)
+        if state.live is None or (not state.held and newer and is_wanted(state.follow, labels))
+        else new
+    )
+
+
+def refused(state: Serving, version: int, reason: str) -> Serving:
+    """A version failed a check: it is listed with the reason, and the live one stays."""
+    return state.model_copy(update={"refused": {**state.refused, version: reason}})
+
+
+def promote(state: Serving, version: int) -> Serving:
+    """Makes a version live and holds it there. VersionError when a check refused it."""
+    if version in state.refused:
+        raise VersionError(f"version {version} was refused: {state.refused[version]}; promote another one")
+    return _live(state, version).model_copy(update={"held": True})
+
+
+def release(state: Serving, latest: int) -> Serving:
+    """Follows training again, beginning with `latest`, the newest version that may be live."""
+    return _live(state, latest).model_copy(update={"held": False})
+
+
+def rollback(state: Serving) -> Serving:
+    """Makes what was live before live again and holds it there. VersionError when there is nothing to go back to."""
+    if not state.previous:
+        raise VersionError("there is no earlier live version to roll back to; promote one by its number")
+    *before, target = state.previous
+    return state.model_copy(update={"live": target, "sequence": state.sequence + 1, "previous": before, "held": True})
+
+
+def pin(state: Serving, version: int) -> Serving:
+    """Serves a version beside the live one, as `policy@N`, and keeps it on disk."""
+    return state.model_copy(update={"pinned": sorted({*state.pinned, version})})
+
+
+def unpin(state: Serving, version: int) -> Serving:
+    if version not in state.pinned:
+        pinned = ", ".join(map(str, state.pinned)) or "none"
+        raise VersionError(f"version {version} is not pinned (pinned: {pinned})")
+    return state.model_copy(update={"pinned": [v for v in state.pinned if v != version]})
+
+
+def label(state: Serving, version: int, name: str) -> Serving:
+    """Gives a version a name of the user's own, which moves if another one had it."""
+    if not LABEL.fullmatch(name) or name in ("base", "latest", "live", "final") or name.startswith("round-"):
+        raise VersionError(
+            f"label {name!r}: use lower-case letters, digits, '.', '_', '-' and '/', a letter first, and none of the "
+            "names that versions get by themselves (base, final, latest, live, round-...)"
+        )
+    return state.model_copy(update={"labels": {**state.labels, name: version}})
+
+
+def commanded(
+    state: Serving, abouts: Mapping[int, Mapping[str, Any]], verb: str, name: str, argument: str = ""
+) -> Serving:
+    """What an operator asks for: `promote` (a version, or `latest` to follow training again), `rollback`, `pin`,
+    `unpin`, `label` (the new one is `argument`). `abouts` are the versions on disk. VersionError when it cannot be.
+    """
+    labels = all_labels(state, abouts)
+    if verb == "rollback":
+        after = rollback(state)
+        if after.live not in labels:
+            raise VersionError(f"version {after.live}, which was live before, is not kept; there is {listed(labels)}")
+        return after
+    if verb == "promote" and name == "latest":
+        newest = newest_passed(state, labels)
+        if newest is None:
+            raise VersionError(
+                f"no version has passed its checks yet (follow={state.follow}); promote one by its number"
+            )
+        return release(state, newest)
+    if verb == "unpin" and name.isdecimal():
+        return unpin(state, int(name))
+    version = find(name, labels)
+    if verb == "label":
+        return label(state, version, argument)
+    return {"promote": promote, "pin": pin, "unpin": unpin}[verb](state, version)
+
+
+def _live(state: Serving, version: int) -> Serving:
+    if state.live == version:
+        return state
+    before = state.previous if state.live is None else [*state.previous, state.live][-HISTORY:]
+    return state.model_copy(update={"live": version, "sequence": state.sequence + 1, "previous": before})
+
+
+def newest_passed(state: Serving, labels: Mapping[int, Sequence[str]]) -> int | None:
+    """The newest version on disk that passed its checks, of those that the live policy follows; None: there is none."""
+    follow: Follow = "latest" if state.follow == "manual" else state.follow
+    fit = [v for v, names in labels.items() if v in state.passed and is_wanted(follow, names)]
+    return max(fit, default=None)
+
+
+def find(name: str, labels: Mapping[int, Sequence[str]]) -> int:
+    """The version that a name means: a number, or a label. VersionError lists what there is."""
+    if name.isascii() and name.isdecimal() and int(name) in labels:
+        return int(name)
+    named = [version for version, names in labels.items() if name in names]
+    if not named:
+        raise VersionError(f"no version {name!r} is kept; there is {listed(labels)}")
+    return max(named)
+
+
+def listed(labels: Mapping[int, Sequence[str]]) -> str:
+    """Versions for a message: numbers with their shortest label."""
+    each = [f"{v} ({min(labels[v], key=len)})" if labels[v] else str(v) for v in sorted(labels)]
+    return ", ".join(each) if each else "none yet"
+
+
+def catalogue(state: Serving, abouts: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One record a version on disk, newest first: what its version.json says, labels of users, and how it is served."""
+    return [
+        {
+            **{key: value for key, value in abouts[version].items() if key != "files"},
+            "version": version,
+            "labels": all_labels(state, abouts)[version],
+            "state": standing(state, version),
+            "reason": state.refused.get(version),
+        }
+        for version in sorted(abouts, reverse=True)
+    ]
+
+
+def standing(state: Serving, version: int) -> str:
+    """`live`, `pinned`, `refused`, `candidate` (not checked yet) or `kept`."""
+    if version == state.live:
+        return "live"
+    if version in state.pinned:
+        return "pinned"
+    if version in state.refused:
+        return "refused"
+    return "kept" if version in state.passed or version == 0 else "candidate"
+
+
+def all_labels(state: Serving, abouts: Mapping[int, Mapping[str, Any]]) -> dict[int, list[str]]:
+    """Labels by version on disk, a user's own first."""
+    return {
+        version: [*(n for n, v in state.labels.items() if v == version), *_own_labels(version, about)]
+        for version, about in abouts.items()
+    }
+
+
+def _own_labels(version: int, about: Mapping[str, Any]) -> Sequence[str]:
+    return BASE_LABELS if version == 0 else about.get("labels", ())
+
+
+def serving_file(run: Place) -> Place:
+    return run.at("serving.json")
+
+
+def read_serving(run: Place, follow: Follow = "latest") -> Serving:
+    """The state as it is now; a new run's begins with `follow`."""
+    file = serving_file(run)
+    return Serving.model_validate_json(file.read()) if file.exists() else Serving(follow=follow)
+
+
+def edit_serving(run: Place, change: Callable[[Serving], Serving], follow: Follow = "latest") -> Serving:
+    """Changes the state: read, change, write, one at a time on a local run directory (elsewhere the last writer wins).
+
+    VersionError of `change` leaves it as it was.
+    """
+    if not run.local:
+        return _edited(run, change, follow)
+    lock = filelock.FileLock(run.at("serving.lock").path)
+    try:
+        with lock.acquire(timeout=LOCK_SECONDS):
+            return _edited(run, change, follow)
+    except filelock.Timeout:
+        raise VersionError(
+            f"serving.json is being changed by another process for {LOCK_SECONDS:.0f} s; try again"
+        ) from None
+
+
+def _edited(run: Place, change: Callable[[Serving], Serving], follow: Follow) -> Serving:
+    before = read_serving(run, follow)
+    after = change(before)
+    if after != before or not serving_file(run).exists():
+        serving_file(run).write(json.dumps(after.model_dump(mode="json"), indent=1).encode())
+    return after

@@ -1,0 +1,99 @@
+"""The command line's commands on versions. They change `serving.json`; whoever serves the run follows it at once."""
+
+from collections.abc import Callable
+from datetime import datetime
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The run directory.")]
+VersionArgument = Annotated[str, typer.Argument(metavar="VERSION", help="A number, or a label such as round-2.")]
+Readable = Callable[[], Any]
+
+
+def add_commands(app: typer.Typer, readable_errors: Readable) -> None:
+    """Adds `versions`, `promote`, `rollback`, `pin`, `unpin` and `label` to the command line."""
+
+    @app.command()
+    def versions(run: RunArgument) -> None:
+        """Lists a run's versions: which is live, pinned or refused, and why."""
+        with readable_errors():
+            show(run)
+
+    @app.command()
+    def promote(run: RunArgument, version: VersionArgument) -> None:
+        """Makes a version live and holds it there; `latest` follows training again."""
+        with readable_errors():
+            command(run, "promote", version)
+
+    @app.command()
+    def rollback(run: RunArgument) -> None:
+        """Makes live what was live before, and holds it there."""
+        with readable_errors():
+            command(run, "rollback")
+
+    @app.command()
+    def pin(run: RunArgument, version: VersionArgument) -> None:
+        """Serves a version as `policy@VERSION` beside the live one, and keeps it."""
+        with readable_errors():
+            command(run, "pin", version)
+
+    @app.command()
+    def unpin(run: RunArgument, version: VersionArgument) -> None:
+        """Ends that."""
+        with readable_errors():
+            command(run, "unpin", version)
+
+    @app.command()
+    def label(
+        run: RunArgument, version: VersionArgument, name: Annotated[str, typer.Argument(metavar="LABEL")]
+    ) -> None:
+        """Gives a version a name, under which it can be asked for once it is pinned or live."""
+        with readable_errors():
+            command(run, "label", version, name)
+
+
+def command(run: str, verb: str, version: str = "", argument: str = "") -> None:
+    from sampo_ray.versions import commanded, edit_serving
+
+    place, abouts, follow = opened(run)
+    state = edit_serving(place, lambda now: commanded(now, abouts, verb, version, argument), follow)
+    held = ", held there" if state.held else f", following {state.follow}"
+    live = "nothing" if state.live is None else f"version {state.live}"
+    pinned = ", ".join(map(str, state.pinned)) or "none"
+    typer.echo(f"live: {live}{held}; pinned: {pinned}")
+
+
+def show(run: str) -> None:
+    from sampo_ray.versions import catalogue, read_serving
+
+    place, abouts, follow = opened(run)
+    state = read_serving(place, follow)
+    table = Table("version", "labels", "state", "loss", "margin", "chosen", "published")
+    for entry in catalogue(state, abouts):
+        metrics = entry.get("metrics", {})
+        numbers = (metrics.get("loss"), metrics.get("margin"), metrics.get("chosen_tokens"))
+        shown = ("-" if n is None else f"{n:{form}}" for n, form in zip(numbers, (".3f", "+.3f", ".0f"), strict=True))
+        created = entry.get("created")
+        when = "-" if created is None else f"{datetime.fromtimestamp(created):%m-%d %H:%M}"
+        labels = ", ".join(entry["labels"])
+        state_and_why = entry["state"] + (f": {entry['reason']}" if entry["reason"] else "")
+        table.add_row(str(entry["version"]), labels, state_and_why, *shown, when)
+    Console().print(table)
+    typer.echo(f"follow: {state.follow}{' (held)' if state.held else ''}")
+
+
+def opened(run: str) -> tuple[Any, dict[int, dict[str, Any]], Any]:
+    """A run's place, its versions on disk with what their version.json says, and what its live policy follows."""
+    from sampo_ray.actors.weights import complete_versions, read_about, version_folder
+    from sampo_ray.config import ConfigError
+    from sampo_ray.runs import Place, absolute, read_serve_config
+
+    place = Place(absolute(run))
+    if not place.at("manifest.json").exists():
+        raise ConfigError(f"{run!r} holds no run (no manifest.json); name a run directory")
+    url = place.at("versions").url
+    abouts = {version: read_about(version_folder(url, version)) for version in complete_versions(url)}
+    return place, abouts, read_serve_config(place).follow

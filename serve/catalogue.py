@@ -1,0 +1,137 @@
+"""Which versions the endpoint has, and which application answers for a model name."""
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from ray.exceptions import RayError, RayTaskError
+
+from sampo_ray.actors.pinned import pinned_app
+from sampo_ray.actors.weight_store import find_weight_store
+from sampo_ray.serve.errors import ApiError, unavailable
+from sampo_ray.versions import VersionError, find
+
+MODEL = "policy"
+FRESH_S = 1.0
+CALL_TIMEOUT_S = 10.0
+COMMAND_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Target:
+    """Who answers for a model name: a Serve application, the name its engine has the model under, and a version that
+    it must hold to be right (None: whatever is live).
+    """
+
+    app: str
+    engine_model: str
+    version: int | None
+
+
+class Catalogue:
+    """The weight store's view of the run, at most FRESH_S old; while the store is away, what it said last."""
+
+    def __init__(self, policy_app: str, store: str) -> None:
+        self._policy_app, self._store = policy_app, store
+        self._state: dict[str, Any] | None = None
+        self._asked, self._asking = -FRESH_S, asyncio.Lock()
+        self._created = int(time.time())
+
+    async def state(self) -> dict[str, Any]:
+        """`run`, `apps`, `serving`, `versions` as WeightStore.state has them. ApiError (503) before the first."""
+        async with self._asking:
+            if time.monotonic() - self._asked >= FRESH_S:
+                try:
+                    self._state = await asyncio.wait_for(self._ask(), CALL_TIMEOUT_S)
+                except (RayError, ValueError, TimeoutError):  # it restarts, or is not there yet
+                    if self._state is None:
+                        raise unavailable() from None
+                self._asked = time.monotonic()
+            if self._state is None:
+                raise unavailable()
+            return self._state
+
+    async def command(self, verb: str, name: str, argument: str = "") -> dict[str, Any]:
+        """What an admin asks for, done; the new state. ApiError when it cannot be."""
+        try:
+            asked = find_weight_store(self._store).command.remote(verb, name, argument)
+            state: dict[str, Any] = await asyncio.wait_for(asked, COMMAND_TIMEOUT_S)
+        except RayTaskError as error:
+            if isinstance(error.cause, VersionError):
+                raise ApiError(409, str(error.cause), param="version", code="version_refused") from None
+            raise unavailable() from None
+        except (RayError, ValueError, TimeoutError):
+            raise unavailable() from None
+        self._state, self._asked = state, time.monotonic()
+        return state
+
+    async def target(self, model: str | None) -> Target:
+        """ApiError (404) for a name that is not served; it lists what is."""
+        live = Target(self._policy_app, MODEL, None)
+        if model in (None, MODEL):
+            return live
+        base, _, name = str(model).partition("@")
+        state = await self.state()
+        serving, labels = state["serving"], {v["version"]: v["labels"] for v in state["versions"]}
+        try:
+            if base != MODEL:
+                raise VersionError("no model of that name")
+            version = find(name, labels)
+        except VersionError as error:
+            raise _no_model(str(error), state) from None
+        if version in serving.pinned:
+            return Target(pinned_app(state["apps"], version), f"{MODEL}@{version}", version)
+        if version == serving.live:
+            return Target(self._policy_app, MODEL, version)
+        raise _no_model(f"version {version} is kept but not pinned; an admin can pin it", state)
+
+    async def cards(self) -> list[dict[str, Any]]:
+        """OpenAI's model cards: the live policy first, then every version that is kept, newest first."""
+        state = await self.state()
+        cards = [
+            self._card(f"{MODEL}@{entry['version']}", {"run": state["run"], **entry}) for entry in state["versions"]
+        ]
+        live = [self._card(MODEL, card["metadata"]) for card in cards if card["metadata"]["state"] == "live"]
+        return [*live, *cards]
+
+    async def card(self, model: str) -> dict[str, Any]:
+        """ApiError (404) for a name that no card has, labels included."""
+        state = await self.state()
+        name = model.partition("@")[2]
+        if model != MODEL:
+            labels = {entry["version"]: entry["labels"] for entry in state["versions"]}
+            try:
+                if not model.startswith(f"{MODEL}@"):
+                    raise VersionError("no model of that name")
+                name = str(find(name, labels))
+            except VersionError as error:
+                raise _no_model(str(error), state) from None
+        wanted = f"{MODEL}@{name}" if name else MODEL
+        for card in await self.cards():
+            if card["id"] == wanted:
+                return card
+        raise unavailable()  # nothing is live yet
+
+    def _card(self, name: str, metadata: dict[str, Any]) -> dict[str, Any]:
+        created = metadata.get("created") or self._created
+        return {"id": name, "object": "model", "created": created, "owned_by": "sampo-ray", "metadata": metadata}
+
+    async def _ask(self) -> dict[str, Any]:
+        return await find_weight_store(self._store).state.remote()
+
+
+def served_names(state: dict[str, Any]) -> list[str]:
+    """The model names that a request may use now, by number and by label."""
+    serving = state["serving"]
+    served = {*serving.pinned, *([] if serving.live is None else [serving.live])}
+    names = [MODEL]
+    for entry in state["versions"]:
+        if entry["version"] in served:
+            names += [f"{MODEL}@{name}" for name in (entry["version"], *entry["labels"])]
+    return names
+
+
+def _no_model(reason: str, state: dict[str, Any]) -> ApiError:
+    message = f"model: {reason}; this endpoint serves {', '.join(served_names(state))}"
+    return ApiError(404, message, param="model", code="model_not_found")

@@ -1,0 +1,195 @@
+"""Which version is live: the pure state, its file, and the commands on it."""
+
+import json
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from sampo_ray import versions
+from sampo_ray.actors.gate import Probe, judge, win_rate
+from sampo_ray.actors.weights import version_folder
+from sampo_ray.config import GatesConfig, ServeConfig, load_config
+from sampo_ray.runs import Place, create_run, lineage, read_serve_config
+from sampo_ray.versions import Serving, VersionError
+
+ABOUTS = {
+    0: {"round": 0, "step": 0},
+    5: {"round": 0, "step": 5, "labels": versions.labels_of(0, 5, False, 2)},
+    8: {"round": 0, "step": 8, "labels": versions.labels_of(0, 8, True, 2)},
+    12: {"round": 1, "step": 4, "labels": versions.labels_of(1, 4, True, 2)},
+}
+LABELS = versions.all_labels(Serving(), ABOUTS)
+
+
+def published(state: Serving) -> Serving:
+    for version, labels in LABELS.items():
+        state = versions.passed(state, version, labels)
+    return state
+
+
+def test_versions_have_the_labels_of_their_place_in_the_run():
+    assert LABELS == {
+        0: ["base"],
+        5: ["round-1/step-5"],
+        8: ["round-1/step-8", "round-1"],
+        12: ["round-2/step-4", "round-2", "final"],
+    }
+    assert [versions.find(name, LABELS) for name in ("base", "5", "round-1", "final", "round-2/step-4")] == [
+        0, 5, 8, 12, 12,
+    ]  # fmt: skip
+    with pytest.raises(VersionError, match=r"no version '7' is kept; there is 0 \(base\), 5 \(round-1/step-5\), 8"):
+        versions.find("7", LABELS)
+
+
+@pytest.mark.parametrize(("follow", "live"), [("latest", 12), ("round", 12), ("manual", 0)])
+def test_what_goes_live_by_itself_is_what_the_policy_follows(follow, live):
+    state = published(Serving(follow=follow))
+    assert state.live == live
+    before = {"latest": [0, 5, 8], "round": [0, 8], "manual": []}[follow]
+    assert state.previous == before and state.sequence == len(before) + 1
+
+
+def test_a_version_held_by_hand_stays_until_training_is_followed_again():
+    state = versions.rollback(published(Serving()))
+    assert (state.live, state.held) == (8, True)
+    assert versions.passed(state, 20, ["round-3"]).live == 8
+    state = versions.commanded(state, ABOUTS, "promote", "latest")
+    assert (state.live, state.held) == (12, False)
+    state = versions.commanded(state, ABOUTS, "promote", "base")
+    assert (state.live, state.held) == (0, True)
+    assert versions.rollback(state).live == 12
+
+
+def test_a_refused_version_is_listed_with_its_reason_and_cannot_be_promoted():
+    state = versions.refused(published(Serving(follow="round")), 5, "too long")
+    entry = next(e for e in versions.catalogue(state, ABOUTS) if e["version"] == 5)
+    assert (entry["state"], entry["reason"]) == ("refused", "too long")
+    with pytest.raises(VersionError, match="version 5 was refused: too long"):
+        versions.commanded(state, ABOUTS, "promote", "5")
+    assert "files" not in versions.catalogue(state, {0: {"files": {}}})[0]
+
+
+def test_pins_labels_and_what_retention_leaves():
+    state = versions.commanded(published(Serving()), ABOUTS, "pin", "round-1")
+    state = versions.commanded(state, ABOUTS, "label", "5", "blue")
+    assert state.pinned == [8] and state.kept() == {12, 8, 5}
+    assert versions.find("blue", versions.all_labels(state, ABOUTS)) == 5
+    with pytest.raises(VersionError, match=r"version 5 is not pinned \(pinned: 8\)"):
+        versions.commanded(state, ABOUTS, "unpin", "5")
+    assert versions.commanded(state, ABOUTS, "unpin", "8").pinned == []
+    for bad in ("final", "round-9", "Blue", "", "a b", "7"):
+        with pytest.raises(VersionError, match="label"):
+            versions.commanded(state, ABOUTS, "label", "5", bad)
+
+
+@given(
+    st.lists(st.sampled_from(["publish", "promote", "rollback", "pin", "unpin", "release", "refuse"]), max_size=40),
+    st.data(),
+)
+def test_the_sequence_grows_with_every_change_of_what_is_live_and_only_then(commands, data):
+    state, newest = versions.passed(Serving(), 0, ["base"]), 0
+    for command in commands:
+        before = state
+        some = data.draw(st.integers(0, newest))
+        try:
+            if command == "publish":
+                newest += data.draw(st.integers(1, 3))
+                state = versions.passed(state, newest, [])
+            elif command == "release":
+                state = versions.release(state, newest)
+            elif command == "rollback":
+                state = versions.rollback(state)
+            elif command == "refuse":
+                state = versions.refused(state, some, "why")
+            else:
+                state = {"promote": versions.promote, "pin": versions.pin, "unpin": versions.unpin}[command](
+                    state, some
+                )
+        except VersionError:
+            assert state == before
+        assert state.sequence - before.sequence == (state.live != before.live)
+        backwards = state.live < before.live
+        assert not backwards or command in ("rollback", "promote", "release"), "only an operator goes backwards"
+        assert state.live in state.kept()
+
+
+def new_run(folder):
+    config = load_config({"model": {"path": "some/model"}, "data": {"train": "d"}, "run": {"dir": str(folder)}})
+    return create_run(config)
+
+
+def test_the_state_is_a_file_and_edits_of_several_do_not_get_lost(tmp_path):
+    place = Place(str(tmp_path))
+    assert versions.read_serving(place, "round") == Serving(follow="round")
+
+    def pin(first):
+        for version in range(first, first + 20):
+            versions.edit_serving(place, lambda state, v=version: versions.pin(state, v))
+
+    threads = [threading.Thread(target=pin, args=(100 * n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(versions.read_serving(place).pinned) == 80
+    with pytest.raises(VersionError):
+        versions.edit_serving(place, versions.rollback)
+    assert len(versions.read_serving(place).pinned) == 80
+
+
+def test_the_command_line_changes_and_shows_it(tmp_path):
+    from sampo_ray.cli import app
+
+    run = new_run(tmp_path / "run")
+    for version, about in ABOUTS.items():
+        Place(version_folder(run.versions.url, version)).at("version.json").write(
+            json.dumps({"version": version, **about, "files": {}}).encode()
+        )
+    versions.edit_serving(run.place, published)
+
+    def sampo(*arguments):
+        result = CliRunner().invoke(app, [arguments[0], run.place.url, *arguments[1:]])
+        return result.exit_code, result.output
+
+    assert sampo("pin", "round-1") == (0, "live: version 12, following latest; pinned: 8\n")
+    assert sampo("rollback") == (0, "live: version 8, held there; pinned: 8\n")
+    assert sampo("promote", "latest")[1].startswith("live: version 12, following")
+    code, output = sampo("versions")
+    assert code == 0 and "round-1" in output and "live" in output and "follow: latest" in output
+    code, output = sampo("promote", "nope")
+    assert code == 1 and "no version 'nope' is kept; there is 0 (base)" in output
+    assert CliRunner().invoke(app, ["versions", str(tmp_path)]).exit_code == 1
+
+
+def test_a_run_keeps_how_its_versions_go_live_and_where_they_come_from(tmp_path):
+    tree = {
+        "model": {"path": "org/llama"},
+        "data": {"train": "d"},
+        "run": {"dir": str(tmp_path / "a")},
+        "serve": {"follow": "round", "gates": {"max_growth": 1.5}, "host": "0.0.0.0", "api_keys": ["secret"]},
+    }
+    run = create_run(load_config(tree))
+    found = read_serve_config(run.place)
+    assert (found.follow, found.gates.max_growth, found.api_keys) == ("round", 1.5, ())
+    assert read_serve_config(Place(str(tmp_path))) == ServeConfig(api_keys=())
+    mine = lineage(run.config, run.manifest)
+    assert mine["base"] == "llama" and mine["method"] == "sigmoid/sample, beta 0.1"
+    tree["run"]["dir"] = str(tmp_path / "b")
+    assert lineage(create_run(load_config(tree)).config, run.manifest) == mine
+    other = load_config(tree, ["method.beta=0.2"])
+    assert lineage(other, run.manifest)["recipe"] != mine["recipe"]
+
+
+def test_checks_judge_length_and_win_rate():
+    gates = GatesConfig(max_mean_tokens=50, max_growth=1.5, min_win_rate=0.5)
+    before = Probe([10, 20], [True, True], [1.0, 0.0])
+    assert judge(gates, Probe([30, 31], [True, True], [1.0, 1.0]), None).passed
+    assert judge(gates, Probe([15, 25], [True, True], [1.0, 0.0]), before).passed
+    assert "max_growth=1.5" in judge(gates, Probe([30, 20], [True, True], [1.0, 1.0]), before).reason
+    assert "max_mean_tokens=50" in judge(gates, Probe([90, 20], [True, True], [1.0, 1.0]), None).reason
+    assert "win rate of 0.250" in judge(gates, Probe([10, 10], [True, True], [0.0, 0.0]), before).reason
+    assert win_rate([None, 2.0], [1.0, 1.0]) == 1.0 and win_rate([None], [1.0]) is None
+    assert not GatesConfig().any and GatesConfig(finite=True).any and not GatesConfig(finite=True).probing
