@@ -175,6 +175,10 @@ class FleetConfig(Section):
     """Most replicas. Default: 1 (laptop), one per free GPU (cluster)."""
     target_ongoing_requests: float | None = Field(None, gt=0)
     """Requests per replica that Serve scales towards. Default: 3/4 of `max_ongoing_requests`."""
+    upscale_delay_s: float = Field(10.0, ge=0)
+    """Seconds that more replicas must be wanted before they are started."""
+    downscale_delay_s: float = Field(300.0, ge=0)
+    """Seconds that fewer must be wanted before some are stopped."""
     max_ongoing_requests: int = Field(64, ge=1)
     """Requests a replica works on at once."""
     max_queued_requests: int = Field(4096, ge=1)
@@ -192,6 +196,8 @@ class FleetConfig(Section):
             "min_replicas": least,
             "max_replicas": max(1, least, self.max_replicas or 1),
             "target_ongoing_requests": self.target_ongoing_requests or max(1.0, 0.75 * self.max_ongoing_requests),
+            "upscale_delay_s": self.upscale_delay_s,
+            "downscale_delay_s": self.downscale_delay_s,
         }
 
     @model_validator(mode="after")

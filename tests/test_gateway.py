@@ -18,10 +18,12 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.llm.ingress import OpenAiIngress
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 
+from sampo_ray.actors.policy_server import Origin
 from sampo_ray.actors.weights import WeightsId
 from sampo_ray.config import ServeConfig
 from sampo_ray.serve import bodies, errors
 from sampo_ray.serve.auth import KeyGuard, digests
+from sampo_ray.serve.catalogue import Target
 from sampo_ray.serve.endpoint import EndpointError, base_url, check_port, free_port
 from sampo_ray.serve.errors import ApiError
 from sampo_ray.serve.gateway import PolicyIngress, _stream
@@ -215,6 +217,79 @@ def test_an_engine_that_dies_while_it_streams_is_reported_in_our_words() -> None
     first, last = asyncio.run(read())
     assert first == 'data: {"choices": []}\n\n'
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "policy_unavailable"
+
+
+class Replicas:
+    """A policy application whose replicas answer, one call after another, with what `calls` say."""
+
+    def __init__(self, *calls: list[Any]) -> None:
+        self.calls, self.asked = list(calls), []
+        self.chat = self
+
+    def handle(self) -> "Replicas":
+        return self
+
+    def remote(self, body: Any, info: Any, at_least: tuple[str, int]) -> Any:
+        self.asked.append(at_least)
+        items = self.calls.pop(0)
+
+        async def answer() -> Any:
+            for item in items:
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+
+        return answer()
+
+
+def ask(app: PolicyApp, replicas: Replicas, times: int = 1) -> list[Any]:
+    """What a gateway in front of these replicas gets for `times` chats: first versions and first items."""
+    ingress = PolicyIngress.__new__(PolicyIngress)
+    ingress._config, ingress._policy, ingress.live = ServeConfig(api_keys=()), app, None
+    app.handle = replicas.handle  # type: ignore[assignment,method-assign]
+
+    async def opened() -> list[Any]:
+        deadline = asyncio.get_running_loop().time() + 30
+        target = Target("p", "policy", None)
+        answers = [await ingress._opened(app, target, None, "chat", deadline) for _ in range(times)]
+        return [(weights.version, first) for _, weights, first in answers]
+
+    return asyncio.run(opened())
+
+
+def origin(version: int, sequence: int) -> Origin:
+    return Origin(WeightsId("run-a", version), sequence)
+
+
+def test_a_request_whose_replica_died_before_it_said_anything_is_asked_of_another() -> None:
+    dead = {"error": {"message": "EngineCore died", "type": "InternalServerError", "param": None, "code": 500}}
+    replicas = Replicas(
+        [RayActorError()],
+        [origin(3, 1), RayActorError()],
+        [origin(3, 1), [f"data: {json.dumps(dead)}\n\n"]],
+        [origin(4, 2), ["data: hello\n\n"]],
+    )
+    assert ask(PolicyApp("p"), replicas) == [(4, ["data: hello\n\n"])]
+
+
+def test_it_is_not_asked_for_ever_and_a_mistake_of_the_user_only_once() -> None:
+    with pytest.raises(ApiError) as gone:
+        ask(PolicyApp("p"), Replicas(*[[RayActorError()]] * 4))
+    assert gone.value.status == 503
+    wrong = {"error": {"message": "too long", "type": "BadRequestError", "param": "prompt", "code": 400}}
+    with pytest.raises(ApiError) as refused:
+        ask(PolicyApp("p"), Replicas([origin(3, 1), [f"data: {json.dumps(wrong)}\n\n"]]))
+    assert (refused.value.status, refused.value.param) == (400, "prompt")
+
+
+def test_no_answer_begins_with_older_weights_than_an_answer_before_it_had() -> None:
+    replicas = Replicas(*[[origin(v, s), ["x"]] for v, s in ((3, 1), (5, 2), (4, 3))], [origin(9, 1), ["x"]])
+    app = PolicyApp("p")
+    ask(app, replicas, times=3)
+    assert replicas.asked == [("", 0), ("run-a", 1), ("run-a", 2)]
+    assert app.seen == ("run-a", 3)
+    app.note(Origin(WeightsId("run-b", 0), 1))
+    assert app.seen == ("run-b", 1), "another run has an order of its own"
 
 
 def test_ray_still_has_what_the_ingress_overrides() -> None:
