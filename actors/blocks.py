@@ -75,6 +75,17 @@ def count_rows(table: pa.Table) -> int:
     return table.num_rows
 
 
+def is_lost(ref: ray.ObjectRef) -> bool:
+    """Whether a call is over and has left nothing because of where it ran; one that still runs is not lost."""
+    if not ray.wait([ref], timeout=0, fetch_local=False)[0]:
+        return False
+    try:
+        ray.get(count_rows.remote(ref), timeout=FETCH_SECONDS)
+    except RayError as error:
+        return isinstance(error, LOST)
+    return False
+
+
 def run_stage(
     out: Place,
     count: int,

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from sampo_ray.actors.blocks import Part, collect, part_place, run_stage
+from sampo_ray.actors.blocks import Part, collect, is_lost, part_place, run_stage
 from sampo_ray.batching import Lengths, lengths_of
 from sampo_ray.config import DataConfig, RolloutConfig
 from sampo_ray.preferences import Counts, best_against_worst, tokenized_pairs, tokenized_prompts
@@ -88,27 +88,28 @@ def sample(
 
     `generators` says which replicas to ask for a version; asked again for each part, since that may change.
     """
-    together = max(1, ITEM_SAMPLES // rollout.samples)
+    together, parts_at_once = max(1, ITEM_SAMPLES // rollout.samples), max(1, window // PART_PROMPTS)
+    issued: dict[int, list[ray.ObjectRef]] = {}
 
     def start(index: int, place: Place) -> ray.ObjectRef:
         block, rows = prompts[index].argument(), range(prompts[index].rows)
         handle = generators(weights[1])
-        items = [
-            handle.generate.remote(
-                block,
-                rows[first : first + together],
-                rollout.samples,
-                rollout.temperature,
-                rollout.top_p,
-                rollout.max_tokens,
-                seed,
-                weights,
-            )
-            for first in rows[::together]
-        ]
-        return collect.remote(place, *[as_ref(item) for item in items])
 
-    return run_stage(out, len(prompts), start, max(1, window // PART_PROMPTS), progress)
+        def item(first: int) -> ray.ObjectRef:
+            some = rows[first : first + together]
+            how = rollout.samples, rollout.temperature, rollout.top_p, rollout.max_tokens, seed, weights
+            return as_ref(handle.generate.remote(block, some, *how))
+
+        # Of a part that is begun again, only the items of dead replicas are issued again.
+        before = issued.get(index)
+        issued[index] = [
+            before[i] if before and not is_lost(before[i]) else item(first) for i, first in enumerate(rows[::together])
+        ]
+        if len(issued) > 2 * parts_at_once:
+            del issued[next(iter(issued))]  # long complete, and held no longer than needed
+        return collect.remote(place, *issued[index])
+
+    return run_stage(out, len(prompts), start, parts_at_once, progress)
 
 
 def score(
