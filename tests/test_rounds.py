@@ -1,6 +1,7 @@
 """Online rounds on one real fleet: on-policy rollouts, a live endpoint meanwhile, and an engine that is killed."""
 
 import json
+import logging
 import threading
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from sampo_ray.config import load_config
 from sampo_ray.profiles import resolve
 from sampo_ray.runs import Run, create_run
 
+logger = logging.getLogger(__name__)
 pytestmark = pytest.mark.slow
 REWARD = '''
 def reward(prompts, completions):
@@ -163,3 +165,72 @@ def test_a_killed_engine_costs_only_what_was_not_stored(fleet, tiny_model, tmp_p
     first = min(Path(completions.at(name).path).stat().st_mtime for name in completions.names())
     assert first < killed[0] + 1, "what was stored before was not made again"
     assert stage(run, 0, "completions").num_rows == 64 * 4
+
+
+def ask(url: str, model: str) -> httpx.Response:
+    body = {"model": model, "messages": [{"role": "user", "content": "Say 3"}], "max_tokens": 4}
+    return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=300)
+
+
+def admin(url: str, verb: str, **body: object) -> dict:
+    answer = httpx.post(f"{url}/admin/{verb}", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def test_versions_are_listed_pinned_promoted_and_rolled_back_while_they_are_served(finished, fleet):
+    run, _ = finished
+    fleet.attach(run)
+    first, last = run.manifest.rounds[0].steps, run.manifest.rounds[1].start_version + run.manifest.rounds[1].steps
+    live, *cards = httpx.get(f"{fleet.endpoint}/v1/models", timeout=60).json()["data"]
+    assert (live["id"], live["metadata"]["version"]) == ("policy", last)
+    by_version = {card["metadata"]["version"]: card["metadata"] for card in cards}
+    assert by_version[last]["labels"][-2:] == ["round-2", "final"]
+    assert by_version[last]["parent"] == first and by_version[last]["method"] == "sigmoid/sample, beta 0.1"
+    assert by_version[last]["metrics"]["loss"] > 0 and by_version[last]["data"] == run.manifest.data["fingerprint"]
+    unknown = ask(fleet.endpoint, "policy@nope")
+    assert unknown.status_code == 404 and f"policy@{last}, policy@round-2/step" in unknown.json()["error"]["message"]
+    assert "not pinned" in ask(fleet.endpoint, "policy@round-1").json()["error"]["message"]
+
+    assert admin(fleet.endpoint, "pin", version="round-1")["pinned"] == [first]
+    started = time.monotonic()
+    pinned = ask(fleet.endpoint, "policy@round-1")  # its replica starts on account of this request
+    assert (pinned.status_code, pinned.headers["x-policy-version"]) == (200, str(first)), pinned.text
+    assert pinned.json()["model"] == "policy@round-1"
+    logger.info("a pinned version answered from zero in %.0f s", time.monotonic() - started)
+
+    assert admin(fleet.endpoint, "promote", version="base")["held"]
+    held = ask(fleet.endpoint, "policy")
+    assert held.headers["x-policy-version"] == "0"
+    assert not fleet_shares(fleet, 0), "rollouts no longer come from the live policy's replicas"
+    assert admin(fleet.endpoint, "rollback")["live"] == last
+    assert ask(fleet.endpoint, "policy").headers["x-policy-version"] == str(last)
+    assert ask(fleet.endpoint, f"policy@{last}").status_code == 200
+    assert not admin(fleet.endpoint, "promote", version="latest")["held"]
+    assert admin(fleet.endpoint, "unpin", version="round-1")["pinned"] == []
+    assert ask(fleet.endpoint, "policy@round-1").status_code == 404
+    refused = httpx.post(f"{fleet.endpoint}/admin/rollback", json={"version": 10**13}, timeout=60)
+    assert refused.status_code == 400
+
+
+def fleet_shares(fleet, version: int) -> bool:
+    return fleet.generators(version) is fleet.shared_policy
+
+
+def test_a_version_that_fails_its_checks_is_listed_and_never_goes_live(fleet, tiny_model, tmp_path):
+    from sampo_ray.iterate import iterate
+    from sampo_ray.versions import read_serving
+
+    overrides = "rounds.count=1", "rollout.prompts=16", "publish.every_steps=50"
+    run = new_run(tmp_path, tiny_model, *overrides, "serve.gates.finite=true", "serve.gates.max_mean_tokens=1.5")
+    iterate(run, fleet, QuietDisplay())
+    deadline = time.monotonic() + 120
+    while not (state := read_serving(run.place)).refused and time.monotonic() < deadline:
+        time.sleep(0.2)
+    last = run.manifest.rounds[0].steps
+    assert state.live == 0 and "above max_mean_tokens=1.5" in state.refused[last]
+    assert ask(fleet.endpoint, "policy").headers["x-policy-version"] == "0"
+    card = httpx.get(f"{fleet.endpoint}/v1/models/policy@final", timeout=60).json()["metadata"]
+    assert card["state"] == "refused" and card["reason"] == state.refused[last]
+    again = httpx.post(f"{fleet.endpoint}/admin/promote", json={"version": last}, timeout=60)
+    assert again.status_code == 409 and "was refused" in again.json()["error"]["message"]
