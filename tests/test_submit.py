@@ -103,7 +103,8 @@ class Cluster:
     def follower(self, command: str, folder: Path, log: Path) -> subprocess.Popen[bytes]:
         """A process that submits `command` and follows it, writing to `log`."""
         code = (
-            "import sys, pathlib; from rich.console import Console\n"
+            "import pathlib, signal, sys; from rich.console import Console\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs are started deaf to it
             "from sampo_ray.cluster.submit import submit_entrypoint\n"
             "sys.exit(submit_entrypoint(sys.argv[1], pathlib.Path(sys.argv[2]), sys.argv[3], Console()))"
         )
