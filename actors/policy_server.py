@@ -192,7 +192,8 @@ class PolicyServer(LLMServer):
         await self._reach(*at_least)
         first, previous = self._held, ""
         request.cache_salt = f"{first.salt}/{request.cache_salt or ''}"
-        spans = self._answers[request.request_id] = [{"version": first.id.version}]
+        key = request.request_id = os.urandom(16).hex()  # a user's may not be unique, and a request may come again
+        spans = self._answers[key] = [{"version": first.id.version}]
         try:
             yield Origin(first.id, first.sequence)
             async for item in await method(request, raw_request_info):
@@ -206,7 +207,7 @@ class PolicyServer(LLMServer):
                 previous = item[-1] if isinstance(item, list) else ""
                 yield item
         finally:
-            del self._answers[request.request_id]
+            del self._answers[key]
 
     def _note_swap(self, version: int) -> None:
         """Notes for each answer in flight how many tokens it has from the weights that go. The engine is paused."""

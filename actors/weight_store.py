@@ -178,11 +178,10 @@ class WeightStore:
         if numbers and (self._training is None or numbers[-1] > self._training.id.version):
             self._training = self._load(numbers[-1])
 
+        labels = {version: self._labels(version) for version in numbers}
+
         def settled(state: Serving) -> Serving:
-            # Without checks, what is durable may be live: it was about to be when its publisher was cut off.
-            for version in numbers if not self._config.gates.any else numbers[:1]:
-                state = state if version in state.passed else versions.passed(state, version, self._labels(version))
-            return state
+            return versions.settled(state, labels, self._config.gates.any)
 
         if numbers:
             self._serving = versions.edit_serving(self._place, settled, self._config.follow)

@@ -78,6 +78,19 @@ def passed(state: Serving, version: int, labels: Sequence[str]) -> Serving:
     )
 
 
+def settled(state: Serving, labels: Mapping[int, Sequence[str]], checked: bool) -> Serving:
+    """The state of a run that is taken up again, with these versions on disk. What is durable goes live as it was about
+    to when its publisher was cut off, but where versions are `checked` only the base does so by itself. A live version
+    that is gone from disk gives way to the newest.
+    """
+    if state.live not in labels:
+        state = state.model_copy(update={"live": None})
+    for version in sorted(labels)[: 1 if checked else None]:
+        if version not in state.passed or state.live is None:
+            state = passed(state, version, labels[version])
+    return state
+
+
 def refused(state: Serving, version: int, reason: str) -> Serving:
     """A version failed a check: it is listed with the reason, and the live one stays."""
     return state.model_copy(update={"refused": {**state.refused, version: reason}})

@@ -2,7 +2,6 @@
 
 import json
 import math
-import uuid
 from typing import Any, NoReturn, TypeVar, cast
 
 from pydantic import ValidationError
@@ -35,14 +34,12 @@ WRONG_TYPES = (TypeError, AttributeError, KeyError, OverflowError, RecursionErro
 
 
 async def read(request: Request, kind: type[PolicyRequest], max_bytes: int) -> PolicyRequest:
-    """The request's body as `kind`, under an id of our own (a user's may not be unique). Raises ApiError (4xx)."""
+    """The request's body as `kind`. Raises ApiError (4xx)."""
     body = decode(await _bytes(request, max_bytes))
     for field in REFUSED_FIELDS:
         if body.get(field) is not None:
             raise ApiError(400, f"{field}: not accepted by this endpoint; leave it out", param=field)
-    parsed = _validated(body, kind)
-    parsed.request_id = uuid.uuid4().hex
-    return parsed
+    return _validated(body, kind)
 
 
 async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:

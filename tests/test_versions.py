@@ -116,6 +116,15 @@ def test_the_sequence_grows_with_every_change_of_what_is_live_and_only_then(comm
         assert state.live in state.kept()
 
 
+def test_a_run_that_is_taken_up_again_serves_what_is_durable():
+    assert versions.settled(Serving(), LABELS, checked=False).live == 12
+    assert versions.settled(Serving(), LABELS, checked=True).live == 0
+    held = versions.promote(published(Serving()), 5)
+    assert versions.settled(held, LABELS, checked=False) == held
+    gone = {version: names for version, names in LABELS.items() if version != 5}
+    assert versions.settled(held, gone, checked=False).live in gone
+
+
 def new_run(folder):
     config = load_config({"model": {"path": "some/model"}, "data": {"train": "d"}, "run": {"dir": str(folder)}})
     return create_run(config)

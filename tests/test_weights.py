@@ -229,7 +229,7 @@ def test_weights_outlive_the_process_that_published_them(run: Run) -> None:
 @pytest.mark.slow
 def test_a_store_serves_one_run_after_another(run: Run) -> None:
     run.publish(10, 1.0)
-    other = str(run.folder / "other")
+    other = str(run.folder / "other" / "versions")
     write_version(version_folder(other, 0), [("w", torch.full((5,), 7.0))], run.shell, ABOUT)
     assert run.call("attach", "other", other) == WeightsId("other", 0)
     weights = run.call("wait", WeightsId(run.name, 10), 5)
