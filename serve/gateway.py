@@ -99,7 +99,7 @@ class PolicyIngress(AdminRoutes, OpenAiIngress):
         start_by = min(deadline, asyncio.get_running_loop().time() + self._config.start_timeout_s)
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                call = getattr(policy.handle(), method)
+                call = getattr(await policy.handle(start_by), method)
                 answer = Answer(call.remote(body, None, policy.seen), deadline)
                 origin = await answer.opened(policy, start_by)
                 if target.version not in (None, origin.id.version):

@@ -14,6 +14,7 @@ from sampo_ray.actors.policy_server import Origin
 from sampo_ray.serve.errors import ApiError, ReplicaLost, from_policy, unavailable
 
 PATIENCE_S = 2.0
+HANDLE_POLL_S = 0.5
 STATUS_FRESH_S = 1.0
 STATUS_TIMEOUT_S = 10.0
 
@@ -29,13 +30,17 @@ class PolicyApp:
         self.seen = ("", 0)
         """Run, and the latest place in the order of its live weights that an answer has had: none begins earlier."""
 
-    def handle(self) -> DeploymentHandle:
-        """ApiError (503) when the application does not exist."""
-        if self._handle is None:
+    async def handle(self, start_by: float) -> DeploymentHandle:
+        """ApiError (503) when the application does not exist and is not deployed until `start_by` (event loop's
+        clock).
+        """
+        while self._handle is None:
             try:
-                self._handle = serve.get_app_handle(self._name).options(stream=True)
+                self._handle = (await asyncio.to_thread(serve.get_app_handle, self._name)).options(stream=True)
             except (RayError, RayServeException):
-                raise unavailable() from None
+                if asyncio.get_running_loop().time() > start_by:
+                    raise unavailable() from None
+                await asyncio.sleep(HANDLE_POLL_S)
         return self._handle
 
     async def is_up(self) -> bool:

@@ -220,7 +220,7 @@ class Replicas:
         self.calls, self.asked = list(calls), []
         self.chat = self
 
-    def handle(self) -> "Replicas":
+    async def handle(self, start_by: float) -> "Replicas":
         return self
 
     def remote(self, body: Any, info: Any, at_least: tuple[str, int]) -> Any:
