@@ -23,9 +23,12 @@ class Command(BaseModel):
 
 
 class AdminRoutes:
-    """Handlers of `/admin/...`; the class that has them brings a `catalogue`."""
+    """Handlers of `/admin/...`; the class that has them brings a `catalogue`, and hears of what was changed."""
 
     catalogue: Catalogue
+
+    def commanded(self, state: dict[str, Any]) -> None:
+        """What is live may be another version now, as `state` (of the catalogue) says."""
 
     async def admin_versions(self) -> Response:
         return JSONResponse(_view(await self.catalogue.state()))
@@ -55,7 +58,9 @@ class AdminRoutes:
         if verb == "label" and command.label is None:
             raise errors.ApiError(400, "label: missing; name the new label", param="label")
         version = "" if command.version is None else str(command.version)
-        return JSONResponse(_view(await self.catalogue.command(verb, version, command.label or "")))
+        state = await self.catalogue.command(verb, version, command.label or "")
+        self.commanded(state)
+        return JSONResponse(_view(state))
 
 
 ADMIN_ROUTES: dict[str, Any] = {

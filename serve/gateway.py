@@ -21,6 +21,7 @@ from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionReq
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
+from sampo_ray.actors.policy_server import Origin
 from sampo_ray.actors.weights import WeightsId
 from sampo_ray.config import ServeConfig
 from sampo_ray.serve import bodies, errors, stamp
@@ -56,6 +57,12 @@ class PolicyIngress(AdminRoutes, OpenAiIngress):
         self._policy = PolicyApp(policy_app)
         self._apps = {policy_app: self._policy}
         self._config = config
+
+    def commanded(self, state: dict[str, Any]) -> None:
+        """No answer from now on begins with weights that were live before the command."""
+        serving = state["serving"]
+        if serving.live is not None:
+            self._policy.note(Origin(WeightsId(state["run"], serving.live), serving.sequence))
 
     async def health(self) -> Response:
         """200 when a request would be answered, else 503."""
