@@ -119,10 +119,7 @@ class _Live:
         """Replicas that serve a channel of the weight store."""
         from sampo_ray.actors.policy_server import Source, policy_deployment  # importing vLLM takes many seconds
 
-        base, chat = (
-            str(self._stack.enter_context(self._run.place.at(*at).on_disk()))
-            for at in (("versions", "000000"), ("tokenizer",))
-        )
+        base, chat = self._run.versions.at("000000").url, self._run.place.at("tokenizer").url
         config = self._run.config
         source = Source(self.store_name, channel, swap=config.serve.swap, drain_s=config.serve.request_timeout_s)  # type: ignore[arg-type]
         return policy_deployment("policy", base, chat, source, settings, config.data.max_length)

@@ -53,8 +53,8 @@ def _reconcile(apps: str, store: str, place: Place, run_id: str, versions: list[
         if name not in running:
             app = policy_deployment(
                 f"policy@{version}",
-                place.at("versions", "000000").path,
-                place.at("tokenizer").path,
+                place.at("versions", "000000").url,
+                place.at("tokenizer").url,
                 Source(store, pinned=WeightsId(run_id, version), drain_s=config.serve.request_timeout_s),
                 settings,
                 config.data.max_length,

@@ -4,6 +4,8 @@ import asyncio
 import json
 import logging
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
@@ -30,6 +32,7 @@ from sampo_ray.actors.weight_transfer import BACKEND, staged
 from sampo_ray.actors.weights import Bucket, Elsewhere, Weights, WeightsError, WeightsId, verify
 from sampo_ray.chat import ChatFormat
 from sampo_ray.config import GeneratorsConfig
+from sampo_ray.runs import Place
 
 logger = logging.getLogger("ray.serve")  # the one that Serve sends to its log files
 
@@ -96,6 +99,11 @@ class PolicyServer(LLMServer):
 
     async def __init__(self, llm_config: LLMConfig, *, source: Source, chat_folder: str) -> None:  # type: ignore[misc]
         self._source, self._state = source, State.STARTING
+        chat_folder = await asyncio.to_thread(on_this_node, chat_folder)
+        llm_config.engine_kwargs["tokenizer"] = chat_folder
+        loading = llm_config.model_loading_config
+        loading.model_source = await asyncio.to_thread(on_this_node, loading.model_source)
+        llm_config._engine_config = None  # made by the driver, from the URLs
         self._format = ChatFormat.load(chat_folder, "tokenizer")
         self._held = Held(WeightsId("", -1), {}, 0)  # nothing that a store would know
         self._had: set[WeightsId] = set()
@@ -342,6 +350,17 @@ async def in_thread(context: Any) -> AsyncGenerator[Any, None]:
         await asyncio.to_thread(context.__exit__, None, None, None)
 
 
+def on_this_node(url: str) -> str:
+    """The path of a folder on this machine: its own, or that of a copy, which stays as long as the machine keeps it."""
+    place = Place(url)
+    if place.local:
+        return place.path
+    scratch = Path(tempfile.mkdtemp(prefix="sampo-"))
+    with place.on_disk() as folder:
+        shutil.copytree(folder, scratch, dirs_exist_ok=True)
+    return str(scratch)
+
+
 def ended(task: asyncio.Task[None]) -> None:
     """A replica that no longer follows the store, or no longer watches its engine, must not live on."""
     if not task.cancelled():
@@ -426,17 +445,17 @@ def policy_deployment(
     """The Serve deployment of policy replicas, which serve `source` under the name `model_id`.
 
     `model_folder` is a complete version (000000: architecture, and weights until the store's are in), `chat_folder` the
-    run's tokenizer with its chat template and end-of-turn token; the store that `source` names must run.
+    run's tokenizer with its chat template and end-of-turn token, both paths or fsspec URLs that every node reaches; the
+    store that `source` names must run.
     `config.num_gpus` decides between GPU and CPU.
     """
     gpus = config.num_gpus or 0
-    offline = Path(model_folder).is_dir()
     llm_config = LLMConfig(
         model_loading_config={"model_id": model_id, "model_source": model_folder},
         accelerator_config={"kind": "gpu" if gpus else "cpu"},
         placement_group_config={"bundle_per_worker": {"GPU": gpus} if gpus else {"CPU": 0}},
         deployment_config={"ray_actor_options": {"num_cpus": 1 if config.num_cpus is None else config.num_cpus}},
-        runtime_env={"env_vars": {"HF_HUB_OFFLINE": "1"}} if offline else None,
+        runtime_env={"env_vars": {"HF_HUB_OFFLINE": "1"}},
         engine_kwargs={
             "tokenizer": chat_folder,
             "max_model_len": max_model_len,
