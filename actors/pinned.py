@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import ray
 from ray import serve
 
-from sampo_ray.actors.weights import WeightsId
+from sampo_ray.actors.weights import WeightsId, version_folder
 from sampo_ray.runs import Place, open_run
 
 
@@ -53,7 +53,7 @@ def _reconcile(apps: str, store: str, place: Place, run_id: str, versions: list[
         if name not in running:
             app = policy_deployment(
                 f"policy@{version}",
-                place.at("versions", "000000").url,
+                version_folder(place.at("versions").url, version),
                 place.at("tokenizer").url,
                 Source(store, pinned=WeightsId(run_id, version), drain_s=config.serve.request_timeout_s),
                 settings,

@@ -29,7 +29,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from sampo_ray.actors.replica import Event, State, after
 from sampo_ray.actors.weight_store import Channel, find_weight_store
 from sampo_ray.actors.weight_transfer import BACKEND, staged
-from sampo_ray.actors.weights import Bucket, Elsewhere, Weights, WeightsError, WeightsId, verify
+from sampo_ray.actors.weights import Bucket, Elsewhere, Weights, WeightsError, WeightsId, read_about, verify
 from sampo_ray.chat import ChatFormat
 from sampo_ray.config import GeneratorsConfig
 from sampo_ray.runs import Place
@@ -71,7 +71,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Source:
-    """What a replica serves: a channel of the named weight store, or for good one version of a run."""
+    """What a replica serves: a channel of the named weight store, or for good the one version that it is built from."""
 
     store: str
     channel: Channel = "live"
@@ -110,11 +110,17 @@ class PolicyServer(LLMServer):
         self._answers: dict[str, list[dict[str, Any]]] = {}
         await super().__init__(llm_config)
         self._client = self.engine._engine_client  # vLLM's AsyncLLM; LLMServer has no way to send token ids
-        await self._client.init_weight_transfer_engine(WeightTransferInitRequest({}))
         await self._warm_up()
         self._become(Event.ENGINE_UP)
-        await self._catch_up()
-        self._tasks = [asyncio.create_task(work) for work in (self._follow(), self._watch())]
+        if source.pinned is None:
+            await self._client.init_weight_transfer_engine(WeightTransferInitRequest({}))
+            await self._catch_up()
+        else:
+            self._become(Event.LOAD)
+            self._held = Held(source.pinned, await asyncio.to_thread(read_about, loading.model_source), 1)
+            self._become(Event.LOADED)
+        work = (self._follow(), self._watch()) if source.pinned is None else (self._watch(),)
+        self._tasks = [asyncio.create_task(each) for each in work]
         for task in self._tasks:
             task.add_done_callback(ended)
 
@@ -277,15 +283,9 @@ class PolicyServer(LLMServer):
             weights = await self._newer(0 if self._held.id.version >= 0 else POLL_S)
 
     async def _newer(self, timeout_s: float) -> Weights | None:
-        store, source = find_weight_store(self._source.store), self._source
-        if source.pinned is None:
-            known = (self._held.id, self._held.sequence) if self._held.id.version >= 0 else (None, None)
-            waiting = store.wait.remote(known[0], timeout_s, source.channel, known[1])
-        elif self._held.id != source.pinned:
-            waiting = store.get.remote(source.pinned.run, source.pinned.version, 0)
-        else:
-            await asyncio.sleep(timeout_s)
-            return None
+        known = (self._held.id, self._held.sequence) if self._held.id.version >= 0 else (None, None)
+        store = find_weight_store(self._source.store)
+        waiting = store.wait.remote(known[0], timeout_s, self._source.channel, known[1])
         return await asyncio.wait_for(waiting, timeout_s + FETCH_TIMEOUT_S)
 
     async def _follow(self) -> None:
@@ -444,7 +444,7 @@ def policy_deployment(
 ) -> serve.Application:
     """The Serve deployment of policy replicas, which serve `source` under the name `model_id`.
 
-    `model_folder` is a complete version (000000: architecture, and weights until the store's are in), `chat_folder` the
+    `model_folder` is a complete version (the one to pin, or 000000 until the store's weights are in), `chat_folder` the
     run's tokenizer with its chat template and end-of-turn token, both paths or fsspec URLs that every node reaches; the
     store that `source` names must run.
     `config.num_gpus` decides between GPU and CPU.

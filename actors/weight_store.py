@@ -132,15 +132,13 @@ class WeightStore:
                     return None
             return current()
 
-    async def get(self, run_id: str, version: int, sequence: int | None = None) -> Weights:
+    async def get(self, run_id: str, version: int) -> Weights:
         """A version of the attached run: from memory when it is held, else from disk."""
         self._check_run(run_id)
         for held in (self._training, self._live, self._reference):
             if held and held.id.version == version:
-                break
-        else:
-            held = await asyncio.to_thread(self._load, version)
-        return held if sequence is None else replace(held, sequence=sequence)
+                return held
+        return await asyncio.to_thread(self._load, version)
 
     async def serves(self, version: int) -> bool:
         """Whether the live policy serves the newest version, this one, and goes on to serve what is published."""
