@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from sampo_ray.config import ConfigError, RunConfig, load_config
+from sampo_ray.keys_cli import app as keys_app
 from sampo_ray.versions_cli import add_commands
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(keys_app, name="keys")
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value ...", show_default=False)]
 LOCAL_CPUS = 16
 """Logical CPUs of a Ray of our own: actors share the cores, they do not own them."""
