@@ -295,9 +295,14 @@ class ServeConfig(Section):
     """At new weights, answers in flight go on with them, or are finished first (one version an answer)."""
     gates: GatesConfig = GatesConfig()
 
+    @property
+    def keyed(self) -> bool:
+        """Whether there are keys, if only in a file."""
+        return bool(self.api_keys or self.keys_file)
+
     @model_validator(mode="after")
     def _no_open_door(self) -> "ServeConfig":
-        if not is_loopback(self.host) and not (self.api_keys or self.keys_file or self.open):
+        if not is_loopback(self.host) and not (self.keyed or self.open):
             raise ValueError(
                 f"host={self.host!r} is not loopback and no api_keys are set; set serve.keys_file (`sampo keys add`), "
                 "or SAMPO_API_KEYS, or serve.open=true to let in whoever reaches it"

@@ -50,8 +50,7 @@ class Access:
             raise ValueError("serve.api_keys: a key is empty; remove it or give it a value")
         keys = tuple(Key(name=f"api-key-{n}", sha256=digest(key), scopes=BOTH) for n, key in enumerate(secrets, 1))
         local = is_loopback(config.host)
-        keyless = local and not keys and not config.keys_file
-        anonymous = BOTH if keyless else frozenset[KeyScope]({"use"} if config.open else ())
+        anonymous = BOTH if local and not config.keyed else frozenset[KeyScope]({"use"} if config.open else ())
         return cls(keys, absolute(config.keys_file) if config.keys_file else None, anonymous, local)
 
 
