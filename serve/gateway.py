@@ -29,7 +29,7 @@ from sampo_ray.serve.bodies import ChatCompletionRequest, CompletionRequest
 from sampo_ray.serve.catalogue import Catalogue, Target
 from sampo_ray.serve.errors import ApiError, ReplicaLost
 from sampo_ray.serve.headers import Hardened
-from sampo_ray.serve.limits import Limited, Limits
+from sampo_ray.serve.limits import MAX_IN_FLIGHT, Limited, Limits
 from sampo_ray.serve.policy_app import Answer, PolicyApp
 
 ATTEMPTS = 4
@@ -158,8 +158,8 @@ def build_endpoint_app(name: str, policy_app: str, store: str, config: ServeConf
     ingress = make_fastapi_ingress(PolicyIngress, endpoint_map=ROUTES, app=app)
     deployment = serve.deployment(
         name=name,
-        max_ongoing_requests=1024,
-        max_queued_requests=1024,
+        max_ongoing_requests=2 * MAX_IN_FLIGHT,  # of which the endpoint itself refuses all above half
+        max_queued_requests=MAX_IN_FLIGHT,
         graceful_shutdown_timeout_s=config.request_timeout_s,  # answers in flight end first
         ray_actor_options={"num_cpus": 0.1},
     )

@@ -21,6 +21,8 @@ from sampo_ray.serve.auth import is_admin, route_path
 from sampo_ray.serve.errors import ApiError
 
 BODY_TIMEOUT_S = 30.0
+MAX_IN_FLIGHT = 1000
+"""Requests that the endpoint works on at once, of all keys together; more are told to come again."""
 BYTES_PER_TOKEN = 4
 NEGLIGIBLE = 1e-6
 EVENT = b"\n\n"  # what ends an event of a stream; inside of JSON a line break is written \n
@@ -136,6 +138,7 @@ class Limited:
     def __init__(self, app: ASGIApp, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
         self._app, self._limits, self._clock = app, limits, clock
         self._accounts: dict[str | None, Account] = {}
+        self._in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -143,6 +146,8 @@ class Limited:
         account, meter = self._account(scope), Meter()
         scope["state"] = {**scope.get("state", {}), "limits": self._limits, "meter": meter}
         try:
+            if self._in_flight >= MAX_IN_FLIGHT and not is_admin(route_path(scope)):
+                raise ApiError(429, "the endpoint has as many requests as it takes; try again soon", code="queue_full")
             if account is not None:
                 account.admit()
         except ApiError as refusal:
@@ -151,9 +156,11 @@ class Limited:
         async def metered(message: Message) -> None:
             await send(meter.passing(message))
 
+        self._in_flight += 1
         try:
             await self._app(scope, _bounded(receive, meter), metered if account else send)
         finally:
+            self._in_flight -= 1
             if account is not None:
                 account.charge(meter.tokens)
         return None

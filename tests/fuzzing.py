@@ -15,7 +15,11 @@ ANSWER_SECONDS = 60.0
 LEAKS = ("Traceback", "site-packages", 'File "', "sampo_ray", ".py", "/home/", "/tmp/", "/root/", "/usr/", "/etc/")
 METHODS = ["GET", "POST", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "BREW", "get"]
 OPENAI = ("/v1/chat/completions", "/v1/completions")
-ADMIN = tuple(f"/admin/{name}" for name in ("versions", "promote", "rollback", "pin", "unpin"))
+RIGHT = {
+    OPENAI[0]: {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2},
+    OPENAI[1]: {"prompt": "hello", "max_tokens": 2},
+}
+ADMIN = tuple(f"/admin/{name}" for name in ("versions", "promote", "rollback", "pin", "unpin", "label"))
 ROUTES = [*OPENAI, *ADMIN, "/feedback", "/run", "/v1/models", "/v1/models/policy", "/health", "/", "/page/app.js"]
 
 LEAVES = (
@@ -39,7 +43,7 @@ VALUES = st.recursive(
     ),
     max_leaves=6,
 )
-OTHER_FIELDS = ["version", "request_id", "better", "worse", "rating", "edited", "feedback", "name"]
+OTHER_FIELDS = ["version", "version", "label", "request_id", "better", "worse", "rating", "edited", "feedback", "name"]
 SEGMENTS = st.sampled_from(
     ["..", "%2e%2e", "..%2f", "%2F", ".", "etc", "passwd", "v1", "models", "admin", "page", "%00"]
 )
@@ -98,11 +102,11 @@ HEADERS = st.lists(
 
 def bodies(path: str, fields: Callable[[str], list[str]]) -> st.SearchStrategy[bytes]:
     """Bodies for a route: nearly right ones, other JSON, no JSON at all; `fields` names those of OpenAI's routes."""
-    chat = path.startswith(OPENAI[0])
-    right: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}]} if chat else {"prompt": "hello"}
-    names = fields(OPENAI[0] if chat else OPENAI[1]) if path.startswith(OPENAI) else OTHER_FIELDS
+    route = next((route for route in OPENAI if path.startswith(route)), None)
+    names = fields(route) if route else OTHER_FIELDS
+    right: dict[str, Any] = RIGHT.get(route, {})
     nearly = st.dictionaries(st.sampled_from(names), VALUES, max_size=3).map(
-        lambda changes: json.dumps({**right, "max_tokens": 2, **changes}).encode()
+        lambda changes: json.dumps({**right, **changes}).encode()
     )
     return (
         nearly

@@ -157,6 +157,34 @@ def test_a_key_that_asks_too_often_is_told_when_to_come_again() -> None:
     assert ask(app, {"prompt": "x"}).status_code == 200
 
 
+def test_an_endpoint_with_its_hands_full_says_when_to_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_IN_FLIGHT", 2)
+    app, release = FastAPI(), asyncio.Event()
+    errors.install(app)
+    app.add_middleware(Limited, limits=Limits())
+
+    @app.post("/admin/rollback")
+    async def rollback() -> None:
+        pass
+
+    @app.get("/")
+    async def wait() -> None:
+        await release.wait()
+
+    async def crowd() -> list[httpx.Response]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
+            first = [asyncio.create_task(client.get("/")) for _ in range(2)]
+            await asyncio.sleep(0.1)
+            refused = await client.get("/")
+            assert (await client.post("/admin/rollback")).status_code == 200
+            release.set()
+            return [refused, *await asyncio.gather(*first), await client.get("/")]
+
+    answers = asyncio.run(crowd())
+    assert [answer.status_code for answer in answers] == [429, 200, 200, 200]
+    assert int(answers[0].headers["retry-after"]) > 0
+
+
 def test_what_costs_no_engine_and_what_an_operator_must_do_is_not_counted() -> None:
     app = small_app(requests_per_minute=1)
     for path, method in (("/v1/models", "GET"), ("/admin/promote", "POST")):
