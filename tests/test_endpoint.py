@@ -178,7 +178,7 @@ def test_the_endpoint_renders_messages_to_the_ids_that_training_uses(endpoint: E
 
 
 def test_the_model_list_names_the_live_version(endpoint: Endpoint) -> None:
-    (card,) = endpoint.client().models.list().data
+    card = endpoint.client().models.list().data[0]
     assert card.id == "policy"
     assert card.metadata["version"] == 0
     assert endpoint.client().models.retrieve("policy").id == "policy"
