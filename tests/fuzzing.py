@@ -43,7 +43,8 @@ VALUES = st.recursive(
     ),
     max_leaves=6,
 )
-OTHER_FIELDS = ["version", "version", "label", "request_id", "better", "worse", "rating", "edited", "feedback", "name"]
+NUMBERS = [-1, 0, 1, 2, 3, 5, 20, 100, 513, 2**31, 2**63 - 1]
+OTHER_FIELDS = ["version", "label", "request_id", "better", "worse", "rating", "edited", "feedback", "name"]
 SEGMENTS = st.sampled_from(
     ["..", "%2e%2e", "..%2f", "%2F", ".", "etc", "passwd", "v1", "models", "admin", "page", "%00"]
 )
@@ -100,16 +101,34 @@ HEADERS = st.lists(
 )
 
 
-def bodies(path: str, fields: Callable[[str], list[str]]) -> st.SearchStrategy[bytes]:
-    """Bodies for a route: nearly right ones, other JSON, no JSON at all; `fields` names those of OpenAI's routes."""
+def plausible(annotation: str) -> st.SearchStrategy[Any]:
+    """Values that a field declared so would take."""
+    kinds: list[tuple[str, st.SearchStrategy[Any]]] = [
+        ("list[int]", st.lists(st.sampled_from(NUMBERS), max_size=4)),
+        ("list[str]", st.lists(st.text(max_size=4), max_size=4)),
+        ("dict[str, float]", st.dictionaries(st.sampled_from(["0", "5", "400"]), st.floats(-200, 200), max_size=2)),
+        ("float", st.floats(-2.5, 2.5)),
+        ("int", st.sampled_from(NUMBERS)),
+        ("bool", st.booleans()),
+        ("str", st.text(max_size=8)),
+    ]
+    return st.one_of([values for kind, values in kinds if kind in annotation] or [VALUES])
+
+
+def bodies(path: str, fields: Callable[[str], dict[str, str]]) -> st.SearchStrategy[bytes]:
+    """Bodies for a route: nearly right ones, other JSON, no JSON at all; `fields` gives those of OpenAI's routes."""
     route = next((route for route in OPENAI if path.startswith(route)), None)
-    names = fields(route) if route else OTHER_FIELDS
+    names = fields(route) if route else dict.fromkeys(OTHER_FIELDS, "int or str")
     right: dict[str, Any] = RIGHT.get(route, {})
-    nearly = st.dictionaries(st.sampled_from(names), VALUES, max_size=3).map(
-        lambda changes: json.dumps({**right, **changes}).encode()
+    change = st.sampled_from(sorted(names)).flatmap(
+        lambda name: st.tuples(st.just(name), plausible(names[name]) | plausible(names[name]) | VALUES)
     )
+    nearly = st.lists(change, max_size=2).map(lambda changes: json.dumps({**right, **dict(changes)}).encode())
     return (
         nearly
+        | nearly
+        | nearly
+        | nearly
         | nearly
         | nearly.flatmap(lambda body: st.integers(0, len(body)).map(lambda end: body[:end]))
         | VALUES.map(lambda value: json.dumps(value).encode())
@@ -138,7 +157,7 @@ class Shot:
 
 
 @st.composite
-def shots(draw: st.DrawFn, prefix: str, keys: tuple[str, ...], fields: Callable[[str], list[str]]) -> Shot:
+def shots(draw: st.DrawFn, prefix: str, keys: tuple[str, ...], fields: Callable[[str], dict[str, str]]) -> Shot:
     path = draw(PATHS)
     right = "POST" if path.startswith((*OPENAI, "/feedback", *ADMIN[1:])) else "GET"
     method = draw(st.just(right) | st.just(right) | st.sampled_from(METHODS))

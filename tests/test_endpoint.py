@@ -442,11 +442,12 @@ def leave(endpoint: Endpoint, body: dict[str, Any]) -> None:
 
 
 @cache
-def fields(route: str) -> list[str]:
+def fields(route: str) -> dict[str, str]:
+    """Names of a request's fields, and how they are declared."""
     from sampo_ray.serve.bodies import ChatCompletionRequest, CompletionRequest
 
     kind = ChatCompletionRequest if route.endswith("chat/completions") else CompletionRequest
-    return sorted(kind.model_fields)
+    return {name: str(field.annotation) for name, field in kind.model_fields.items()}
 
 
 # SAMPO_FUZZ=10000 for a long run.
