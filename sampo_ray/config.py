@@ -271,8 +271,8 @@ class ServeConfig(Section):
     """Keys accepted as `Authorization: Bearer ...`; none means an open (loopback) endpoint. Default: those of the
     environment variable SAMPO_API_KEYS, separated by commas; they are never written to the run directory."""
     keys_file: str | None = None
-    """File of further keys with scopes (`sampo keys add`), which may change while the endpoint runs: a path or URL that
-    the endpoint's machine reaches."""
+    """File of further keys with scopes (`sampo keys add`), which may change while the endpoint runs: a path, on a cluster
+    one that all its machines share, or any fsspec URL."""
     open: bool = False
     """Whoever reaches the endpoint may use it without a key, on any address; `/admin` still needs one."""
     max_body_bytes: int = Field(1 << 20, ge=1024)
