@@ -464,6 +464,8 @@ def policy_deployment(
             "enable_prompt_tokens_details": True,
             "worker_extension_cls": "sampo_ray.actors.weight_transfer.WorkerExtension",
             "weight_transfer_config": {"backend": BACKEND},
+            # Another backend would have to stay the engine's for good, whoever's first request wanted it.
+            "structured_outputs_config": {"backend": "xgrammar"},
             **({} if gpus else cpu_engine(max_model_len)),
             **config.engine,
         },

@@ -65,6 +65,7 @@ def check_reachable(config: RunConfig, overrides: Sequence[str]) -> None:
         "data.train": config.data.train,
         "data.prompts": config.data.prompts,
         "reward.model": config.reward.model,
+        "serve.keys_file": config.serve.keys_file,
     }
     for field, value in named.items():
         if value and "://" not in value and not os.path.isabs(value) and os.path.exists(value):

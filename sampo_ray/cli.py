@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from sampo_ray.config import ConfigError, RunConfig, load_config
+from sampo_ray.keys_cli import app as keys_app
 from sampo_ray.versions_cli import add_commands
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(keys_app, name="keys")
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value ...", show_default=False)]
 LOCAL_CPUS = 16
 """Logical CPUs of a Ray of our own: actors share the cores, they do not own them."""
@@ -99,14 +101,15 @@ def serve_run(
 ) -> None:
     """Serves a run without training it: finished, or while it is trained elsewhere, which is then followed."""
     from sampo_ray.runs import open_run
+    from sampo_ray.validate import check_keys_file
 
     with readable_errors():
         quiet_libraries()
         place = open_run(run).place
         tree = open_run(run).config.model_dump()
-        serve_live(
-            place.url, load_config({**tree, "serve": {**tree["serve"], "enabled": True}}, serving_only(overrides))
-        )
+        config = load_config({**tree, "serve": {**tree["serve"], "enabled": True}}, serving_only(overrides))
+        check_keys_file(config.serve.keys_file)
+        serve_live(place.url, config)
 
 
 def serving_only(overrides: list[str] | None) -> list[str]:
@@ -174,7 +177,7 @@ def run_training(config: RunConfig, resume: str | None, keep_serving: bool) -> N
             export = iterate(run, fleet, display)
         display.note(f"model: {export.url}")
         if keep_serving and fleet.endpoint:
-            display.note(curl_line(fleet.endpoint, bool(config.serve.api_keys)))
+            display.note(curl_line(fleet.endpoint, config.serve.keyed))
             wait_for_interrupt(display)
 
 
@@ -194,7 +197,7 @@ def serve_live(directory: str, config: RunConfig) -> None:
         with display.stage("start", None, "engine"):
             endpoint = stack.enter_context(open_live(open_run(directory, config)))
         announce(display, endpoint)
-        display.note(curl_line(endpoint, bool(config.serve.api_keys)))
+        display.note(curl_line(endpoint, config.serve.keyed))
         wait_for_interrupt(display)
 
 

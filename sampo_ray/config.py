@@ -6,6 +6,7 @@ the value and the mend. Fields left at `None` are filled by the profile (`sampo_
 
 import copy
 import difflib
+import ipaddress
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +24,14 @@ class ConfigError(ValueError):
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address means this machine and no other can reach it."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _keys_from_environment() -> tuple[SecretStr, ...]:
@@ -255,14 +264,27 @@ class ServeConfig(Section):
     enabled: bool = True
     """Whether the run has a live endpoint."""
     host: str = "127.0.0.1"
-    """Address the endpoint binds to; anything but loopback needs an API key."""
+    """Address the endpoint binds to; anything but loopback needs an API key, or `open`."""
     port: int = Field(8000, ge=0, le=65535)
     """Port of the endpoint; 0 picks a free one."""
     api_keys: tuple[Annotated[SecretStr, Field(min_length=1)], ...] = Field(default_factory=_keys_from_environment)
     """Keys accepted as `Authorization: Bearer ...`; none means an open (loopback) endpoint. Default: those of the
     environment variable SAMPO_API_KEYS, separated by commas; they are never written to the run directory."""
+    keys_file: str | None = None
+    """File of further keys with scopes (`sampo keys add`), which may change while the endpoint runs: a path, on a cluster
+    one that all its machines share, or any fsspec URL."""
+    open: bool = False
+    """Whoever reaches the endpoint may use it without a key, on any address; `/admin` still needs one."""
     max_body_bytes: int = Field(1 << 20, ge=1024)
     """Largest request body."""
+    max_prompt_tokens: int | None = Field(None, ge=1)
+    """Longest prompt. Default: what the model allows."""
+    max_answer_tokens: int | None = Field(None, ge=1)
+    """Most tokens that a request may ask for, over all its completions. Default: what the model allows for each."""
+    requests_per_minute: int | None = Field(None, ge=1)
+    """Requests a minute for each key. Default: no limit."""
+    tokens_per_minute: int | None = Field(None, ge=1)
+    """Tokens of prompts and answers a minute for each key. Default: no limit."""
     request_timeout_s: float = Field(300.0, gt=0)
     """Seconds a request may take before it is cancelled."""
     start_timeout_s: float = Field(120.0, ge=0)
@@ -273,10 +295,18 @@ class ServeConfig(Section):
     """At new weights, answers in flight go on with them, or are finished first (one version an answer)."""
     gates: GatesConfig = GatesConfig()
 
+    @property
+    def keyed(self) -> bool:
+        """Whether there are keys, if only in a file."""
+        return bool(self.api_keys or self.keys_file)
+
     @model_validator(mode="after")
     def _no_open_door(self) -> "ServeConfig":
-        if self.host not in ("127.0.0.1", "localhost", "::1") and not self.api_keys:
-            raise ValueError(f"host={self.host!r} is not loopback and no api_keys are set; set serve.api_keys")
+        if not is_loopback(self.host) and not (self.keyed or self.open):
+            raise ValueError(
+                f"host={self.host!r} is not loopback and no api_keys are set; set serve.keys_file (`sampo keys add`), "
+                "or SAMPO_API_KEYS, or serve.open=true to let in whoever reaches it"
+            )
         return self
 
 

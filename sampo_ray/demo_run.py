@@ -55,7 +55,7 @@ def run_demo(directory: Path, seed: int, keep_serving: bool) -> None:
         display.console.print(render(summarise(answers, rightful), TEMPERATURE))
         display.note(f"{time.monotonic() - started:.0f} s in all; runs and exported models are in {folder}")
         if keep_serving and fleet.endpoint:
-            display.note(curl_line(fleet.endpoint, bool(run.config.serve.api_keys), "Sort these digits: 7305"))
+            display.note(curl_line(fleet.endpoint, run.config.serve.keyed, "Sort these digits: 7305"))
             wait_for_interrupt(display)
 
 

@@ -255,7 +255,13 @@ def create_run(config: RunConfig) -> Run:
 def _grounded(config: RunConfig) -> RunConfig:
     """Local paths of a recipe made absolute: actors, and whoever resumes the run, have other working directories."""
     tree = config.model_dump()
-    for section, field in (("model", "path"), ("data", "train"), ("data", "prompts"), ("reward", "model")):
+    for section, field in (
+        ("model", "path"),
+        ("data", "train"),
+        ("data", "prompts"),
+        ("reward", "model"),
+        ("serve", "keys_file"),
+    ):
         named = tree[section][field]
         if named and (Path(named).exists() or ("*" in named and Path(named).parent.is_dir())):
             tree[section][field] = absolute(named)

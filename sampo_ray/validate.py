@@ -6,8 +6,10 @@ from transformers import AutoConfig
 
 from sampo_ray.chat import ChatFormat
 from sampo_ray.config import ConfigError, RunConfig
+from sampo_ray.keys import KeysError, is_json, parse
 from sampo_ray.preferences import check_source
 from sampo_ray.rewards import check_reward
+from sampo_ray.runs import Place, absolute
 from sampo_ray.trackers import check_trackers
 
 
@@ -45,3 +47,17 @@ def check(config: RunConfig) -> None:
         row = check_source(str(config.data.train), "pairs")
     chat.prompt_ids(row.prompt)
     check_trackers(config)
+    check_keys_file(config.serve.keys_file)
+
+
+def check_keys_file(file: str | None) -> None:
+    """ConfigError when the endpoint could not read its keys."""
+    if file is None:
+        return
+    try:
+        parse(Place(absolute(file)).read(), is_json(file))
+    except (OSError, KeysError) as error:
+        reason = f"cannot be read ({type(error).__name__})" if isinstance(error, OSError) else str(error)
+        raise ConfigError(
+            f"serve.keys_file={file!r}: {reason}; make it with `sampo keys add {file} --name NAME`"
+        ) from None

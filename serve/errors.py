@@ -10,6 +10,8 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
+from sampo_ray.serve.headers import HARDENING
+
 RETRY_AFTER_S = 2
 TYPE_NAMES = frozenset({"str", "int", "float", "bool", "list", "dict"})
 
@@ -17,14 +19,23 @@ TYPE_NAMES = frozenset({"str", "int", "float", "bool", "list", "dict"})
 class ApiError(Exception):
     """An answer other than 2xx: HTTP `status`, a sentence for the user, and the request's field that it is about."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int = RETRY_AFTER_S,
+    ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
+        self._retry_after_s = retry_after_s
 
     @property
     def headers(self) -> dict[str, str]:
         if self.status in (429, 503):
-            return {"retry-after": str(RETRY_AFTER_S)}
+            return {"retry-after": str(self._retry_after_s)}
         return {"www-authenticate": "Bearer"} if self.status == 401 else {}
 
     def body(self) -> dict[str, Any]:
@@ -83,10 +94,13 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        messages = {404: f"{request.method} {request.url.path}: no such route", 405: "method not allowed here"}
+        # Not request.url, which takes the Host header apart, whatever that is.
+        messages = {404: f"{request.method} {request.scope['path']}: no such route", 405: "method not allowed here"}
         known = ApiError(error.status_code, messages.get(error.status_code, "the request was refused"))
         return known.response(error.headers)
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        return ApiError(500, "the endpoint failed in a way it did not expect", code="internal_error").response()
+        return ApiError(500, "the endpoint failed in a way it did not expect", code="internal_error").response(
+            HARDENING
+        )

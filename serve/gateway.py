@@ -17,7 +17,6 @@ from fastapi import FastAPI, Request
 from pydantic import BaseModel
 from ray import serve
 from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
-from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
@@ -26,9 +25,12 @@ from sampo_ray.actors.weights import WeightsId
 from sampo_ray.config import ServeConfig
 from sampo_ray.serve import bodies, errors, stamp
 from sampo_ray.serve.admin import ADMIN_ROUTES, AdminRoutes
-from sampo_ray.serve.auth import KeyGuard, digests
+from sampo_ray.serve.auth import Access, KeyGuard
+from sampo_ray.serve.bodies import ChatCompletionRequest, CompletionRequest
 from sampo_ray.serve.catalogue import Catalogue, Target
 from sampo_ray.serve.errors import ApiError, ReplicaLost
+from sampo_ray.serve.headers import Hardened
+from sampo_ray.serve.limits import MAX_IN_FLIGHT, Limited, Limits
 from sampo_ray.serve.policy_app import Answer, PolicyApp
 
 ATTEMPTS = 4
@@ -153,15 +155,18 @@ def build_endpoint_app(name: str, policy_app: str, store: str, config: ServeConf
 
     API keys travel as digests only. ValueError for an unusable key.
     """
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    # A redirect would lead wherever the Host header says.
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     errors.install(app)
     app.add_middleware(stamp.Stamp, live=_live_weights)
-    app.add_middleware(KeyGuard, known=digests(config.api_keys))  # outermost: nothing happens before it agrees
+    app.add_middleware(Limited, limits=Limits.of(config))
+    app.add_middleware(KeyGuard, access=Access.of(config))  # nothing happens before it agrees
+    app.add_middleware(Hardened)
     ingress = make_fastapi_ingress(PolicyIngress, endpoint_map=ROUTES, app=app)
     deployment = serve.deployment(
         name=name,
-        max_ongoing_requests=1024,
-        max_queued_requests=1024,
+        max_ongoing_requests=2 * MAX_IN_FLIGHT,  # of which the endpoint itself refuses all above half
+        max_queued_requests=MAX_IN_FLIGHT,
         graceful_shutdown_timeout_s=config.request_timeout_s,  # answers in flight end first
         ray_actor_options={"num_cpus": 0.1},
     )

@@ -28,7 +28,9 @@ ONLINE = ["rounds.mode=online", "data.prompts=p", "reward.function=f.py:f"]
         ("trainer.tokens_per_row=64", ["trainer.tokens_per_row=64", "data.max_length=8192"]),
         ("data.train=null", ["data.train is missing"]),
         ("rounds.mode=online", ["data.prompts is missing"]),
-        ("serve.host=0.0.0.0", ["serve.host='0.0.0.0'", "api_keys"]),
+        ("serve.host=0.0.0.0", ["serve.host='0.0.0.0'", "api_keys", "serve.keys_file", "serve.open=true"]),
+        ("serve.host=gpu-box", ["serve.host='gpu-box'", "api_keys"]),
+        ("serve.tokens_per_minute=0", ["serve.tokens_per_minute", "greater than or equal to 1"]),
         ("rounds.count=many", ["rounds.count", "'many'"]),
         ("trainer.zero_stage=1", ["trainer.zero_stage", "1"]),
         ("rounds", ["section.field=value"]),
@@ -61,6 +63,22 @@ def test_keys_come_from_the_environment_and_are_not_written(monkeypatch):
     config = load_config(MINIMAL)
     assert [key.get_secret_value() for key in config.serve.api_keys] == ["key-1", "key-2"]
     assert "key-1" not in dump_config(config) and "key-1" not in repr(config)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["serve.host=127.0.0.2"],
+        ["serve.host=::1"],
+        ["serve.host=localhost"],
+        ["serve.host=0.0.0.0", "serve.keys_file=keys.yaml"],
+        ["serve.host=0.0.0.0", "serve.api_keys=[long-secret]"],
+        ["serve.host=0.0.0.0", "serve.open=true"],
+    ],
+)
+def test_an_endpoint_binds_to_loopback_or_has_keys_or_is_open_by_order(monkeypatch, overrides):
+    monkeypatch.delenv("SAMPO_API_KEYS", raising=False)
+    assert load_config(MINIMAL, overrides).serve.enabled
 
 
 @given(

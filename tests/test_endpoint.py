@@ -1,11 +1,14 @@
 """The live endpoint, over HTTP, in front of a real policy replica on a tiny model."""
 
 import json
+import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,15 @@ import openai
 import pytest
 import ray
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from ray import serve
 from transformers import AutoModelForCausalLM
 
 from sampo_ray.config import GeneratorsConfig, ServeConfig
+from sampo_ray.keys import Key, digest, render
+from sampo_ray.serve.headers import HARDENING
+from tests import fuzzing
 
 pytestmark = pytest.mark.slow
 
@@ -29,12 +35,22 @@ HI = [{"role": "user", "content": "hello world"}]
 LONG = {"model": "policy", "messages": HI, "n": 200, "max_tokens": 450, "temperature": 1.0, "ignore_eos": True}
 
 
+SEEN: Counter[int] = Counter()
+
+
+def key_entry(scope: Any) -> Key:
+    return Key(name=scope, sha256=digest(f"{scope}-key"), scopes=frozenset([scope]))
+
+
 @dataclass(frozen=True)
 class Endpoint:
-    """A guarded endpoint at `url`, an open one of little patience at `hasty`, and the weight store of their policy."""
+    """A guarded endpoint at `url`, an open one of little patience at `hasty`, one with limits and keys in a file (`use`
+    and `admin`) at `limited`, and the weight store of their policy."""
 
     url: str
     hasty: str
+    limited: str
+    keys_file: Path
     store: Any
     versions: str
     model: Path
@@ -70,7 +86,14 @@ def endpoint(own_serve: None, tiny_model: Path, tmp_path_factory: pytest.TempPat
     from sampo_ray.actors.weight_store import start_weight_store
     from sampo_ray.actors.weights import write_version
     from sampo_ray.chat import ChatFormat
-    from sampo_ray.serve.endpoint import free_port, start_endpoint, start_serve, stop_endpoint
+    from sampo_ray.serve.endpoint import (
+        await_endpoint,
+        deploy_endpoint,
+        free_port,
+        start_endpoint,
+        start_serve,
+        stop_endpoint,
+    )
 
     run = tmp_path_factory.mktemp("run")
     ChatFormat.load(tiny_model, "llama3-sampo").save(run / "tokenizer")
@@ -87,12 +110,21 @@ def endpoint(own_serve: None, tiny_model: Path, tmp_path_factory: pytest.TempPat
         "policy", f"{run}/versions/000000", str(run / "tokenizer"), Source("test-endpoint"), generators, CONTEXT
     )
     serve.run(policy, name="test-policy", route_prefix=None)
-    url = start_endpoint("test-endpoint", "test-policy", "test-endpoint", config)
     hasty = config.model_copy(update={"api_keys": (), "request_timeout_s": 2.0})
-    hasty_url = start_endpoint("test-hasty", "test-policy", "test-endpoint", hasty, route_prefix="/hasty")
-    yield Endpoint(url, hasty_url, store, f"{run}/versions", tiny_model)
-    stop_endpoint("test-hasty")
-    stop_endpoint("test-endpoint")
+    keys_file = run / "keys.yaml"
+    keys_file.write_bytes(render([key_entry("use"), key_entry("admin")], False))
+    limits = {"max_prompt_tokens": 100, "max_answer_tokens": 40, "requests_per_minute": 60_000}
+    limited = config.model_copy(
+        update={"api_keys": (), "keys_file": str(keys_file), "tokens_per_minute": 100_000, **limits}
+    )
+    deploy_endpoint("test-hasty", "test-policy", "test-endpoint", hasty, "/hasty")
+    deploy_endpoint("test-limited", "test-policy", "test-endpoint", limited, "/limited")
+    url = start_endpoint("test-endpoint", "test-policy", "test-endpoint", config)
+    hasty_url = await_endpoint("test-hasty", hasty, "/hasty")
+    limited_url = await_endpoint("test-limited", limited, "/limited")
+    yield Endpoint(url, hasty_url, limited_url, keys_file, store, f"{run}/versions", tiny_model)
+    for name in ("test-limited", "test-hasty", "test-endpoint"):
+        stop_endpoint(name)
     ray.kill(store)
 
 
@@ -146,7 +178,7 @@ def test_the_endpoint_renders_messages_to_the_ids_that_training_uses(endpoint: E
 
 
 def test_the_model_list_names_the_live_version(endpoint: Endpoint) -> None:
-    (card,) = endpoint.client().models.list().data
+    card = endpoint.client().models.list().data[0]
     assert card.id == "policy"
     assert card.metadata["version"] == 0
     assert endpoint.client().models.retrieve("policy").id == "policy"
@@ -252,6 +284,111 @@ def test_other_sites_scripts_get_no_permission(endpoint: Endpoint) -> None:
     assert not [name for name in preflight.headers if name.startswith("access-control")]
 
 
+def limited(endpoint: Endpoint, route: str, body: Any, key: str = "use-key") -> httpx.Response:
+    headers = {"authorization": f"Bearer {key}"}
+    return httpx.post(f"{endpoint.limited}/v1/{route}", json=body, headers=headers, timeout=60)
+
+
+def test_keys_of_a_file_have_scopes_and_may_change_while_it_runs(endpoint: Endpoint) -> None:
+    def status(path: str, key: str) -> int:
+        return httpx.get(f"{endpoint.limited}{path}", headers={"authorization": f"Bearer {key}"}).status_code
+
+    assert [status("/v1/models", key) for key in ("use-key", "admin-key", KEY)] == [200, 200, 401]
+    assert [status("/admin/nothing", key) for key in ("use-key", "admin-key", KEY)] == [403, 404, 401]
+    before = endpoint.keys_file.read_bytes()
+    try:
+        endpoint.keys_file.write_bytes(render([key_entry("admin")], False))
+        time.sleep(1.0)
+        assert [status("/v1/models", key) for key in ("use-key", "admin-key")] == [401, 200]
+        endpoint.keys_file.write_bytes(b"- {")
+        time.sleep(1.0)
+        assert [status("/v1/models", key) for key in ("use-key", "admin-key")] == [401, 200]
+    finally:
+        endpoint.keys_file.write_bytes(before)
+    time.sleep(1.0)
+    assert status("/v1/models", "use-key") == 200
+
+
+def test_prompts_and_answers_have_limits(endpoint: Endpoint) -> None:
+    long = " ".join(["x y z"] * 60)
+    for route, ask, longer in [
+        ("chat/completions", {"messages": HI}, {"messages": [{"role": "user", "content": long}]}),
+        ("completions", {"prompt": "hello"}, {"prompt": long}),
+        ("completions", {"prompt": [7] * 100}, {"prompt": [7] * 101}),
+    ]:
+        for stream in (False, True):
+            refused = limited(endpoint, route, {**longer, "max_tokens": 1, "stream": stream})
+            assert refused.status_code == 400, refused.text
+            assert "more than the 100 tokens" in message(refused)
+            assert limited(endpoint, route, {**ask, "max_tokens": 1, "stream": stream}).status_code == 200
+        too_long = limited(endpoint, route, {**ask, "max_tokens": 21, "n": 2})
+        assert too_long.status_code == 400 and "max_tokens" in message(too_long)
+    ask = {"messages": HI, "ignore_eos": True, "temperature": 0}
+    assert limited(endpoint, "chat/completions", ask).json()["usage"]["completion_tokens"] == 40
+    assert (
+        limited(endpoint, "chat/completions", {**ask, "n": 4, "temperature": 1}).json()["usage"]["completion_tokens"]
+        == 40
+    )
+
+
+def test_counting_tokens_changes_no_stream(endpoint: Endpoint) -> None:
+    ask = {"prompt": "hello world", "max_tokens": 16, "temperature": 0, "stream": True}
+
+    def events(answer: httpx.Response) -> list[Any]:
+        lines = [line.removeprefix("data: ") for line in answer.text.split("\n\n") if line]
+        assert lines.pop() == "[DONE]"
+        return [{k: v for k, v in json.loads(line).items() if k not in ("id", "created")} for line in lines]
+
+    for options in ({}, {"stream_options": {"include_usage": True}}):
+        plain, counted = (
+            endpoint.post("completions", {**ask, **options}),
+            limited(endpoint, "completions", ask | options),
+        )
+        texts = ["".join(c["text"] for e in events(a) for c in e["choices"]) for a in (plain, counted)]
+        assert texts[0] == texts[1]
+        assert [e.get("usage") for e in events(plain)][-1] == [e.get("usage") for e in events(counted)][-1]
+
+
+BUSY = [
+    ("completions", {"prompt": "x", "n": 10_000}),
+    ("completions", {"prompt": [[7]] * 1000}),
+    ("completions", {"prompt": "x", "best_of": 10_000}),
+    ("completions", {"prompt": "x", "use_beam_search": True, "n": 200}),
+    ("completions", {"prompt": "x", "stop": ["ab"] * 1000}),
+    ("completions", {"prompt": "x", "stream_options": {"include_usage": True}}),
+    ("completions", {"prompt": "x", "prompt_logprobs": -1}),
+    ("completions", {"prompt": "x", "logprobs": 10_000}),
+    ("completions", {"prompt": "x", "structured_outputs": {"regex": "(.{0,1000}){0,1000}"}}),
+    ("completions", {"prompt": "x", "structured_outputs": {"json": {"type": "integer", "multipleOf": 7}}}),
+    ("completions", {"prompt": "x", "structured_outputs": {"json": {"$ref": "#/nowhere"}}}),
+    ("completions", {"prompt": "x", "structured_outputs": {"json": {"$ref": "http://elsewhere.example"}}}),
+    ("completions", {"prompt": "x", "response_format": {"type": "json_schema"}}),
+    ("chat/completions", {"messages": HI, "max_tokens": 2**63}),
+    ("chat/completions", {"messages": HI, "logit_bias": {"x": 1}}),
+    ("chat/completions", {"messages": HI, "logit_bias": {"-1": 1}}),
+    ("chat/completions", {"messages": HI, "bad_words": [" "]}),
+]
+
+
+@pytest.mark.parametrize(("route", "ask"), BUSY)
+def test_requests_that_ask_for_too_much_are_refused_at_once(
+    endpoint: Endpoint, route: str, ask: dict[str, Any]
+) -> None:
+    started = time.monotonic()
+    answer = endpoint.post(route, {"max_tokens": 2, **ask})
+    assert answer.status_code in (200, 400), answer.text
+    if answer.status_code == 400:
+        message(answer)
+    assert time.monotonic() - started < 5
+
+
+def test_json_by_a_schema_is_answered(endpoint: Endpoint) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    answer = endpoint.post("chat/completions", {"messages": HI, "max_tokens": 60, "response_format": form})
+    assert json.loads(answer.json()["choices"][0]["message"]["content"])["a"] in (1, 2)
+
+
 def test_a_swap_on_the_way_is_named_in_the_answer(endpoint: Endpoint) -> None:
     chunks: list[Any] = []
     headers: dict[str, str] = {}
@@ -304,46 +441,34 @@ def leave(endpoint: Endpoint, body: dict[str, Any]) -> None:
         next(answer.iter_lines())
 
 
-LEAVES = (
-    st.none()
-    | st.booleans()
-    | st.integers(-5, 20)
-    | st.sampled_from([513, 2**31, 2**63, -(2**63), 10**30, 1e300, 0.5, 1.0, -0.0])
-    | st.text(max_size=8)
-    | st.sampled_from(["user", "assistant", "policy", "text", "json_object", "auto", "required", "none", "left"])
-)
-VALUES = st.recursive(
-    LEAVES,
-    lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.dictionaries(
-            st.sampled_from(["type", "text", "role", "content", "json_schema", "schema", "0", "5", "x"]),
-            inner,
-            max_size=3,
-        )
-    ),
-    max_leaves=6,
-)
-
-
-def fields(route: str) -> list[str]:
+@cache
+def fields(route: str) -> dict[str, str]:
+    """Names of a request's fields, and how they are declared."""
     from sampo_ray.serve.bodies import ChatCompletionRequest, CompletionRequest
 
-    kind = ChatCompletionRequest if route == "chat/completions" else CompletionRequest
-    return sorted(kind.model_fields)
+    kind = ChatCompletionRequest if route.endswith("chat/completions") else CompletionRequest
+    return {name: str(field.annotation) for name, field in kind.model_fields.items()}
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+# SAMPO_FUZZ=10000 for a long run.
+@settings(max_examples=int(os.environ.get("SAMPO_FUZZ", "600")), deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_no_body_makes_it_fail(endpoint: Endpoint, data: st.DataObject) -> None:
-    route = data.draw(st.sampled_from(["chat/completions", "completions"]))
-    valid = {"messages": HI} if route == "chat/completions" else {"prompt": "hello"}
-    names = st.sampled_from(fields(route))
-    changes = data.draw(st.dictionaries(names, VALUES, min_size=1, max_size=3))
-    answer = endpoint.post(route, {**valid, "max_tokens": 2, **changes})
-    assert answer.status_code in (200, 400, 404), f"{changes}: {answer.status_code} {answer.text}"
-    if answer.status_code != 200:
-        message(answer)
+def test_no_request_makes_it_fail(endpoint: Endpoint, data: st.DataObject) -> None:
+    shot = data.draw(fuzzing.shots("/limited", ("use-key", "admin-key"), fields))
+    started = time.monotonic()
+    status, headers, text = fuzzing.fire(endpoint.limited, shot.raw("127.0.0.1"))
+    seconds = time.monotonic() - started
+    SEEN[status] += 1
+    event(f"{status}" if status else "closed without an answer")  # --hypothesis-show-statistics counts them
+    assert not fuzzing.complaint(shot, status, headers, text), f"{shot}: {status} {text[:300]}"
+    assert seconds < 30, f"{shot}: {status} after {seconds:.0f} s"
+    if status >= 400 and headers.get("content-type") == "application/json":
+        assert headers.items() >= HARDENING.items()
+
+
+def test_what_the_requests_met(endpoint: Endpoint) -> None:
+    assert {200, 400, 401, 403, 404, 405} <= set(SEEN)
+    assert endpoint.post("completions", {"prompt": "x", "max_tokens": 1}).status_code == 200
 
 
 def test_health_and_answers_say_so_when_the_policy_is_gone(endpoint: Endpoint) -> None:

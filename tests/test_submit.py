@@ -47,6 +47,9 @@ def test_files_that_only_this_machine_sees_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="data.train='pairs.jsonl' is a relative path on this machine"):
         job.check_reachable(config("data.train=pairs.jsonl"), [])
     job.check_reachable(config("data.train=hub/pairs"), [])
+    Path("keys.yaml").touch()
+    with pytest.raises(ConfigError, match="serve.keys_file='keys.yaml' is a relative path on this machine"):
+        job.check_reachable(config("serve.keys_file=keys.yaml"), [])
 
 
 def test_keys_never_go_on_the_command_line():
