@@ -41,6 +41,8 @@ RETRY_S = 2.0
 FETCH_TIMEOUT_S = 300.0
 SWAP_TIMEOUT_S = 120.0
 REACH_TIMEOUT_S = 10.0
+PREPARE_TIMEOUT_S = 600.0
+PREPARE_SLICE_S = 0.02
 HEALTH_PERIOD_S = 0.2
 FIRST_WEIGHTS_TIMEOUT_S = 600.0
 DONE = "data: [DONE]\n\n"
@@ -312,6 +314,7 @@ class PolicyServer(LLMServer):
         buckets = [await self._fetched(bucket) for bucket in weights.buckets]
         async with in_thread(staged(buckets)) as update:
             del buckets
+            await self._prepare(update)
             started, limit = time.perf_counter(), SWAP_TIMEOUT_S
             self._become(Event.LOAD)
             try:
@@ -326,6 +329,13 @@ class PolicyServer(LLMServer):
                 end_process(f"loading {weights.id} failed half-way: {error!r}")
             self._become(Event.LOADED)
         logger.info("now on %s, after a pause of %.0f ms", weights.id, 1000 * (time.perf_counter() - started))
+
+    async def _prepare(self, update: dict[str, Any]) -> None:
+        """Has the workers do beforehand, between the steps of the engine, what can be done before the pause."""
+        begin: dict[str, Any] | None = update
+        async with asyncio.timeout(PREPARE_TIMEOUT_S):
+            while not all(await self._client.collective_rpc("prepare_weights", args=(begin, PREPARE_SLICE_S))):
+                begin = None
 
     async def _swap(self, update: dict[str, Any], version: int) -> None:
         await self._client.pause_generation(mode=self._source.swap, clear_cache=False)
