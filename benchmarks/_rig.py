@@ -102,8 +102,10 @@ def scratch() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def policy_rig(folder: Path, model: Path | None, concurrency: int) -> Iterator[Rig]:
-    """Starts Ray, Serve, a weight store and the policy application; takes them down afterwards."""
+def policy_rig(folder: Path, model: Path | None, concurrency: int, **engine: Any) -> Iterator[Rig]:
+    """Starts Ray, Serve, a weight store and the policy application (`engine`: vLLM's settings besides ours); takes them
+    down afterwards.
+    """
     import ray
     import torch
     from ray import serve
@@ -130,7 +132,7 @@ def policy_rig(folder: Path, model: Path | None, concurrency: int) -> Iterator[R
         start_serve(serving)
         store = start_weight_store("bench", str(folder / "store.json"))
         ray.get(store.attach.remote(RUN, str(folder / "versions")), timeout=120)
-        config = GeneratorsConfig(num_cpus=0.5, max_ongoing_requests=concurrency)
+        config = GeneratorsConfig(num_cpus=0.5, max_ongoing_requests=concurrency, engine=engine)
         app = policy_deployment("policy", base, str(folder / "tokenizer"), Source("bench"), config, CONTEXT)
         handle = serve.run(app, name="bench-policy", route_prefix=None)
         yield Rig(folder, path, label, store, handle, chat, serving)

@@ -21,7 +21,7 @@ def main() -> None:
     parser = _measure.options(__doc__.splitlines()[0], requests=2048, repeats=4)
     args = parser.parse_args()
     _rig.quiet()
-    with _rig.scratch() as folder, _rig.policy_rig(folder, args.model, 2 * CONCURRENCY) as rig:
+    with _rig.scratch() as folder, _rig.policy_rig(folder, args.model, CONCURRENCY, max_num_seqs=CONCURRENCY) as rig:
         bare = Bare(rig)
         share = max(1, args.requests // args.repeats // SAMPLES)
         sides = {"fleet": lambda turn: fleet(rig, turn, share), "bare": lambda turn: bare.run(rig, turn, share)}
