@@ -43,7 +43,7 @@ FETCH_TIMEOUT_S = 300.0
 SWAP_TIMEOUT_S = 120.0
 REACH_TIMEOUT_S = 10.0
 PREPARE_TIMEOUT_S = 600.0
-PREPARE_SLICE_S = 0.02
+PREPARE_SLICE_S = 0.01
 HEALTH_PERIOD_S = 0.2
 FIRST_WEIGHTS_TIMEOUT_S = 600.0
 DONE = "data: [DONE]\n\n"
@@ -315,8 +315,9 @@ class PolicyServer(LLMServer):
         buckets = [await self._fetched(bucket) for bucket in weights.buckets]
         async with in_thread(staged(buckets)) as update:
             del buckets
+            begun = time.perf_counter()
             await self._prepare(update)
-            started, limit = time.perf_counter(), SWAP_TIMEOUT_S
+            paused, limit = time.perf_counter(), SWAP_TIMEOUT_S
             self._become(Event.LOAD)
             try:
                 async with asyncio.timeout(limit + (self._source.drain_s if self._source.swap == "wait" else 0)):
@@ -325,11 +326,14 @@ class PolicyServer(LLMServer):
                     self._had.discard(weights.id)
                     self._held = Held(weights.id, weights.about, self._held.swaps + 1, weights.sequence)
                     await self._client.resume_generation()
+                    resumed = time.perf_counter()
             except Exception as error:
                 self._become(Event.FAIL)
                 end_process(f"loading {weights.id} failed half-way: {error!r}")
             self._become(Event.LOADED)
-        logger.info("now on %s, after a pause of %.0f ms", weights.id, 1000 * (time.perf_counter() - started))
+            await self._client.collective_rpc("release_weights")
+        took = 1000 * (paused - begun), 1000 * (resumed - paused)
+        logger.info("now on %s: made ready in %.0f ms, then a pause of %.0f ms", weights.id, *took)
 
     async def _prepare(self, update: dict[str, Any]) -> None:
         """Has the workers do beforehand, between the steps of the engine, what can be done before the pause."""

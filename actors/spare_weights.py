@@ -6,16 +6,17 @@ the old set meanwhile, a few milliseconds at a time, and all that is left for th
 costs the memory of a second set for as long as a swap takes.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from itertools import accumulate, groupby
 from typing import Any
 
 import torch
 from torch import nn
+from vllm.distributed.weight_transfer.base import layerwise_groups
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
 from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
@@ -41,19 +42,34 @@ class SpareWeights:
     def prepare(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[None]:
         """Loads a checkpoint and processes it as vLLM does after loading; yields every few milliseconds.
 
-        Between its steps the model computes with its old weights. WeightsError when the checkpoint lacks some.
+        Between its steps the model computes with its old weights. Layer by layer, so that no more than one layer's
+        weights are there unpacked. WeightsError when the checkpoint lacks some.
         """
-        loaded: set[str] = set()
-        for chunk in chunks(tensors):
-            with self._in_place():
-                loaded |= self._model.load_weights(chunk)
-            yield
+        held, loaded = dict(tensors), set[str]()
+        unprocessed = {name: module for name, module in self._model.named_modules() if is_processed(module)}
+        for group in layerwise_groups(list(held)):
+            with self._in_place():  # into tensors without data, only to learn where it goes
+                filled = self._model.load_weights([(name, held[name]) for name in group])
+                self._allocate(filled)
+            for chunk in chunks((name, held[name]) for name in group):
+                with self._in_place():
+                    self._model.load_weights(chunk)
+                yield
+            loaded |= filled
+            for name in {name.rpartition(".")[0] for name in filled} & unprocessed.keys():
+                with self._in_place():
+                    self._process(unprocessed.pop(name))
+                yield
         with self._in_place():
             self._share(loaded)
-        for step in processing(self._model, self._dtype):
+        for module in unprocessed.values():
             with self._in_place():
-                step()
+                self._process(module)
             yield
+        with self._in_place():  # last, as vLLM does it: it may take what it needs from other modules
+            for module in self._model.modules():
+                if is_deferred_attention_layer(module):
+                    module.process_weights_after_loading(self._dtype)
 
     def adopt(self) -> None:
         """The model computes with these weights from now on."""
@@ -61,20 +77,21 @@ class SpareWeights:
             vars(module).update({key: value for key, value in spare.items() if before.get(key) is not value})
 
     def _empty(self, module: nn.Module) -> dict[str, Any]:
-        """The module's attributes, with parameters of its own in the shapes that they had before they were packed."""
+        """The module's attributes, with parameters in the shapes that they had before packing, and without data."""
         shapes = as_created(module)
-        parameters = {
-            name: parameter
-            if parameter is None
-            else materialize_meta_tensor(restore_layer_refs(shapes.get(name, parameter), module))
-            for name, parameter in {**module._parameters, **shapes}.items()
-        }
+        others = {name: p if p is None else materialize_meta_tensor(p) for name, p in module._parameters.items()}
         return {
             **vars(module),
-            "_parameters": parameters,
+            "_parameters": {**others, **{name: restore_layer_refs(meta, module) for name, meta in shapes.items()}},
             "_buffers": dict(module._buffers),
             "_non_persistent_buffers_set": set(module._non_persistent_buffers_set),
         }
+
+    def _allocate(self, names: Iterable[str]) -> None:
+        for path, _, own in (name.rpartition(".") for name in names):
+            module = self._model.get_submodule(path)
+            if module._parameters[own].is_meta:
+                module._parameters[own] = materialize_meta_tensor(module._parameters[own])
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
@@ -89,6 +106,16 @@ class SpareWeights:
     def _exchange(self, states: Iterable[dict[str, Any]]) -> None:
         for (module, _), state in zip(self._before, states, strict=True):
             module.__dict__ = state
+
+    def _process(self, module: Any) -> None:
+        """What vLLM does with a module whose weights are loaded: on CPUs, packing them."""
+        is_head = isinstance(module, ParallelLMHead) or module is getattr(self._model, "lm_head", None)
+        if isinstance(module, VocabParallelEmbedding) and not is_head:
+            module.cpu_linear = nn.functional.linear  # vLLM packs a second copy here, which nobody computes with
+            return
+        module.quant_method.process_weights_after_loading(module)
+        if hasattr(module, "update_param_tp_status"):
+            module.update_param_tp_status()
 
     def _share(self, loaded: set[str]) -> None:
         """A parameter that was not in the checkpoint is another one's under a second name (a tied head), or missing."""
@@ -125,17 +152,5 @@ def chunks(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[list[tuple[s
         yield [tensor for _, tensor in group]
 
 
-def processing(model: Any, dtype: torch.dtype) -> Iterator[Callable[[], None]]:
-    """What vLLM does with each module of a model after loading, in its order: on CPUs, packing weights."""
-    for module in model.modules():
-        if isinstance(getattr(module, "quant_method", None), QuantizeMethodBase):
-            yield partial(process, module)
-    for module in model.modules():
-        if is_deferred_attention_layer(module):
-            yield partial(module.process_weights_after_loading, dtype)
-
-
-def process(module: Any) -> None:
-    module.quant_method.process_weights_after_loading(module)
-    if hasattr(module, "update_param_tp_status"):
-        module.update_param_tp_status()
+def is_processed(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "quant_method", None), QuantizeMethodBase)

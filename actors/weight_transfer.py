@@ -39,6 +39,10 @@ class WorkerExtension:
         with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
             return self.weight_transfer_engine.prepare(update, seconds)  # type: ignore[attr-defined]
 
+    def release_weights(self) -> None:
+        """Frees what the last weight update has replaced; that takes too long for a pause."""
+        self.weight_transfer_engine.release()  # type: ignore[attr-defined]
+
 
 @dataclass
 class HostInit(WeightTransferInitInfo):
@@ -78,6 +82,9 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInit, HostUpdate]):
         until = time.perf_counter() + seconds
         return not any(time.perf_counter() > until for _ in self._preparing)
 
+    def release(self) -> None:
+        self._spare = None
+
     def start_weight_update(self) -> None:
         if self._spare is None:
             # A layer's packed weights no longer have the checkpoint's shapes: this gives the layers those shapes back.
@@ -100,7 +107,6 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInit, HostUpdate]):
 
     def finish_weight_update(self) -> None:
         if self._spare is not None:
-            self._spare = None
             return
         finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type == "cpu":

@@ -25,8 +25,8 @@ def main() -> None:
         bare = Bare(rig)
         share = max(1, args.requests // args.repeats // SAMPLES)
         sides = {"fleet": lambda turn: fleet(rig, turn, share), "bare": lambda turn: bare.run(rig, turn, share)}
-        for side in sides.values():
-            side(99)  # warm
+        fleet(rig, 99, CONCURRENCY // SAMPLES)  # warm
+        bare.run(rig, 99, CONCURRENCY // SAMPLES)
         results = _measure.take_turns(sides, args.repeats)
         rows = [("model", rig.label, "")]
         for name, found in results.items():

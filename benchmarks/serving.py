@@ -124,7 +124,7 @@ async def load(url: str, turn: int, requests: int) -> Turn:
                         seen += 1
                         if seen == 2:  # the first chunk only has the role
                             first.append(time.perf_counter() - begin)
-                if answer.status != 200 or seen < 2:
+                if answer.status != 200 or not seen:
                     raise RuntimeError(f"{url}: status {answer.status}, {seen} chunks: {await answer.text()}")
             last.append(time.perf_counter() - begin)
 

@@ -124,9 +124,11 @@ def distance(rig: _rig.Rig, answers: Any, version: int) -> float:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from sampo_ray.actors.policy_server import cpu_engine
     from sampo_ray.actors.weights import version_folder
 
-    model = AutoModelForCausalLM.from_pretrained(version_folder(rig.versions, version), dtype=torch.bfloat16)
+    dtype = getattr(torch, cpu_engine(_rig.CONTEXT)["dtype"])
+    model = AutoModelForCausalLM.from_pretrained(version_folder(rig.versions, version), dtype=dtype)
     differences = []
     for row in answers.to_pylist():
         with torch.no_grad():
