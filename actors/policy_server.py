@@ -465,8 +465,7 @@ def policy_deployment(
 
     `model_folder` is a complete version (the one to pin, or 000000 until the store's weights are in), `chat_folder` the
     run's tokenizer with its chat template and end-of-turn token, both paths or fsspec URLs that every node reaches; the
-    store that `source` names must run.
-    `config.num_gpus` decides between GPU and CPU.
+    store that `source` names must run. `config.num_gpus` decides between GPU and CPU.
     """
     gpus = config.num_gpus or 0
     llm_config = LLMConfig(
