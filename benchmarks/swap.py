@@ -247,7 +247,7 @@ def throughput(
             done.set()
             publisher.join()
 
-    load(rig, 99, 2 * IN_FLIGHT * PROMPTS_A_CALL)  # warm
+    load(rig, 99, IN_FLIGHT * PROMPTS_A_CALL)  # warm
     sides = {"none": lambda turn: load(rig, turn, share), "a swap every 10 s": with_swaps}
     results = _measure.take_turns(sides, repeats)
     none, some = results["none"], results["a swap every 10 s"]
