@@ -30,7 +30,7 @@ lint: setup
 	.venv/bin/mypy
 
 bench: setup
-	@test -f 'benchmarks/$(NAME).py' || { echo 'make bench NAME=..., one of: $(basename $(notdir $(wildcard benchmarks/*.py)))' >&2; exit 2; }
+	@test -f 'benchmarks/$(NAME).py' || { echo 'make bench NAME=..., one of: $(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))' >&2; exit 2; }
 	.venv/bin/python 'benchmarks/$(NAME).py'
 
 setup: $(ready)

@@ -1,6 +1,7 @@
 """Reference workers: the trainer's own forward, without gradients, over the same rows; a log-prob a token."""
 
 import logging
+import threading
 import time
 
 import numpy as np
@@ -55,6 +56,7 @@ class ReferenceWorker:
         if threads:
             torch.set_num_threads(threads)
         self._store = find_weight_store(store)
+        self._computing = threading.Lock()  # Serve runs calls in threads; each may bring another version in
         self._held: WeightsId | None = None
         self._policy: Policy | None = None
 
@@ -62,8 +64,9 @@ class ReferenceWorker:
         self, pairs: pa.Table, run: str, version: int, versions_url: str, batch_size: int, tokens_per_row: int, out: str
     ) -> pa.Table:
         """Scores a PAIRS block with `version` of `run`, writes the REFERENCE block to `out` and returns it."""
-        policy = self._load(WeightsId(run, version), versions_url)
-        scored = score_pairs(policy, pairs, batch_size, tokens_per_row)
+        with self._computing:
+            policy = self._load(WeightsId(run, version), versions_url)
+            scored = score_pairs(policy, pairs, batch_size, tokens_per_row)
         Place(out).write_table(scored)
         return scored
 

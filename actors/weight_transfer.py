@@ -7,6 +7,7 @@ The file lives on one node, so all workers of an engine must be on the replica's
 
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
@@ -14,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from sampo_ray.actors.spare_weights import SpareWeights
 from sampo_ray.actors.weights import ALIGNMENT, Bucket, TensorSpec, views
 
 BACKEND = "host"
@@ -26,7 +29,19 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 class WorkerExtension:
-    """Empty on purpose: vLLM's workers import this module on its account."""
+    """What vLLM's workers get besides their own methods. They import this module on its account."""
+
+    def prepare_weights(self, update: dict[str, Any] | None, seconds: float) -> bool:
+        """Gets on with making new weights ready, for about `seconds`, beside those in use; True when all is done.
+
+        `update`, a HostUpdate's fields, begins; None goes on. What is prepared is taken by the next weight update.
+        """
+        with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
+            return self.weight_transfer_engine.prepare(update, seconds)  # type: ignore[attr-defined]
+
+    def release_weights(self) -> None:
+        """Frees what the last weight update has replaced; that takes too long for a pause."""
+        self.weight_transfer_engine.release()  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -44,18 +59,36 @@ class HostUpdate(WeightTransferUpdateInfo):
 
 
 class HostWeightTransferEngine(WeightTransferEngine[HostInit, HostUpdate]):
-    """Loads a whole checkpoint from a mapped file, layer by layer, into the tensors that the engine computes with."""
+    """Loads a whole checkpoint from a mapped file: where `prepare` was called before and could, by exchanging what the
+    engine computes with; else layer by layer into its tensors.
+    """
 
     init_info_cls = HostInit
     update_info_cls = HostUpdate
     supports_draft_weight_update = False
+    _spare: SpareWeights | None = None
+    _preparing: Iterator[None] = iter(())
 
     def init_transfer_engine(self, init_info: HostInit) -> None:
         pass
 
+    def prepare(self, update_info: dict[str, Any] | None, seconds: float) -> bool:
+        """See `WorkerExtension.prepare_weights`. Done at once where there is nothing that it could do: a GPU's graphs
+        keep the addresses of the tensors, a compiled model the tensors.
+        """
+        if update_info is not None and self.device.type == "cpu" and self.model_config.enforce_eager:
+            self._spare = SpareWeights(self.model, self.model_config.dtype)
+            self._preparing = self._spare.prepare(self._tensors(self.parse_update_info(update_info)))
+        until = time.perf_counter() + seconds
+        return not any(time.perf_counter() > until for _ in self._preparing)
+
+    def release(self) -> None:
+        self._spare = None
+
     def start_weight_update(self) -> None:
-        # A layer's packed weights no longer have the shapes of the checkpoint: this gives the layers those shapes back.
-        initialize_layerwise_reload(self.model)
+        if self._spare is None:
+            # A layer's packed weights no longer have the checkpoint's shapes: this gives the layers those shapes back.
+            initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         self.receive_weights(self.parse_update_info(update_info))
@@ -63,11 +96,18 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInit, HostUpdate]):
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: HostUpdate) -> None:
+        if self._spare is None:
+            self.model.load_weights(self._tensors(update_info))
+        else:
+            self._spare.adopt()
+
+    def _tensors(self, update_info: HostUpdate) -> Iterator[tuple[str, torch.Tensor]]:
         mapped = torch.from_file(update_info.path, shared=False, size=update_info.nbytes, dtype=torch.uint8)
-        specs = (TensorSpec(*fields) for fields in update_info.tensors)
-        self.model.load_weights(views(specs, mapped.numpy()))
+        return views((TensorSpec(*fields) for fields in update_info.tensors), mapped.numpy())
 
     def finish_weight_update(self) -> None:
+        if self._spare is not None:
+            return
         finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type == "cpu":
             # On CPU the head computes with a packed copy; a tied head was given no weights, so nobody packed it again.

@@ -131,10 +131,11 @@ def test_an_update_that_fails_half_way_ends_the_replica_and_never_resumes(monkey
 
     class FailingEngine:
         def __getattr__(self, name: str) -> Any:
-            async def call(*_: Any, **__: Any) -> None:
+            async def call(*_: Any, **__: Any) -> list[bool]:
                 calls.append(name)
                 if name == "update_weights":
                     raise RuntimeError("out of memory")
+                return [True]
 
             return SimpleNamespace(request_states={}) if name == "output_processor" else call
 
@@ -144,7 +145,7 @@ def test_an_update_that_fails_half_way_ends_the_replica_and_never_resumes(monkey
     server._source, server._state, server._answers, server._had = Source("store"), State.READY, {}, set()
     with pytest.raises(Ended, match=r"run@10 failed half-way.*out of memory"):
         asyncio.run(server._adopt(Weights(WeightsId("run", 10), {}, ())))
-    assert calls == ["pause_generation", "start_weight_update", "update_weights"]
+    assert calls == ["collective_rpc", "pause_generation", "start_weight_update", "update_weights"]
     assert server._held.id.version == 0
     assert server._state == State.DEAD
 
