@@ -251,6 +251,17 @@ class GatesConfig(Section):
         return any(gate is not None for gate in (self.smoke, self.max_mean_tokens, self.max_growth, self.min_win_rate))
 
 
+class FeedbackConfig(Section):
+    keep_hours: float = Field(0.0, ge=0)
+    """Hours that answers are kept to be voted on (`POST /feedback`); 0: none is kept, and feedback is refused."""
+    max_answers: int = Field(10_000, ge=1)
+    """Answers kept, at most; the oldest go first."""
+    max_votes: int = Field(100_000, ge=1)
+    """Votes that a run takes."""
+    max_bytes: int = Field(256 << 20, ge=1 << 20)
+    """Bytes of the answers kept, at most, and likewise of the votes; prompts count."""
+
+
 class ServeConfig(Section):
     enabled: bool = True
     """Whether the run has a live endpoint."""
@@ -272,6 +283,7 @@ class ServeConfig(Section):
     swap: Literal["keep", "wait"] = "keep"
     """At new weights, answers in flight go on with them, or are finished first (one version an answer)."""
     gates: GatesConfig = GatesConfig()
+    feedback: FeedbackConfig = FeedbackConfig()
 
     @model_validator(mode="after")
     def _no_open_door(self) -> "ServeConfig":
