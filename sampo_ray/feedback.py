@@ -140,8 +140,8 @@ def pairs_from(votes: Iterable[Vote]) -> tuple[list[dict[str, Any]], Counter[str
       majority; then, in the order of time, the first liked one is paired with the first disliked one of the same
       prompt, and so on, each of them once.
     * All that is said of the same two texts is settled together, by majority; where it is even there is no pair.
-    * An answer that the policy did not end itself (`max_tokens`, a stop string) is never chosen, unless somebody wrote
-      the same text as an edit.
+    * An answer that the policy did not end itself (`max_tokens`, a stop string) is never chosen, unless one of these
+      votes has the same text as an edit.
 
     A vote is in one row at most; those in none may still make one together with later votes. Rows are as `data.train`
     has them, in conversational form; `id` depends on prompt and texts alone, and `feedback` says where a row is from:

@@ -96,7 +96,7 @@ def test_a_cut_answer_is_rejected_but_never_chosen():
     assert texts(better(A, CUT)) == ([("a", "cut")], {})
     assert texts(better(CUT, A)) == ([], {"a cut answer is never chosen": 1})
     assert texts(thumb("up", CUT), thumb("down", A))[0] == []
-    assert texts(better(CUT, A), vote([B], response="b", edited="cut"))[0] == [("cut", "a"), ("cut", "b")]
+    assert texts(better(CUT, A), vote([A], response="a", edited="cut")) == ([("cut", "a")], {})
 
 
 def test_identical_and_empty_answers_make_no_pair():
@@ -127,6 +127,26 @@ def test_a_judgement_that_is_none_says_which_field(said, word):
     with pytest.raises(ValidationError) as caught:
         Judgement.model_validate(said)
     assert word in errors.from_validation(caught.value).message
+
+
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=9), st.sampled_from(["a", "up"]),
+    st.lists(st.text(max_size=2), max_size=3), st.dictionaries(st.text(max_size=2), st.none(), max_size=1),
+)  # fmt: skip
+FIELDS = [*Judgement.model_fields, "more"]
+
+
+@given(body=st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4))
+def test_any_object_is_a_judgement_or_names_its_mistake(body):
+    mistake = said = None
+    try:
+        said = Judgement.model_validate(body)
+    except ValidationError as error:
+        mistake = errors.from_validation(error).message
+    if mistake:
+        assert mistake.partition(":")[0].partition("[")[0] in (*FIELDS, "body")
+    else:
+        assert 1 <= len(set(said.ids)) == len(said.ids) <= 2 and len(said.vote_id) == 32 and said.kind
 
 
 def test_a_judgement_must_fit_the_answers():
