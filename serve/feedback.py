@@ -122,7 +122,8 @@ class _Books:
 
 
 class Keeper:
-    """Keeps answers and stores votes in the directory of the run that the weight store of that name works for.
+    """Keeps answers and stores votes in the directory of the run that the weight store of that name works for. Made in
+    a running event loop.
 
     The event loop fills a buffer; files are touched by one thread, one job at a time.
     """
@@ -135,7 +136,7 @@ class Keeper:
         self._place: Place | None = None
         self._books: _Books | None = None
         self._tidied = 0.0
-        self._flushing: asyncio.Task[None] | None = None
+        self._flushing = asyncio.get_running_loop().create_task(self._flush_forever()) if self.on else None
 
     @property
     def on(self) -> bool:
@@ -145,7 +146,6 @@ class Keeper:
         """Takes an answer (None: one that broke off). Returns at once; what is too much pushes the oldest out."""
         if answer is None:
             return
-        self._start()
         record = answer.model_dump_json().encode()
         self._buffer[answer.id] = record
         self._buffered += len(record)
@@ -160,7 +160,6 @@ class Keeper:
 
     async def store(self, said: Judgement) -> bool:
         """Stores a judgement; durable when it returns. True: it was stored already. ApiError when it cannot be."""
-        self._start()
         place = await self._where()
         held = {key: self._buffer[key] for key in said.ids if key in self._buffer}
         return await self._in_thread(lambda: self._judge(place, said, held))
@@ -225,10 +224,6 @@ class Keeper:
             except ApiError:
                 logger.warning("answers cannot be kept for feedback just now; they wait")
 
-    def _start(self) -> None:
-        if self._flushing is None:
-            self._flushing = asyncio.get_running_loop().create_task(self._flush_forever())
-
     def _open(self, place: Place) -> _Books:
         if self._books is None or self._books.place != place:
             self._books = _Books(place, self._keep_s)
@@ -238,10 +233,11 @@ class Keeper:
         """The directory of the run that is attached now; while the store is away, of the last one."""
         try:
             url = await asyncio.wait_for(find_weight_store(self._store).place.remote(), CALL_TIMEOUT_S)
-            self._place = Place(url)
+            self._place = Place(url) if url else None
         except (RayError, ValueError, TimeoutError):
-            if self._place is None:
-                raise unavailable("feedback cannot be taken just now; try again soon") from None
+            logger.info("the weight store does not say which run it works for just now")
+        if self._place is None:
+            raise unavailable("feedback cannot be taken just now; try again soon")
         return self._place
 
     async def _in_thread(self, job: Callable[[], Any]) -> Any:
