@@ -70,8 +70,9 @@ def tokenize(out: Place, source: str, kind: str, tokenizer: Place, data: DataCon
     return ray.get(_tokenize.remote(out, source, kind, tokenizer, data), timeout=TOKENIZE_SECONDS)
 
 
-@ray.remote(num_cpus=0.5)
-def _feedback(out: Place, run: Place, earlier: Sequence[Place], tokenizer: Place, data: DataConfig) -> dict[str, Any]:
+def _paired_votes(
+    out: Place, run: Place, earlier: Sequence[Place], tokenizer: Place, data: DataConfig
+) -> dict[str, Any]:
     source = out.at("pairs.jsonl")
     if not source.exists():  # else an attempt that was cut off has taken its votes
         taken = {
@@ -83,6 +84,9 @@ def _feedback(out: Place, run: Place, earlier: Sequence[Place], tokenizer: Place
     votes = sum(len(row["feedback"]["votes"]) for row in _lines(source))
     counts = _tokenized(out, source.url, "pairs", tokenizer, data, none_is_fine=True)
     return {**counts, "votes": votes, "left": json.loads(out.at("left.json").read())}
+
+
+_feedback = ray.remote(num_cpus=0.5)(_paired_votes)
 
 
 def _lines(file: Place) -> list[dict[str, Any]]:

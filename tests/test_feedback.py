@@ -464,3 +464,56 @@ def test_votes_are_exported_as_preference_data(tmp_path):
     [row] = read_rows(str(out), "pairs")
     assert (row.prompt, row.chosen, row.rejected) == (ASK, "a", "b")
     assert row.id.startswith("feedback-") and row.columns["feedback"]["for"] == 1
+
+
+def test_a_round_takes_the_votes_that_no_earlier_one_used_and_takes_them_again_if_it_was_cut_off(tmp_path, tiny_model):
+    from sampo_ray.actors.stages import _paired_votes
+    from sampo_ray.chat import ChatFormat
+    from sampo_ray.config import DataConfig
+    from sampo_ray.feedback import votes_journal
+
+    run, chat = Place(str(tmp_path)), ChatFormat.load(tiny_model, "llama3-sampo")
+    chat.save(tmp_path / "tokenizer")
+    rounds = [run.at("rounds", str(index), "feedback") for index in range(3)]
+
+    def store(*votes):
+        votes_journal(run).append([vote.model_dump_json().encode() for vote in votes])
+
+    def take(index):
+        return _paired_votes(rounds[index], run, rounds[:index], run.at("tokenizer"), DataConfig(max_length=64))
+
+    assert take(0) == take(0)
+    assert take(0)["rows"] == [] and take(0)["votes"] == 0
+    store(better(A, B), thumb("up", C), vote([A, B], tie=["a", "b"]))
+    first = take(1)
+    assert (first["rows"], first["votes"]) == ([1], 1)
+    assert first["left"] == {"tie": 1, "a thumb without its counterpart": 1}
+    store(thumb("down", answer("d")))
+    assert take(1) == first
+    second = take(2)
+    assert (second["rows"], second["votes"], second["left"]) == ([1], 2, {"tie": 1})
+    [pair] = rounds[2].at("part-00000.parquet").read_table().to_pylist()
+    assert pair["id"].startswith("feedback-") and pair["chosen_reward"] is None
+    assert pair["chosen"] == chat.response_ids("c") and pair["prompt"] == chat.prompt_ids(ASK)
+
+
+@pytest.mark.parametrize(("data", "said"), [("all", 0), ("all", 5), ("split", 5)])
+def test_pairs_from_feedback_come_on_top_of_the_round_s_own(tmp_path, monkeypatch, data, said):
+    from sampo_ray.actors import stages
+    from sampo_ray.actors.blocks import Part
+    from sampo_ray.config import load_config
+    from sampo_ray.display import open_display
+    from sampo_ray.rounds import Round
+    from sampo_ray.runs import create_run
+
+    tree = {"model": {"path": "m"}, "data": {"train": "d"}, "rounds": {"data": data, "count": 3}, "run": {"dir": ""}}
+    orders = []
+    for name, more in (("with", said), ("without", 0)):
+        run = create_run(load_config(tree, [f"run.dir={tmp_path / name}"]))
+        monkeypatch.setattr(stages, "gather", lambda parts, order, *_: orders.append(sorted(order.tolist())) or [])
+        for index in range(3):
+            round = Round(run, index, open_display())
+            assert round.feedback() == [], "it is off"
+            round.pairs([Part(run.place, 40)], [Part(run.place, more)] if more else [])
+    assert orders[:3] == [[*order, *range(40, 40 + said)] for order in orders[3:]]
+    assert sorted(itertools.chain(*orders[3:])) == sorted([*range(40)] * (1 if data == "split" else 3))
