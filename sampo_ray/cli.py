@@ -1,4 +1,4 @@
-"""The command line: `sampo train`, `demo`, `serve`, `submit`, and commands on versions."""
+"""The command line: `sampo train`, `demo`, `serve`, `submit`, `feedback export`, and commands on versions."""
 
 import contextlib
 import json
