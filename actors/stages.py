@@ -1,5 +1,6 @@
 """The stages of a round as calls on the fleet: each takes parts and makes parts, and skips what is complete already."""
 
+import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,8 @@ import ray
 from sampo_ray.actors.blocks import Part, collect, is_lost, part_place, run_stage
 from sampo_ray.batching import Lengths, lengths_of
 from sampo_ray.config import DataConfig, RolloutConfig
-from sampo_ray.preferences import Counts, best_against_worst, tokenized_pairs, tokenized_prompts
+from sampo_ray.feedback import as_jsonl, pairs_from, read_votes
+from sampo_ray.preferences import Counts, DataError, best_against_worst, tokenized_pairs, tokenized_prompts
 from sampo_ray.runs import Place
 
 if TYPE_CHECKING:
@@ -27,8 +29,9 @@ TOKENIZE_SECONDS = 24 * 3600.0
 Progress = Callable[[int], None]
 
 
-@ray.remote(num_cpus=0.5)
-def _tokenize(out: Place, source: str, kind: str, tokenizer: Place, data: DataConfig) -> dict[str, Any]:
+def _tokenized(
+    out: Place, source: str, kind: str, tokenizer: Place, data: DataConfig, none_is_fine: bool = False
+) -> dict[str, Any]:
     """Reads a source to its end into parts, and says what became of its rows. Starts over if it is called again."""
     from sampo_ray.chat import ChatFormat  # only here: it would cost every stage's processes seconds
 
@@ -41,9 +44,13 @@ def _tokenize(out: Place, source: str, kind: str, tokenizer: Place, data: DataCo
         else tokenized_prompts(source, chat, data.prompt_limit, counts, PART_PAIRS)
     )
     rows = []
-    for index, block in enumerate(blocks):
-        part_place(out, index).write_table(block)
-        rows.append(block.num_rows)
+    try:
+        for index, block in enumerate(blocks):
+            part_place(out, index).write_table(block)
+            rows.append(block.num_rows)
+    except DataError:
+        if counts.usable or not none_is_fine:
+            raise
     return {
         "rows": rows,
         "rows_read": counts.rows,
@@ -53,11 +60,46 @@ def _tokenize(out: Place, source: str, kind: str, tokenizer: Place, data: DataCo
     }
 
 
+_tokenize = ray.remote(num_cpus=0.5)(_tokenized)
+
+
 def tokenize(out: Place, source: str, kind: str, tokenizer: Place, data: DataConfig) -> dict[str, Any]:
     """Tokenizes preference pairs or prompts once for the whole run; returns rows by part, and counts of the rows left
     out.
     """
     return ray.get(_tokenize.remote(out, source, kind, tokenizer, data), timeout=TOKENIZE_SECONDS)
+
+
+def _paired_votes(
+    out: Place, run: Place, earlier: Sequence[Place], tokenizer: Place, data: DataConfig
+) -> dict[str, Any]:
+    source = out.at("pairs.jsonl")
+    if not source.exists():  # else an attempt that was cut off has taken its votes
+        taken = {
+            vote for place in earlier for row in _lines(place.at("pairs.jsonl")) for vote in row["feedback"]["votes"]
+        }
+        rows, left = pairs_from(vote for vote in read_votes(run) if vote.id not in taken)
+        out.at("left.json").write(json.dumps(left).encode())
+        source.write(as_jsonl(rows))
+    votes = sum(len(row["feedback"]["votes"]) for row in _lines(source))
+    counts = _tokenized(out, source.url, "pairs", tokenizer, data, none_is_fine=True)
+    return {**counts, "votes": votes, "left": json.loads(out.at("left.json").read())}
+
+
+_feedback = ray.remote(num_cpus=0.5)(_paired_votes)
+
+
+def _lines(file: Place) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read().splitlines()]
+
+
+def feedback(out: Place, run: Place, earlier: Sequence[Place], tokenizer: Place, data: DataConfig) -> dict[str, Any]:
+    """Tokenizes the pairs that a run's votes make, without votes that `earlier` stages of this kind have used.
+
+    `pairs.jsonl` in `out` has them with where they are from. Returns rows by part, how many votes they used, how many
+    are left by reason, and counts of pairs left out.
+    """
+    return ray.get(_feedback.remote(out, run, earlier, tokenizer, data), timeout=TOKENIZE_SECONDS)
 
 
 @ray.remote(num_cpus=0.2)

@@ -1,4 +1,4 @@
-"""The command line: `sampo train`, `demo`, `serve`, `submit`, and commands on versions."""
+"""The command line: `sampo train`, `demo`, `serve`, `submit`, `feedback export`, and commands on versions."""
 
 import contextlib
 import json
@@ -27,6 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(keys_app, name="keys")
+feedback = typer.Typer(help="What users said of the answers.", no_args_is_help=True)
+app.add_typer(feedback, name="feedback")
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value ...", show_default=False)]
 LOCAL_CPUS = 16
 """Logical CPUs of a Ray of our own: actors share the cores, they do not own them."""
@@ -93,6 +95,25 @@ def submit(
 
     with readable_errors():
         raise typer.Exit(submit_job(recipe, overrides or [], address, Console()))
+
+
+@feedback.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN_DIR", help="The run directory.")],
+    out: Annotated[str, typer.Argument(metavar="OUT.jsonl", help="A path or fsspec URL; replaced if it is there.")],
+) -> None:
+    """Writes the preference pairs that a run's votes make, as `data.train` reads them."""
+    from sampo_ray.feedback import as_jsonl, pairs_from, read_votes
+    from sampo_ray.runs import Place, absolute
+
+    with readable_errors():
+        votes = read_votes(Place(absolute(run)))
+        if not votes:
+            raise ConfigError(f"{run!r} holds no feedback (nothing in feedback/votes); name a run that was given some")
+        rows, left = pairs_from(votes)
+        Place(absolute(out)).write(as_jsonl(rows))
+        without = ", ".join(f"{n} {reason}" for reason, n in left.items())
+        typer.echo(f"{len(rows)} pairs from {len(votes)} votes" + (f" (without: {without})" if without else ""))
 
 
 @app.command("serve")

@@ -260,6 +260,17 @@ class GatesConfig(Section):
         return any(gate is not None for gate in (self.smoke, self.max_mean_tokens, self.max_growth, self.min_win_rate))
 
 
+class FeedbackConfig(Section):
+    keep_hours: float = Field(0.0, ge=0)
+    """Hours that answers are kept to be voted on (`POST /feedback`); 0: none is kept, and feedback is refused."""
+    max_answers: int = Field(10_000, ge=1)
+    """Answers kept, at most; the oldest go first."""
+    max_votes: int = Field(100_000, ge=1)
+    """Votes that a run takes."""
+    max_bytes: int = Field(256 << 20, ge=1 << 20)
+    """Bytes of the answers kept, at most, and likewise of the votes; prompts count."""
+
+
 class ServeConfig(Section):
     enabled: bool = True
     """Whether the run has a live endpoint."""
@@ -271,8 +282,8 @@ class ServeConfig(Section):
     """Keys accepted as `Authorization: Bearer ...`; none means an open (loopback) endpoint. Default: those of the
     environment variable SAMPO_API_KEYS, separated by commas; they are never written to the run directory."""
     keys_file: str | None = None
-    """File of further keys with scopes (`sampo keys add`), which may change while the endpoint runs: a path, on a cluster
-    one that all its machines share, or any fsspec URL."""
+    """File of further keys with scopes (`sampo keys add`), which may change while the endpoint runs: a path (on a
+    cluster one that all its machines share) or any fsspec URL."""
     open: bool = False
     """Whoever reaches the endpoint may use it without a key, on any address; `/admin` still needs one."""
     max_body_bytes: int = Field(1 << 20, ge=1024)
@@ -294,6 +305,7 @@ class ServeConfig(Section):
     swap: Literal["keep", "wait"] = "keep"
     """At new weights, answers in flight go on with them, or are finished first (one version an answer)."""
     gates: GatesConfig = GatesConfig()
+    feedback: FeedbackConfig = FeedbackConfig()
 
     @property
     def keyed(self) -> bool:

@@ -21,8 +21,9 @@ def iterate(run: Run, fleet: Fleet, display: Display) -> Place:
         round = Round(run, index, display)
         if round.committed:
             continue
+        said = round.feedback()  # pairs that the users' votes make
         source = rollouts(round, fleet, data) if run.config.online else data
-        pairs = round.reference(round.pairs(source), fleet.references)
+        pairs = round.reference(round.pairs(source, said), fleet.references)
         for step in round.train(pairs, fleet.trainer):  # publishes on its way
             round.record(step)
         round.commit()  # the manifest now says: never again

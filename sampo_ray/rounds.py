@@ -118,10 +118,31 @@ class Round:
             self.display.note("no pair: " + ", ".join(f"{n} {reason}" for reason, n in dropped.items()))
         return parts
 
-    def pairs(self, source: Sequence[Part]) -> list[Part]:
-        """The round's pairs in training order, in parts of whole global batches."""
-        total = sum(part.rows for part in source)
-        if not total:
+    def feedback(self) -> list[Part]:
+        """Pairs out of votes that came in before the round began; a vote is used in one round. None if it is off."""
+        done, off = self._record.stages, not self.config.serve.feedback.keep_hours
+        if "feedback" not in done and (off or "pairs" in done):  # turned on when the round had its pairs already
+            return []
+        before = [r.index for r in self.run.manifest.rounds[: self.index] if "feedback" in r.stages]
+        earlier = [self.run.place.at("rounds", str(index), "feedback") for index in before]
+        counts: dict[str, Any] = {}
+
+        def work(out: Place, progress: Callable[[int], None]) -> list[Part]:
+            place, tokenizer = self.run.place, self.run.place.at("tokenizer")
+            counts.update(stages.feedback(out, place, earlier, tokenizer, self.config.data))
+            return parts_of(out, counts.pop("rows"))
+
+        parts = self._stage("feedback", None, "pairs", work, lambda: counts)
+        left = ", ".join(f"{n} {reason}" for reason, n in done["feedback"]["left"].items())
+        self.display.note(
+            f"{sum(part.rows for part in parts)} pairs from feedback" + (f" (without: {left})" if left else "")
+        )
+        return parts
+
+    def pairs(self, source: Sequence[Part], said: Sequence[Part] = ()) -> list[Part]:
+        """The round's pairs in training order, in parts of whole global batches; those from feedback among them."""
+        total, more = (sum(part.rows for part in parts) for parts in (source, said))
+        if not total + more:
             raise StageError(
                 f"round {self.index + 1} has no preference pairs; look at the reward source and the prompts"
             )
@@ -129,11 +150,14 @@ class Round:
         if self.config.rounds.data == "split":
             order = np.random.default_rng([self.config.run.seed, 1]).permutation(total)
             order = np.array_split(order, self.config.rounds.count)[self.index]
+        if more:
+            order = np.concatenate([order, np.arange(total, total + more)])
+            order = np.random.default_rng([self.config.run.seed, 2, self.index]).permutation(order)
         batch = self.config.optim.batch_size
         rows = -(-stages.PART_PAIRS // batch) * batch
 
         def work(out: Place, progress: Callable[[int], None]) -> list[Part]:
-            return stages.gather(source, order, out, rows, progress)
+            return stages.gather([*source, *said], order, out, rows, progress)
 
         return self._stage("pairs", len(order), "pairs", work)
 

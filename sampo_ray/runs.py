@@ -6,6 +6,7 @@ Layout under `run.dir` (a local path or any fsspec URL):
     tokenizer/                                     with the run's chat template
     data/        rounds/<k>/<stage>/               blocks as Parquet parts, a part is complete once it is there
     versions/<step>/                               published bf16 weights, each a Hugging Face folder
+    feedback/                                      answers that are kept for it, and votes
     checkpoints/<round>-<step>/                    trainer state; complete once the manifest names it
     exports/round-<k>/                             Hugging Face folders made from the fp32 masters
 
@@ -97,9 +98,10 @@ class Place:
         fs.invalidate_cache()
         return bool(fs.exists(path))
 
-    def read(self) -> bytes:
+    def read(self, start: int | None = None, end: int | None = None) -> bytes:
+        """The file, or its bytes `start` to `end`."""
         fs, path = self._fs()
-        return bytes(fs.cat_file(path))
+        return bytes(fs.cat_file(path, start=start, end=end))
 
     def write(self, content: bytes) -> None:
         """Replaces the file atomically: readers see the old content or the new."""
@@ -137,11 +139,15 @@ class Place:
         return sorted(p.rstrip("/").rsplit("/", 1)[-1] for p in fs.ls(path, detail=False)) if fs.exists(path) else []
 
     def remove(self) -> None:
+        """Removes a file, or a folder with what is in it; no matter if it is gone already."""
         fs, path = self._fs()
-        if self.local:  # fsspec would look at the working directory, which a job may have lost
+        if not self.local:
+            with contextlib.suppress(FileNotFoundError):
+                fs.rm(path, recursive=True)
+        elif os.path.isdir(path):  # fsspec would look at the working directory, which a job may have lost
             shutil.rmtree(path, ignore_errors=True)
-        elif fs.exists(path):
-            fs.rm(path, recursive=True)
+        else:
+            Path(path).unlink(missing_ok=True)
 
     def take(self, folder: Path) -> None:
         """Moves the files of a local folder here, next to what is there already."""

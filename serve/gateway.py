@@ -29,6 +29,7 @@ from sampo_ray.serve.auth import Access, KeyGuard
 from sampo_ray.serve.bodies import ChatCompletionRequest, CompletionRequest
 from sampo_ray.serve.catalogue import Catalogue, Target
 from sampo_ray.serve.errors import ApiError, ReplicaLost
+from sampo_ray.serve.feedback import FEEDBACK_ROUTES, FeedbackRoutes, Keeper, draft_of
 from sampo_ray.serve.headers import Hardened
 from sampo_ray.serve.limits import MAX_IN_FLIGHT, Limited, Limits
 from sampo_ray.serve.policy_app import Answer, PolicyApp
@@ -37,6 +38,7 @@ ATTEMPTS = 4
 RETRY_PAUSE_S = 0.2
 ROUTES = {
     **ADMIN_ROUTES,
+    **FEEDBACK_ROUTES,
     "health": lambda app: app.get("/health"),
     "list_models": lambda app: app.get("/v1/models"),
     "retrieve_model": lambda app: app.get("/v1/models/{model:path}"),
@@ -45,7 +47,7 @@ ROUTES = {
 }
 
 
-class PolicyIngress(AdminRoutes, OpenAiIngress):
+class PolicyIngress(AdminRoutes, FeedbackRoutes, OpenAiIngress):
     """Answers for the Serve application `policy_app`, which serves the model `policy`, and for pinned versions.
 
     An answer has `request_timeout_s` from when its request is read to its last token, of which it waits at most
@@ -56,6 +58,7 @@ class PolicyIngress(AdminRoutes, OpenAiIngress):
         super().__init__(llm_deployments={}, model_cards={})
         self.live: WeightsId | None = None
         self.catalogue = Catalogue(policy_app, store)
+        self.keeper = Keeper(store, config.feedback)
         self._policy = PolicyApp(policy_app)
         self._apps = {policy_app: self._policy}
         self._config = config
@@ -96,10 +99,16 @@ class PolicyIngress(AdminRoutes, OpenAiIngress):
         answer, weights, first = await self._opened(policy, target, body, call_method, deadline)
         policy.note(answer.origin)
         headers = stamp.headers(weights)
+        draft = draft_of(body, weights) if self.keeper.on else None
         if isinstance(first, BaseModel):
+            if draft:
+                self.keeper.keep(draft.whole(first))
             content = first.model_copy(update={"model": asked_for or body.model}).model_dump_json()
             return Response(content, media_type="application/json", headers=headers)
-        return StreamingResponse(_stream(first, answer, policy), media_type="text/event-stream", headers=headers)
+        stream = _stream(first, answer, policy)
+        if draft:
+            stream = self.keeper.passing(stream, draft)
+        return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
 
     async def _opened(
         self, policy: PolicyApp, target: Target, body: Any, method: str, deadline: float

@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 import ray
 import torch
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 from ray import serve
 from transformers import AutoModelForCausalLM
 
-from sampo_ray.config import GeneratorsConfig, ServeConfig
+from sampo_ray.config import FeedbackConfig, GeneratorsConfig, ServeConfig
 from sampo_ray.keys import Key, digest, render
 from sampo_ray.serve.headers import HARDENING
 from tests import fuzzing
@@ -59,6 +60,11 @@ class Endpoint:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         headers = {"authorization": f"Bearer {KEY}", **more.pop("headers", {})}
         return httpx.post(f"{self.url}/v1/{route}", content=content, headers=headers, timeout=60, **more)
+
+    def judge(self, **said: Any) -> tuple[int, Any]:
+        """Status of `POST /feedback`, and whether it was a duplicate or the error's message."""
+        answer = httpx.post(f"{self.url}/feedback", json=said, headers={"authorization": f"Bearer {KEY}"}, timeout=30)
+        return answer.status_code, answer.json()["duplicate"] if answer.is_success else message(answer)
 
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=60)
@@ -100,7 +106,11 @@ def endpoint(own_serve: None, tiny_model: Path, tmp_path_factory: pytest.TempPat
     state = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).state_dict()
     write_version(f"{run}/versions/000000", state.items(), str(tiny_model), {"version": 0, "round": 0, "step": 0})
     config = ServeConfig(
-        port=free_port("127.0.0.1"), api_keys=(KEY, OTHER_KEY), max_body_bytes=20_000, start_timeout_s=3.0
+        port=free_port("127.0.0.1"),
+        api_keys=(KEY, OTHER_KEY),
+        max_body_bytes=20_000,
+        start_timeout_s=3.0,
+        feedback=FeedbackConfig(keep_hours=1.0),
     )
     start_serve(config)
     store = start_weight_store("test-endpoint", f"{run}/store.json")
@@ -110,7 +120,7 @@ def endpoint(own_serve: None, tiny_model: Path, tmp_path_factory: pytest.TempPat
         "policy", f"{run}/versions/000000", str(run / "tokenizer"), Source("test-endpoint"), generators, CONTEXT
     )
     serve.run(policy, name="test-policy", route_prefix=None)
-    hasty = config.model_copy(update={"api_keys": (), "request_timeout_s": 2.0})
+    hasty = config.model_copy(update={"api_keys": (), "request_timeout_s": 2.0, "feedback": FeedbackConfig()})
     keys_file = run / "keys.yaml"
     keys_file.write_bytes(render([key_entry("use"), key_entry("admin")], False))
     limits = {"max_prompt_tokens": 100, "max_answer_tokens": 40, "requests_per_minute": 60_000}
@@ -413,6 +423,53 @@ def test_a_swap_on_the_way_is_named_in_the_answer(endpoint: Endpoint) -> None:
     assert after.headers["x-policy-version"] == str(before + 1)
     assert "policy_versions" not in after.json()
     assert endpoint.client().models.list().data[0].metadata["version"] == before + 1
+
+
+def test_what_is_said_of_answers_is_stored_with_them_and_outlives_a_kill(endpoint: Endpoint) -> None:
+    from sampo_ray.feedback import read_votes
+    from sampo_ray.runs import Place
+
+    ask = {"model": "policy", "messages": HI, "max_tokens": 12, "temperature": 1.0}
+    whole = endpoint.client().chat.completions.create(**ask)
+    chunks = list(endpoint.client().chat.completions.create(**ask, stream=True))
+    assert endpoint.judge(better=whole.id, worse=chunks[0].id, note="brief") == (200, False)
+    assert endpoint.judge(better=whole.id, worse=chunks[0].id) == (200, True)
+    assert endpoint.judge(response=chunks[0].id, edited="Hello.") == (200, False)
+    other = endpoint.client().chat.completions.create(
+        **{**ask, "messages": [*HI, {"role": "assistant", "content": "a"}, *HI]}
+    )
+    status, reason = endpoint.judge(tie=[whole.id, other.id])
+    assert status == 400 and "different prompts" in reason
+    assert endpoint.judge(response=whole.id, thumb="maybe")[0] == 400
+    assert endpoint.judge(response="chatcmpl-0", thumb="up")[0] == 404
+    several = endpoint.client().chat.completions.create(**ask, n=2)
+    status, reason = endpoint.judge(response=several.id, thumb="up")
+    assert status == 404 and several.id in reason
+    refused = httpx.post(f"{endpoint.hasty}/feedback", json={"response": whole.id, "thumb": "up"})
+    assert refused.status_code == 403 and "serve.feedback.keep_hours" in message(refused)
+
+    time.sleep(1.5)  # answers of the last second may go with the process
+    processes = [p for p in psutil.Process().children(recursive=True) if "ServeReplica:test-endpoint:" in p.name()]
+    processes = processes or [
+        p for p in psutil.process_iter() if "ServeReplica:test-endpoint:" in " ".join(p.cmdline())
+    ]
+    processes[0].kill()
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with suppress(httpx.HTTPError, ValueError, KeyError):
+            if endpoint.judge(better=whole.id, worse=chunks[0].id) == (200, True):
+                break
+        time.sleep(0.2)
+    assert endpoint.judge(response=whole.id, thumb="up") == (200, False)
+
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    votes = read_votes(Place(str(Path(endpoint.versions).parent)))
+    comparison, edit, thumb = votes
+    assert [answer.text for answer in comparison.answers] == [whole.choices[0].message.content, text]
+    assert (comparison.kind, edit.kind, thumb.kind, comparison.note) == ("better", "edited", "up", "brief")
+    assert edit.edited == "Hello." and edit.answers[0].id == chunks[0].id
+    assert {answer.run for vote in votes for answer in vote.answers} == {"run-a"}
+    assert all(answer.messages == HI and len(answer.versions) == 1 for answer in comparison.answers)
 
 
 def test_a_request_that_takes_too_long_ends_with_a_504_or_an_error_in_its_stream(endpoint: Endpoint) -> None:

@@ -17,6 +17,7 @@ from sampo_ray.runs import Run, create_run
 
 logger = logging.getLogger(__name__)
 pytestmark = pytest.mark.slow
+EDITS = 6
 REWARD = '''
 def reward(prompts, completions):
     """Distinct by text, so that there are few ties; a run of it is no use to anybody."""
@@ -48,7 +49,7 @@ def new_run(folder: Path, tiny_model: Path, *overrides: str) -> Run:
         "reward": {"function": f"{folder}/reward.py:reward"},
         "optim": {"batch_size": 8, "learning_rate": 1e-3},
         "publish": {"every_steps": 1},
-        "serve": {"port": 0},
+        "serve": {"port": 0, "feedback": {"keep_hours": 1}},
         "run": {"dir": str(folder / "run")},
     }
     return create_run(resolve(load_config(tree, overrides), {}, cores=2)[0])
@@ -63,11 +64,13 @@ def fleet(own_serve, tiny_model, tmp_path_factory):
 
 
 class Client(threading.Thread):
-    """Asks the live policy again and again until it is stopped; keeps status and version of every answer."""
+    """Asks the live policy again and again until it is stopped; keeps status and version of every answer. Mends the
+    first few answers of a policy that has learned something.
+    """
 
     def __init__(self, url: str) -> None:
         super().__init__(daemon=True)
-        self.url, self.answers, self.stopped = url, [], threading.Event()
+        self.url, self.answers, self.edits, self.stopped = url, [], [], threading.Event()
 
     def run(self) -> None:
         body = {"model": "policy", "messages": [{"role": "user", "content": "Say 3"}], "max_tokens": 8}
@@ -76,6 +79,10 @@ class Client(threading.Thread):
             self.answers.append(
                 (reply.status_code, reply.headers.get("x-policy-version"), reply.headers.get("x-policy-run"))
             )
+            if reply.headers.get("x-policy-version") != "0" and len(self.edits) < EDITS:
+                self.edits.append(f"{len(self.edits)}, three.")
+                said = {"response": reply.json()["id"], "edited": self.edits[-1]}
+                assert httpx.post(f"{self.url}/feedback", json=said, timeout=120).status_code == 200
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +127,27 @@ def test_pairs_hold_the_sampled_ids_and_never_choose_an_unfinished_completion(fi
         rejected = by_ids[pair["id"], tuple(pair["rejected"])]
         assert chosen["finish_reason"] == "stop" and chosen["reward"] == pair["chosen_reward"] > rejected["reward"]
         assert len(pair["chosen_ref"]) == len(pair["chosen"])
+
+
+def test_feedback_on_answers_is_trained_on_in_the_next_round_and_only_there(finished, tmp_path):
+    from sampo_ray.actors import stages
+    from sampo_ray.chat import ChatFormat
+
+    run, client = finished
+    first, second = (run.manifest.rounds[index].stages["feedback"] for index in range(2))
+    assert first["rows"] == [] and first["votes"] == 0
+    assert 0 < second["votes"] == sum(second["rows"]) <= len(client.edits)
+    chat = ChatFormat.load(run.place.at("tokenizer").path, "tokenizer")
+    trained = [pair for pair in stage(run, 1, "reference").to_pylist() if pair["id"].startswith("feedback-")]
+    assert len(trained) == second["votes"] and {chat.text(pair["chosen"]) for pair in trained} <= set(client.edits)
+    assert all(len(pair["chosen_ref"]) == len(pair["chosen"]) for pair in trained)
+
+    where = run.place, [], run.place.at("tokenizer"), run.config.data
+    place = run.place.at("rounds", "1", "feedback")
+    again = stages.feedback(place, *where)
+    assert again["votes"] == second["votes"], "a stage that was cut off has its votes already"
+    later = stages.feedback(run.place.at("later"), run.place, [place], *where[2:])
+    assert second["votes"] + later["votes"] + sum(later["left"].values()) == len(client.edits)
 
 
 def test_the_second_round_begins_at_delta_zero_on_new_weights(finished):

@@ -1,0 +1,519 @@
+"""From votes to preference pairs, and the journal that keeps answers and votes; no Ray."""
+
+import asyncio
+import itertools
+import json
+import random
+import time
+
+import httpx
+import pytest
+from fastapi import FastAPI, Request
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from ray.serve.llm.openai_api_models import ChatCompletionRequest
+from typer.testing import CliRunner
+
+from sampo_ray.actors.weights import WeightsId
+from sampo_ray.cli import app as cli
+from sampo_ray.config import FeedbackConfig
+from sampo_ray.feedback import Answer, FeedbackError, Judgement, Vote, pairs_from, read_votes, vote_of
+from sampo_ray.journal import MERGE_AT, Journal
+from sampo_ray.preferences import read_rows
+from sampo_ray.runs import Place
+from sampo_ray.serve import errors
+from sampo_ray.serve.errors import ApiError
+from sampo_ray.serve.feedback import Draft, FeedbackRoutes, Keeper, draft_of
+
+ASK = [{"role": "user", "content": "Is it?"}]
+OTHER = [{"role": "user", "content": "Why?"}]
+
+
+def answer(key, text=None, messages=ASK, reason="stop", version=3, when=0.0):
+    return Answer(
+        id=key, messages=messages, text=key if text is None else text, finish_reason=reason, run="r",
+        versions=(version,), time=when,
+    )  # fmt: skip
+
+
+def vote(answers, when=1.0, **said):
+    return vote_of(Judgement.model_validate(said), answers, when)
+
+
+def better(best, worst, when=1.0):
+    return vote([best, worst], when, better=best.id, worse=worst.id)
+
+
+def thumb(direction, each, when=1.0):
+    return vote([each], when, response=each.id, thumb=direction)
+
+
+def texts(*votes):
+    rows, left = pairs_from(votes)
+    return [(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in rows], dict(left)
+
+
+A, B, C = answer("a"), answer("b"), answer("c")
+CUT = answer("cut", reason="length")
+
+
+def test_a_comparison_is_a_pair_that_knows_where_it_is_from():
+    [row], left = pairs_from([better(answer("a", version=2), answer("b", version=5), when=7.0)])
+    assert row["prompt"] == ASK and not left
+    assert row["chosen"] == [{"role": "assistant", "content": "a"}]
+    assert row["rejected"] == [{"role": "assistant", "content": "b"}]
+    about = row["feedback"]
+    assert (about["for"], about["against"], about["answers"], about["runs"]) == (1, 0, ["a", "b"], ["r"])
+    assert (about["versions"], about["times"]) == ([2, 5], [7.0, 7.0])
+
+
+def test_an_edit_is_better_than_what_it_mends_even_if_that_was_cut():
+    assert texts(vote([CUT], response="cut", edited="whole")) == ([("whole", "cut")], {})
+
+
+def test_thumbs_up_and_down_of_one_prompt_make_pairs_in_the_order_of_time():
+    votes = [thumb("up", A, 1), thumb("down", B, 2), thumb("down", C, 3), thumb("up", answer("x", messages=OTHER), 4)]
+    assert texts(*votes) == ([("a", "b")], {"a thumb without its counterpart": 2})
+    assert texts(*votes, thumb("up", answer("d"), 5))[0] == [("a", "b"), ("d", "c")]
+
+
+def test_ties_make_no_pair():
+    assert texts(vote([A, B], tie=["a", "b"])) == ([], {"tie": 1})
+
+
+def test_contradicting_votes_cancel_and_the_majority_wins():
+    again = answer("a2", "a")
+    assert texts(better(A, B), better(B, A)) == ([], {"votes that contradict each other": 2})
+    assert texts(better(A, B), better(B, A), better(again, B)) == ([("a", "b")], {})
+    assert texts(better(B, A), thumb("up", A), thumb("down", B)) == ([], {"votes that contradict each other": 3})
+    assert texts(thumb("up", A), thumb("down", again)) == ([], {"thumbs up and down for the same answer": 2})
+    [row], _ = pairs_from([better(A, B), better(B, A), better(again, B)])
+    assert (row["feedback"]["for"], row["feedback"]["against"]) == (2, 1)
+
+
+def test_a_cut_answer_is_rejected_but_never_chosen():
+    assert texts(better(A, CUT)) == ([("a", "cut")], {})
+    assert texts(better(CUT, A)) == ([], {"a cut answer is never chosen": 1})
+    assert texts(thumb("up", CUT), thumb("down", A))[0] == []
+    assert texts(better(CUT, A), vote([A], response="a", edited="cut")) == ([("cut", "a")], {})
+
+
+def test_identical_and_empty_answers_make_no_pair():
+    assert texts(better(A, answer("a2", "a"))) == ([], {"identical answers": 1})
+    assert texts(better(A, answer("e", " "))) == ([], {"an empty answer": 1})
+
+
+@pytest.mark.parametrize(
+    ("said", "word"),
+    [
+        ({}, "give better"),
+        ({"better": "a"}, "give better"),
+        ({"better": "a", "worse": "b", "tie": ["a", "b"]}, "give better"),
+        ({"response": "a"}, "give better"),
+        ({"response": "a", "thumb": "up", "edited": "x"}, "give better"),
+        ({"better": "a", "worse": "a"}, "twice"),
+        ({"tie": ["a", "a"]}, "twice"),
+        ({"tie": ["a"]}, "tie"),
+        ({"response": "a", "thumb": "sideways"}, "thumb"),
+        ({"response": "a", "edited": "  "}, "empty"),
+        ({"response": "", "thumb": "up"}, "response"),
+        ({"response": "a" * 201, "thumb": "up"}, "response"),
+        ({"response": "a", "thumb": "up", "note": "x" * 2001}, "note"),
+        ({"response": "a", "thumb": "up", "more": 1}, "more"),
+    ],
+)
+def test_a_judgement_that_is_none_says_which_field(said, word):
+    with pytest.raises(ValidationError) as caught:
+        Judgement.model_validate(said)
+    assert word in errors.from_validation(caught.value).message
+
+
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=9), st.just("up"),
+    st.lists(st.text(max_size=2), max_size=3), st.dictionaries(st.text(max_size=2), st.none(), max_size=1),
+)  # fmt: skip
+FIELDS = [*Judgement.model_fields, "more"]
+
+
+@given(body=st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4))
+def test_any_object_is_a_judgement_or_names_its_mistake(body):
+    mistake = said = None
+    try:
+        said = Judgement.model_validate(body)
+    except ValidationError as error:
+        mistake = errors.from_validation(error).message
+    if mistake:
+        assert mistake.partition(":")[0].partition("[")[0] in (*FIELDS, "body")
+    else:
+        assert 1 <= len(set(said.ids)) == len(said.ids) <= 2 and len(said.vote_id) == 32 and said.kind
+
+
+def test_a_judgement_must_fit_the_answers():
+    with pytest.raises(FeedbackError, match="different prompts"):
+        better(A, answer("x", messages=OTHER))
+    with pytest.raises(FeedbackError, match="as it was"):
+        vote([A], response="a", edited="a")
+
+
+def test_the_same_judgement_is_the_same_vote():
+    assert better(A, B, 1).id == better(A, B, 9).id != better(B, A).id
+    assert vote([A, B], tie=["a", "b"]).id == vote([B, A], tie=["b", "a"]).id
+    assert vote([A], response="a", edited="x").id != vote([A], response="a", edited="y").id
+
+
+ANSWERS = st.builds(
+    lambda key, text, prompt, reason: answer(f"{prompt}{key}{text}{reason}", text, [ASK, OTHER][prompt], reason),
+    st.integers(0, 3), st.sampled_from("xyz"), st.integers(0, 1), st.sampled_from(["stop", "length"]),
+)  # fmt: skip
+VOTES = st.lists(
+    st.tuples(ANSWERS, ANSWERS, st.sampled_from(["better", "tie", "up", "down", "edited"]), st.integers(0, 9)).map(
+        lambda drawn: Vote(
+            id=json.dumps([drawn[0].id, drawn[1].id, drawn[2]]),
+            kind=drawn[2],
+            answers=(drawn[0], drawn[1].model_copy(update={"messages": drawn[0].messages}))
+            if drawn[2] in ("better", "tie")
+            else drawn[:1],
+            edited="w" if drawn[2] == "edited" else None,
+            time=drawn[3],
+        )
+    ),
+    max_size=25,
+    unique_by=lambda vote: vote.id,
+)
+
+
+@given(votes=VOTES, seed=st.integers(0, 99))
+def test_pairs_do_not_depend_on_the_order_of_votes_and_each_vote_is_used_once_or_counted(votes, seed):
+    rows, left = pairs_from(votes)
+    shuffled = votes + votes[:3]
+    random.Random(seed).shuffle(shuffled)
+    assert (rows, left) == pairs_from(shuffled)
+    used = [each for row in rows for each in row["feedback"]["votes"]]
+    assert len(set(used)) == len(used)
+    assert len(used) + left.total() == len(votes)
+    assert len({row["id"] for row in rows}) == len(rows)
+    ended = {(a.messages[0]["content"], a.text) for v in votes for a in v.answers if a.finish_reason == "stop"}
+    pairs = set()
+    for row in rows:
+        prompt, chosen, rejected = (row[name][-1]["content"] for name in ("prompt", "chosen", "rejected"))
+        assert chosen != rejected and (prompt, rejected, chosen) not in pairs
+        assert chosen == "w" or (prompt, chosen) in ended
+        assert row["feedback"]["for"] > row["feedback"]["against"] >= 0
+        pairs.add((prompt, chosen, rejected))
+
+
+@given(votes=VOTES)
+def test_votes_that_were_used_and_those_that_come_later_make_no_vote_count_twice(votes):
+    first, _ = pairs_from(votes[::2])
+    used = {each for row in first for each in row["feedback"]["votes"]}
+    second, _ = pairs_from(vote for vote in votes if vote.id not in used)
+    assert used.isdisjoint(each for row in second for each in row["feedback"]["votes"])
+
+
+def record(key, when, text=""):
+    return json.dumps({"id": key, "time": when, "text": text}, ensure_ascii=False).encode()
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("append"), st.lists(st.tuples(st.integers(0, 30), st.integers(0, 50)), max_size=4)),
+        st.tuples(st.just("merge"), st.integers(0, 90)),
+        st.tuples(st.just("reopen"), st.none()),
+        st.tuples(st.just("refresh"), st.none()),
+    ),
+    max_size=12,
+)
+
+
+@given(steps=STEPS, writers=st.lists(st.integers(0, 1), min_size=12, max_size=12))
+def test_a_journal_never_loses_or_doubles_a_record_whoever_writes_and_merges(tmp_path_factory, steps, writers):
+    folder = Place(str(tmp_path_factory.mktemp("journal") / "j"))
+    journals = [Journal(folder, 20.0), Journal(folder, 20.0)]
+    expected = {}
+    for (step, argument), writer in zip(steps, writers, strict=False):
+        journal = journals[writer]
+        if step == "append":
+            new = [(f"k{key}", float(when)) for key, when in dict(argument).items()]
+            journal.append([record(key, expected.setdefault(key, when), f"\u2028é{key}\r") for key, when in new])
+        elif step == "merge":
+            journal.merge(float(argument))
+        elif step == "refresh":
+            journal.refresh()
+        else:
+            journals[writer] = Journal(folder, 20.0)
+    fresh = Journal(folder, 20.0)
+    fresh.refresh()
+    assert {each["id"]: each["time"] for each in fresh.records()} == expected
+    assert len(fresh) == len(expected) == len(fresh.records())
+    for key in expected:
+        assert fresh.get(key)["text"] == f"\u2028é{key}\r"
+
+
+@pytest.mark.parametrize("protocol", ["", "memory:/"])
+def test_a_journal_merges_spans_and_lets_go_of_the_old(tmp_path, protocol):
+    folder = Place(f"{protocol}{tmp_path}/j")
+    journal = Journal(folder, 10.0)
+    for index in range(30):
+        journal.append([record(f"k{index}", float(index))])
+    assert len(folder.names()) == 30
+    journal.merge(now=25.0)  # two spans are over
+    assert len(folder.names()) == 2 + 10
+    other = Journal(folder, 10.0)
+    other.refresh()
+    assert [each["id"] for each in other.records()] == [f"k{index}" for index in range(30)]
+    journal.drop(before=15.0, most=100, most_bytes=1 << 20)
+    assert "k9" not in journal and "k10" in journal  # its file has younger ones
+    journal.drop(before=0.0, most=15, most_bytes=1 << 20)
+    assert len(journal) <= 15 and "k29" in journal
+    assert other.get("k5") is None and other.get("k29")["time"] == 29.0
+    journal.drop(before=0.0, most=100, most_bytes=1)
+    assert folder.names() == [] and journal.nbytes == 0
+
+
+def test_a_span_with_very_many_segments_is_merged_before_it_is_over(tmp_path):
+    journal = Journal(Place(f"{tmp_path}/j"), 1e6)
+    for index in range(MERGE_AT):
+        journal.append([record(f"k{index}", float(index))])
+    journal.merge(now=100.0)
+    assert len(Place(f"{tmp_path}/j").names()) == 1 and len(journal) == MERGE_AT
+
+
+def sse(*bodies):
+    return "".join(f"data: {json.dumps(body)}\n\n" for body in bodies)
+
+
+def chunk(content=None, reason=None, stop=None, **more):
+    choice = {"index": 0, "delta": {"content": content}, "finish_reason": reason, "stop_reason": stop}
+    return {"id": "chatcmpl-1", "choices": [choice], **more}
+
+
+@given(parts=st.lists(st.text(st.characters(exclude_categories=["Cs"]))), cuts=st.sets(st.integers(0, 9)))
+def test_a_streamed_answer_is_put_together_whatever_it_says(parts, cuts):
+    events = [sse(chunk(part)) for part in parts] + [sse(chunk("", "stop", 7)), "data: [DONE]\n\n"]
+    draft, found = Draft(ASK, WeightsId("r", 4)), []
+    bounds = [0, *sorted(cut for cut in cuts if 0 < cut < len(events)), len(events)]
+    for start, end in itertools.pairwise(bounds):
+        found.append(draft.add("".join(events[start:end])))
+    assert found[:-1] == [None] * (len(found) - 1)
+    assert (found[-1].text, found[-1].finish_reason, found[-1].versions) == ("".join(parts), "stop", (4,))
+    assert found[-1].messages == ASK and found[-1].id == "chatcmpl-1"
+
+
+def test_a_streamed_answer_knows_its_versions_and_whether_the_policy_ended_it():
+    draft = Draft(ASK, WeightsId("r", 4))
+    spans = [{"version": 4}, {"version": 5, "from_tokens": [3]}]
+    last = {"id": "chatcmpl-1", "choices": [], "policy_versions": spans}
+    kept = draft.add(sse(chunk("hi"), chunk("", "stop", "###"), last) + "data: [DONE]\n\n")
+    assert (kept.versions, kept.finish_reason) == ((4, 5), "stop_string")
+    broken = Draft(ASK, WeightsId("r", 4))
+    assert broken.add(sse(chunk("hi"), {"error": {"code": "timeout"}})) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        ({}, True),
+        ({"messages": [{"role": "system", "content": "x"}, *ASK, {"role": "assistant", "content": "y"}, *ASK]}, True),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": each} for each in "ab"]}]}, True),
+        ({"n": 2}, False),
+        ({"messages": [*ASK, {"role": "assistant", "content": "y"}]}, False),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}, *ASK]}, False),
+        ({"continue_final_message": True, "add_generation_prompt": False}, False),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, False),
+    ],
+)  # fmt: skip
+def test_only_answers_that_a_pair_could_be_made_of_are_kept(change, kept):
+    from sampo_ray.serve.bodies import _validated
+
+    request = _validated({"model": "policy", "messages": ASK, **change}, ChatCompletionRequest)
+    draft = draft_of(request, WeightsId("r", 1))
+    assert (draft is not None) == kept
+    if "content" in str(change.get("messages", "")) and isinstance(request.messages[0]["content"], list):
+        assert draft._messages == [{"role": "user", "content": "a\nb"}]
+
+
+class Desk(FeedbackRoutes):
+    def __init__(self, keeper):
+        self.keeper = keeper
+
+    def __del__(self):
+        pass
+
+
+@pytest.fixture
+def keeping(tmp_path, monkeypatch):
+    """Runs `work(keeper, post)` on a keeper of a folder; each call of it is a new endpoint of the same run."""
+
+    def run(work, **config):
+        async def inside():
+            keeper = Keeper("store", FeedbackConfig(**{"keep_hours": 1, **config}))
+            app = FastAPI()
+            errors.install(app)
+            desk = Desk(keeper)
+
+            @app.post("/feedback")
+            async def feedback(request: Request):
+                return await desk.feedback(request)
+
+            async def where():
+                return Place(str(tmp_path))
+
+            monkeypatch.setattr(keeper, "_where", where)
+            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+
+                async def post(**said):
+                    reply = await client.post("/feedback", json=said)
+                    return reply.status_code, reply.json() if reply.is_success else reply.json()["error"]["message"]
+
+                await work(keeper, post)
+            await keeper.close()
+
+        asyncio.run(inside())
+        return Place(str(tmp_path))
+
+    return run
+
+
+NOW = {"when": time.time()}
+STORED = (200, {"stored": True, "duplicate": False})
+
+
+def test_votes_are_durable_and_answers_outlive_the_endpoint(keeping):
+    async def first(keeper, post):
+        keeper.keep(answer("a", **NOW))
+        keeper.keep(answer("b", **NOW))
+        assert await post(better="a", worse="b", note="clear") == STORED
+        assert await post(better="a", worse="b") == (200, {"stored": True, "duplicate": True})
+        assert [vote.note for vote in read_votes(place)] == ["clear"]
+
+    async def second(keeper, post):
+        assert await post(better="a", worse="b") == (200, {"stored": True, "duplicate": True})
+        assert await post(response="b", thumb="down") == STORED
+        assert await post(response="a", edited="a") == (
+            400,
+            "edited: is the answer as it was; use a thumb to say that it is good",
+        )
+        status, said = await post(response="nobody", thumb="up")
+        assert status == 404 and "'nobody'" in said
+
+    place = keeping(lambda keeper, post: asyncio.sleep(0))
+    keeping(first)
+    keeping(second)
+    assert len(read_votes(place)) == 2
+
+
+def test_an_answer_is_kept_no_longer_than_the_operator_says(keeping):
+    async def work(keeper, post):
+        keeper.keep(answer("old", when=time.time() - 4000))
+        keeper.keep(answer("new", **NOW))
+        await keeper._flush()
+        assert (await post(response="old", thumb="up"))[0] == 404
+        assert await post(response="new", thumb="up") == STORED
+
+    keeping(work)
+
+
+def test_what_is_kept_is_bounded(keeping):
+    async def work(keeper, post):
+        for index in range(5):
+            keeper.keep(answer(f"k{index}", when=NOW["when"] + index))
+        assert len(keeper._buffer) == 3
+        for index in range(5, 12):
+            await keeper._flush()
+            keeper.keep(answer(f"k{index}", when=NOW["when"] + index))
+        await keeper._flush()
+        assert len(keeper._books.answers) == 3
+        assert await post(response="k11", thumb="up") == STORED
+        assert await post(response="k10", thumb="up") == STORED
+        assert (await post(response="k9", thumb="up"))[0] == 507
+
+    keeping(work, max_answers=3, max_votes=2)
+
+
+def test_feedback_that_is_off_says_how_to_turn_it_on(keeping):
+    async def work(keeper, post):
+        status, said = await post(better="a", worse="b")
+        assert status == 403 and "serve.feedback.keep_hours" in said
+
+    keeping(work, keep_hours=0)
+
+
+def test_a_folder_that_cannot_be_written_is_a_503_and_answers_wait(keeping, monkeypatch):
+    async def work(keeper, post):
+        keeper.keep(answer("a", **NOW))
+        with monkeypatch.context() as broken:
+            broken.setattr(Place, "write", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+            assert (await post(response="a", thumb="up"))[0] == 503
+            with pytest.raises(ApiError):
+                await keeper._flush()
+        assert await post(response="a", thumb="up") == STORED
+
+    keeping(work)
+
+
+def test_votes_are_exported_as_preference_data(tmp_path):
+    from sampo_ray.feedback import votes_journal
+
+    run, out = tmp_path / "run", tmp_path / "out.jsonl"
+    assert CliRunner().invoke(cli, ["feedback", "export", str(run), str(out)]).exit_code == 1
+    votes_journal(Place(str(run))).append([v.model_dump_json().encode() for v in (better(A, B), thumb("up", C))])
+    said = CliRunner().invoke(cli, ["feedback", "export", str(run), str(out)])
+    assert said.exit_code == 0 and "1 pairs from 2 votes (without: 1 a thumb without its counterpart)" in said.output
+    [row] = read_rows(str(out), "pairs")
+    assert (row.prompt, row.chosen, row.rejected) == (ASK, "a", "b")
+    assert row.id.startswith("feedback-") and row.columns["feedback"]["for"] == 1
+
+
+def test_a_round_takes_the_votes_that_no_earlier_one_used_and_takes_them_again_if_it_was_cut_off(tmp_path, tiny_model):
+    from sampo_ray.actors.stages import _paired_votes
+    from sampo_ray.chat import ChatFormat
+    from sampo_ray.config import DataConfig
+    from sampo_ray.feedback import votes_journal
+
+    run, chat = Place(str(tmp_path)), ChatFormat.load(tiny_model, "llama3-sampo")
+    chat.save(tmp_path / "tokenizer")
+    rounds = [run.at("rounds", str(index), "feedback") for index in range(3)]
+
+    def store(*votes):
+        votes_journal(run).append([vote.model_dump_json().encode() for vote in votes])
+
+    def take(index):
+        return _paired_votes(rounds[index], run, rounds[:index], run.at("tokenizer"), DataConfig(max_length=64))
+
+    assert take(0) == take(0)
+    assert take(0)["rows"] == [] and take(0)["votes"] == 0
+    store(better(A, B), thumb("up", C), vote([A, B], tie=["a", "b"]))
+    first = take(1)
+    assert (first["rows"], first["votes"]) == ([1], 1)
+    assert first["left"] == {"tie": 1, "a thumb without its counterpart": 1}
+    store(thumb("down", answer("d")))
+    assert take(1) == first
+    second = take(2)
+    assert (second["rows"], second["votes"], second["left"]) == ([1], 2, {"tie": 1})
+    [pair] = rounds[2].at("part-00000.parquet").read_table().to_pylist()
+    assert pair["id"].startswith("feedback-") and pair["chosen_reward"] is None
+    assert pair["chosen"] == chat.response_ids("c") and pair["prompt"] == chat.prompt_ids(ASK)
+
+
+@pytest.mark.parametrize(("data", "said"), [("all", 0), ("all", 5), ("split", 5)])
+def test_pairs_from_feedback_come_on_top_of_the_round_s_own(tmp_path, monkeypatch, data, said):
+    from sampo_ray.actors import stages
+    from sampo_ray.actors.blocks import Part
+    from sampo_ray.config import load_config
+    from sampo_ray.display import open_display
+    from sampo_ray.rounds import Round
+    from sampo_ray.runs import create_run
+
+    tree = {"model": {"path": "m"}, "data": {"train": "d"}, "rounds": {"data": data, "count": 3}, "run": {"dir": ""}}
+    orders = []
+    for name, more in (("with", said), ("without", 0)):
+        run = create_run(load_config(tree, [f"run.dir={tmp_path / name}"]))
+        monkeypatch.setattr(stages, "gather", lambda parts, order, *_: orders.append(sorted(order.tolist())) or [])
+        for index in range(3):
+            round = Round(run, index, open_display())
+            assert round.feedback() == [], "it is off"
+            round.pairs([Part(run.place, 40)], [Part(run.place, more)] if more else [])
+    assert orders[:3] == [[*order, *range(40, 40 + said)] for order in orders[3:]]
+    assert sorted(itertools.chain(*orders[3:])) == sorted([*range(40)] * (1 if data == "split" else 3))
