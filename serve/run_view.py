@@ -92,7 +92,7 @@ def last_steps(run: Place) -> list[dict[str, Any]]:
 
 
 def columns(steps: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """At most about POINTS of the steps by column; which ones does not change as others come. The last is among them."""
+    """About POINTS of the steps at most, by column; the last, and others that stay the same as steps come."""
     every = -(-len(steps) // POINTS) or 1
     kept = [step for step in steps if step["version"] % every == 0 or step is steps[-1]]
     return {name: [_finite(step.get(name)) for step in kept] for name in ("version", "round", *COLUMNS)}
