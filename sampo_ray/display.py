@@ -16,6 +16,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from sampo_ray.runs import Place
+from sampo_ray.status import Activity, Status, StatusFile
+
 SECONDS_BETWEEN_LINES = 5.0
 """Plain output: a running stage says no more than one line in this time."""
 
@@ -47,6 +50,10 @@ class Stage:
 
     def amount(self) -> str:
         return f"{self.done:,} {self.unit}" if self.total is None else f"{self.done:,}/{self.total:,} {self.unit}"
+
+    def activity(self, elapsed: float) -> Activity:
+        rate = self.done / elapsed if self.done and elapsed > 0 else None
+        return Activity(name=self.name, done=self.done, total=self.total, unit=self.unit, seconds=elapsed, rate=rate)
 
     def rate(self, elapsed: float) -> str:
         """Units per second, or seconds per unit where that reads better; empty while unknown."""
@@ -97,22 +104,38 @@ class Display(ABC):
         self._round = ""
         self._status: dict[str, str] = {}
         self._news = False
+        self._file: StatusFile | None = None
+        self._told = Status()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        return None
+        if self._file:
+            self._file.close()
+
+    def work_on(self, run: Place) -> None:
+        """From now on what happens belongs to this run, and its directory is told."""
+        if self._file:
+            self._file.close()
+        self._file, self._told = StatusFile(run), Status()
 
     @contextmanager
     def stage(self, name: str, total: int | None, unit: str) -> Iterator[Stage]:
         """A stage of `total` units (None: not known), such as `stage("generate", 64, "prompts")`."""
-        stage = Stage(name, total, unit, self.clock(), self._advanced)
+
+        def advanced(stage: Stage) -> None:
+            self._advanced(stage)
+            self._tell(stage=stage.activity(self._elapsed(stage)))
+
+        stage = Stage(name, total, unit, self.clock(), advanced)
         self._begun(stage)
+        self._tell(stage=stage.activity(0.0))
         try:
             yield stage
         finally:
             self._ended(stage)
+            self._tell(stage=None)
 
     @abstractmethod
     def _begun(self, stage: Stage) -> None: ...
@@ -126,6 +149,7 @@ class Display(ABC):
     def round(self, index: int, count: int) -> None:
         """Round `index` (from 0) of `count` begins."""
         self._round = f"round {index + 1}/{count}"
+        self._tell(round=index + 1, rounds=count)
 
     def metrics(self, values: Mapping[str, float]) -> None:
         """One optimizer step's metrics under their names in metrics.jsonl; those in `SHOWN` appear."""
@@ -152,6 +176,11 @@ class Display(ABC):
         for row in rows:
             table.add_row(*(Text(str(cell)) for cell in row))
         self.console.print(table)
+
+    def _tell(self, **changes: object) -> None:
+        if self._file:
+            self._told = self._told.model_copy(update=changes)
+            self._file.tell(self._told)
 
     def _update(self, facts: dict[str, str]) -> None:
         self._status.update(facts)
@@ -192,6 +221,7 @@ class LiveDisplay(Display):
 
     def __exit__(self, *exception: object) -> None:
         self._live.stop()
+        super().__exit__(*exception)
 
     def _begun(self, stage: Stage) -> None:
         task = self._bars.add_task(stage.name, total=stage.total, amount=stage.amount(), rate="", left="")

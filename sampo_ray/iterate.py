@@ -16,6 +16,7 @@ def iterate(run: Run, fleet: Fleet, display: Display) -> Place:
     StageError or TrainingError with a reason to show.
     """
     fleet.attach(run)
+    display.work_on(run.place)
     data = tokenized(run, display)
     for index in range(run.config.rounds.count):
         round = Round(run, index, display)

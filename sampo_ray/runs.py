@@ -3,6 +3,7 @@
 Layout under `run.dir` (a local path or any fsspec URL):
 
     config.yaml  manifest.json  metrics.jsonl      the run as resolved, what is finished, one line a step
+    status.json                                    what the run does now, or did last
     tokenizer/                                     with the run's chat template
     data/        rounds/<k>/<stage>/               blocks as Parquet parts, a part is complete once it is there
     versions/<step>/                               published bf16 weights, each a Hugging Face folder
@@ -102,6 +103,11 @@ class Place:
         """The file, or its bytes `start` to `end`."""
         fs, path = self._fs()
         return bytes(fs.cat_file(path, start=start, end=end))
+
+    def tail(self, size: int) -> bytes:
+        """The last `size` bytes; all of them if there are fewer."""
+        fs, path = self._fs()
+        return bytes(fs.cat_file(path, start=-size))
 
     def write(self, content: bytes) -> None:
         """Replaces the file atomically: readers see the old content or the new."""

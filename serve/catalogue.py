@@ -9,6 +9,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from sampo_ray.actors.pinned import pinned_app
 from sampo_ray.actors.weight_store import find_weight_store
+from sampo_ray.runs import Place
 from sampo_ray.serve.errors import ApiError, unavailable
 from sampo_ray.versions import VersionError, find
 
@@ -51,6 +52,16 @@ class Catalogue:
             if self._state is None:
                 raise unavailable()
             return self._state
+
+    async def run_place(self) -> Place:
+        """The directory of the run that the fleet works for. ApiError (503) while that is not known."""
+        try:
+            url = await asyncio.wait_for(find_weight_store(self._store).place.remote(), CALL_TIMEOUT_S)
+        except (RayError, ValueError, TimeoutError):
+            raise unavailable() from None
+        if not url:
+            raise unavailable("no run is attached to this endpoint yet; try again soon")
+        return Place(url)
 
     async def command(self, verb: str, name: str, argument: str = "") -> dict[str, Any]:
         """What an admin asks for, done; the new state. ApiError when it cannot be."""

@@ -32,13 +32,17 @@ from sampo_ray.serve.errors import ApiError, ReplicaLost
 from sampo_ray.serve.feedback import FEEDBACK_ROUTES, FeedbackRoutes, Keeper, draft_of
 from sampo_ray.serve.headers import Hardened
 from sampo_ray.serve.limits import MAX_IN_FLIGHT, Limited, Limits
+from sampo_ray.serve.playground import PAGE_ROUTES, PageRoutes, load_assets
 from sampo_ray.serve.policy_app import Answer, PolicyApp
+from sampo_ray.serve.run_view import RUN_ROUTES, RunRoutes
 
 ATTEMPTS = 4
 RETRY_PAUSE_S = 0.2
 ROUTES = {
     **ADMIN_ROUTES,
     **FEEDBACK_ROUTES,
+    **PAGE_ROUTES,
+    **RUN_ROUTES,
     "health": lambda app: app.get("/health"),
     "list_models": lambda app: app.get("/v1/models"),
     "retrieve_model": lambda app: app.get("/v1/models/{model:path}"),
@@ -47,7 +51,7 @@ ROUTES = {
 }
 
 
-class PolicyIngress(AdminRoutes, FeedbackRoutes, OpenAiIngress):
+class PolicyIngress(AdminRoutes, FeedbackRoutes, PageRoutes, RunRoutes, OpenAiIngress):
     """Answers for the Serve application `policy_app`, which serves the model `policy`, and for pinned versions.
 
     An answer has `request_timeout_s` from when its request is read to its last token, of which it waits at most
@@ -62,6 +66,7 @@ class PolicyIngress(AdminRoutes, FeedbackRoutes, OpenAiIngress):
         self._policy = PolicyApp(policy_app)
         self._apps = {policy_app: self._policy}
         self._config = config
+        self.assets = load_assets()
 
     def commanded(self, state: dict[str, Any]) -> None:
         """No answer from now on begins with weights that were live before the command."""

@@ -268,7 +268,7 @@ def test_a_chunked_body_is_counted_too(endpoint: Endpoint) -> None:
 
 def test_only_our_own_routes_exist(endpoint: Endpoint) -> None:
     headers = {"authorization": f"Bearer {KEY}"}
-    for path in ("/docs", "/redoc", "/openapi.json", "/v1/embeddings", "/tokenize", "/metrics", "/"):
+    for path in ("/docs", "/redoc", "/openapi.json", "/v1/embeddings", "/tokenize", "/metrics", "/page/"):
         answer = httpx.get(endpoint.url + path, headers=headers)
         assert answer.status_code == 404
         assert path in message(answer)

@@ -1,0 +1,416 @@
+"""The Playground in a real browser, on a real endpoint."""
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from playwright.sync_api import Browser, Locator, Page, Request, Route, expect, sync_playwright
+
+from sampo_ray.runs import Manifest, Place, RoundRecord
+from sampo_ray.status import Activity, Status
+from tests import test_endpoint
+from tests.test_endpoint import KEY, Endpoint
+
+pytestmark = pytest.mark.slow
+
+endpoint = test_endpoint.endpoint
+expect.set_options(timeout=15_000)  # a busy machine is no failure
+PHONE = {"viewport": {"width": 360, "height": 740}}
+REFUSALS = re.compile(r"Failed to load resource: (the server responded with a status of 40[0134]|net::ERR_FAILED)")
+Visit = Callable[..., Page]
+CONTRASTS = """() => {
+  const linear = (c) => (c / 255 <= 0.04045 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4);
+  const luminance = (text) => {
+    const [r, g, b] = text.match(/[\\d.]+/g).slice(0, 3).map(Number).map(linear);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const clear = (color) => color === "transparent" || /, 0\\)$/.test(color);
+  const ground = (node) => {
+    while (node && clear(getComputedStyle(node).backgroundColor)) node = node.parentElement;
+    return node ? getComputedStyle(node).backgroundColor : "rgb(255, 255, 255)";
+  };
+  return [...document.querySelectorAll("p, button:not(:disabled), label, summary, b, span, h1, h2, dt, dd")]
+    .filter((node) => node.offsetParent && node.textContent.trim() && !node.closest(".hidden"))
+    .map((node) => {
+      const [low, high] = [getComputedStyle(node).color, ground(node)].map(luminance).sort((x, y) => x - y);
+      return [(high + 0.05) / (low + 0.05), node.textContent.slice(0, 30)];
+    });
+}"""
+"""For each visible text of the page, the contrast with its ground (WCAG 2: at least 4.5) and its first letters."""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("there is no chromium on this machine (Debian's package of that name)")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser: Browser, endpoint: Endpoint) -> Iterator[Visit]:
+    """Opens the page. Afterwards: no error in any console, and no request went elsewhere.
+
+    A browser reports each 4xx in its console; those of a login and of routes that are off are no errors.
+    """
+    run = Place(str(Path(endpoint.versions).parent))
+    run.at("manifest.json").write(Manifest(id="run-a").model_dump_json().encode())
+    home, problems, contexts = urlsplit(endpoint.url).netloc, [], []
+
+    def open_page(url: str, **options: Any) -> Page:
+        context = browser.new_context(**options)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(20_000)
+        page.on("console", lambda said: said.type == "error" and problems.append(said.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("request", lambda asked: asked.url.startswith("data:") or note_host(asked))
+        page.goto(url)
+        return page
+
+    def note_host(asked: Request) -> None:
+        if urlsplit(asked.url).netloc != home:
+            problems.append(f"request to {asked.url}")
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert [problem for problem in problems if not REFUSALS.match(problem)] == []
+
+
+def asking(page: Page, **fields: Any) -> list[dict[str, Any]]:
+    """Adds fields to the page's chat requests on their way to the engine; returns what the page asks."""
+    asked: list[dict[str, Any]] = []
+
+    def onward(route: Route) -> None:
+        asked.append(json.loads(route.request.post_data or "{}"))
+        route.continue_(post_data=json.dumps({**asked[-1], **fields}))
+
+    page.route("**/v1/chat/completions", onward)
+    return asked
+
+
+def send(page: Page, text: str, answers: int = 1) -> Locator:
+    """Sends a message and waits for its answers to end."""
+    before = page.locator(".answer").count()
+    page.get_by_label("Message").fill(text)
+    page.get_by_label("Message").press("Enter")
+    expect(page.locator(".answer")).to_have_count(before + answers)
+    expect(page.locator(".answer[aria-busy=true]")).to_have_count(0, timeout=30_000)
+    return page.locator(".turn").last.locator(".answer")
+
+
+def limit(page: Page, tokens: int) -> None:
+    page.locator("#settings summary").click()
+    page.get_by_label("Max tokens").fill(str(tokens))
+    page.locator("#settings summary").click()
+
+
+def told(page: Page) -> list[dict[str, Any]]:
+    """What the page posts as feedback, which is taken in the endpoint's place."""
+    judgements: list[dict[str, Any]] = []
+
+    def take(route: Route) -> None:
+        judgements.append(route.request.post_data_json)
+        route.fulfill(json={"stored": True, "duplicate": len(judgements) > 1})
+
+    page.route("**/feedback", take)
+    return judgements
+
+
+def test_a_chat_streams_and_says_which_version_gave_how_many_tokens(visit: Visit, endpoint: Endpoint) -> None:
+    page = visit(endpoint.hasty)
+    assert page.url == f"{endpoint.hasty}/", "relative addresses need the slash"
+    asked = asking(page, ignore_eos=True)
+    limit(page, 60)
+    page.evaluate(
+        """() => { window.lengths = new Set();
+        new MutationObserver(() => { const text = document.querySelector('.answer .text');
+          if (text) window.lengths.add(text.textContent.length); })
+        .observe(document.getElementById('turns'), {subtree: true, childList: true, characterData: true}); }"""
+    )
+    answer = send(page, "hello world")
+    expect(answer.locator(".meta")).to_have_text(re.compile(rf"^v{endpoint.live()} · 60 tokens · .*cut at the limit$"))
+    assert page.evaluate("window.lengths.size") > 2, "text comes in pieces"
+    first = answer.locator(".text").text_content()
+    send(page, "and again")
+    roles = [[message["role"] for message in each["messages"]] for each in asked]
+    assert roles == [["user"], ["user", "assistant", "user"]]
+    assert asked[1]["messages"][1]["content"] == first
+    assert (asked[0]["model"], asked[0]["max_tokens"], asked[0]["temperature"]) == ("policy", 60, 1)
+
+
+def test_a_system_prompt_goes_first(visit: Visit, endpoint: Endpoint) -> None:
+    page = visit(endpoint.hasty)
+    asked = asking(page, max_tokens=4)
+    page.locator("#settings summary").click()
+    page.get_by_label("System prompt").fill("be brief")
+    send(page, "hello")
+    assert asked[0]["messages"][0] == {"role": "system", "content": "be brief"}
+
+
+def test_what_the_policy_writes_is_text_whatever_it_writes(visit: Visit, endpoint: Endpoint) -> None:
+    markup = "<script>document.title='x'</script><img src=/x onerror=\"document.title='x'\"><b style='color:red'>b</b>"
+    page = visit(endpoint.hasty)
+    asking(page, structured_outputs={"choice": [markup]})
+    answer = send(page, markup)
+    expect(answer.locator(".text")).to_have_text(markup)
+    assert page.locator(".turns :is(script, img, b)").count() == 0
+    assert page.title() == "Playground · sampo-ray"
+
+
+def test_the_page_is_bound_by_its_policy(visit: Visit, endpoint: Endpoint) -> None:
+    page = visit(endpoint.hasty)
+    header = page.reload().all_headers()["content-security-policy"]  # type: ignore[union-attr]
+    assert "default-src 'none'" in header and "unsafe" not in header
+    assert page.locator("[style], script:not([src]), style").count() == 0
+
+
+def test_escape_stops_an_answer_and_it_can_be_asked_for_again(visit: Visit, endpoint: Endpoint) -> None:
+    page = visit(endpoint.hasty)
+    asking(page, ignore_eos=True, max_tokens=450)
+    page.get_by_label("Message").fill("hello")
+    page.keyboard.press("Enter")
+    expect(page.locator(".answer[data-state=streaming]")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator(".answer .meta")).to_contain_text("stopped")
+    expect(page.get_by_role("button", name="Send")).to_be_visible()
+    page.unroute("**/v1/chat/completions")
+    limit(page, 4)
+    page.get_by_role("button", name="Try again").click()
+    expect(page.locator(".answer[data-state=done]")).to_be_visible()
+
+
+def test_an_error_is_readable_and_can_be_tried_again(visit: Visit, endpoint: Endpoint) -> None:
+    page = visit(endpoint.hasty)
+    page.route("**/v1/chat/completions", lambda route: route.abort())
+    page.get_by_label("Message").fill("hello")
+    page.keyboard.press("Enter")
+    expect(page.locator(".problem")).to_contain_text("does not answer")
+    page.unroute("**/v1/chat/completions")
+    page.route("**/v1/chat/completions", lambda route: route.continue_(post_data=b'{"messages": []}'))
+    page.get_by_role("button", name="Try again").click()
+    expect(page.locator(".problem")).to_contain_text("messages: must be a list of at least one message")
+
+
+def test_two_answers_are_compared_blind_and_the_vote_names_their_ids(visit: Visit, endpoint: Endpoint) -> None:
+    page, version = visit(endpoint.hasty), f"v{endpoint.live()}"
+    judgements = told(page)
+    asked = asking(page, ignore_eos=True, max_tokens=6)
+    page.get_by_label("Compare two").check()
+    page.get_by_label("Blind").check()
+    answers = send(page, "hello", answers=2)
+    for each in answers.all():
+        expect(each.locator(".meta")).to_contain_text("6 tokens")
+        assert version not in each.inner_text() and "policy" not in each.inner_text()
+    page.get_by_role("button", name="B is better").click()
+    expect(page.locator(".vote")).to_contain_text("The chat goes on with answer B")
+    for each in answers.all():
+        expect(each.locator(".meta")).to_contain_text(version)
+    assert len(judgements) == 1 and set(judgements[0]) == {"better", "worse"}
+    assert all(value.startswith("chatcmpl-") for value in judgements[0].values())
+    assert judgements[0]["better"] != judgements[0]["worse"]
+    better = answers.nth(1).locator(".text").text_content()
+    send(page, "go on", answers=2)
+    assert asked[-1]["messages"][1]["content"] == better
+    page.get_by_role("button", name="Both bad").click()
+    expect(page.locator(".vote").last).to_contain_text("Had been stored before")
+    assert len(judgements[1]["tie"]) == 2 and judgements[1]["note"] == "both bad"
+
+
+def test_one_answer_gets_a_thumb_or_is_written_anew(visit: Visit, endpoint: Endpoint) -> None:
+    page = visit(endpoint.hasty)
+    judgements = told(page)
+    asked = asking(page, ignore_eos=True, max_tokens=6)
+    answer = send(page, "hello")
+    page.get_by_role("button", name="Good answer").click()
+    expect(page.get_by_role("button", name="Good answer")).to_have_attribute("aria-pressed", "true")
+    page.get_by_role("button", name="Edit").click()
+    page.get_by_label("The answer as it should be").fill("Hello to you.")
+    page.get_by_role("button", name="Save edit").click()
+    expect(answer.locator(".text")).to_have_text("Hello to you.")
+    assert [sorted(each) for each in judgements] == [["response", "thumb"], ["edited", "response"]]
+    assert judgements[0]["response"] == judgements[1]["response"]
+    send(page, "go on")
+    assert asked[1]["messages"][1]["content"] == "Hello to you."
+
+
+def test_where_feedback_is_off_the_buttons_say_so(visit: Visit, endpoint: Endpoint) -> None:
+    page = visit(endpoint.hasty)
+    asking(page, max_tokens=4, ignore_eos=True)
+    answer = send(page, "hello")
+    page.get_by_role("button", name="Bad answer").click()
+    expect(answer.locator(".said")).to_have_text(re.compile("serve.feedback"))
+
+
+def test_a_key_opens_the_page_and_stays_in_the_tab(visit: Visit, endpoint: Endpoint) -> None:
+    page = visit(endpoint.url)
+    expect(page.get_by_role("dialog")).to_be_visible()
+    page.get_by_label("API key").fill("wrong")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert")).to_have_text("The endpoint does not know this key.")
+    page.get_by_label("API key").fill(KEY)
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("dialog")).to_be_hidden()
+    asking(page, max_tokens=4)
+    expect(send(page, "hello").locator(".meta")).to_contain_text("token")
+    assert KEY not in page.content() and KEY not in page.url
+    assert page.evaluate("[localStorage.length, document.cookie, sessionStorage.length]") == [0, "", 1]
+    page.reload()
+    expect(page.locator("#summary")).to_contain_text("live")
+    page.get_by_role("button", name="Forget key").click()
+    expect(page.get_by_role("dialog")).to_be_visible()
+
+
+def test_versions_are_listed_and_go_live_by_hand(visit: Visit, endpoint: Endpoint) -> None:
+    before = endpoint.live()
+    endpoint.publish(before + 1)
+    page = visit(endpoint.hasty)
+    panel = page.get_by_role("region", name="Versions")
+    expect(panel).to_contain_text(f"v{before + 1} is live")
+    row = panel.get_by_role("listitem").filter(has_text=f"v{before}").first
+    row.locator("summary").focus()
+    page.keyboard.press("Enter")
+    row.get_by_role("button", name="Make live").press("Enter")
+    expect(page.get_by_role("dialog")).to_contain_text(f"Make v{before} live?")
+    page.get_by_role("dialog").get_by_role("button", name="Make live").press("Enter")
+    expect(panel).to_contain_text(f"v{before} is live. It is held there by hand.")
+    asking(page, max_tokens=4)
+    expect(send(page, "hello").locator(".meta")).to_contain_text(f"v{before} ")
+    panel.get_by_role("button", name="Follow training").click()
+    page.get_by_role("dialog").get_by_role("button", name="Follow training").click()
+    expect(panel).to_contain_text(f"v{before + 1} is live. Each new version goes live.")
+
+
+def test_a_key_without_the_scope_sees_versions_and_cannot_change_them(visit: Visit, endpoint: Endpoint) -> None:
+    page = visit("about:blank")
+    refusal = {"error": {"message": "this key lacks the scope 'admin'", "type": "x", "param": None, "code": "scope"}}
+    page.route("**/admin/**", lambda route: route.fulfill(status=403, json=refusal))
+    page.goto(endpoint.hasty)
+    panel = page.get_by_role("region", name="Versions")
+    expect(panel).to_contain_text("needs a key with the scope admin")
+    panel.get_by_role("listitem").last.locator("summary").click()
+    assert panel.get_by_role("button", name=re.compile("Make live|Pin|Roll back")).count() == 0
+
+
+def test_the_run_is_seen_live(visit: Visit, endpoint: Endpoint) -> None:
+    run = Place(str(Path(endpoint.versions).parent))
+    record = RoundRecord(index=0, start_version=0, steps=16, stages={"completions": {"rows": [8], "seconds": 14.2}})
+    run.at("manifest.json").write(Manifest(id="run-a", rounds=[record]).model_dump_json().encode())
+    steps = [{"round": 0, "step": n, "version": n, "loss": 0.7 - n / 100, "chosen_tokens": 20.0 + n} for n in (1, 2, 3)]
+    run.at("metrics.jsonl").write("".join(json.dumps(step) + "\n" for step in steps).encode())
+
+    def tell(done: int) -> None:
+        stage = Activity(name="train", done=done, total=16, unit="steps", seconds=2.0, rate=1.5)
+        run.at("status.json").write(Status(round=1, rounds=2, stage=stage, time=time.time()).model_dump_json().encode())
+
+    tell(3)
+    page = visit(endpoint.hasty)
+    panel = page.get_by_role("region", name="Run")
+    expect(panel).to_contain_text("Round 1 of 2")
+    expect(panel).to_contain_text("3 of 16 steps")
+    expect(panel.get_by_role("img", name=re.compile("^Loss from step 1 to step 3; last: Loss 0.6700"))).to_be_visible()
+    expect(panel).to_contain_text("Sampling completions 14 s")
+    tell(9)
+    expect(panel).to_contain_text("9 of 16 steps")
+    expect(page.locator("#summary")).to_contain_text("Round 1/2, training 56%")
+    seen = httpx.get(f"{endpoint.hasty}/run").text
+    assert str(run.path) not in seen
+
+
+def test_nobody_is_asked_while_the_page_is_hidden(visit: Visit, endpoint: Endpoint) -> None:
+    page = visit(endpoint.hasty)
+    expect(page.locator("#summary")).to_contain_text("live")
+    page.evaluate("Object.defineProperty(document, 'hidden', {value: true, configurable: true})")
+    page.wait_for_timeout(2500)
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.wait_for_timeout(4500)
+    assert asked == []
+    page.evaluate("delete document.hidden; document.dispatchEvent(new Event('visibilitychange'))")
+    page.wait_for_timeout(1000)
+    assert asked
+
+
+def test_nothing_is_wider_than_a_phone(visit: Visit, endpoint: Endpoint) -> None:
+    page = visit(endpoint.hasty, **PHONE)
+    expect(page.locator("#summary")).to_contain_text("live")
+    asking(page, max_tokens=100, ignore_eos=True)
+
+    def overflow() -> int:
+        return page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+
+    send(page, "x" * 300)
+    page.get_by_label("Compare two").check()
+    page.get_by_label("Blind").check()
+    send(page, "hello", answers=2)
+    page.locator("#settings summary").click()
+    assert overflow() <= 0
+    for view in ("Run", "Versions"):
+        page.get_by_role("button", name=view, exact=True).click()
+        expect(page.get_by_role("region", name=view)).to_be_visible()
+        page.evaluate("for (const each of document.querySelectorAll('details')) each.open = true")
+        assert overflow() <= 0
+
+
+def test_all_of_it_can_be_reached_with_the_keyboard(visit: Visit, endpoint: Endpoint) -> None:
+    page = visit(endpoint.hasty)
+    asking(page, max_tokens=4)
+    expect(page.get_by_label("Message")).to_be_focused()
+    page.keyboard.type("one")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("two")
+    expect(page.get_by_label("Message")).to_have_value("one\ntwo")
+    page.keyboard.press("Enter")
+    expect(page.locator(".answer[data-state=done]")).to_be_visible()
+    expect(page.locator(".user .text")).to_have_text("one\ntwo")
+    expect(page.get_by_label("Message")).to_be_focused()
+    expect(page.locator("#announcer")).to_contain_text("finished")
+    page.evaluate("document.activeElement.blur(); document.body.tabIndex = -1; document.body.focus()")
+    order: list[str] = []
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        seen = page.evaluate(
+            """() => { const node = document.activeElement, style = getComputedStyle(node),
+            ring = getComputedStyle(node.closest('.field') ?? node);
+            return [node.id || node.title || node.textContent.slice(0, 40),
+              style.outlineStyle !== 'none' || ring.boxShadow !== 'none'] }"""
+        )
+        assert seen[1], f"no sign of focus on {seen[0]}"
+        order.append(seen[0])
+        if "v0" in seen[0]:
+            break
+    assert order[0] == "Skip to the message field"
+    wanted = ["model-a", "compare", "fresh", "Good answer", "message", "send"]
+    assert [name for name in order if name in wanted] == wanted
+    assert any("v0" in name for name in order)
+
+
+def test_it_is_dark_where_the_user_likes_it_dark_and_legible_in_both(visit: Visit, endpoint: Endpoint) -> None:
+    grounds = {}
+    for scheme in ("light", "dark"):
+        page = visit(endpoint.hasty, color_scheme=scheme, reduced_motion="reduce")
+        expect(page.locator("#summary")).to_contain_text("live")
+        ratios = page.evaluate(CONTRASTS)
+        assert len(ratios) > 10
+        assert min(ratios)[0] >= 4.5, min(ratios)
+        grounds[scheme] = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert grounds["light"] != grounds["dark"]
+
+
+def test_only_the_files_of_the_page_are_served(endpoint: Endpoint) -> None:
+    assert httpx.get(endpoint.hasty).headers["location"] == "hasty/"
+    served = httpx.get(f"{endpoint.hasty}/page/app.js")
+    assert served.headers["content-type"].startswith("text/javascript")
+    for path in ("/page/../gateway.py", "/page/%2e%2e%2fgateway.py", "/page/nothing.js", "/page/"):
+        assert httpx.get(f"{endpoint.hasty}{path}").status_code == 404
