@@ -117,7 +117,8 @@ class _Live:
 
     def policy(self, channel: str, settings: GeneratorsConfig) -> serve.Application:
         """Replicas that serve a channel of the weight store."""
-        from sampo_ray.actors.policy_server import Source, policy_deployment  # importing vLLM takes many seconds
+        from sampo_ray.actors.policy_deployment import policy_deployment
+        from sampo_ray.actors.policy_server import Source  # importing vLLM takes many seconds
 
         base, chat = self._run.versions.at("000000").url, self._run.place.at("tokenizer").url
         config = self._run.config

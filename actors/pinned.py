@@ -1,12 +1,16 @@
 """Pinned versions: each a Serve application of its own that scales from zero, so that `policy` is never redeployed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import ray
 from ray import serve
 
 from sampo_ray.actors.weights import WeightsId, version_folder
 from sampo_ray.runs import Place, open_run
+from sampo_ray.versions import Serving, adapters_on
+
+RANKS = (0, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM can be told to expect; 0: no adapters."""
 
 
 class Pinned:
@@ -14,19 +18,26 @@ class Pinned:
 
     def __init__(self, apps: str, store: str) -> None:
         self._apps, self._store = apps, store
-        self._wanted: tuple[str, tuple[int, ...]] | None = None
+        self._wanted: tuple[str, dict[int, int]] | None = None
         self._last: ray.ObjectRef | None = None
 
-    def become(self, place: Place, run_id: str, versions: Sequence[int]) -> None:
-        wanted = run_id, tuple(versions)
-        if self._apps and wanted != self._wanted and (versions or self._wanted):
+    def become(self, place: Place, run_id: str, ranks: Mapping[int, int]) -> None:
+        """`ranks`: the versions to serve, and the largest rank of the adapters on each (0: none)."""
+        wanted = run_id, dict(ranks)
+        if self._apps and wanted != self._wanted and (ranks or self._wanted):
             self._wanted = wanted
-            self._last = _reconcile.remote(self._apps, self._store, place, run_id, list(versions), self._last)
+            self._last = _reconcile.remote(self._apps, self._store, place, run_id, dict(ranks), self._last)
 
 
-def pinned_app(apps: str, version: int) -> str:
+def adapter_ranks(state: Serving) -> dict[int, int]:
+    """The pinned versions, and for each the smallest rank that vLLM knows and all adapters on it fit in (0: none)."""
+    largest = {v: max((a.rank for a in adapters_on(state, v).values()), default=0) for v in state.pinned}
+    return {version: min((r for r in RANKS if r >= rank), default=RANKS[-1]) for version, rank in largest.items()}
+
+
+def pinned_app(apps: str, version: int, rank: int) -> str:
     """The name of the Serve application of a pinned version, in the fleet of that prefix."""
-    return f"{pinned_prefix(apps)}{version}"
+    return f"{pinned_prefix(apps)}{version}" + (f"-lora{rank}" if rank else "")
 
 
 def pinned_prefix(apps: str) -> str:
@@ -40,22 +51,30 @@ def delete_pinned(apps: str, keep: Sequence[str] = ()) -> None:
 
 
 @ray.remote(num_cpus=0.1, max_retries=2)
-def _reconcile(apps: str, store: str, place: Place, run_id: str, versions: list[int], _before: None) -> None:
-    from sampo_ray.actors.policy_server import Source, policy_deployment  # brings vLLM in
+def _reconcile(apps: str, store: str, place: Place, run_id: str, ranks: dict[int, int], _before: None) -> None:
+    from sampo_ray.actors.policy_deployment import policy_deployment
+    from sampo_ray.actors.policy_server import Source  # brings vLLM in
 
-    names = {pinned_app(apps, version): version for version in versions}
+    names = {pinned_app(apps, version, rank): (version, rank) for version, rank in ranks.items()}
     delete_pinned(apps, keep=list(names))
     config = open_run(place.url).config
     settings = config.fleet.generators.model_copy(update={"min_replicas": 0, "max_replicas": 1})
     running = serve.status().applications
     targets = []
-    for name, version in names.items():
+    for name, (version, rank) in names.items():
         if name not in running:
+            source = Source(
+                store,
+                pinned=WeightsId(run_id, version),
+                drain_s=config.serve.request_timeout_s,
+                adapters=place.at("adapters").url if rank else None,
+                max_rank=rank,
+            )
             app = policy_deployment(
                 f"policy@{version}",
                 version_folder(place.at("versions").url, version),
                 place.at("tokenizer").url,
-                Source(store, pinned=WeightsId(run_id, version), drain_s=config.serve.request_timeout_s),
+                source,
                 settings,
                 config.data.max_length,
             )

@@ -15,9 +15,9 @@ from typing import Any, Literal, NoReturn
 
 import pyarrow as pa
 import xxhash
-from ray import serve
 from ray.exceptions import RayError
-from ray.serve.llm import LLMConfig, LLMServer, build_llm_deployment
+from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
+from ray.serve.llm import LLMConfig, LLMServer
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 from vllm import SamplingParams, TokensPrompt
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
@@ -28,11 +28,9 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from sampo_ray.actors.replica import Event, State, after
 from sampo_ray.actors.weight_store import Channel, find_weight_store
-from sampo_ray.actors.weight_transfer import BACKEND, staged
+from sampo_ray.actors.weight_transfer import staged
 from sampo_ray.actors.weights import Bucket, Elsewhere, Weights, WeightsError, WeightsId, read_about, verify
 from sampo_ray.chat import ChatFormat
-from sampo_ray.config import GeneratorsConfig
-from sampo_ray.cpu import has_bf16
 from sampo_ray.runs import Place
 
 logger = logging.getLogger("ray.serve")  # the one that Serve sends to its log files
@@ -82,6 +80,9 @@ class Source:
     swap: Literal["keep", "wait"] = "keep"
     drain_s: float = 300.0
     """With swap=wait: seconds that answers in flight may take to end."""
+    adapters: str | None = None
+    """Folder (or URL) of LoRA adapters on the pinned version: asked for by `policy@NAME`, one is loaded when it is."""
+    max_rank: int = 0
 
 
 class PolicyServer(LLMServer):
@@ -111,6 +112,7 @@ class PolicyServer(LLMServer):
         self._held = Held(WeightsId("", -1), {}, 0)  # nothing that a store would know
         self._had: set[WeightsId] = set()
         self._answers: dict[str, list[dict[str, Any]]] = {}
+        self._adapting = asyncio.Lock()
         await super().__init__(llm_config)
         self._client = self.engine._engine_client  # vLLM's AsyncLLM; LLMServer has no way to send token ids
         await self._warm_up()
@@ -207,6 +209,8 @@ class PolicyServer(LLMServer):
         self, method: Any, request: Any, raw_request_info: Any, at_least: tuple[str, int]
     ) -> AsyncGenerator[Any, None]:
         await self._reach(*at_least)
+        if request.model != self._llm_config.model_id and self._source.adapters:
+            await self._load_adapter(self._source.adapters, request.model)
         first, previous = self._held, ""
         request.cache_salt = f"{first.salt}/{request.cache_salt or ''}"
         key = request.request_id = os.urandom(16).hex()  # a user's may not be unique, and a request may come again
@@ -225,6 +229,13 @@ class PolicyServer(LLMServer):
                 yield item
         finally:
             del self._answers[key]
+
+    async def _load_adapter(self, folder: str, model: str) -> None:
+        """Makes the engine know the adapter that the model name `policy@NAME` means; at once if it does already."""
+        async with self._adapting:
+            path = await asyncio.to_thread(on_this_node, Place(folder).at(model.partition("@")[2]).url)
+            known = DiskMultiplexConfig(model_id=model, local_path=path, lora_assigned_int_id=0, max_total_tokens=None)
+            await self.engine.resolve_lora(known)
 
     def _note_swap(self, version: int) -> None:
         """Notes for each answer in flight how many tokens it has from the weights that go. The engine is paused."""
@@ -432,71 +443,3 @@ def versions_chunk(previous: str, spans: Sequence[dict[str, Any]]) -> str:
     header = json.loads(previous.removeprefix("data: "))
     fields = {key: header.get(key) for key in ("id", "object", "created", "model")}
     return f"data: {json.dumps({**fields, 'choices': [], 'policy_versions': list(spans)})}\n\n"
-
-
-def cpu_engine(max_model_len: int) -> dict[str, Any]:
-    """vLLM's settings where there is no GPU: nothing to compile, whole prompts only, and arithmetic the CPU has.
-
-    Where a CPU has no bf16 instructions, vLLM's products of bf16 matrices were measured 7 times slower than fp32 ones
-    (64 rows); the weights are the same numbers in both.
-
-    vLLM 0.29 rewinds the random generator of a seeded request whose prompt it cuts into chunks, which on a CPU kills
-    the engine ("CPU Generator does not use offset").
-    """
-    return {
-        "dtype": "bfloat16" if has_bf16() else "float32",
-        "enforce_eager": True,
-        "kv_cache_memory_bytes": 1 << 30,
-        "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(max_model_len, 4096),
-    }
-
-
-def policy_deployment(
-    model_id: str,
-    model_folder: str,
-    chat_folder: str,
-    source: Source,
-    config: GeneratorsConfig,
-    max_model_len: int,
-    name: str = "policy",
-) -> serve.Application:
-    """The Serve deployment of policy replicas, which serve `source` under the name `model_id`.
-
-    `model_folder` is a complete version (the one to pin, or 000000 until the store's weights are in), `chat_folder` the
-    run's tokenizer with its chat template and end-of-turn token, both paths or fsspec URLs that every node reaches; the
-    store that `source` names must run. `config.num_gpus` decides between GPU and CPU.
-    """
-    gpus = config.num_gpus or 0
-    llm_config = LLMConfig(
-        model_loading_config={"model_id": model_id, "model_source": model_folder},
-        accelerator_config={"kind": "gpu" if gpus else "cpu"},
-        placement_group_config={"bundle_per_worker": {"GPU": gpus} if gpus else {"CPU": 0}},
-        deployment_config={"ray_actor_options": {"num_cpus": 1 if config.num_cpus is None else config.num_cpus}},
-        runtime_env={"env_vars": {"HF_HUB_OFFLINE": "1"}},
-        engine_kwargs={
-            "tokenizer": chat_folder,
-            "max_model_len": max_model_len,
-            "generation_config": "vllm",
-            "enable_prompt_tokens_details": True,
-            "worker_extension_cls": "sampo_ray.actors.weight_transfer.WorkerExtension",
-            "weight_transfer_config": {"backend": BACKEND},
-            # Another backend would have to stay the engine's for good, whoever's first request wanted it.
-            "structured_outputs_config": {"backend": "xgrammar"},
-            **({"dtype": "bfloat16"} if gpus else cpu_engine(max_model_len)),
-            **config.engine,
-        },
-    )
-    options = {
-        "name": name,
-        "autoscaling_config": config.autoscaling,
-        "max_ongoing_requests": config.max_ongoing_requests,
-        "max_queued_requests": config.max_queued_requests,
-        "graceful_shutdown_timeout_s": source.drain_s,  # answers in flight end before the replica does
-    }
-    return build_llm_deployment(
-        llm_config,
-        bind_kwargs={"source": source, "chat_folder": chat_folder},
-        override_serve_options=options,
-        deployment_cls=PolicyServer,
-    )

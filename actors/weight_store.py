@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 
 from sampo_ray import versions
 from sampo_ray.actors.gate import Verdict, check
-from sampo_ray.actors.pinned import Pinned
+from sampo_ray.actors.pinned import Pinned, adapter_ranks
 from sampo_ray.actors.weights import (
     Bucket,
     Weights,
@@ -231,7 +231,7 @@ class WeightStore:
         """Makes what serving.json says so."""
         await asyncio.to_thread(self._go_live)
         await self._notify()
-        await asyncio.to_thread(self._pinned.become, self._place, self._run, self._serving.pinned)
+        await asyncio.to_thread(self._pinned.become, self._place, self._run, adapter_ranks(self._serving))
 
     def _go_live(self) -> None:
         wanted, sequence = self._serving.live, self._serving.sequence

@@ -111,7 +111,8 @@ def policy_rig(folder: Path, model: Path | None, concurrency: int, **engine: Any
     from ray import serve
     from transformers import AutoModelForCausalLM
 
-    from sampo_ray.actors.policy_server import Source, policy_deployment
+    from sampo_ray.actors.policy_deployment import policy_deployment
+    from sampo_ray.actors.policy_server import Source
     from sampo_ray.actors.weight_store import start_weight_store
     from sampo_ray.actors.weights import version_folder, write_version
     from sampo_ray.chat import ChatFormat

@@ -26,6 +26,13 @@ class VersionError(ValueError):
     """A request about versions that cannot be met; the message names the version and what there is."""
 
 
+class Adapter(BaseModel):
+    """A LoRA adapter (peft) in `adapters/<name>/`, served by replicas of the version that it was made for."""
+
+    base: int
+    rank: int
+
+
 class Serving(BaseModel):
     """What the live policy serves. `sequence` counts changes of `live`: with it, answers of several replicas have an
     order even when a rollback makes version numbers go backwards."""
@@ -40,6 +47,7 @@ class Serving(BaseModel):
     pinned: list[int] = Field(default_factory=list)
     labels: dict[str, int] = Field(default_factory=dict)
     """Labels that users gave; those of rounds and steps are in each version's own record."""
+    adapters: dict[str, Adapter] = Field(default_factory=dict)
     refused: dict[int, str] = Field(default_factory=dict)
     """Versions that failed a check, with the reason."""
     passed: list[int] = Field(default_factory=list)
@@ -125,17 +133,44 @@ def unpin(state: Serving, version: int) -> Serving:
     if version not in state.pinned:
         pinned = ", ".join(map(str, state.pinned)) or "none"
         raise VersionError(f"version {version} is not pinned (pinned: {pinned})")
+    if on_it := adapters_on(state, version):
+        raise VersionError(f"version {version} carries adapters ({', '.join(on_it)}); remove them first")
     return state.model_copy(update={"pinned": [v for v in state.pinned if v != version]})
+
+
+def adapters_on(state: Serving, version: int) -> dict[str, Adapter]:
+    """The adapters that were made for a version, by name."""
+    return {name: adapter for name, adapter in state.adapters.items() if adapter.base == version}
+
+
+def adapt(state: Serving, name: str, adapter: Adapter) -> Serving:
+    """Serves an adapter as `policy@NAME` on its base version, which is pinned for it."""
+    _check_label(name)
+    if name in state.labels or name in state.adapters:
+        raise VersionError(f"the name {name!r} is taken; choose another, or remove what has it")
+    return pin(state, adapter.base).model_copy(update={"adapters": {**state.adapters, name: adapter}})
+
+
+def remove_adapter(state: Serving, name: str) -> Serving:
+    if name not in state.adapters:
+        raise VersionError(f"there is no adapter {name!r}; there is {', '.join(state.adapters) or 'none'}")
+    return state.model_copy(update={"adapters": {n: a for n, a in state.adapters.items() if n != name}})
 
 
 def label(state: Serving, version: int, name: str) -> Serving:
     """Gives a version a name of the user's own, which moves if another one had it."""
+    _check_label(name)
+    if name in state.adapters:
+        raise VersionError(f"the name {name!r} is an adapter's; choose another")
+    return state.model_copy(update={"labels": {**state.labels, name: version}})
+
+
+def _check_label(name: str) -> None:
     if not LABEL.fullmatch(name) or name in ("base", "latest", "live", "final") or name.startswith("round-"):
         raise VersionError(
             f"label {name!r}: use lower-case letters, digits, '.', '_', '-' and '/', a letter first, and none of the "
             "names that versions get by themselves (base, final, latest, live, round-...)"
         )
-    return state.model_copy(update={"labels": {**state.labels, name: version}})
 
 
 def commanded(

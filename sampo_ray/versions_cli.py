@@ -1,5 +1,6 @@
 """The command line's commands on versions. They change `serving.json`; whoever serves the run follows it at once."""
 
+import json
 from collections.abc import Callable
 from datetime import datetime
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ from rich.table import Table
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The run directory.")]
 VersionArgument = Annotated[str, typer.Argument(metavar="VERSION", help="A number, or a label such as round-2.")]
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 Readable = Callable[[], Any]
 
 
@@ -46,6 +48,26 @@ def add_commands(app: typer.Typer, readable_errors: Readable) -> None:
         with readable_errors():
             command(run, "unpin", version)
 
+    adapter = typer.Typer(help="LoRA adapters, served on the version that they were made for.", no_args_is_help=True)
+    app.add_typer(adapter, name="adapter")
+
+    @adapter.command()
+    def add(
+        run: RunArgument,
+        folder: Annotated[str, typer.Argument(help="As peft's save_pretrained writes it (safetensors).")],
+        name: Annotated[str, typer.Argument(help="It is asked for as policy@NAME.")],
+        base: Annotated[str, typer.Option(help="The version it was made for.")] = "base",
+    ) -> None:
+        """Copies an adapter into the run directory and serves it."""
+        with readable_errors():
+            add_adapter(run, folder, name, base)
+
+    @adapter.command()
+    def remove(run: RunArgument, name: Annotated[str, typer.Argument()]) -> None:
+        """Ends that."""
+        with readable_errors():
+            remove_adapter(run, name)
+
     @app.command()
     def label(
         run: RunArgument, version: VersionArgument, name: Annotated[str, typer.Argument(metavar="LABEL")]
@@ -53,6 +75,50 @@ def add_commands(app: typer.Typer, readable_errors: Readable) -> None:
         """Gives a version a name, under which it can be asked for once it is pinned or live."""
         with readable_errors():
             command(run, "label", version, name)
+
+
+def add_adapter(run: str, folder: str, name: str, base: str) -> None:
+    from sampo_ray.runs import Place, absolute
+    from sampo_ray.versions import Adapter, VersionError, adapt, all_labels, edit_serving, find, read_serving
+
+    place, abouts, follow = opened(run)
+    state = read_serving(place, follow)
+    adapter = Adapter(base=find(base, all_labels(state, abouts)), rank=rank_of(folder))
+    adapt(state, name, adapter)  # refused before anything is copied
+    target = place.at("adapters", name)
+    if target.names():
+        raise VersionError(f"{target.url} exists; choose another name, or remove it")
+    with target.draft() as draft:
+        for file in ADAPTER_FILES:
+            (draft / file).write_bytes(Place(absolute(folder)).at(file).read())
+        target.take(draft)
+    edit_serving(place, lambda now: adapt(now, name, adapter), follow)
+    typer.echo(f"policy@{name}: served on version {adapter.base}, which is pinned for it")
+
+
+def remove_adapter(run: str, name: str) -> None:
+    from sampo_ray.versions import edit_serving, remove_adapter
+
+    place, _, follow = opened(run)
+    edit_serving(place, lambda now: remove_adapter(now, name), follow)
+    place.at("adapters", name).remove()
+    typer.echo(f"policy@{name} is no longer served")
+
+
+def rank_of(folder: str) -> int:
+    """The rank of a LoRA adapter in peft's format; ConfigError when it is none that could be served."""
+    from sampo_ray.config import ConfigError
+    from sampo_ray.runs import Place, absolute
+
+    place = Place(absolute(folder))
+    for file in ADAPTER_FILES:
+        if not place.at(file).exists():
+            raise ConfigError(f"{folder!r} holds no adapter of peft ({file} is missing); save one with save_pretrained")
+    config = json.loads(place.at("adapter_config.json").read())
+    rank, kind = config.get("r"), config.get("peft_type")
+    if kind != "LORA" or not isinstance(rank, int) or not 0 < rank <= 512 or config.get("modules_to_save"):
+        raise ConfigError(f"{folder!r}: only LoRA adapters of rank 1 to 512, without modules_to_save, can be served")
+    return rank
 
 
 def command(run: str, verb: str, version: str = "", argument: str = "") -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
 
-from sampo_ray.actors.pinned import pinned_app
+from sampo_ray.actors.pinned import adapter_ranks, pinned_app
 from sampo_ray.actors.weight_store import find_weight_store
 from sampo_ray.runs import Place
 from sampo_ray.serve.errors import ApiError, unavailable
@@ -85,6 +85,10 @@ class Catalogue:
         base, _, name = str(model).partition("@")
         state = await self.state()
         serving, labels = state["serving"], {v["version"]: v["labels"] for v in state["versions"]}
+        ranks = adapter_ranks(serving)
+        if base == MODEL and name in serving.adapters:
+            version = serving.adapters[name].base
+            return Target(pinned_app(state["apps"], version, ranks[version]), f"{MODEL}@{name}", version)
         try:
             if base != MODEL:
                 raise VersionError("no model of that name")
@@ -92,7 +96,7 @@ class Catalogue:
         except VersionError as error:
             raise _no_model(str(error), state) from None
         if version in serving.pinned:
-            return Target(pinned_app(state["apps"], version), f"{MODEL}@{version}", version)
+            return Target(pinned_app(state["apps"], version, ranks[version]), f"{MODEL}@{version}", version)
         if version == serving.live:
             return Target(self._policy_app, MODEL, version)
         raise _no_model(f"version {version} is kept but not pinned; an admin can pin it", state)
@@ -104,13 +108,19 @@ class Catalogue:
             self._card(f"{MODEL}@{entry['version']}", {"run": state["run"], **entry}) for entry in state["versions"]
         ]
         live = [self._card(MODEL, card["metadata"]) for card in cards if card["metadata"]["state"] == "live"]
-        return [*live, *cards]
+        by_version = {card["metadata"]["version"]: card["metadata"] for card in cards}
+        adapters = [
+            self._card(f"{MODEL}@{name}", {**by_version[adapter.base], "adapter": name, "state": "pinned"})
+            for name, adapter in state["serving"].adapters.items()
+            if adapter.base in by_version
+        ]
+        return [*live, *cards, *adapters]
 
     async def card(self, model: str) -> dict[str, Any]:
         """ApiError (404) for a name that no card has, labels included."""
         state = await self.state()
         name = model.partition("@")[2]
-        if model != MODEL:
+        if model != MODEL and name not in state["serving"].adapters:
             labels = {entry["version"]: entry["labels"] for entry in state["versions"]}
             try:
                 if not model.startswith(f"{MODEL}@"):
@@ -140,7 +150,7 @@ def served_names(state: dict[str, Any]) -> list[str]:
     for entry in state["versions"]:
         if entry["version"] in served:
             names += [f"{MODEL}@{name}" for name in (entry["version"], *entry["labels"])]
-    return names
+    return [*names, *(f"{MODEL}@{name}" for name in serving.adapters)]
 
 
 def _no_model(reason: str, state: dict[str, Any]) -> ApiError:

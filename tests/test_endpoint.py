@@ -88,7 +88,8 @@ class Endpoint:
 
 @pytest.fixture(scope="module")
 def endpoint(own_serve: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    from sampo_ray.actors.policy_server import Source, policy_deployment
+    from sampo_ray.actors.policy_deployment import policy_deployment
+    from sampo_ray.actors.policy_server import Source
     from sampo_ray.actors.weight_store import start_weight_store
     from sampo_ray.actors.weights import write_version
     from sampo_ray.chat import ChatFormat

@@ -20,12 +20,12 @@ from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionReq
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sampo_ray.actors import policy_server
+from sampo_ray.actors.policy_deployment import policy_deployment
 from sampo_ray.actors.policy_server import (
     Held,
     Origin,
     PolicyServer,
     Source,
-    policy_deployment,
     sampling_params,
     tokens_by_choice,
     versions_chunk,

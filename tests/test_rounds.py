@@ -196,7 +196,7 @@ def test_a_killed_engine_costs_only_what_was_not_stored(fleet, tiny_model, tmp_p
 
 
 def ask(url: str, model: str) -> httpx.Response:
-    body = {"model": model, "messages": [{"role": "user", "content": "Say 3"}], "max_tokens": 4}
+    body = {"model": model, "messages": [{"role": "user", "content": "Say 3"}], "max_tokens": 8, "temperature": 0}
     return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=300)
 
 
@@ -206,7 +206,34 @@ def admin(url: str, verb: str, **body: object) -> dict:
     return answer.json()
 
 
-def test_versions_are_listed_pinned_promoted_and_rolled_back_while_they_are_served(finished, fleet):
+def sampo(*arguments: object) -> str:
+    """The first line that a command says, up to "for it" or the line's end."""
+    from typer.testing import CliRunner
+
+    from sampo_ray.cli import app
+
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.output.splitlines()[0].removesuffix(" for it")
+
+
+def save_adapter(run: Run, folder: Path) -> Path:
+    """A LoRA adapter, made with peft, that turns what the base model says around."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(run.versions.at("000000").path, dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(r=8, target_modules=["q_proj", "v_proj", "down_proj"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_versions_are_listed_pinned_promoted_and_rolled_back_while_they_are_served(finished, fleet, tmp_path):
     run, _ = finished
     fleet.attach(run)
     first, last = run.manifest.rounds[0].steps, run.manifest.rounds[1].start_version + run.manifest.rounds[1].steps
@@ -220,12 +247,19 @@ def test_versions_are_listed_pinned_promoted_and_rolled_back_while_they_are_serv
     assert unknown.status_code == 404 and f"policy@{last}, policy@round-2/step" in unknown.json()["error"]["message"]
     assert "not pinned" in ask(fleet.endpoint, "policy@round-1").json()["error"]["message"]
 
-    assert admin(fleet.endpoint, "pin", version="round-1")["pinned"] == [first]
+    adapter = save_adapter(run, tmp_path / "adapter")
+    assert (
+        sampo("adapter", "add", run.place.url, adapter, "tune") == "policy@tune: served on version 0, which is pinned"
+    )
     started = time.monotonic()
-    pinned = ask(fleet.endpoint, "policy@round-1")  # its replica starts on account of this request
-    assert (pinned.status_code, pinned.headers["x-policy-version"]) == (200, str(first)), pinned.text
-    assert pinned.json()["model"] == "policy@round-1"
+    tuned = ask(fleet.endpoint, "policy@tune")  # a replica starts on account of this request
+    assert (tuned.status_code, tuned.headers["x-policy-version"]) == (200, "0"), tuned.text
     logger.info("a pinned version answered from zero in %.0f s", time.monotonic() - started)
+    base = ask(fleet.endpoint, "policy@base")
+    assert (base.json()["model"], base.headers["x-policy-version"]) == ("policy@base", "0")
+    assert tuned.json()["choices"] != base.json()["choices"] and tuned.json()["model"] == "policy@tune"
+    assert [c["id"] for c in httpx.get(f"{fleet.endpoint}/v1/models").json()["data"]][-1] == "policy@tune"
+    assert admin(fleet.endpoint, "pin", version="round-1")["pinned"] == [0, first]
 
     assert admin(fleet.endpoint, "promote", version="base")["held"]
     held = ask(fleet.endpoint, "policy")
@@ -235,7 +269,9 @@ def test_versions_are_listed_pinned_promoted_and_rolled_back_while_they_are_serv
     assert ask(fleet.endpoint, "policy").headers["x-policy-version"] == str(last)
     assert ask(fleet.endpoint, f"policy@{last}").status_code == 200
     assert not admin(fleet.endpoint, "promote", version="latest")["held"]
-    assert admin(fleet.endpoint, "unpin", version="round-1")["pinned"] == []
+    assert admin(fleet.endpoint, "unpin", version="round-1")["pinned"] == [0]
+    assert "no longer served" in sampo("adapter", "remove", run.place.url, "tune")
+    assert admin(fleet.endpoint, "unpin", version="base")["pinned"] == []
     assert ask(fleet.endpoint, "policy@round-1").status_code == 404
     refused = httpx.post(f"{fleet.endpoint}/admin/rollback", json={"version": 10**13}, timeout=60)
     assert refused.status_code == 400

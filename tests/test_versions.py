@@ -10,10 +10,12 @@ from typer.testing import CliRunner
 
 from sampo_ray import versions
 from sampo_ray.actors.gate import Probe, judge, win_rate
+from sampo_ray.actors.pinned import adapter_ranks, pinned_app
 from sampo_ray.actors.weights import version_folder
-from sampo_ray.config import GatesConfig, ServeConfig, load_config
+from sampo_ray.config import ConfigError, GatesConfig, ServeConfig, load_config
 from sampo_ray.runs import Place, create_run, lineage, read_serve_config
-from sampo_ray.versions import Serving, VersionError
+from sampo_ray.versions import Adapter, Serving, VersionError
+from sampo_ray.versions_cli import rank_of
 
 ABOUTS = {
     0: {"round": 0, "step": 0},
@@ -114,6 +116,35 @@ def test_the_sequence_grows_with_every_change_of_what_is_live_and_only_then(comm
         backwards = state.live < before.live
         assert not backwards or command in ("rollback", "promote", "release"), "only an operator goes backwards"
         assert state.live in state.kept()
+
+
+def test_adapters_are_served_on_the_version_they_were_made_for():
+    state = versions.adapt(published(Serving()), "tune", Adapter(base=8, rank=12))
+    assert state.pinned == [8] and adapter_ranks(versions.pin(state, 0)) == {0: 0, 8: 16}
+    assert pinned_app("f", 8, 16) == "f-pinned-8-lora16" and pinned_app("f", 0, 0) == "f-pinned-0"
+    with pytest.raises(VersionError, match="carries adapters .tune."):
+        versions.unpin(state, 8)
+    for refused in (
+        lambda: versions.adapt(state, "tune", Adapter(base=0, rank=8)),
+        lambda: versions.label(state, 5, "tune"),
+    ):
+        with pytest.raises(VersionError, match="tune"):
+            refused()
+    with pytest.raises(VersionError, match="there is no adapter 'other'; there is tune"):
+        versions.remove_adapter(state, "other")
+    assert versions.unpin(versions.remove_adapter(state, "tune"), 8).pinned == []
+
+
+def test_only_adapters_that_can_be_served_are_taken(tmp_path):
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(ConfigError, match="adapter_config.json is missing"):
+        rank_of(str(tmp_path))
+    for config in ({"peft_type": "IA3", "r": 8}, {"peft_type": "LORA", "r": 1024}, {"peft_type": "LORA", "r": "8"}):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(ConfigError, match="only LoRA adapters"):
+            rank_of(str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8}))
+    assert rank_of(str(tmp_path)) == 8
 
 
 def test_a_run_that_is_taken_up_again_serves_what_is_durable():
