@@ -15,6 +15,7 @@ MAX_VALUES = 1000
 MAX_CHARACTERS = 20_000
 MAX_DEPTH = 32
 MAX_TOOLS = 64
+DEFINITIONS = ("$defs", "definitions")
 PATTERNS = ("pattern", "patternProperties", "propertyNames")
 ACCEPTED = ("json", "choice", "json_object", "disable_any_whitespace", "disable_additional_properties")
 
@@ -61,6 +62,7 @@ def _check_schema(schema: Any, field: str) -> None:
         except (ValueError, RecursionError):
             raise ApiError(400, f"{field}: not valid JSON", param=field) from None
     _check_size(schema, field)
+    _check_references(schema, field)
     for value, _ in _walk(schema):
         used = next((name for name in PATTERNS if isinstance(value, dict) and name in value), None)
         # A property may be called "pattern"; then what stands there is a schema.
@@ -91,3 +93,37 @@ def _walk(tree: Any) -> Iterator[tuple[Any, int]]:
             left.extend((part, depth + 1) for pair in value.items() for part in pair)
         elif isinstance(value, list):
             left.extend((item, depth + 1) for item in value)
+
+
+def _check_references(schema: Any, field: str) -> None:
+    """Refuses references outside of the schema's own definitions, and definitions that are, by references alone, made of
+    themselves: the engine takes those, and fails on them again and again."""
+    named = {
+        f"#/{where}/{name}": inner
+        for where in DEFINITIONS
+        for name, inner in _mapping(_mapping(schema).get(where)).items()
+    }
+    for value, _ in _walk(schema):
+        reference = _mapping(value).get("$ref")
+        if isinstance(reference, str) and reference not in named:
+            raise ApiError(400, f"{field}: $ref must name one of the schema's own $defs", param=field)
+    for start in named:
+        seen, left = set(), _bare_references(named[start])
+        while left:
+            if (reference := left.pop()) == start:
+                raise ApiError(400, f"{field}: a definition is made of nothing but itself", param=field)
+            if reference not in seen:
+                seen.add(reference)
+                left.extend(_bare_references(named[reference]))
+
+
+def _bare_references(schema: Any) -> list[str]:
+    """What a schema refers to without anything around it."""
+    found, left = [], [schema]
+    while left:
+        value = _mapping(left.pop())
+        if isinstance(value.get("$ref"), str):
+            found.append(value["$ref"])
+        for combined in ("anyOf", "oneOf", "allOf"):
+            left.extend(value[combined] if isinstance(value.get(combined), list) else [])
+    return found

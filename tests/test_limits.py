@@ -329,6 +329,9 @@ def test_more_than_the_limits_allow_is_a_400_that_names_the_field(kind: Any, bod
 SCHEMAS = {
     "pattern": {"type": "string", "pattern": "(.{0,1000}){0,1000}"},
     "hidden": {"$ref": "#/x/properties", "x": {"properties": {"pattern": ".*"}}},
+    "itself": {"$ref": "#"},
+    "elsewhere": {"$ref": "http://elsewhere.example"},
+    "loop": {"$defs": {"a": {"anyOf": [{"$ref": "#/$defs/b"}]}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
     "names": {"patternProperties": {".*": {}}},
     "wide": {"properties": {f"p{i}": {"type": "string"} for i in range(300)}},
     "long": {"const": "x" * 30_000},
@@ -373,8 +376,13 @@ def test_constraints_of_wrong_types_are_left_to_validation_or_refused(body: dict
 def test_ordinary_schemas_are_taken() -> None:
     schema = {
         "type": "object",
-        "properties": {"pattern": {"type": "string", "maxLength": 5}, "when": {"type": "string", "format": "date"}},
+        "properties": {
+            "pattern": {"type": "string", "maxLength": 5},
+            "when": {"type": "string", "format": "date"},
+            "tree": {"$ref": "#/$defs/tree"},
+        },
         "required": ["pattern"],
+        "$defs": {"tree": {"properties": {"left": {"anyOf": [{"$ref": "#/$defs/tree"}, {"type": "null"}]}}}},
     }
     for body in (
         {"structured_outputs": {"json": schema}},
