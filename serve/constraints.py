@@ -96,8 +96,8 @@ def _walk(tree: Any) -> Iterator[tuple[Any, int]]:
 
 
 def _check_references(schema: Any, field: str) -> None:
-    """Refuses references outside of the schema's own definitions, and definitions that are, by references alone, made of
-    themselves: the engine takes those, and fails on them again and again."""
+    """Refuses references outside of the schema's own definitions, and definitions that are made of themselves by
+    references alone: the engine takes those, and fails on them again and again."""
     named = {
         f"#/{where}/{name}": inner
         for where in DEFINITIONS
