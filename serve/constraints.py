@@ -17,6 +17,7 @@ MAX_DEPTH = 32
 MAX_TOOLS = 64
 DEFINITIONS = ("$defs", "definitions")
 PATTERNS = ("pattern", "patternProperties", "propertyNames")
+BOUNDS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 ACCEPTED = ("json", "choice", "json_object", "disable_any_whitespace", "disable_additional_properties")
 
 
@@ -68,6 +69,9 @@ def _check_schema(schema: Any, field: str) -> None:
         # A property may be called "pattern"; then what stands there is a schema.
         if used and not (used == "pattern" and isinstance(value[used], dict)):
             raise ApiError(400, f"{field}: {used} is not accepted by this endpoint; use enum or format", param=field)
+        for name in BOUNDS:  # below zero they are noticed only when the engine compiles
+            if isinstance(bound := _mapping(value).get(name), int | float) and bound < 0:
+                raise ApiError(400, f"{field}: {name} must not be negative", param=field)
 
 
 def _check_size(tree: Any, field: str) -> None:

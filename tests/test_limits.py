@@ -330,6 +330,7 @@ SCHEMAS = {
     "pattern": {"type": "string", "pattern": "(.{0,1000}){0,1000}"},
     "hidden": {"$ref": "#/x/properties", "x": {"properties": {"pattern": ".*"}}},
     "itself": {"$ref": "#"},
+    "negative": {"type": "string", "minLength": -1},
     "elsewhere": {"$ref": "http://elsewhere.example"},
     "loop": {"$defs": {"a": {"anyOf": [{"$ref": "#/$defs/b"}]}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
     "names": {"patternProperties": {".*": {}}},
