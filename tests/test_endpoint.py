@@ -519,7 +519,7 @@ def test_no_request_makes_it_fail(endpoint: Endpoint, data: st.DataObject) -> No
     SEEN[status] += 1
     event(f"{status}" if status else "closed without an answer")  # --hypothesis-show-statistics counts them
     assert not fuzzing.complaint(shot, status, headers, text), f"{shot}: {status} {text[:300]}"
-    assert seconds < 30, f"{shot}: {status} after {seconds:.0f} s"
+    assert seconds < 45, f"{shot}: {status} after {seconds:.0f} s"
     if status >= 400 and headers.get("content-type") == "application/json":
         assert headers.items() >= HARDENING.items()
 
