@@ -20,7 +20,7 @@ RIGHT = {
     OPENAI[1]: {"prompt": "hello", "max_tokens": 2},
 }
 ADMIN = tuple(f"/admin/{name}" for name in ("versions", "promote", "rollback", "pin", "unpin", "label"))
-ROUTES = [*OPENAI, *ADMIN, "/feedback", "/run", "/v1/models", "/v1/models/policy", "/health", "/", "/page/app.js"]
+ROUTES = [*OPENAI, *ADMIN, "/feedback", "/run", "/v1/models", "/v1/models/policy", "/health", "", "/", "/page/app.js"]
 
 LEAVES = (
     st.none()
