@@ -8,7 +8,7 @@ import { VersionsPanel } from "./versions.js";
 
 const RUN_MS = 2000;
 const IDLE_MS = 10000;
-const VERSIONS_MS = 15000;
+const VERSIONS_MS = 8000;
 const VERSIONS_LEAST_MS = 4000;
 
 const chat = new Chat();

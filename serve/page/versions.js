@@ -95,7 +95,7 @@ export class VersionsPanel {
     setText(this.live, live == null ? "No version is live yet." : `v${live} is live. ${held ? "It is held there by hand." : rule ?? ""}`);
     this.controls.hidden = !this.admin;
     this.back.hidden = previous == null;
-    setText(this.back, `Roll back to v${previous}`);
+    setText(this.back, previous == null ? "Roll back" : `Roll back to v${previous}`);
     this.follow.hidden = !held;
     this.note.hidden = this.admin !== false;
     setText(this.note, "Changing versions needs a key with the scope admin.");
