@@ -32,7 +32,7 @@ from sampo_ray.serve.errors import ApiError, ReplicaLost
 from sampo_ray.serve.feedback import FEEDBACK_ROUTES, FeedbackRoutes, Keeper, draft_of
 from sampo_ray.serve.headers import Hardened
 from sampo_ray.serve.limits import MAX_IN_FLIGHT, Limited, Limits
-from sampo_ray.serve.playground import PAGE_ROUTES, PageRoutes, load_assets
+from sampo_ray.serve.playground import PAGE_ROUTES, PageRoutes, Slash, load_assets
 from sampo_ray.serve.policy_app import Answer, PolicyApp
 from sampo_ray.serve.run_view import RUN_ROUTES, RunRoutes
 
@@ -172,6 +172,7 @@ def build_endpoint_app(name: str, policy_app: str, store: str, config: ServeConf
     # A redirect would lead wherever the Host header says.
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     errors.install(app)
+    app.add_middleware(Slash)
     app.add_middleware(stamp.Stamp, live=_live_weights)
     app.add_middleware(Limited, limits=Limits.of(config))
     app.add_middleware(KeyGuard, access=Access.of(config))  # nothing happens before it agrees

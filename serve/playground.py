@@ -3,8 +3,8 @@
 from importlib import resources
 from typing import Any
 
-from fastapi import Request
 from starlette.responses import RedirectResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sampo_ray.serve.errors import ApiError
 
@@ -26,10 +26,6 @@ class PageRoutes:
     async def page(self) -> Response:
         return self._asset("index.html")
 
-    async def page_below(self, request: Request) -> Response:
-        """The page at its route prefix without a slash: its relative addresses hold only behind one."""
-        return RedirectResponse(f"{request.url.path.rpartition('/')[2]}/")
-
     async def page_asset(self, name: str) -> Response:
         if name not in self.assets:
             raise ApiError(404, "the page has no file of that name")
@@ -42,6 +38,23 @@ class PageRoutes:
 
 PAGE_ROUTES: dict[str, Any] = {
     "page": lambda app: app.get("/"),
-    "page_below": lambda app: app.get(""),
     "page_asset": lambda app: app.get("/page/{name}"),
 }
+
+
+class Slash:
+    """ASGI middleware that sends the route prefix alone to the page, behind whose slash its relative addresses hold.
+
+    The redirect is relative, too: a proxy on the way may have another name, scheme or prefix. (A route for the empty
+    path would do, but Ray Serve's proxy cannot match such a pattern and would count all requests as one route.)
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        prefix = scope.get("root_path", "")
+        if scope["type"] == "http" and scope["method"] == "GET" and prefix and scope["path"] == prefix:
+            await RedirectResponse(f"{prefix.rpartition('/')[2]}/")(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)

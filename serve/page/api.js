@@ -52,7 +52,8 @@ async function refusal(response) {
   return new Refused(response.status, message, after);
 }
 
-export async function call(path, { body, signal } = {}) {
+// A 401 asks the user for a key, unless the caller can do without (`optional`).
+export async function call(path, { body, signal, optional = false } = {}) {
   const used = key();
   const headers = {};
   if (body !== undefined) headers["Content-Type"] = "application/json";
@@ -68,20 +69,20 @@ export async function call(path, { body, signal } = {}) {
   }
   if (!response.ok) {
     const refused = await refusal(response);
-    if (response.status === 401) window.dispatchEvent(new CustomEvent("locked", { detail: { used } }));
+    if (response.status === 401 && !optional) window.dispatchEvent(new CustomEvent("locked", { detail: { used } }));
     throw refused;
   }
   return response;
 }
 
-export const get = async (path) => {
-  const response = await call(path, { signal: AbortSignal.timeout(15000) }).catch((error) => {
+export const get = async (path, { optional } = {}) => {
+  const response = await call(path, { signal: AbortSignal.timeout(15000), optional }).catch((error) => {
     throw error instanceof Refused ? error : new Refused(0, "It took too long to answer.");
   });
   return { data: await response.json(), live: Number(response.headers.get("x-policy-version") ?? NaN) };
 };
 
-export const post = async (path, body) => (await call(path, { body })).json();
+export const post = async (path, body, { optional } = {}) => (await call(path, { body, optional })).json();
 
 // A streamed chat. Yields {version, run} first, then the chunks. Ends only if the answer ended; else throws.
 export async function* chat(body, signal) {

@@ -8,7 +8,7 @@ import { VersionsPanel } from "./versions.js";
 
 const RUN_MS = 2000;
 const IDLE_MS = 10000;
-const VERSIONS_MS = 15000;
+const VERSIONS_MS = 8000;
 const VERSIONS_LEAST_MS = 4000;
 
 const chat = new Chat();
@@ -53,6 +53,7 @@ async function lookAtRun() {
 async function lookAtVersions() {
   const making = panels.versions ?? new VersionsPanel(el("div", {}), {
     onchange: () => chat.offer(panels.versions.models()),
+    onlogin: () => login("Another key"),
     onchoose: (model) => { show("chat"); chat.choose(model); },
   });
   try {
@@ -102,16 +103,22 @@ async function look() {
   }
 }
 
-function ask(used) {
-  const login = byId("login");
-  // A call that was on its way with an older key has nothing to say about this one.
-  if (login.open || used !== key()) return;
-  setText(byId("login-error"), used ? "The endpoint does not know this key." : "");
+function login(title, wrong = "") {
+  const dialog = byId("login");
+  if (dialog.open) return;
+  setText(byId("login-title"), title);
+  setText(byId("login-error"), wrong);
+  dialog.showModal();
+  byId("key").focus();
+}
+
+// The endpoint took no call with this key. A call that was on its way with an older one says nothing about today's.
+function locked(used) {
+  if (byId("login").open || used !== key()) return;
   setKey(null);
   byId("forget").hidden = true;
   trouble(null);
-  login.showModal();
-  byId("key").focus();
+  login("This endpoint needs a key", used ? "The endpoint does not know this key." : "");
 }
 
 byId("login-form").addEventListener("submit", (event) => {
@@ -128,7 +135,7 @@ byId("login-form").addEventListener("submit", (event) => {
   look();
 });
 byId("forget").addEventListener("click", () => { setKey(null); location.reload(); });
-window.addEventListener("locked", (event) => ask(event.detail.used));
+window.addEventListener("locked", (event) => locked(event.detail.used));
 document.addEventListener("visibilitychange", look);
 for (const each of document.querySelectorAll("[data-show]")) each.addEventListener("click", () => show(each.dataset.show));
 

@@ -28,10 +28,12 @@ function line(points) {
     .join("");
 }
 
-// `series`: [{label, format}]; `over` goes before numbers of the x axis ("step ", "v"). `dots` marks each point (few of them).
+// `series`: [{label, format}]; `over` goes before numbers of the x axis ("step ", "v"). `dots` marks each point (few of them);
+// `wide` takes a row of its own.
 export class Chart {
-  constructor(title, over, series, { dots = false } = {}) {
+  constructor(title, over, series, { dots = false, wide = series.length > 1 } = {}) {
     this.over = over;
+    this.brief = over.trim().length > 1 ? "" : over;
     this.series = series;
     this.dots = dots;
     this.data = null;
@@ -45,7 +47,7 @@ export class Chart {
     this.legend = el("span", { class: "legend" }, series.map((each, index) =>
       el("span", { class: `key s${index}` }, el("i", { "aria-hidden": "true" }), each.label ? `${each.label} ` : "", this.values[index])));
     this.ends = [el("span", {}), el("span", { class: "bounds" }), el("span", {})];
-    this.node = el("figure", { class: "figure" },
+    this.node = el("figure", { class: wide ? "figure wide" : "figure" },
       el("figcaption", {}, el("span", {}, title), this.legend), this.image, el("div", { class: "ends" }, this.ends));
     this.title = title;
     this.image.addEventListener("pointermove", (event) => this.point(event));
@@ -75,7 +77,7 @@ export class Chart {
     if (zero) for (const end of ["y1", "y2"]) this.zero.setAttribute(end, atY(0));
     const format = this.series[0].format;
     setText(this.ends[1], `${format(low)} to ${format(high)}`);
-    setText(this.ends[2], `${x.length > 1 ? this.over + x.at(-1) : ""}`);
+    setText(this.ends[2], `${x.length > 1 ? this.brief + x.at(-1) : ""}`);
     this.show(null);
   }
 
@@ -97,7 +99,7 @@ export class Chart {
       const value = columns[each][at];
       setText(this.values[each], isNumber(value) ? format(value) : "–");
     });
-    setText(this.ends[0], `${this.over}${x[index ?? 0]}`);
+    setText(this.ends[0], index === null ? `${this.brief}${x[0]}` : `${this.over}${x[at]}`);
     if (index !== null) return;
     const said = this.series.map((each, i) => `${each.label || this.title} ${this.values[i].textContent}`).join(", ");
     this.image.setAttribute("aria-label", `${this.title} from ${this.over}${x[0]} to ${this.over}${x.at(-1)}; last: ${said}`);

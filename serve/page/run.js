@@ -29,7 +29,7 @@ export class RunPanel {
     this.now = el("div", { class: "now" }, el("div", { class: "row" }, this.stage, this.amount), this.bar);
     this.trail = el("ol", { class: "trail", "aria-label": "Stages of this round that are done" });
     this.charts = {
-      loss: new Chart("Loss", "step ", [{ format: fixed(4) }]),
+      loss: new Chart("Loss", "step ", [{ format: fixed(4) }], { wide: true }),
       margin: new Chart("Reward margin", "step ", [{ format: fixed(3, "+") }]),
       accuracy: new Chart("Accuracy", "step ", [{ format: percent }]),
       length: new Chart("Tokens", "step ", [{ label: "chosen", format: fixed(1) }, { label: "rejected", format: fixed(1) }]),

@@ -39,15 +39,16 @@ function confirmed(verb, version) {
 }
 
 export class VersionsPanel {
-  // `onchange` is called when something was changed; `onchoose` with the model name to chat with.
-  constructor(node, { onchange, onchoose }) {
+  // `onchange` is called when something was changed; `onchoose` with the model name to chat with; `onlogin` for a key.
+  constructor(node, { onchange, onchoose, onlogin }) {
     Object.assign(this, { onchange, onchoose, state: null, admin: null, rows: new Map() });
     this.live = el("p", { class: "serving" });
     this.back = button("Roll back", () => this.act("rollback", this.state.previous), { class: "quiet" });
     this.follow = button("Follow training", () => this.act("follow"), { class: "quiet" });
     this.controls = el("div", { class: "buttons start" }, this.back, this.follow);
     this.said = el("p", { class: "said", role: "status" });
-    this.note = el("p", { class: "note" });
+    this.note = el("p", { class: "note" }, "Changing versions needs a key with the scope admin. ",
+      button("Use another key", onlogin, { class: "link" }));
     this.length = new Chart("Tokens", "v", [{ label: "chosen", format: fixed(1) }, { label: "rejected", format: fixed(1) }], { dots: true });
     this.mean = new Chart("Mean tokens", "v", [{ format: fixed(1) }], { dots: true });
     this.reward = new Chart("Reward", "v", [{ format: fixed(3) }], { dots: true });
@@ -63,11 +64,11 @@ export class VersionsPanel {
   async fetch(get) {
     if (this.admin !== false) {
       try {
-        const { data } = await get("admin/versions");
+        const { data } = await get("admin/versions", { optional: true });
         this.admin = true;
         return data;
       } catch (error) {
-        if (!(error instanceof Refused) || ![403, 404, 405].includes(error.status)) throw error;
+        if (!(error instanceof Refused) || ![401, 403, 404].includes(error.status)) throw error;
         this.admin = false;
       }
     }
@@ -95,10 +96,9 @@ export class VersionsPanel {
     setText(this.live, live == null ? "No version is live yet." : `v${live} is live. ${held ? "It is held there by hand." : rule ?? ""}`);
     this.controls.hidden = !this.admin;
     this.back.hidden = previous == null;
-    setText(this.back, `Roll back to v${previous}`);
+    setText(this.back, previous == null ? "Roll back" : `Roll back to v${previous}`);
     this.follow.hidden = !held;
     this.note.hidden = this.admin !== false;
-    setText(this.note, "Changing versions needs a key with the scope admin.");
     this.drawCharts([...versions].sort((a, b) => a.version - b.version), live);
     this.drawList(versions);
   }
@@ -176,14 +176,15 @@ export class VersionsPanel {
     const body = verb === "rollback" ? {} : { version: verb === "follow" ? "latest" : version };
     setText(this.said, "Working on it");
     try {
-      this.draw(await post(`admin/${route}`, body));
+      this.draw(await post(`admin/${route}`, body, { optional: true }));
       const done = { promote: `v${version} is live.`, rollback: `v${this.state.live} is live again.`, follow: "Following training.", pin: `v${version} is pinned; it starts with its first request.`, unpin: `v${version} is no longer pinned.` };
       setText(this.said, done[verb]);
       this.onchange();
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
-      setText(this.said, error.status === 403 ? "This key may not change versions." : `Not done. ${error.sentence}`);
-      if (error.status === 403) {
+      const barred = error.status === 401 || error.status === 403;
+      setText(this.said, barred ? "This key may not change versions." : `Not done. ${error.sentence}`);
+      if (barred) {
         this.admin = false;
         this.draw(this.state);
       }
