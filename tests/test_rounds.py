@@ -13,7 +13,7 @@ import pytest
 
 from sampo_ray.config import load_config
 from sampo_ray.profiles import resolve
-from sampo_ray.runs import Run, create_run
+from sampo_ray.runs import Place, Run, create_run
 
 logger = logging.getLogger(__name__)
 pytestmark = pytest.mark.slow
@@ -64,13 +64,13 @@ def fleet(own_serve, tiny_model, tmp_path_factory):
 
 
 class Client(threading.Thread):
-    """Asks the live policy again and again until it is stopped; keeps status and version of every answer. Mends the
-    first few answers of a policy that has learned something.
+    """Asks the live policy again and again until it is stopped; keeps status and version of every answer. Mends a
+    few of them once `begun` is there.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, begun: Place) -> None:
         super().__init__(daemon=True)
-        self.url, self.answers, self.edits, self.stopped = url, [], [], threading.Event()
+        self.url, self.begun, self.answers, self.edits, self.stopped = url, begun, [], [], threading.Event()
 
     def run(self) -> None:
         body = {"model": "policy", "messages": [{"role": "user", "content": "Say 3"}], "max_tokens": 8}
@@ -79,7 +79,7 @@ class Client(threading.Thread):
             self.answers.append(
                 (reply.status_code, reply.headers.get("x-policy-version"), reply.headers.get("x-policy-run"))
             )
-            if reply.headers.get("x-policy-version") != "0" and len(self.edits) < EDITS:
+            if len(self.edits) < EDITS and self.begun.exists():
                 self.edits.append(f"{len(self.edits)}, three.")
                 said = {"response": reply.json()["id"], "edited": self.edits[-1]}
                 assert httpx.post(f"{self.url}/feedback", json=said, timeout=120).status_code == 200
@@ -91,7 +91,7 @@ def finished(fleet, tiny_model, tmp_path_factory) -> tuple[Run, Client]:
     from sampo_ray.iterate import iterate
 
     run = new_run(tmp_path_factory.mktemp("online"), tiny_model)
-    client = Client(fleet.endpoint)
+    client = Client(fleet.endpoint, begun=run.place.at("rounds", "0", "prompts"))
     fleet.attach(run)
     client.start()
     iterate(run, fleet, QuietDisplay())
