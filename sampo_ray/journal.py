@@ -2,6 +2,7 @@
 
 import json
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,13 +27,15 @@ class _Spot:
 class Journal:
     """JSON objects with a unique `id` and a `time` (seconds since 1970), in segments `<first time>-<random>.jsonl`.
 
-    A segment is complete once it is there and never changes. Those of the same span of `together_s` seconds become one:
-    the new one is there before the old ones go, so a reader may meet a record twice, which counts once, but never
-    misses one. Several processes may write. Only an index stays in memory. All methods may block; one thread at a time.
+    A segment is complete once it is there and never changes. Those of the same span of `together_s` seconds become one,
+    unless that had more than `most` records or `most_bytes` (what is dropped later is whole segments). The new one is
+    there before the old ones go, so a reader may meet a record twice, which counts once, but never misses one. Several
+    processes may write. Only an index stays in memory. All methods may block; one thread at a time.
     """
 
-    def __init__(self, folder: Place, together_s: float) -> None:
+    def __init__(self, folder: Place, together_s: float, most: int = 4096, most_bytes: int = 16 << 20) -> None:
         self._folder, self._together_ms = folder, max(1, int(1000 * together_s))
+        self._most, self._most_bytes = most, most_bytes
         self._segments: dict[str, int] = {}
         self._spots: dict[str, _Spot] = {}
 
@@ -93,10 +96,9 @@ class Journal:
         records in `most_bytes` are left.
         """
         newest: dict[str, float] = dict.fromkeys(self._segments, 0.0)
-        count: dict[str, int] = dict.fromkeys(self._segments, 0)
+        count = Counter(spot.segment for spot in self._spots.values())
         for spot in self._spots.values():
             newest[spot.segment] = max(newest[spot.segment], spot.time)
-            count[spot.segment] += 1
         records, nbytes = len(self), self.nbytes
         for name in sorted(newest, key=lambda each: (newest[each], each)):
             if newest[name] >= before and records <= most and nbytes <= most_bytes:
@@ -106,11 +108,7 @@ class Journal:
 
     def merge(self, now: float) -> None:
         """Puts together the segments of each span of time that is over, or that has very many."""
-        spans: dict[int, list[str]] = {}
-        for name in sorted(self._segments):
-            spans.setdefault(int(name.split("-")[0]) // self._together_ms, []).append(name)
-        for span, names in spans.items():
-            over = span < int(1000 * now) // self._together_ms
+        for over, names in self._groups(now):
             if len(names) < (2 if over else MERGE_AT):
                 continue
             try:
@@ -121,6 +119,20 @@ class Journal:
             if lines:
                 self._write(lines)
             self._remove(names)
+
+    def _groups(self, now: float) -> list[tuple[bool, list[str]]]:
+        """Segments of the same span that may become one, and whether the span is over."""
+        counts = Counter(spot.segment for spot in self._spots.values())
+        groups: list[tuple[bool, list[str]]] = []
+        last, records, nbytes = -1, 0, 0
+        for name in sorted(self._segments):
+            span, more, more_bytes = int(name.split("-")[0]) // self._together_ms, counts[name], self._segments[name]
+            records, nbytes = records + more, nbytes + more_bytes
+            if span != last or records > self._most or nbytes > self._most_bytes:
+                groups.append((span < int(1000 * now) // self._together_ms, []))
+                last, records, nbytes = span, more, more_bytes
+            groups[-1][1].append(name)
+        return groups
 
     def _read(self, names: Sequence[str]) -> list[bytes]:
         """The records that are known from these segments."""

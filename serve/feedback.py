@@ -36,7 +36,7 @@ TIDY_S = 60.0
 CALL_TIMEOUT_S = 10.0
 MAX_BODY_BYTES = 1 << 20
 SPANS = 24
-"""Into how many files the kept answers go in the end; each goes when its last answer is old enough."""
+"""Into how many files, about, the kept answers go in the end; each goes as a whole."""
 
 
 class Draft:
@@ -113,9 +113,10 @@ def _plain(message: Any) -> dict[str, str] | None:
 class _Books:
     """The two journals of one run."""
 
-    def __init__(self, place: Place, keep_s: float) -> None:
+    def __init__(self, place: Place, config: FeedbackConfig) -> None:
+        sizes = 3600 * config.keep_hours / SPANS, max(1, config.max_answers // SPANS), config.max_bytes // SPANS
         self.place = place
-        self.answers, self.votes = Journal(place.at("feedback", "answers"), keep_s / SPANS), votes_journal(place)
+        self.answers, self.votes = Journal(place.at("feedback", "answers"), *sizes), votes_journal(place)
         self.answers.refresh()
         self.votes.refresh()
         self.listed = time.monotonic()
@@ -226,7 +227,7 @@ class Keeper:
 
     def _open(self, place: Place) -> _Books:
         if self._books is None or self._books.place != place:
-            self._books = _Books(place, self._keep_s)
+            self._books = _Books(place, self._config)
         return self._books
 
     async def _where(self) -> Place:

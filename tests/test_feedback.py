@@ -226,10 +226,10 @@ STEPS = st.lists(
 )
 
 
-@given(steps=STEPS, writers=st.lists(st.integers(0, 1), min_size=12, max_size=12))
-def test_a_journal_never_loses_or_doubles_a_record_whoever_writes_and_merges(tmp_path_factory, steps, writers):
+@given(steps=STEPS, writers=st.lists(st.integers(0, 1), min_size=12, max_size=12), most=st.integers(1, 9))
+def test_a_journal_never_loses_or_doubles_a_record_whoever_writes_and_merges(tmp_path_factory, steps, writers, most):
     folder = Place(str(tmp_path_factory.mktemp("journal") / "j"))
-    journals = [Journal(folder, 20.0), Journal(folder, 20.0)]
+    journals = [Journal(folder, 20.0, most=most), Journal(folder, 20.0)]
     expected = {}
     for (step, argument), writer in zip(steps, writers, strict=False):
         journal = journals[writer]
@@ -277,6 +277,20 @@ def test_a_span_with_very_many_segments_is_merged_before_it_is_over(tmp_path):
         journal.append([record(f"k{index}", float(index))])
     journal.merge(now=100.0)
     assert len(Place(f"{tmp_path}/j").names()) == 1 and len(journal) == MERGE_AT
+
+
+def test_merged_segments_stay_small_so_that_little_is_dropped_at_once(tmp_path):
+    journal = Journal(Place(f"{tmp_path}/j"), 1000.0, most=10)
+    for index in range(200):
+        journal.append([record(f"k{index}", float(index))])
+        journal.merge(now=float(index))
+        journal.drop(before=0.0, most=100, most_bytes=1 << 20)
+    assert len(journal) == 100 and "k199" in journal
+    journal.merge(now=5000.0)
+    assert len(Place(f"{tmp_path}/j").names()) == 10
+    journal.append([record("one more", 200.0)])
+    journal.drop(before=0.0, most=100, most_bytes=1 << 20)
+    assert len(journal) == 91
 
 
 def sse(*bodies):
