@@ -84,7 +84,7 @@ class Versions:
 
     def await_held(self, number: int) -> None:
         while self.rig.policy.weights.remote().result(timeout_s=120)["version"] != number:
-            time.sleep(0.005)
+            time.sleep(0.05)  # seldom enough to be no load
 
 
 def link(source: Path, target: Path, number: int) -> None:
