@@ -71,7 +71,7 @@ class Bare:
     def __init__(self, rig: _rig.Rig) -> None:
         from vllm import LLM
 
-        from sampo_ray.actors.policy_server import cpu_engine
+        from sampo_ray.actors.policy_deployment import cpu_engine
 
         self._llm = LLM(
             model=rig.model,

@@ -77,7 +77,7 @@ def start_stock(rig: _rig.Rig) -> str:
     from ray import serve
     from ray.serve.llm import LLMConfig, build_openai_app
 
-    from sampo_ray.actors.policy_server import cpu_engine
+    from sampo_ray.actors.policy_deployment import cpu_engine
 
     config = LLMConfig(
         model_loading_config={"model_id": "policy", "model_source": rig.model},

@@ -124,7 +124,7 @@ def distance(rig: _rig.Rig, answers: Any, version: int) -> float:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from sampo_ray.actors.policy_server import cpu_engine
+    from sampo_ray.actors.policy_deployment import cpu_engine
     from sampo_ray.actors.weights import version_folder
 
     dtype = getattr(torch, cpu_engine(_rig.CONTEXT)["dtype"])
