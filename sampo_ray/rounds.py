@@ -240,6 +240,6 @@ class Round:
         records = self.run.manifest.rounds
         served = read_serving(self.run.place).kept()
         kept = {0} | {r.start_version for r in records} | {r.start_version + r.steps for r in records if r.steps}
-        others = [v for v in complete_versions(self.run.versions.url) if v not in kept | served]
-        for version in others[: -self.config.publish.keep]:
+        others = [v for v in complete_versions(self.run.versions.url) if v not in kept]
+        for version in set(others[: -self.config.publish.keep]) - served:
             Place(version_folder(self.run.versions.url, version)).remove()
