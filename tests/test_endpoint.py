@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -83,7 +84,11 @@ class Endpoint:
             time.sleep(0.01)
 
     def live(self) -> int:
-        return int(serve.get_app_handle("test-policy").weights.remote().result(timeout_s=30)["version"])
+        def held() -> int:
+            return int(serve.get_app_handle("test-policy").weights.remote().result(timeout_s=30)["version"])
+
+        with ThreadPoolExecutor(1) as thread:  # tests in a browser run in an event loop, where Serve refuses to wait
+            return thread.submit(held).result(60)
 
 
 @pytest.fixture(scope="module")

@@ -206,6 +206,10 @@ def admin(url: str, verb: str, **body: object) -> dict:
     return answer.json()
 
 
+def models(url: str) -> list[str]:
+    return [card["id"] for card in httpx.get(f"{url}/v1/models", timeout=60).json()["data"]]
+
+
 def sampo(*arguments: object) -> str:
     """The first line that a command says, up to "for it" or the line's end."""
     from typer.testing import CliRunner
@@ -251,6 +255,8 @@ def test_versions_are_listed_pinned_promoted_and_rolled_back_while_they_are_serv
     assert (
         sampo("adapter", "add", run.place.url, adapter, "tune") == "policy@tune: served on version 0, which is pinned"
     )
+    while "policy@tune" not in models(fleet.endpoint):  # what the command line changes is followed within a second
+        time.sleep(0.1)
     started = time.monotonic()
     tuned = ask(fleet.endpoint, "policy@tune")  # a replica starts on account of this request
     assert (tuned.status_code, tuned.headers["x-policy-version"]) == (200, "0"), tuned.text
@@ -258,7 +264,6 @@ def test_versions_are_listed_pinned_promoted_and_rolled_back_while_they_are_serv
     base = ask(fleet.endpoint, "policy@base")
     assert (base.json()["model"], base.headers["x-policy-version"]) == ("policy@base", "0")
     assert tuned.json()["choices"] != base.json()["choices"] and tuned.json()["model"] == "policy@tune"
-    assert [c["id"] for c in httpx.get(f"{fleet.endpoint}/v1/models").json()["data"]][-1] == "policy@tune"
     assert admin(fleet.endpoint, "pin", version="round-1")["pinned"] == [0, first]
 
     assert admin(fleet.endpoint, "promote", version="base")["held"]
@@ -271,6 +276,8 @@ def test_versions_are_listed_pinned_promoted_and_rolled_back_while_they_are_serv
     assert not admin(fleet.endpoint, "promote", version="latest")["held"]
     assert admin(fleet.endpoint, "unpin", version="round-1")["pinned"] == [0]
     assert "no longer served" in sampo("adapter", "remove", run.place.url, "tune")
+    while "policy@tune" in models(fleet.endpoint):
+        time.sleep(0.1)
     assert admin(fleet.endpoint, "unpin", version="base")["pinned"] == []
     assert ask(fleet.endpoint, "policy@round-1").status_code == 404
     refused = httpx.post(f"{fleet.endpoint}/admin/rollback", json={"version": 10**13}, timeout=60)
