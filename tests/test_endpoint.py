@@ -514,7 +514,7 @@ def fields(route: str) -> dict[str, str]:
 
 
 # SAMPO_FUZZ=10000 for a long run.
-@settings(max_examples=int(os.environ.get("SAMPO_FUZZ", "600")), deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=int(os.environ.get("SAMPO_FUZZ", "300")), deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_no_request_makes_it_fail(endpoint: Endpoint, data: st.DataObject) -> None:
     shot = data.draw(fuzzing.shots("/limited", ("use-key", "admin-key"), fields))

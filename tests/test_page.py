@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Locator, Page, Request, Route, expect, sync_playwright
+from playwright.sync_api import Browser, CDPSession, Locator, Page, Request, Route, expect, sync_playwright
 
 from sampo_ray.runs import Manifest, Place, RoundRecord
 from sampo_ray.status import Activity, Status
@@ -176,14 +176,23 @@ def test_the_page_is_bound_by_its_policy(visit: Visit, endpoint: Endpoint) -> No
     assert page.locator("[style], script:not([src]), style").count() == 0
 
 
+def slow_down(session: CDPSession, bytes_per_second: int) -> None:
+    """Makes the page's network as slow as that; -1 ends it."""
+    speed = {"offline": False, "latency": 0, "downloadThroughput": bytes_per_second, "uploadThroughput": -1}
+    session.send("Network.emulateNetworkConditions", speed)
+
+
 def test_escape_stops_an_answer_and_it_can_be_asked_for_again(visit: Visit, endpoint: Endpoint) -> None:
     page = visit(endpoint.hasty)
     asking(page, ignore_eos=True, max_tokens=450)
+    network = page.context.new_cdp_session(page)
+    slow_down(network, 8_000)  # so that there is something left to stop, however fast the engine is
     page.get_by_label("Message").fill("hello")
     page.keyboard.press("Enter")
-    expect(page.locator(".answer[data-state=streaming]")).to_be_visible()
+    page.wait_for_selector(".answer[data-state=streaming]")
     page.keyboard.press("Escape")
     expect(page.locator(".answer .meta")).to_contain_text("stopped")
+    slow_down(network, -1)
     expect(page.get_by_role("button", name="Send")).to_be_visible()
     page.unroute("**/v1/chat/completions")
     limit(page, 4)
