@@ -112,7 +112,7 @@ class PolicyServer(LLMServer):
         self._held = Held(WeightsId("", -1), {}, 0)  # nothing that a store would know
         self._had: set[WeightsId] = set()
         self._answers: dict[str, list[dict[str, Any]]] = {}
-        self._adapting = asyncio.Lock()
+        self._adapting, self._adapters = asyncio.Lock(), set[str]()
         await super().__init__(llm_config)
         self._client = self.engine._engine_client  # vLLM's AsyncLLM; LLMServer has no way to send token ids
         await self._warm_up()
@@ -233,9 +233,12 @@ class PolicyServer(LLMServer):
     async def _load_adapter(self, folder: str, model: str) -> None:
         """Makes the engine know the adapter that the model name `policy@NAME` means; at once if it does already."""
         async with self._adapting:
+            if model in self._adapters:
+                return
             path = await asyncio.to_thread(on_this_node, Place(folder).at(model.partition("@")[2]).url)
             known = DiskMultiplexConfig(model_id=model, local_path=path, lora_assigned_int_id=0, max_total_tokens=None)
             await self.engine.resolve_lora(known)
+            self._adapters.add(model)
 
     def _note_swap(self, version: int) -> None:
         """Notes for each answer in flight how many tokens it has from the weights that go. The engine is paused."""

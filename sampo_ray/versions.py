@@ -232,11 +232,12 @@ def listed(labels: Mapping[int, Sequence[str]]) -> str:
 
 def catalogue(state: Serving, abouts: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One record a version on disk, newest first: what its version.json says, labels of users, and how it is served."""
+    labels = all_labels(state, abouts)
     return [
         {
             **{key: value for key, value in abouts[version].items() if key != "files"},
             "version": version,
-            "labels": all_labels(state, abouts)[version],
+            "labels": labels[version],
             "state": standing(state, version),
             "reason": state.refused.get(version),
         }
