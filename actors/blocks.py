@@ -92,9 +92,10 @@ def run_stage(
     start: Callable[[int, Place], ray.ObjectRef],
     window: int,
     progress: Callable[[int], None] = lambda rows: None,
+    enough: Callable[[], bool] = lambda: False,
 ) -> list[Part]:
     """Makes the parts 0..count-1 of a stage that are missing, at most `window` at a time; `start` makes one, and
-    writes it.
+    writes it. Once there is `enough`, those that are begun are completed, and these are all.
 
     A part whose process died is begun again. Raises StageError with the reason of a call that failed by itself, and
     when nothing is completed for STALL_SECONDS.
@@ -110,8 +111,8 @@ def run_stage(
         else:
             todo.append((index, 1))
     flying: dict[ray.ObjectRef, tuple[int, int, ray.ObjectRef]] = {}
-    while todo or flying:
-        while todo and len(flying) < window:
+    while flying or (todo and not enough()):
+        while todo and len(flying) < window and not enough():
             index, attempt = todo.popleft()
             ref = start(index, part_place(out, index))
             flying[count_rows.remote(ref)] = index, attempt, ref
@@ -126,7 +127,7 @@ def run_stage(
             else:
                 parts[index] = Part(part_place(out, index), rows, ref)
                 progress(rows)
-    return [parts[index] for index in range(count)]
+    return [parts[index] for index in sorted(parts)]
 
 
 def _rows_unless_lost(counted: ray.ObjectRef, last: bool) -> int | None:

@@ -46,19 +46,31 @@ class Fleet:
     endpoint: str | None
     own_generators: DeploymentHandle | None
     shared_policy: DeploymentHandle | None
+    start_seconds: float
+    """What it took until all was ready."""
 
     def attach(self, run: Run) -> None:
         """From now on the fleet works for this run: its weights are served, from its latest durable version."""
         attach(self.store, run)
 
-    def generators(self, version: int) -> DeploymentHandle:
-        """The replicas to draw rollouts of a version from: the live policy's, where it may be shared and serves that
-        version, or else those that follow training.
+    def generators(self, version: int | None = None) -> DeploymentHandle:
+        """The replicas to draw rollouts of a version from (None: of whatever is newest): the live policy's, where it
+        may be shared and serves that, or else those that follow training.
         """
         if self.shared_policy and ray.get(self.store.serves.remote(version), timeout=CALL_SECONDS):
             return self.shared_policy
         assert self.own_generators is not None, "the configuration asks for no rollouts"
         return self.own_generators
+
+    def grow(self, settings: GeneratorsConfig, weights: tuple[str, int]) -> None:
+        """Has Serve start the generators that are scaled down before rollouts of these weights (run, version) are asked
+        for: by calls that wait for them, as many as make it want all replicas.
+        """
+        scaling = settings.autoscaling
+        if self.own_generators is None or self.shared_policy or scaling["min_replicas"] == scaling["max_replicas"]:
+            return
+        for _ in range(int(scaling["max_replicas"] * scaling["target_ongoing_requests"])):
+            self.own_generators.hold.remote(weights)
 
 
 @contextlib.contextmanager
@@ -67,7 +79,7 @@ def open_fleet(run: Run, keep_serving: bool = False) -> Iterator[Fleet]:
 
     With `keep_serving` the endpoint, its policy replicas and the weight store stay, and outlive this process.
     """
-    config = run.config
+    config, started = run.config, time.monotonic()
     with contextlib.ExitStack() as stack:
         live = _Live(stack, run, run.id, "weights.json", keep_serving)
         attach(live.store, run)
@@ -85,6 +97,7 @@ def open_fleet(run: Run, keep_serving: bool = False) -> Iterator[Fleet]:
             endpoint,
             generators,
             policy if is_shared(config) else None,
+            time.monotonic() - started,
         )
 
 

@@ -16,8 +16,8 @@ RANKS = (0, 8, 16, 32, 64, 128, 256, 320, 512)
 class Pinned:
     """Brings the applications of pinned versions in line with what is asked for, in the background and in order."""
 
-    def __init__(self, apps: str, store: str) -> None:
-        self._apps, self._store = apps, store
+    def __init__(self, apps: str) -> None:
+        self._apps = apps
         self._wanted: tuple[str, dict[int, int]] | None = None
         self._last: ray.ObjectRef | None = None
 
@@ -26,7 +26,7 @@ class Pinned:
         wanted = run_id, dict(ranks)
         if self._apps and wanted != self._wanted and (ranks or self._wanted):
             self._wanted = wanted
-            self._last = _reconcile.remote(self._apps, self._store, place, run_id, dict(ranks), self._last)
+            self._last = _reconcile.remote(self._apps, place, run_id, dict(ranks), self._last)
 
 
 def adapter_ranks(state: Serving) -> dict[int, int]:
@@ -51,7 +51,7 @@ def delete_pinned(apps: str, keep: Sequence[str] = ()) -> None:
 
 
 @ray.remote(num_cpus=0.1, max_retries=2)
-def _reconcile(apps: str, store: str, place: Place, run_id: str, ranks: dict[int, int], _before: None) -> None:
+def _reconcile(apps: str, place: Place, run_id: str, ranks: dict[int, int], _before: None) -> None:
     from sampo_ray.actors.policy_deployment import policy_deployment
     from sampo_ray.actors.policy_server import Source  # brings vLLM in
 
@@ -64,7 +64,6 @@ def _reconcile(apps: str, store: str, place: Place, run_id: str, ranks: dict[int
     for name, (version, rank) in names.items():
         if name not in running:
             source = Source(
-                store,
                 pinned=WeightsId(run_id, version),
                 drain_s=config.serve.request_timeout_s,
                 adapters=place.at("adapters").url if rank else None,

@@ -74,7 +74,7 @@ class Origin:
 class Source:
     """What a replica serves: a channel of the named weight store, or for good the one version that it is built from."""
 
-    store: str
+    store: str = ""
     channel: Channel = "live"
     pinned: WeightsId | None = None
     swap: Literal["keep", "wait"] = "keep"
@@ -171,6 +171,13 @@ class PolicyServer(LLMServer):
         for name, column in columns.items():
             repeated = repeated.append_column(name, column)
         return repeated
+
+    async def hold(self, weights: tuple[str, int]) -> None:
+        """Returns once the replica holds these weights (run, version), which are on their way; else raises Elsewhere.
+
+        Calls that wait make Serve start replicas before there is work for them.
+        """
+        await self._hold(WeightsId(*weights))
 
     async def weights(self) -> dict[str, Any]:
         """Which weights this replica holds (run, version, round, step), and its state (actors/replica.py)."""

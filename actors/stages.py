@@ -117,25 +117,28 @@ def gather(parts: Sequence[Part], order: np.ndarray, out: Place, rows_per_part: 
 
 
 def sample(
-    generators: Callable[[int], "DeploymentHandle"],
+    generators: Callable[[int | None], "DeploymentHandle"],
     prompts: Sequence[Part],
     out: Place,
     rollout: RolloutConfig,
     seed: int,
-    weights: tuple[str, int],
+    weights: tuple[str, int] | None,
     window: int,
     progress: Progress,
+    enough: Callable[[], bool] = lambda: False,
 ) -> list[Part]:
-    """Rollouts: COMPLETIONS for each part of prompts, drawn from (run, version) `weights`; a few prompts a call.
+    """Rollouts: COMPLETIONS for each part of prompts, drawn from (run, version) `weights`, or from those that a replica
+    holds (None); a few prompts a call.
 
-    `generators` says which replicas to ask for a version; asked again for each part, since that may change.
+    `generators` says which replicas to ask for a version; asked again for each part, since that may change. Once there
+    is `enough`, no further part is begun.
     """
     together, parts_at_once = max(1, ITEM_SAMPLES // rollout.samples), max(1, window // PART_PROMPTS)
     issued: dict[int, list[ray.ObjectRef]] = {}
 
     def start(index: int, place: Place) -> ray.ObjectRef:
         block, rows = prompts[index].argument(), range(prompts[index].rows)
-        handle = generators(weights[1])
+        handle = generators(weights[1] if weights else None)
 
         def item(first: int) -> ray.ObjectRef:
             some = rows[first : first + together]
@@ -151,7 +154,19 @@ def sample(
             del issued[next(iter(issued))]  # long complete, and held no longer than needed
         return collect.remote(place, *issued[index])
 
-    return run_stage(out, len(prompts), start, parts_at_once, progress)
+    return run_stage(out, len(prompts), start, parts_at_once, progress, enough)
+
+
+@ray.remote(num_cpus=0.1)
+def _ages(completions: pa.Table, version: int) -> np.ndarray:
+    return version - completions["first_version"].to_numpy()
+
+
+def age(completions: Sequence[Part], version: int) -> dict[str, float]:
+    """How many steps before `version` the weights were that completions were begun with: `mean` and `most`."""
+    ages = ray.get([_ages.remote(part.argument(), version) for part in completions], timeout=ASSIGN_SECONDS)
+    steps = np.concatenate(ages)
+    return {"mean": float(steps.mean()), "most": int(steps.max())}
 
 
 def score(

@@ -55,7 +55,7 @@ class WeightStore:
     Methods are idempotent: the actor is started with unlimited retries.
     """
 
-    def __init__(self, state_url: str, apps: str = "", name: str = "") -> None:
+    def __init__(self, state_url: str, apps: str = "") -> None:
         self._fs, self._state = fsspec.core.url_to_fs(state_url)
         self._apps = apps
         self._run, self._versions, self._watch = "", "", False
@@ -65,7 +65,7 @@ class WeightStore:
         self._live: Weights | None = None
         self._reference: Weights | None = None
         self._abouts: dict[int, dict[str, Any]] = {}
-        self._pinned = Pinned(apps, name)
+        self._pinned = Pinned(apps)
         self._lock = asyncio.Lock()
         self._changed = asyncio.Condition()
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -140,11 +140,11 @@ class WeightStore:
                 return held
         return await asyncio.to_thread(self._load, version)
 
-    async def serves(self, version: int) -> bool:
-        """Whether the live policy serves the newest version, this one, and goes on to serve what is published."""
+    async def serves(self, version: int | None) -> bool:
+        """Whether the live policy serves this version (None: the newest), and goes on to serve what is published."""
         state = self._serving
         steady = state.follow == "latest" and not state.held and not self._config.gates.any
-        return steady and state.live == version
+        return steady and version in (None, state.live)
 
     async def place(self) -> str:
         """URL of the attached run's directory ("": none is attached)."""
@@ -186,7 +186,8 @@ class WeightStore:
             self._go_live()
 
     async def _consider(self, version: int) -> None:
-        """A new version: to its checks, if there are any, and live."""
+        """A newest version: known to those who follow training; to its checks, if there are any, and live."""
+        await self._notify()
         if self._config.gates.any and self._apps and version:
             if "check" in self._tasks and not self._tasks["check"].done():
                 return  # when that one is decided, the newest is looked at
@@ -194,7 +195,6 @@ class WeightStore:
         else:
             labels = self._labels(version)
             await self._edit(lambda state: versions.passed(state, version, labels))
-        await self._notify()
 
     async def _decide(self, version: int) -> None:
         run, labels = self._run, self._labels(version)
@@ -306,7 +306,7 @@ def start_weight_store(name: str, state_url: str, apps: str = "") -> ActorHandle
     """The store of that name (in namespace "sampo"), started if it does not run yet. It outlives the driver."""
     options = {"lifetime": "detached", "max_restarts": -1, "max_task_retries": -1, "num_cpus": 0.1}
     actor = ray.remote(WeightStore).options(name=name, namespace=NAMESPACE, get_if_exists=True, **options)
-    return actor.remote(state_url, apps, name)
+    return actor.remote(state_url, apps)
 
 
 def find_weight_store(name: str) -> ActorHandle:

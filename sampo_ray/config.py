@@ -139,6 +139,9 @@ class RolloutConfig(Section):
     """Nucleus mass."""
     max_tokens: int = Field(1024, ge=1)
     """Tokens of a completion, at most; one cut by this is never chosen."""
+    ahead: Literal[0, 1] = 0
+    """Rounds whose completions are drawn before their policy is there: 1 overlaps the drawing with the training of the
+    round before. They are then off-policy by at most that round's steps, and differ from run to run."""
 
 
 class RewardConfig(Section):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from sampo_ray.actors.blocks import Part
 from sampo_ray.actors.fleet import Fleet
+from sampo_ray.ahead import readied
 from sampo_ray.display import Display
 from sampo_ray.rounds import Round, tokenized
 from sampo_ray.runs import Place, Run
@@ -25,8 +26,9 @@ def iterate(run: Run, fleet: Fleet, display: Display) -> Place:
         said = round.feedback()  # pairs that the users' votes make
         source = rollouts(round, fleet, data) if run.config.online else data
         pairs = round.reference(round.pairs(source, said), fleet.references)
-        for step in round.train(pairs, fleet.trainer):  # publishes on its way
-            round.record(step)
+        with readied(round, fleet, data):  # meanwhile, for the next round
+            for step in round.train(pairs, fleet.trainer):  # publishes on its way
+                round.record(step)
         round.commit()  # the manifest now says: never again
     return run.finish()
 

@@ -11,6 +11,7 @@ from sampo_ray.actors.blocks import Part, StageError, part_place
 from sampo_ray.actors.exchange import Work
 from sampo_ray.actors.weights import complete_versions, version_folder
 from sampo_ray.batching import Lengths, steps_in_round
+from sampo_ray.config import RunConfig
 from sampo_ray.display import Display
 from sampo_ray.preferences import fingerprint
 from sampo_ray.runs import Checkpoint, Place, Run
@@ -50,6 +51,32 @@ def parts_of(stage: Place, rows: Sequence[int]) -> list[Part]:
     return [Part(part_place(stage, index), n) for index, n in enumerate(rows)]
 
 
+def prompts_of(config: RunConfig, index: int, total: int) -> np.ndarray:
+    """Which of `total` prompts are round `index`'s, in its order: [prompts], int64."""
+    n = config.rollout.prompts or -(-total // config.rounds.count)
+    passes = range(n * index // total, (n * (index + 1) - 1) // total + 1)
+    rng = [np.random.default_rng([config.run.seed, 0, again]) for again in passes]
+    order = np.concatenate([each.permutation(total) for each in rng])
+    return order[n * index - passes.start * total :][:n]
+
+
+def draw(
+    config: RunConfig,
+    index: int,
+    prompts: Sequence[Part],
+    out: Place,
+    generators: Callable[[int | None], "DeploymentHandle"],
+    weights: tuple[str, int] | None,
+    progress: Callable[[int], None] = lambda rows: None,
+    enough: Callable[[], bool] = lambda: False,
+) -> list[Part]:
+    """Completions of round `index`; see stages.sample."""
+    settings = config.fleet.generators
+    window = (settings.max_replicas or 1) * settings.max_ongoing_requests
+    seed = config.run.seed * 1_000_003 + index
+    return stages.sample(generators, prompts, out, config.rollout, seed, weights, window, progress, enough)
+
+
 class Round:
     """A round in progress. Every stage is recorded in the manifest once it is complete, and then only looked up."""
 
@@ -57,6 +84,8 @@ class Round:
         self.run, self.index, self.display, self.config = run, index, display, run.config
         self._record = run.round(index)
         self._place = run.place.at("rounds", str(index))
+        self.seconds_left: float | None = None
+        """Of the training, at its present pace; None before the first step."""
         if not self.committed:
             display.round(index, run.config.rounds.count)
 
@@ -69,31 +98,37 @@ class Round:
         """The weights that the round starts from, which are its reference: run and version."""
         return self.run.id, self._record.start_version
 
+    @property
+    def end(self) -> tuple[str, int]:
+        """The weights that the round ends with, known once it trains: run and version."""
+        return self.run.id, self._record.start_version + (self._record.steps or 0)
+
     def prompts(self, data: Sequence[Part]) -> list[Part]:
         """The round's share of the prompts; a run that has used all of them begins again in another order."""
-        total = sum(part.rows for part in data)
-        n = self.config.rollout.prompts or -(-total // self.config.rounds.count)
-        passes = range(n * self.index // total, (n * (self.index + 1) - 1) // total + 1)
-        rng = [np.random.default_rng([self.config.run.seed, 0, again]) for again in passes]
-        order = np.concatenate([each.permutation(total) for each in rng])
-        mine = order[n * self.index - passes.start * total :][:n]
+        mine = prompts_of(self.config, self.index, sum(part.rows for part in data))
 
         def work(out: Place, progress: Callable[[int], None]) -> list[Part]:
             return stages.gather(data, mine, out, stages.PART_PROMPTS, progress)
 
-        return self._stage("prompts", n, "prompts", work)
+        return self._stage("prompts", len(mine), "prompts", work)
 
-    def sample(self, prompts: Sequence[Part], generators: Callable[[int], "DeploymentHandle"]) -> list[Part]:
-        """Completions of the round's prompts, drawn from the policy that the round starts from."""
-        rollout, settings = self.config.rollout, self.config.fleet.generators
-        window = (settings.max_replicas or 1) * settings.max_ongoing_requests
-        seed = self.config.run.seed * 1_000_003 + self.index
+    def sample(self, prompts: Sequence[Part], generators: Callable[[int | None], "DeploymentHandle"]) -> list[Part]:
+        """Completions of the round's prompts, drawn from the policy that the round starts from, but for those that were
+        drawn ahead from older weights; how old they are is recorded and said.
+        """
+        age: dict[str, float] = {}
 
         def work(out: Place, progress: Callable[[int], None]) -> list[Part]:
-            return stages.sample(generators, prompts, out, rollout, seed, self.start, window, progress)
+            parts = draw(self.config, self.index, prompts, out, generators, self.start, progress)
+            if self.config.rollout.ahead:
+                age.update(stages.age(parts, self.start[1]))
+            return parts
 
-        total = sum(part.rows for part in prompts) * rollout.samples
-        return self._stage("completions", total, "samples", work)
+        total = sum(part.rows for part in prompts) * self.config.rollout.samples
+        parts = self._stage("completions", total, "samples", work, lambda: {"age": age} if age else {})
+        if found := self._record.stages["completions"].get("age"):
+            self.display.note(f"age of the completions, in steps: mean {found['mean']:.1f}, most {found['most']}")
+        return parts
 
     def score(self, completions: Sequence[Part], rewards: "DeploymentHandle") -> list[Part]:
         window = (self.config.fleet.rewards.max_replicas or 1) * self.config.fleet.rewards.max_ongoing_requests
@@ -185,7 +220,8 @@ class Round:
         started = time.monotonic()
         with self.display.stage("train", work.steps, "steps") as progress:
             progress.advance(done)
-            for result in trainer.train(work, after_step=done):
+            for step, result in enumerate(trainer.train(work, after_step=done), start=1):
+                self.seconds_left = (time.monotonic() - started) / step * (work.steps - done - step)
                 yield result
                 progress.advance(1)
         self._record.stages["train"] = {"steps": work.steps, "seconds": round(time.monotonic() - started, 2)}

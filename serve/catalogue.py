@@ -1,6 +1,7 @@
 """Which versions the endpoint has, and which application answers for a model name."""
 
 import asyncio
+import logging
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from sampo_ray.actors.weight_store import find_weight_store
 from sampo_ray.runs import Place
 from sampo_ray.serve.errors import ApiError, unavailable
 from sampo_ray.versions import VersionError, find
+
+logger = logging.getLogger("ray.serve")  # the one that Serve sends to its log files
 
 MODEL = "policy"
 FRESH_S = 1.0
@@ -36,6 +39,7 @@ class Catalogue:
     def __init__(self, policy_app: str, store: str) -> None:
         self._policy_app, self._store = policy_app, store
         self._state: dict[str, Any] | None = None
+        self._place = ""
         self._asked, self._asking = -FRESH_S, asyncio.Lock()
         self._created = int(time.time())
 
@@ -54,14 +58,16 @@ class Catalogue:
             return self._state
 
     async def run_place(self) -> Place:
-        """The directory of the run that the fleet works for. ApiError (503) while that is not known."""
+        """The directory of the run that the fleet works for; while the store is away, of the last one. ApiError (503)
+        when there is none.
+        """
         try:
-            url = await asyncio.wait_for(find_weight_store(self._store).place.remote(), CALL_TIMEOUT_S)
+            self._place = await asyncio.wait_for(find_weight_store(self._store).place.remote(), CALL_TIMEOUT_S)
         except (RayError, ValueError, TimeoutError):
-            raise unavailable() from None
-        if not url:
+            logger.info("the weight store does not say which run it works for just now")
+        if not self._place:
             raise unavailable("no run is attached to this endpoint yet; try again soon")
-        return Place(url)
+        return Place(self._place)
 
     async def command(self, verb: str, name: str, argument: str = "") -> dict[str, Any]:
         """What an admin asks for, done; the new state. ApiError when it cannot be."""

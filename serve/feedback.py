@@ -8,18 +8,16 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
-from ray.exceptions import RayError
 from ray.serve.llm.openai_api_models import ChatCompletionRequest
 from starlette.responses import JSONResponse, Response
 
-from sampo_ray.actors.weight_store import find_weight_store
 from sampo_ray.actors.weights import WeightsId
 from sampo_ray.config import FeedbackConfig
 from sampo_ray.feedback import Answer, FeedbackError, Judgement, Vote, vote_of, votes_journal
@@ -33,7 +31,6 @@ logger = logging.getLogger("ray.serve")  # the one that Serve sends to its log f
 FLUSH_S = 1.0
 """Answers of the last second are lost if the endpoint is killed; votes never are."""
 TIDY_S = 60.0
-CALL_TIMEOUT_S = 10.0
 MAX_BODY_BYTES = 1 << 20
 SPANS = 24
 """Into how many files, about, the kept answers go in the end; each goes as a whole."""
@@ -123,18 +120,17 @@ class _Books:
 
 
 class Keeper:
-    """Keeps answers and stores votes in the directory of the run that the weight store of that name works for. Made in
-    a running event loop.
+    """Keeps answers and stores votes in the run directory that `where` says (or an ApiError, while it is not known).
+    Made in a running event loop.
 
     The event loop fills a buffer; files are touched by one thread, one job at a time.
     """
 
-    def __init__(self, store: str, config: FeedbackConfig) -> None:
-        self._store, self._config, self._keep_s = store, config, 3600 * config.keep_hours
+    def __init__(self, where: Callable[[], Awaitable[Place]], config: FeedbackConfig) -> None:
+        self._where, self._config, self._keep_s = where, config, 3600 * config.keep_hours
         self._buffer: dict[str, bytes] = {}
         self._buffered = 0
         self._thread = ThreadPoolExecutor(1, "feedback")
-        self._place: Place | None = None
         self._books: _Books | None = None
         self._tidied = 0.0
         self._flushing = asyncio.get_running_loop().create_task(self._flush_forever()) if self.on else None
@@ -229,17 +225,6 @@ class Keeper:
         if self._books is None or self._books.place != place:
             self._books = _Books(place, self._config)
         return self._books
-
-    async def _where(self) -> Place:
-        """The directory of the run that is attached now; while the store is away, of the last one."""
-        try:
-            url = await asyncio.wait_for(find_weight_store(self._store).place.remote(), CALL_TIMEOUT_S)
-            self._place = Place(url) if url else None
-        except (RayError, ValueError, TimeoutError):
-            logger.info("the weight store does not say which run it works for just now")
-        if self._place is None:
-            raise unavailable("feedback cannot be taken just now; try again soon")
-        return self._place
 
     async def _in_thread(self, job: Callable[[], Any]) -> Any:
         try:

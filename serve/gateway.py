@@ -62,7 +62,7 @@ class PolicyIngress(AdminRoutes, FeedbackRoutes, PageRoutes, RunRoutes, OpenAiIn
         super().__init__(llm_deployments={}, model_cards={})
         self.live: WeightsId | None = None
         self.catalogue = Catalogue(policy_app, store)
-        self.keeper = Keeper(store, config.feedback)
+        self.keeper = Keeper(self.catalogue.run_place, config.feedback)
         self._policy = PolicyApp(policy_app)
         self._apps = {policy_app: self._policy}
         self._config = config

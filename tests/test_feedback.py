@@ -19,7 +19,6 @@ from sampo_ray.actors.weights import WeightsId
 from sampo_ray.cli import app as cli
 from sampo_ray.config import FeedbackConfig
 from sampo_ray.feedback import Answer, FeedbackError, Judgement, Vote, pairs_from, read_votes, vote_of
-from sampo_ray.journal import MERGE_AT, Journal
 from sampo_ray.preferences import read_rows
 from sampo_ray.runs import Place
 from sampo_ray.serve import errors
@@ -211,88 +210,6 @@ def test_votes_that_were_used_and_those_that_come_later_make_no_vote_count_twice
     assert used.isdisjoint(each for row in second for each in row["feedback"]["votes"])
 
 
-def record(key, when, text=""):
-    return json.dumps({"id": key, "time": when, "text": text}, ensure_ascii=False).encode()
-
-
-STEPS = st.lists(
-    st.one_of(
-        st.tuples(st.just("append"), st.lists(st.tuples(st.integers(0, 30), st.integers(0, 50)), max_size=4)),
-        st.tuples(st.just("merge"), st.integers(0, 90)),
-        st.tuples(st.just("reopen"), st.none()),
-        st.tuples(st.just("refresh"), st.none()),
-    ),
-    max_size=12,
-)
-
-
-@given(steps=STEPS, writers=st.lists(st.integers(0, 1), min_size=12, max_size=12), most=st.integers(1, 9))
-def test_a_journal_never_loses_or_doubles_a_record_whoever_writes_and_merges(tmp_path_factory, steps, writers, most):
-    folder = Place(str(tmp_path_factory.mktemp("journal") / "j"))
-    journals = [Journal(folder, 20.0, most=most), Journal(folder, 20.0)]
-    expected = {}
-    for (step, argument), writer in zip(steps, writers, strict=False):
-        journal = journals[writer]
-        if step == "append":
-            new = [(f"k{key}", float(when)) for key, when in dict(argument).items()]
-            journal.append([record(key, expected.setdefault(key, when), f"\u2028é{key}\r") for key, when in new])
-        elif step == "merge":
-            journal.merge(float(argument))
-        elif step == "refresh":
-            journal.refresh()
-        else:
-            journals[writer] = Journal(folder, 20.0)
-    fresh = Journal(folder, 20.0)
-    fresh.refresh()
-    assert {each["id"]: each["time"] for each in fresh.records()} == expected
-    assert len(fresh) == len(expected) == len(fresh.records())
-    for key in expected:
-        assert fresh.get(key)["text"] == f"\u2028é{key}\r"
-
-
-@pytest.mark.parametrize("protocol", ["", "memory:/"])
-def test_a_journal_merges_spans_and_lets_go_of_the_old(tmp_path, protocol):
-    folder = Place(f"{protocol}{tmp_path}/j")
-    journal = Journal(folder, 10.0)
-    for index in range(30):
-        journal.append([record(f"k{index}", float(index))])
-    assert len(folder.names()) == 30
-    journal.merge(now=25.0)  # two spans are over
-    assert len(folder.names()) == 2 + 10
-    other = Journal(folder, 10.0)
-    other.refresh()
-    assert [each["id"] for each in other.records()] == [f"k{index}" for index in range(30)]
-    journal.drop(before=15.0, most=100, most_bytes=1 << 20)
-    assert "k9" not in journal and "k10" in journal  # its file has younger ones
-    journal.drop(before=0.0, most=15, most_bytes=1 << 20)
-    assert len(journal) <= 15 and "k29" in journal
-    assert other.get("k5") is None and other.get("k29")["time"] == 29.0
-    journal.drop(before=0.0, most=100, most_bytes=1)
-    assert folder.names() == [] and journal.nbytes == 0
-
-
-def test_a_span_with_very_many_segments_is_merged_before_it_is_over(tmp_path):
-    journal = Journal(Place(f"{tmp_path}/j"), 1e6)
-    for index in range(MERGE_AT):
-        journal.append([record(f"k{index}", float(index))])
-    journal.merge(now=100.0)
-    assert len(Place(f"{tmp_path}/j").names()) == 1 and len(journal) == MERGE_AT
-
-
-def test_merged_segments_stay_small_so_that_little_is_dropped_at_once(tmp_path):
-    journal = Journal(Place(f"{tmp_path}/j"), 1000.0, most=10)
-    for index in range(200):
-        journal.append([record(f"k{index}", float(index))])
-        journal.merge(now=float(index))
-        journal.drop(before=0.0, most=100, most_bytes=1 << 20)
-    assert len(journal) == 100 and "k199" in journal
-    journal.merge(now=5000.0)
-    assert len(Place(f"{tmp_path}/j").names()) == 10
-    journal.append([record("one more", 200.0)])
-    journal.drop(before=0.0, most=100, most_bytes=1 << 20)
-    assert len(journal) == 91
-
-
 def sse(*bodies):
     return "".join(f"data: {json.dumps(body)}\n\n" for body in bodies)
 
@@ -356,12 +273,15 @@ class Desk(FeedbackRoutes):
 
 
 @pytest.fixture
-def keeping(tmp_path, monkeypatch):
+def keeping(tmp_path):
     """Runs `work(keeper, post)` on a keeper of a folder; each call of it is a new endpoint of the same run."""
 
     def run(work, **config):
         async def inside():
-            keeper = Keeper("store", FeedbackConfig(**{"keep_hours": 1, **config}))
+            async def where():
+                return Place(str(tmp_path))
+
+            keeper = Keeper(where, FeedbackConfig(**{"keep_hours": 1, **config}))
             app = FastAPI()
             errors.install(app)
             desk = Desk(keeper)
@@ -370,10 +290,6 @@ def keeping(tmp_path, monkeypatch):
             async def feedback(request: Request):
                 return await desk.feedback(request)
 
-            async def where():
-                return Place(str(tmp_path))
-
-            monkeypatch.setattr(keeper, "_where", where)
             transport = httpx.ASGITransport(app, raise_app_exceptions=False)
             async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
 

@@ -303,6 +303,7 @@ def test_new_weights_answer_and_going_back_gives_the_first_answers_again(policy:
 def test_rollouts_can_ask_for_the_weights_they_are_drawn_from(policy: Policy) -> None:
     passed = policy.version
     current = policy.publish(seed=1)
+    policy.handle.hold.remote(("run", current)).result(timeout_s=60)
     assert set(policy.generate(weights=("run", current))["first_version"].to_pylist()) == {current}
     with pytest.raises(WeightsError, match=f"asked for from run@{passed}, but this replica holds run@{current}"):
         policy.generate(weights=("run", passed))

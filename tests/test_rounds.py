@@ -195,6 +195,21 @@ def test_a_killed_engine_costs_only_what_was_not_stored(fleet, tiny_model, tmp_p
     assert stage(run, 0, "completions").num_rows == 64 * 4
 
 
+def test_completions_drawn_ahead_are_older_than_their_round_by_no_more_than_one_and_say_so(fleet, tiny_model, tmp_path):
+    from sampo_ray.iterate import iterate
+
+    run = new_run(tmp_path, tiny_model, "rollout.ahead=1", "rounds.count=3", "rollout.prompts=20")
+    iterate(run, fleet, QuietDisplay())
+    for record, before in zip(run.manifest.rounds[1:], run.manifest.rounds, strict=False):
+        drawn = stage(run, record.index, "completions")
+        ages = [record.start_version - first for first in drawn["first_version"].to_pylist()]
+        assert drawn.num_rows == 20 * 4 and 0 <= min(ages) <= max(ages) <= before.steps
+        assert record.stages["completions"]["age"] == {"mean": sum(ages) / len(ages), "most": max(ages)}
+        assert max(ages) > 0, "some were drawn while the round before was training"
+    assert set(stage(run, 0, "completions")["first_version"].to_pylist()) == {0}
+    assert len({row["id"] for index in range(3) for row in stage(run, index, "prompts").to_pylist()}) == 60
+
+
 def ask(url: str, model: str) -> httpx.Response:
     body = {"model": model, "messages": [{"role": "user", "content": "Say 3"}], "max_tokens": 8, "temperature": 0}
     return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=300)

@@ -15,12 +15,10 @@ from playwright.sync_api import Browser, CDPSession, Locator, Page, Request, Rou
 
 from sampo_ray.runs import Manifest, Place, RoundRecord
 from sampo_ray.status import Activity, Status
-from tests import test_endpoint
-from tests.test_endpoint import KEY, Endpoint
+from tests.endpoint.live import KEY, Endpoint
 
 pytestmark = pytest.mark.slow
 
-endpoint = test_endpoint.endpoint
 expect.set_options(timeout=15_000)  # a busy machine is no failure
 PHONE = {"viewport": {"width": 360, "height": 740}}
 REFUSALS = re.compile(r"Failed to load resource: (the server responded with a status of 40[0134]|net::ERR_FAILED)")

@@ -1,15 +1,10 @@
 """The live endpoint, over HTTP, in front of a real policy replica on a tiny model."""
 
 import json
-import os
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,139 +12,11 @@ import httpx
 import openai
 import psutil
 import pytest
-import ray
-import torch
-from hypothesis import HealthCheck, event, given, settings
-from hypothesis import strategies as st
-from ray import serve
-from transformers import AutoModelForCausalLM
 
-from sampo_ray.config import FeedbackConfig, GeneratorsConfig, ServeConfig
-from sampo_ray.keys import Key, digest, render
-from sampo_ray.serve.headers import HARDENING
-from tests import fuzzing
+from sampo_ray.keys import render
+from tests.endpoint.live import CONTEXT, HI, KEY, LONG, OTHER_KEY, Endpoint, key_entry, message
 
 pytestmark = pytest.mark.slow
-
-KEY, OTHER_KEY = "first key of two", "second-key"
-CONTEXT = 512
-HI = [{"role": "user", "content": "hello world"}]
-LONG = {"model": "policy", "messages": HI, "n": 200, "max_tokens": 450, "temperature": 1.0, "ignore_eos": True}
-
-
-SEEN: Counter[int] = Counter()
-
-
-def key_entry(scope: Any) -> Key:
-    return Key(name=scope, sha256=digest(f"{scope}-key"), scopes=frozenset([scope]))
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """A guarded endpoint at `url`, an open one of little patience at `hasty`, one with limits and keys in a file (`use`
-    and `admin`) at `limited`, and the weight store of their policy."""
-
-    url: str
-    hasty: str
-    limited: str
-    keys_file: Path
-    store: Any
-    versions: str
-    model: Path
-
-    def post(self, route: str, body: Any, **more: Any) -> httpx.Response:
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        headers = {"authorization": f"Bearer {KEY}", **more.pop("headers", {})}
-        return httpx.post(f"{self.url}/v1/{route}", content=content, headers=headers, timeout=60, **more)
-
-    def judge(self, **said: Any) -> tuple[int, Any]:
-        """Status of `POST /feedback`, and whether it was a duplicate or the error's message."""
-        answer = httpx.post(f"{self.url}/feedback", json=said, headers={"authorization": f"Bearer {KEY}"}, timeout=30)
-        return answer.status_code, answer.json()["duplicate"] if answer.is_success else message(answer)
-
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=60)
-
-    def publish(self, version: int) -> None:
-        """Makes noisy weights live and returns when the replica holds them."""
-        from sampo_ray.actors.weight_store import publish_version
-
-        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.bfloat16)
-        noise = {name: tensor + torch.randn_like(tensor) * 0.02 for name, tensor in model.state_dict().items()}
-        about = {"round": 0, "step": version}
-        publish_version(
-            self.store, "run-a", self.versions, version, noise.items(), f"{self.versions}/000000", False, about
-        )
-        while self.live() != version:
-            time.sleep(0.01)
-
-    def live(self) -> int:
-        def held() -> int:
-            return int(serve.get_app_handle("test-policy").weights.remote().result(timeout_s=30)["version"])
-
-        with ThreadPoolExecutor(1) as thread:  # tests in a browser run in an event loop, where Serve refuses to wait
-            return thread.submit(held).result(60)
-
-
-@pytest.fixture(scope="module")
-def endpoint(own_serve: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    from sampo_ray.actors.policy_deployment import policy_deployment
-    from sampo_ray.actors.policy_server import Source
-    from sampo_ray.actors.weight_store import start_weight_store
-    from sampo_ray.actors.weights import write_version
-    from sampo_ray.chat import ChatFormat
-    from sampo_ray.serve.endpoint import (
-        await_endpoint,
-        deploy_endpoint,
-        free_port,
-        start_endpoint,
-        start_serve,
-        stop_endpoint,
-    )
-
-    run = tmp_path_factory.mktemp("run")
-    ChatFormat.load(tiny_model, "llama3-sampo").save(run / "tokenizer")
-    state = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).state_dict()
-    write_version(f"{run}/versions/000000", state.items(), str(tiny_model), {"version": 0, "round": 0, "step": 0})
-    config = ServeConfig(
-        port=free_port("127.0.0.1"),
-        api_keys=(KEY, OTHER_KEY),
-        max_body_bytes=20_000,
-        start_timeout_s=3.0,
-        feedback=FeedbackConfig(keep_hours=1.0),
-    )
-    start_serve(config)
-    store = start_weight_store("test-endpoint", f"{run}/store.json")
-    ray.get(store.attach.remote("run-a", f"{run}/versions"), timeout=60)
-    generators = GeneratorsConfig(max_ongoing_requests=4, num_cpus=0.5)
-    policy = policy_deployment(
-        "policy", f"{run}/versions/000000", str(run / "tokenizer"), Source("test-endpoint"), generators, CONTEXT
-    )
-    serve.run(policy, name="test-policy", route_prefix=None)
-    hasty = config.model_copy(update={"api_keys": (), "request_timeout_s": 2.0, "feedback": FeedbackConfig()})
-    keys_file = run / "keys.yaml"
-    keys_file.write_bytes(render([key_entry("use"), key_entry("admin")], False))
-    limits = {"max_prompt_tokens": 100, "max_answer_tokens": 40, "requests_per_minute": 60_000}
-    limited = config.model_copy(
-        update={"api_keys": (), "keys_file": str(keys_file), "tokens_per_minute": 100_000, **limits}
-    )
-    deploy_endpoint("test-hasty", "test-policy", "test-endpoint", hasty, "/hasty")
-    deploy_endpoint("test-limited", "test-policy", "test-endpoint", limited, "/limited")
-    url = start_endpoint("test-endpoint", "test-policy", "test-endpoint", config)
-    hasty_url = await_endpoint("test-hasty", hasty, "/hasty")
-    limited_url = await_endpoint("test-limited", limited, "/limited")
-    yield Endpoint(url, hasty_url, limited_url, keys_file, store, f"{run}/versions", tiny_model)
-    for name in ("test-limited", "test-hasty", "test-endpoint"):
-        stop_endpoint(name)
-    ray.kill(store)
-
-
-def message(response: httpx.Response) -> str:
-    """The error's message, after checking that the answer has OpenAI's form and gives nothing away."""
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert not any(leak in response.text for leak in ("Traceback", "/site-packages", 'File "', "sampo_ray", ".py"))
-    return error["message"]
 
 
 def test_the_openai_client_chats(endpoint: Endpoint) -> None:
@@ -502,42 +369,3 @@ def leave(endpoint: Endpoint, body: dict[str, Any]) -> None:
     ask = httpx.stream("POST", f"{endpoint.url}/v1/chat/completions", json=body, headers=auth, timeout=1.0)
     with suppress(httpx.ReadTimeout), ask as answer:
         next(answer.iter_lines())
-
-
-@cache
-def fields(route: str) -> dict[str, str]:
-    """Names of a request's fields, and how they are declared."""
-    from sampo_ray.serve.bodies import ChatCompletionRequest, CompletionRequest
-
-    kind = ChatCompletionRequest if route.endswith("chat/completions") else CompletionRequest
-    return {name: str(field.annotation) for name, field in kind.model_fields.items()}
-
-
-# SAMPO_FUZZ=10000 for a long run.
-@settings(max_examples=int(os.environ.get("SAMPO_FUZZ", "300")), deadline=None, suppress_health_check=list(HealthCheck))
-@given(data=st.data())
-def test_no_request_makes_it_fail(endpoint: Endpoint, data: st.DataObject) -> None:
-    shot = data.draw(fuzzing.shots("/limited", ("use-key", "admin-key"), fields))
-    started = time.monotonic()
-    status, headers, text = fuzzing.fire(endpoint.limited, shot.raw("127.0.0.1"))
-    seconds = time.monotonic() - started
-    SEEN[status] += 1
-    event(f"{status}" if status else "closed without an answer")  # --hypothesis-show-statistics counts them
-    assert not fuzzing.complaint(shot, status, headers, text), f"{shot}: {status} {text[:300]}"
-    assert seconds < 45, f"{shot}: {status} after {seconds:.0f} s"
-    if status >= 400 and headers.get("content-type") == "application/json":
-        assert headers.items() >= HARDENING.items()
-
-
-def test_what_the_requests_met(endpoint: Endpoint) -> None:
-    assert {200, 400, 401, 403, 404, 405} <= set(SEEN)
-    assert endpoint.post("completions", {"prompt": "x", "max_tokens": 1}).status_code == 200
-
-
-def test_health_and_answers_say_so_when_the_policy_is_gone(endpoint: Endpoint) -> None:
-    serve.delete("test-policy")
-    answers = [endpoint.post("completions", {"prompt": "x"}), httpx.get(f"{endpoint.url}/health")]
-    for answer in answers:
-        assert answer.status_code == 503
-        assert int(answer.headers["retry-after"]) > 0
-        assert "not available" in message(answer)

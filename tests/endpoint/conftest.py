@@ -1,0 +1,73 @@
+"""One real policy replica on a tiny model, behind endpoints, for all tests of this folder."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from ray import serve
+from transformers import AutoModelForCausalLM
+
+from sampo_ray.config import FeedbackConfig, GeneratorsConfig, ServeConfig
+from sampo_ray.keys import render
+from tests.endpoint.live import CONTEXT, KEY, OTHER_KEY, Endpoint, key_entry
+
+
+@pytest.fixture(scope="package")
+def own_serve(local_ray: None) -> Iterator[None]:
+    yield
+    serve.shutdown()
+
+
+@pytest.fixture(scope="package")
+def endpoint(own_serve: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    from sampo_ray.actors.policy_deployment import policy_deployment
+    from sampo_ray.actors.policy_server import Source
+    from sampo_ray.actors.weight_store import start_weight_store
+    from sampo_ray.actors.weights import write_version
+    from sampo_ray.chat import ChatFormat
+    from sampo_ray.serve.endpoint import (
+        await_endpoint,
+        deploy_endpoint,
+        free_port,
+        start_endpoint,
+        start_serve,
+        stop_endpoint,
+    )
+
+    run = tmp_path_factory.mktemp("run")
+    ChatFormat.load(tiny_model, "llama3-sampo").save(run / "tokenizer")
+    state = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).state_dict()
+    write_version(f"{run}/versions/000000", state.items(), str(tiny_model), {"version": 0, "round": 0, "step": 0})
+    config = ServeConfig(
+        port=free_port("127.0.0.1"),
+        api_keys=(KEY, OTHER_KEY),
+        max_body_bytes=20_000,
+        start_timeout_s=3.0,
+        feedback=FeedbackConfig(keep_hours=1.0),
+    )
+    start_serve(config)
+    store = start_weight_store("test-endpoint", f"{run}/store.json")
+    ray.get(store.attach.remote("run-a", f"{run}/versions"), timeout=60)
+    generators = GeneratorsConfig(max_ongoing_requests=4, num_cpus=0.5)
+    policy = policy_deployment(
+        "policy", f"{run}/versions/000000", str(run / "tokenizer"), Source("test-endpoint"), generators, CONTEXT
+    )
+    serve.run(policy, name="test-policy", route_prefix=None)
+    hasty = config.model_copy(update={"api_keys": (), "request_timeout_s": 2.0, "feedback": FeedbackConfig()})
+    keys_file = run / "keys.yaml"
+    keys_file.write_bytes(render([key_entry("use"), key_entry("admin")], False))
+    limits = {"max_prompt_tokens": 100, "max_answer_tokens": 40, "requests_per_minute": 60_000}
+    limited = config.model_copy(
+        update={"api_keys": (), "keys_file": str(keys_file), "tokens_per_minute": 100_000, **limits}
+    )
+    deploy_endpoint("test-hasty", "test-policy", "test-endpoint", hasty, "/hasty")
+    deploy_endpoint("test-limited", "test-policy", "test-endpoint", limited, "/limited")
+    url = start_endpoint("test-endpoint", "test-policy", "test-endpoint", config)
+    hasty_url = await_endpoint("test-hasty", hasty, "/hasty")
+    limited_url = await_endpoint("test-limited", limited, "/limited")
+    yield Endpoint(url, hasty_url, limited_url, keys_file, store, f"{run}/versions", tiny_model)
+    for name in ("test-limited", "test-hasty", "test-endpoint"):
+        stop_endpoint(name)
+    ray.kill(store)

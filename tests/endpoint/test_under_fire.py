@@ -1,0 +1,59 @@
+"""The live endpoint under requests of all kinds, and once its policy is gone: the last of this folder."""
+
+import os
+import time
+from collections import Counter
+from functools import cache
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+from ray import serve
+
+from sampo_ray.serve.headers import HARDENING
+from tests.endpoint import fuzzing
+from tests.endpoint.live import Endpoint, message
+
+pytestmark = pytest.mark.slow
+
+SEEN: Counter[int] = Counter()
+
+
+@cache
+def fields(route: str) -> dict[str, str]:
+    """Names of a request's fields, and how they are declared."""
+    from sampo_ray.serve.bodies import ChatCompletionRequest, CompletionRequest
+
+    kind = ChatCompletionRequest if route.endswith("chat/completions") else CompletionRequest
+    return {name: str(field.annotation) for name, field in kind.model_fields.items()}
+
+
+# SAMPO_FUZZ=10000 for a long run.
+@settings(max_examples=int(os.environ.get("SAMPO_FUZZ", "300")), deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_no_request_makes_it_fail(endpoint: Endpoint, data: st.DataObject) -> None:
+    shot = data.draw(fuzzing.shots("/limited", ("use-key", "admin-key"), fields))
+    started = time.monotonic()
+    status, headers, text = fuzzing.fire(endpoint.limited, shot.raw("127.0.0.1"))
+    seconds = time.monotonic() - started
+    SEEN[status] += 1
+    event(f"{status}" if status else "closed without an answer")  # --hypothesis-show-statistics counts them
+    assert not fuzzing.complaint(shot, status, headers, text), f"{shot}: {status} {text[:300]}"
+    assert seconds < 45, f"{shot}: {status} after {seconds:.0f} s"
+    if status >= 400 and headers.get("content-type") == "application/json":
+        assert headers.items() >= HARDENING.items()
+
+
+def test_what_the_requests_met(endpoint: Endpoint) -> None:
+    assert {200, 400, 401, 403, 404, 405} <= set(SEEN)
+    assert endpoint.post("completions", {"prompt": "x", "max_tokens": 1}).status_code == 200
+
+
+def test_health_and_answers_say_so_when_the_policy_is_gone(endpoint: Endpoint) -> None:
+    serve.delete("test-policy")
+    answers = [endpoint.post("completions", {"prompt": "x"}), httpx.get(f"{endpoint.url}/health")]
+    for answer in answers:
+        assert answer.status_code == 503
+        assert int(answer.headers["retry-after"]) > 0
+        assert "not available" in message(answer)

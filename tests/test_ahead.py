@@ -1,0 +1,86 @@
+"""What is made ready for the next round while one trains; nothing of it runs here."""
+
+import dataclasses
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sampo_ray.actors.fleet import Fleet
+from sampo_ray.ahead import readied
+from sampo_ray.config import GeneratorsConfig
+
+
+class Handle:
+    """Stands in for a Serve handle; keeps what its `hold` is called with."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+        self.hold = SimpleNamespace(remote=self.calls.append)
+
+
+def fleet(handle: Handle, start_seconds: float = 60.0) -> Fleet:
+    values = dict.fromkeys(field.name for field in dataclasses.fields(Fleet))
+    return Fleet(**{**values, "own_generators": handle, "start_seconds": start_seconds})  # type: ignore[arg-type]
+
+
+def a_round(index: int = 0, mode: str = "online", generators: GeneratorsConfig | None = None) -> Any:
+    config = SimpleNamespace(
+        online=mode == "online",
+        rounds=SimpleNamespace(count=2),
+        rollout=SimpleNamespace(ahead=0),
+        fleet=SimpleNamespace(generators=generators or GeneratorsConfig(min_replicas=0, max_replicas=4)),
+    )
+    return SimpleNamespace(index=index, config=config, seconds_left=None, end=("run", 8))
+
+
+SCALING = {"max_ongoing_requests": 8, "target_ongoing_requests": 6}
+
+
+def test_generators_are_called_for_so_many_that_all_start() -> None:
+    handle = Handle()
+    fleet(handle).grow(GeneratorsConfig(min_replicas=0, max_replicas=4, **SCALING), ("run", 8))
+    assert handle.calls == [("run", 8)] * 24
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes"),
+    [
+        (GeneratorsConfig(min_replicas=2, max_replicas=2), {}),
+        (GeneratorsConfig(min_replicas=0, max_replicas=2), {"shared_policy": "the live policy's, which never sleep"}),
+        (GeneratorsConfig(min_replicas=0, max_replicas=2), {"own_generators": None}),
+    ],
+)
+def test_nobody_is_called_where_all_run_anyway(settings: GeneratorsConfig, changes: dict[str, Any]) -> None:
+    handle = Handle()
+    dataclasses.replace(fleet(handle), **changes).grow(settings, ("run", 8))
+    assert handle.calls == []
+
+
+def test_they_are_called_when_the_training_lasts_no_longer_than_their_start_took(monkeypatch) -> None:
+    monkeypatch.setattr("sampo_ray.ahead.LOOK_S", 0.01)
+    handle, training = Handle(), a_round()
+    with readied(training, fleet(handle), []):
+        training.seconds_left = 61.0
+        time.sleep(0.1)
+        assert handle.calls == []
+        training.seconds_left = 59.0
+        deadline = time.monotonic() + 10
+        while not handle.calls and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert handle.calls
+
+
+@pytest.mark.parametrize("training", [a_round(mode="offline"), a_round(index=1)])
+def test_an_offline_and_a_last_round_have_nothing_to_make_ready(monkeypatch, training: Any) -> None:
+    monkeypatch.setattr("sampo_ray.ahead.LOOK_S", 0.01)
+    handle, training.seconds_left = Handle(), 1.0
+    with readied(training, fleet(handle), []):
+        time.sleep(0.1)
+    assert handle.calls == []
+
+
+def test_a_failure_of_the_training_is_not_held_up(monkeypatch) -> None:
+    with pytest.raises(ValueError, match="lost"), readied(a_round(), fleet(Handle()), []):
+        raise ValueError("lost")
