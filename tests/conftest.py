@@ -21,6 +21,16 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 TEXTS = ["What is two plus three? The answer is five. Let me think about it.", "hello world, this is some text"] * 8
 
 
+RUNS = {"test_chat", "test_packaging", "test_submit", "test_training", "test_weights"}
+"""Modules of slow tests that start no engine in this process; they run beside those that do."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two lanes for `-n 2 --dist loadgroup`: a fixture's engine is started once, and no two fleets are up at a time."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("runs" if item.path.stem in RUNS else "engines"))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data beside a checkout; the project does not need it."""
