@@ -27,17 +27,27 @@ def check_trackers(config: RunConfig) -> None:
 def open_trackers(config: RunConfig, place: Place, run_id: str) -> Iterator[Log]:
     """Opens TensorBoard under `place`/tensorboard and what `run.trackers` names; entering gives the `Log`.
 
-    A remote run directory gets its TensorBoard files at the end.
+    A remote run directory gets its TensorBoard files at the end. ConfigError when a tracker is missing or refuses.
     """
     check_trackers(config)
     with ExitStack() as stack:
         logs = [stack.enter_context(_tensorboard(place.at("tensorboard")))]
-        logs += [stack.enter_context(TRACKERS[name](config, run_id)) for name in config.run.trackers]
+        logs += [stack.enter_context(_opened(name, config, run_id)) for name in config.run.trackers]
 
         def log(values: Mapping[str, float], step: int) -> None:
             for each in logs:
                 each(values, step)
 
+        yield log
+
+
+@contextmanager
+def _opened(name: str, config: RunConfig, run_id: str) -> Iterator[Log]:
+    with ExitStack() as stack:
+        try:
+            log = stack.enter_context(TRACKERS[name](config, run_id))
+        except Exception as error:  # a missing login, a server that is away: each library has its own errors
+            raise ConfigError(f"run.trackers: {name} cannot be opened: {str(error).splitlines()[0]}") from error
         yield log
 
 
@@ -70,7 +80,8 @@ def _wandb(config: RunConfig, run_id: str) -> Iterator[Log]:
 def _mlflow(config: RunConfig, run_id: str) -> Iterator[Log]:
     import mlflow
 
-    with mlflow.start_run(run_name=run_id):
+    known = mlflow.search_runs(filter_string=f"attributes.run_name = '{run_id}'", output_format="list")
+    with mlflow.start_run(run_id=known[0].info.run_id) if known else mlflow.start_run(run_name=run_id):
         mlflow.log_dict(config.model_dump(mode="json"), "config.yaml")
 
         def log(values: Mapping[str, float], step: int) -> None:

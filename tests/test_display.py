@@ -1,6 +1,7 @@
 """What the user sees of a run."""
 
 import io
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from rich.console import Console
 from sampo_ray.config import ConfigError, load_config
 from sampo_ray.display import SECONDS_BETWEEN_LINES, LiveDisplay, PlainDisplay, duration, open_display
 from sampo_ray.runs import Place
-from sampo_ray.trackers import check_trackers, open_trackers
+from sampo_ray.trackers import TRACKERS, check_trackers, open_trackers
 
 STEP = {"loss": 0.5, "margin": 0.25, "accuracy": 0.75, "chosen_tokens": 100.2, "rejected_tokens": 120.0, "lr": 1e-6}
 
@@ -128,3 +129,29 @@ def test_a_tracker_that_is_not_installed_is_refused_by_name(monkeypatch):
     monkeypatch.setattr("sampo_ray.trackers.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"run\.trackers: 'wandb' is not installed"):
         check_trackers(run_config("run.trackers=[wandb]"))
+
+
+def test_a_tracker_that_cannot_be_opened_says_why_in_one_line(tmp_path, monkeypatch):
+    @contextmanager
+    def refuses(config, run_id):
+        raise RuntimeError("no login\nand much more")
+        yield
+
+    monkeypatch.setattr("sampo_ray.trackers.check_trackers", lambda config: None)
+    monkeypatch.setitem(TRACKERS, "wandb", refuses)
+    with (
+        pytest.raises(ConfigError, match=r"^run\.trackers: wandb cannot be opened: no login$"),
+        open_trackers(run_config("run.trackers=[wandb]"), Place(str(tmp_path)), "run-1"),
+    ):
+        pass
+
+
+def test_a_resumed_run_goes_on_in_its_mlflow_run(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow", reason="MLflow is optional and not installed")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
+    for step in (1, 2):
+        with open_trackers(run_config("run.trackers=[mlflow]"), Place(str(tmp_path)), "run-1") as log:
+            log(STEP, step)
+    (run,) = mlflow.search_runs(output_format="list")
+    assert [point.step for point in mlflow.MlflowClient().get_metric_history(run.info.run_id, "margin")] == [1, 2]
