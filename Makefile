@@ -22,7 +22,7 @@ demo: setup
 
 test: setup
 	.venv/bin/python -m pytest -m "not slow"
-	.venv/bin/python -m pytest -m slow -n 2 --dist loadgroup
+	.venv/bin/python -m pytest -m slow -n 2
 
 lint: setup
 	.venv/bin/ruff check

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,13 +23,19 @@ TEXTS = ["What is two plus three? The answer is five. Let me think about it.", "
 
 
 RUNS = {"test_chat", "test_packaging", "test_submit", "test_training", "test_weights"}
-"""Modules of slow tests that start no engine in this process; they run beside those that do."""
+"""Modules whose slow tests start no engine from here: with `-n 2` they run beside all others."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two lanes for `-n 2 --dist loadgroup`: a fixture's engine is started once, and no two fleets are up at a time."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("runs" if item.path.stem in RUNS else "engines"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: Any, log: Any) -> Any:
+    """Two lanes, so that a fixture's engine is started once, and no two fleets are up at a time."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Lanes(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "runs" if Path(nodeid.partition("::")[0]).stem in RUNS else "engines"
+
+    return Lanes(config, log)
 
 
 @pytest.fixture(scope="session")
