@@ -5,8 +5,9 @@ uses it.
 import contextlib
 import re
 import tempfile
+import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,7 +151,7 @@ class _Live:
         try:
             handles = dict(zip(apps, serve.run_many(targets), strict=True))
         except RuntimeError as error:
-            raise FleetError(f"{last_words(error)} (Ray's logs have the rest)") from None
+            raise FleetError(f"{last_words(f'{error}{said_by(list(apps))}')} (Ray's logs have the rest)") from None
         return handles, await_endpoint(gateway, self._serve, route) if self._serve.enabled else None
 
     def _at_end(self, function: Callable[..., Any], *arguments: Any) -> None:
@@ -185,11 +186,19 @@ def applications(run: Run, live: _Live) -> dict[str, serve.Application]:
     return apps
 
 
-def last_words(error: RuntimeError) -> str:
-    """What a replica that could not start said last, out of Serve's report on it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = [line for line in lines if re.match(r"^[\w.]*(Error|Exception)\b", line)]
-    return (said or lines or ["an application could not be started"])[-1]
+def said_by(apps: Sequence[str]) -> str:
+    """What Serve reports of the deployments that do not run, a traceback each; it tells their application less."""
+    running = serve.status().applications
+    deployments = [d for name in apps if name in running for d in running[name].deployments.values()]
+    return "".join(f"\n{each.message}" for each in deployments if each.status != "HEALTHY" and each.message)
+
+
+def last_words(report: str) -> str:
+    """What a replica that could not start said last, out of Serve's report on it: the last error and its lines."""
+    lines = [line.strip() for line in report.splitlines() if line.strip()]
+    errors = [n for n, line in enumerate(lines) if re.match(r"^[\w.]*(Error|Exception)\b", line)]
+    said = lines[errors[-1] :] if errors else lines[-1:] or ["an application could not be started"]
+    return textwrap.shorten(" ".join(line for line in said if not line.startswith("For further information")), 500)
 
 
 def attach(store: ActorHandle, run: Run) -> None:
