@@ -21,7 +21,7 @@ from sampo_ray.actors.weights import Weights, joined
 
 logger = logging.getLogger("ray.serve")
 
-ENLIST_S = 60.0
+ENLIST_S = 30.0
 REPLY_S = 30.0
 POLL_S = 0.02
 SIDES: dict[str, Callable[[torch.device], Incoming]] = {"broadcast": BroadcastIncoming, "ipc": IpcIncoming}

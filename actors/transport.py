@@ -16,6 +16,7 @@ the announcement, they do not change while training goes on, and ZeRO-3 need not
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -55,13 +56,21 @@ class Incoming(Protocol):
 
 @contextmanager
 def beside(device: torch.device) -> Iterator[None]:
-    """On a GPU, a stream that neither waits for what others compute there nor holds them up; done at the end."""
+    """On a GPU, a stream that neither waits for what others compute there nor holds them up; done at the end.
+
+    Always the same one: torch's allocator keeps what was freed for the stream that it was allocated on.
+    """
     if device.type != "cuda":
         yield
         return
-    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+    with torch.cuda.device(device), torch.cuda.stream(stream_beside(device)):
         yield
         torch.cuda.current_stream().synchronize()
+
+
+@cache
+def stream_beside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def left(until: float) -> float:

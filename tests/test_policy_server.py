@@ -42,6 +42,7 @@ from sampo_ray.actors.weights import (
     Weights,
     WeightsError,
     WeightsId,
+    joined,
     put,
     version_folder,
     write_version,
@@ -189,11 +190,11 @@ class Policy:
         return self.version
 
     def send(self, sender: Sender, seed: int) -> int:
-        """Publishes weights of that seed in many buckets, and by the sender's transport; returns when they are live."""
+        """Publishes weights of that seed, a bucket a tensor, by a transport too; returns when they are live."""
         self.version += 10
         about = {"version": self.version, "round": 0, "step": self.version}
         folder, tensors = version_folder(self.versions, self.version), weights(self.shell, seed)
-        buckets = write_version(folder, tensors, self.shell, about, 100_000, keep=put)
+        buckets = write_version(folder, tensors, self.shell, about, 1, keep=put)
         ray.get(self.store.publish.remote("run", self.version, False, buckets, True), timeout=60)
         sender.send(WeightsId("run", self.version), buckets)
         while self.held()["version"] != self.version:
@@ -331,9 +332,7 @@ def test_weights_come_by_broadcast_while_answers_are_given(policy: Policy, caplo
         asking.start()
         policy.send(sender, seed)
         asking.join(60)
-    assert [record.getMessage().split(" to ")[0] for record in caplog.records] == [
-        "sent run@" + str(v) for v in (policy.version - 10, policy.version)
-    ]
+    assert sendings(caplog) == [f"sent run@{version}" for version in (policy.version - 10, policy.version)]
     assert policy.generate()["completion"].to_pylist() == first["completion"].to_pylist()
     policy.send(sender, 2)
     second = policy.generate()
@@ -341,15 +340,21 @@ def test_weights_come_by_broadcast_while_answers_are_given(policy: Policy, caplo
     assert second["completion"].to_pylist() != first["completion"].to_pylist()
 
 
-STAYS_IN_THE_GROUP = """
+def sendings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the sender said of each version."""
+    said = [record.getMessage() for record in caplog.records if record.name == "sampo_ray.actors.sending"]
+    return [message.split(": ")[0].split(" to ")[0] for message in said]
+
+
+RECEIVES = """
 import json, sys, time, torch
 from sampo_ray.actors.broadcast import BroadcastIncoming
 from sampo_ray.actors.roll import Ticket
 side = BroadcastIncoming(torch.device("cpu"))
 print("ready", flush=True)
-ticket = Ticket(**json.loads(sys.stdin.readline()))
-side._join(ticket, ticket.rank, time.monotonic() + 20)
-time.sleep(60)
+ticket, places = json.loads(sys.stdin.readline())
+buffers = [torch.empty(size, dtype=torch.uint8) for _, size in places]
+side.receive(Ticket(**ticket), ticket["rank"], buffers, time.monotonic() + 20)
 """
 
 
@@ -362,7 +367,7 @@ def test_a_member_killed_in_mid_broadcast_leaves_the_replica_to_the_host_path(
     assert sender is not None
     doomed, coming = Member("doomed", 1, "training"), WeightsId("run", policy.version + 10)
     ray.get(policy.store.roll.remote("enlist", doomed, coming, 0), timeout=60)
-    command = [sys.executable, "-c", STAYS_IN_THE_GROUP]
+    command = [sys.executable, "-c", RECEIVES]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None and process.stdout is not None
         assert process.stdout.readline() == "ready\n"
@@ -379,23 +384,26 @@ def test_a_member_killed_in_mid_broadcast_leaves_the_replica_to_the_host_path(
             ticket = None
             while ticket is None:
                 ticket = ray.get(policy.store.roll.remote("enlist", doomed, coming, 10), timeout=60)
-            process.stdin.write(json.dumps(dataclasses.asdict(ticket)) + "\n")
+            places, _ = joined(ray.get(policy.store.get.remote("run", coming.version), timeout=60).buckets)
+            process.stdin.write(json.dumps([dataclasses.asdict(ticket), places]) + "\n")
             process.stdin.flush()
 
         monkeypatch.setattr(broadcast, "digest", killing)
         joining = threading.Thread(target=joins)
         joining.start()
         begun = time.monotonic()
-        policy.send(sender, seed=3)
-        assert time.monotonic() - begun < 20
-        joining.join(30)
-    assert 5 <= len(sent) < 25
-    (record,) = caplog.records
-    assert f"could not send {coming}" in record.getMessage()
+        try:
+            policy.send(sender, seed=3)
+            assert time.monotonic() - begun < 20
+            joining.join(30)
+        finally:
+            process.kill()
+    assert 5 <= len(sent) < 21
+    assert sendings(caplog) == [f"could not send {coming}, replicas fetch it themselves"]
     assert_greedy(policy.generate(), version_folder(policy.versions, policy.version))
     policy.send(sender, seed=1)
     policy.send(sender, seed=2)
-    assert caplog.records[-1].getMessage().startswith(f"sent run@{policy.version}")
+    assert sendings(caplog)[-1] == f"sent run@{policy.version}"
 
 
 @pytest.mark.slow
