@@ -97,6 +97,7 @@ class Receiver:
             logger.warning("%s did not come by %s, so it is fetched: %s", weights.id, self._transport, problem)
             self._member = self._new_member()
             return None
+        logger.info("%s came by %s", weights.id, self._transport)
         return {"path": "", "nbytes": sum(places[-1]), "tensors": [astuple(spec) for spec in specs]}
 
     def leave(self, store: ActorHandle) -> None:

@@ -65,7 +65,7 @@ class Roll:
         self._changed = asyncio.Condition()
 
     async def offer(self, weights: WeightsId | None) -> None:
-        """These weights will be sent; must come before they are announced. None: nothing is any more."""
+        """These weights will be sent, and no others any more; said before they are announced. None: nothing is sent."""
         self._offered, self._ready, self._tickets, self._pending = weights, {}, None, set()
         await self._notify()
 
@@ -95,6 +95,8 @@ class Roll:
             return [m.id for m in members if m.id not in self._ready and self._wanted(m.channel) == weights]
 
         await self._until(lambda: not late(), timeout_s)
+        if weights != self._offered:
+            return None
         for member in late():
             del self._members[member]
         members = tuple(self._ready.values())
@@ -133,6 +135,8 @@ class Roll:
             return []
         if succeeded:
             await self._until(lambda: not self._pending, timeout_s)
+            if weights != self._offered:
+                return []
         else:
             self._epoch = Epoch(self._epoch.number, ())
         silent = list(self._pending)

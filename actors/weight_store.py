@@ -108,7 +108,8 @@ class WeightStore:
             if self._training is None or version > self._training.id.version:
                 about = await asyncio.to_thread(self._about, version)
                 owned = tuple([await self._own(bucket) for bucket in buckets])
-                await self._roll.offer(WeightsId(run_id, version) if offered else None)
+                if offered:
+                    await self._roll.offer(WeightsId(run_id, version))
                 self._training = Weights(WeightsId(run_id, version), about, owned, version)
                 await self._consider(version)
             elif version < self._training.id.version:
