@@ -66,8 +66,8 @@ class Sender:
             if epoch is None:
                 return
             silent = self._send(weights, buckets, epoch)
-            took = time.monotonic() - begun
-            logger.info("sent %s to %s in %.1f s; no word from %s", weights, epoch, took, silent or "none")
+            count, took = len(epoch.members), time.monotonic() - begun
+            logger.info("sent %s to %d replicas in %.1f s, %d said nothing", weights, count, took, len(silent))
         except Exception as error:  # of a network, a GPU, an actor: replicas have another way, and training goes on
             logger.warning("could not send %s, replicas fetch it themselves: %s", weights, repr(error))
 
