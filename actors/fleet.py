@@ -136,7 +136,13 @@ class _Live:
 
         base, chat = self._run.versions.at("000000").url, self._run.place.at("tokenizer").url
         config = self._run.config
-        source = Source(self.store_name, channel, swap=config.serve.swap, drain_s=config.serve.request_timeout_s)  # type: ignore[arg-type]
+        source = Source(
+            self.store_name,
+            channel,  # type: ignore[arg-type]
+            swap=config.serve.swap,
+            drain_s=config.serve.request_timeout_s,
+            transport=config.publish.transport,
+        )
         return policy_deployment("policy", base, chat, source, settings, config.data.max_length)
 
     def deploy(self, apps: dict[str, serve.Application], route: str) -> tuple[dict[str, DeploymentHandle], str | None]:

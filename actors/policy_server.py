@@ -1,6 +1,7 @@
 """Policy replicas: vLLM under Ray Serve, for rollouts and for the live endpoint, on weights that change under way."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -8,7 +9,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -26,6 +26,7 @@ from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from sampo_ray.actors.receiving import Receiver
 from sampo_ray.actors.replica import Event, State, after
 from sampo_ray.actors.weight_store import Channel, find_weight_store
 from sampo_ray.actors.weight_transfer import staged
@@ -83,6 +84,8 @@ class Source:
     adapters: str | None = None
     """Folder (or URL) of LoRA adapters on the pinned version: asked for by `policy@NAME`, one is loaded when it is."""
     max_rank: int = 0
+    transport: Literal["host", "ipc", "broadcast"] = "host"
+    """How new weights come (actors/transport.py)."""
 
 
 class PolicyServer(LLMServer):
@@ -100,6 +103,8 @@ class PolicyServer(LLMServer):
     A swap pauses the engine, loads, and resumes; requests in flight keep their KV cache. An engine whose update failed
     half-way, or that died, ends this process, so that Serve starts another: it never serves half-loaded weights.
     """
+
+    _receiver: Receiver | None = None
 
     async def __init__(self, llm_config: LLMConfig, *, source: Source, chat_folder: str) -> None:  # type: ignore[misc]
         self._source, self._state = source, State.STARTING
@@ -119,6 +124,8 @@ class PolicyServer(LLMServer):
         self._become(Event.ENGINE_UP)
         if source.pinned is None:
             await self._client.init_weight_transfer_engine(WeightTransferInitRequest({}))
+            if source.transport != "host":
+                self._receiver = Receiver(self._client, source.transport, source.channel)
             await self._catch_up()
         else:
             self._become(Event.LOAD)
@@ -210,6 +217,9 @@ class PolicyServer(LLMServer):
             self._become(Event.DRAIN)
             for task in self._tasks:
                 task.cancel()
+            if self._receiver:
+                with contextlib.suppress(ValueError):  # the store has gone before
+                    self._receiver.leave(find_weight_store(self._source.store))
         await super().__del__()
 
     async def _versioned(
@@ -333,9 +343,7 @@ class PolicyServer(LLMServer):
         if weights.id == self._held.id:  # only its place in the order of what went live is another
             self._held = replace(self._held, sequence=weights.sequence)
             return
-        buckets = [await self._fetched(bucket) for bucket in weights.buckets]
-        async with in_thread(staged(buckets)) as update:
-            del buckets
+        async with self._at_hand(weights) as update:
             begun = time.perf_counter()
             await self._prepare(update)
             paused, limit = time.perf_counter(), SWAP_TIMEOUT_S
@@ -355,6 +363,19 @@ class PolicyServer(LLMServer):
             await self._client.collective_rpc("release_weights")
         took = 1000 * (paused - begun), 1000 * (resumed - paused)
         logger.info("now on %s: made ready in %.0f ms, then a pause of %.0f ms", weights.id, *took)
+
+    @contextlib.asynccontextmanager
+    async def _at_hand(self, weights: Weights) -> AsyncGenerator[dict[str, Any], None]:
+        """Gets weights, verified, to where the engine's workers can read them; gives the HostUpdate that says where."""
+        if self._receiver:
+            received = await self._receiver.receive(find_weight_store(self._source.store), weights)
+            if received is not None:
+                yield received
+                return
+        buckets = [await self._fetched(bucket) for bucket in weights.buckets]
+        async with in_thread(staged(buckets)) as update:
+            del buckets
+            yield update
 
     async def _prepare(self, update: dict[str, Any]) -> None:
         """Has the workers do beforehand, between the steps of the engine, what can be done before the pause."""
@@ -376,7 +397,7 @@ class PolicyServer(LLMServer):
         return here
 
 
-@asynccontextmanager
+@contextlib.asynccontextmanager
 async def in_thread(context: Any) -> AsyncGenerator[Any, None]:
     """Enters a blocking context manager without blocking the event loop."""
     value = await asyncio.to_thread(context.__enter__)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from ray.actor import ActorHandle
 
 from sampo_ray.actors.exchange import TrainingError, Work
+from sampo_ray.actors.sending import start_sender
 from sampo_ray.actors.weight_store import find_weight_store, publish_version
 from sampo_ray.actors.weights import (
     WeightsError,
@@ -83,6 +84,8 @@ def train_rank(settings: dict[str, Any]) -> None:
         while True:
             taken = ray.get(mine.exchange.take.remote(number, CALL_SECONDS / 2), timeout=CALL_SECONDS)
             if taken == "closed":
+                if rank is not None and rank.sender is not None:
+                    rank.sender.wait()  # it sends from this process
                 return
             if taken == "wait":
                 continue
@@ -111,6 +114,7 @@ class Rank:
         self.device = (
             torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         )
+        self.sender = start_sender(self.config.publish.transport, store, self.device) if self.rank == 0 else None
         with Place(version_folder(self.place.at("versions").url, 0)).on_disk() as base:
             policy = load_policy(base, self.config.trainer.gradient_checkpointing)
         optim = self.config.optim
@@ -212,7 +216,16 @@ class Rank:
                 "created": int(time.time()),
             }
             publish_version(
-                self.store, work.run, versions, version, self._weights(), shell, last, about, timeout_s=PUBLISH_SECONDS
+                self.store,
+                work.run,
+                versions,
+                version,
+                self._weights(),
+                shell,
+                last,
+                about,
+                timeout_s=PUBLISH_SECONDS,
+                sender=self.sender,
             )
         else:
             drain(self._weights())

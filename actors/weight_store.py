@@ -21,6 +21,8 @@ from ray.exceptions import RayError
 from sampo_ray import versions
 from sampo_ray.actors.gate import Verdict, check
 from sampo_ray.actors.pinned import Pinned, adapter_ranks
+from sampo_ray.actors.roll import Roll
+from sampo_ray.actors.sending import Sender
 from sampo_ray.actors.weights import (
     Bucket,
     Weights,
@@ -66,6 +68,7 @@ class WeightStore:
         self._reference: Weights | None = None
         self._abouts: dict[int, dict[str, Any]] = {}
         self._pinned = Pinned(apps)
+        self._roll = Roll(self._current_id)
         self._lock = asyncio.Lock()
         self._changed = asyncio.Condition()
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -91,18 +94,22 @@ class WeightStore:
         self._attend()
         return self._live.id if self._live else None
 
-    async def publish(self, run_id: str, version: int, reference: bool, buckets: Sequence[Bucket]) -> WeightsId | None:
+    async def publish(
+        self, run_id: str, version: int, reference: bool, buckets: Sequence[Bucket], offered: bool = False
+    ) -> WeightsId | None:
         """Makes a durable version the newest, and the round's reference if so marked; returns what is live afterwards.
 
         It goes live at once if the live policy follows such versions and the recipe names no checks; else when it has
-        passed them. Idempotent; a version older than the newest is ignored. Raises WeightsError for a run that is not
-        attached or a version that is not complete on disk.
+        passed them. Idempotent; a version older than the newest is ignored. `offered`: the publisher also sends it by a
+        transport. Raises WeightsError for a run that is not attached or a version that is not complete on disk.
         """
         async with self._lock:
             self._check_run(run_id)
             if self._training is None or version > self._training.id.version:
                 about = await asyncio.to_thread(self._about, version)
                 owned = tuple([await self._own(bucket) for bucket in buckets])
+                if offered:
+                    await self._roll.offer(WeightsId(run_id, version))
                 self._training = Weights(WeightsId(run_id, version), about, owned, version)
                 await self._consider(version)
             elif version < self._training.id.version:
@@ -117,11 +124,8 @@ class WeightStore:
         """Long poll: a channel's weights once they are not `known` (or their sequence is another); None on time-out."""
         self._attend()
 
-        def current() -> Weights | None:
-            return self._live if channel == "live" else self._training
-
         def differs() -> bool:
-            now = current()
+            now = self._current(channel)
             return now is not None and (now.id != known or sequence not in (None, now.sequence))
 
         async with self._changed:
@@ -130,7 +134,11 @@ class WeightStore:
                     await asyncio.wait_for(self._changed.wait_for(differs), timeout_s)
                 except TimeoutError:
                     return None
-            return current()
+            return self._current(channel)
+
+    async def roll(self, step: Literal["enlist", "muster", "call", "report", "close"], *arguments: Any) -> Any:
+        """A step of sending a version by a transport; see `Roll`. A store that restarts begins with an empty one."""
+        return await getattr(self._roll, step)(*arguments)
 
     async def get(self, run_id: str, version: int) -> Weights:
         """A version of the attached run: from memory when it is held, else from disk."""
@@ -164,6 +172,13 @@ class WeightStore:
             abouts = await asyncio.to_thread(self._all_abouts)
             await self._edit(lambda state: versions.commanded(state, abouts, verb, name, argument))
         return await self.state()
+
+    def _current(self, channel: str) -> Weights | None:
+        return self._live if channel == "live" else self._training
+
+    def _current_id(self, channel: str) -> WeightsId | None:
+        now = self._current(channel)
+        return now.id if now else None
 
     @property
     def _place(self) -> Place:
@@ -324,11 +339,17 @@ def publish_version(
     reference: bool,
     about: dict[str, Any],
     timeout_s: float = 300.0,
+    sender: Sender | None = None,
 ) -> WeightsId | None:
     """Makes a version durable, then known: streams `tensors` to disk and object store, then tells the store.
 
-    `about` holds round and step; `reference` marks the start of a round. Returns the id that is live afterwards.
+    `about` holds round and step; `reference` marks the start of a round. A `sender` then sends it by a transport,
+    beside whatever follows. Returns the id that is live afterwards.
     """
     folder = version_folder(versions_url, version)
     buckets = write_version(folder, tensors, shell_folder, {"version": version, **about}, keep=put)
-    return ray.get(store.publish.remote(run_id, version, reference, buckets), timeout=timeout_s)
+    offered = sender is not None and sender.free
+    live = ray.get(store.publish.remote(run_id, version, reference, buckets, offered), timeout=timeout_s)
+    if sender is not None and offered:
+        sender.send(WeightsId(run_id, version), buckets)
+    return live

@@ -1,6 +1,7 @@
 """How new weights get into a running vLLM engine: a weight-transfer backend ("host") that reads them from a local file.
 
-The replica stages a version's buckets in one file in memory (`staged`), and every worker of its engine maps that file.
+The replica stages a version's buckets in one file in memory (`staged`), and every worker of its engine maps that file;
+or the worker has received them beforehand (`transport.py`), in the same layout and in memory of its own.
 vLLM's workers import this module, because it is named as `worker_extension_cls`; importing it registers the backend.
 The file lives on one node, so all workers of an engine must be on the replica's node.
 """
@@ -10,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,11 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from sampo_ray.actors.receiving import SIDES, Reception
+from sampo_ray.actors.roll import Ticket
 from sampo_ray.actors.spare_weights import SpareWeights
-from sampo_ray.actors.weights import ALIGNMENT, Bucket, TensorSpec, views
+from sampo_ray.actors.transport import Incoming
+from sampo_ray.actors.weights import Bucket, TensorSpec, joined, views
 
 BACKEND = "host"
 SHARED_MEMORY = Path("/dev/shm")
@@ -39,6 +43,14 @@ class WorkerExtension:
         with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
             return self.weight_transfer_engine.prepare(update, seconds)  # type: ignore[attr-defined]
 
+    def receive_version(self, transport: str, ticket: dict[str, Any], places: list[list[int]]) -> None:
+        """Begins to receive a version in a thread: `ticket`, a Ticket's fields; `places`, see `Reception`."""
+        self.weight_transfer_engine.receive(transport, Ticket(**ticket), places)  # type: ignore[attr-defined]
+
+    def version_received(self) -> str | None:
+        """None: not yet; "": it is here, and the next preparation and update may take it; else what went wrong."""
+        return self.weight_transfer_engine.received()  # type: ignore[attr-defined]
+
     def release_weights(self) -> None:
         """Frees what the last weight update has replaced; that takes too long for a pause."""
         self.weight_transfer_engine.release()  # type: ignore[attr-defined]
@@ -51,7 +63,7 @@ class HostInit(WeightTransferInitInfo):
 
 @dataclass
 class HostUpdate(WeightTransferUpdateInfo):
-    """`path`: file of `nbytes` bytes; `tensors`: the TensorSpecs, offsets counted from the start of the file."""
+    """`path`: file of `nbytes` bytes, or "" for those that the worker received; `tensors`: the TensorSpecs in it."""
 
     path: str
     nbytes: int
@@ -59,7 +71,7 @@ class HostUpdate(WeightTransferUpdateInfo):
 
 
 class HostWeightTransferEngine(WeightTransferEngine[HostInit, HostUpdate]):
-    """Loads a whole checkpoint from a mapped file: where `prepare` was called before and could, by exchanging what the
+    """Loads a whole checkpoint from such bytes: where `prepare` was called before and could, by exchanging what the
     engine computes with; else layer by layer into its tensors.
     """
 
@@ -68,6 +80,8 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInit, HostUpdate]):
     supports_draft_weight_update = False
     _spare: SpareWeights | None = None
     _preparing: Iterator[None] = iter(())
+    _incoming: Incoming | None = None
+    _reception: Reception | None = None
 
     def init_transfer_engine(self, init_info: HostInit) -> None:
         pass
@@ -82,8 +96,21 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInit, HostUpdate]):
         until = time.perf_counter() + seconds
         return not any(time.perf_counter() > until for _ in self._preparing)
 
+    def receive(self, transport: str, ticket: Ticket, places: list[list[int]]) -> None:
+        """See `WorkerExtension.receive_version`."""
+        if self._incoming is None:
+            self._incoming = SIDES[transport](self.device)
+        rank = ticket.rank + self.parallel_config.rank
+        self._reception = Reception(self._incoming, ticket, rank, places, self.device, self._reception)
+
+    def received(self) -> str | None:
+        assert self._reception is not None
+        return self._reception.problem if self._reception.done else None
+
     def release(self) -> None:
         self._spare = None
+        if self._reception is not None and self._reception.done:
+            self._reception = None
 
     def start_weight_update(self) -> None:
         if self._spare is None:
@@ -102,8 +129,12 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInit, HostUpdate]):
             self._spare.adopt()
 
     def _tensors(self, update_info: HostUpdate) -> Iterator[tuple[str, torch.Tensor]]:
-        mapped = torch.from_file(update_info.path, shared=False, size=update_info.nbytes, dtype=torch.uint8)
-        return views((TensorSpec(*fields) for fields in update_info.tensors), mapped.numpy())
+        if update_info.path:
+            data = torch.from_file(update_info.path, shared=False, size=update_info.nbytes, dtype=torch.uint8)
+        else:
+            assert self._reception is not None
+            data = self._reception.data
+        return views((TensorSpec(*fields) for fields in update_info.tensors), data)
 
     def finish_weight_update(self) -> None:
         if self._spare is not None:
@@ -116,7 +147,8 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInit, HostUpdate]):
                     module.quant_method.process_weights_after_loading(module)
 
     def shutdown(self) -> None:
-        pass
+        if self._incoming is not None:
+            self._incoming.close()
 
 
 @contextmanager
@@ -124,15 +156,13 @@ def staged(buckets: Iterable[Bucket]) -> Iterator[dict[str, Any]]:
     """Writes buckets (their bytes fetched) into one file, in memory where there is room; yields the HostUpdate."""
     held = list(buckets)
     room = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 2 * sum(b.data.size for b in held)
+    places, specs = joined(held)
     with tempfile.NamedTemporaryFile(prefix="sampo-weights-", dir=SHARED_MEMORY if room else None) as file:
-        tensors: list[tuple[Any, ...]] = []
-        for bucket in held:
-            start = -(-file.tell() // ALIGNMENT) * ALIGNMENT
+        for bucket, (start, _) in zip(held, places, strict=True):
             file.seek(start)
             file.write(bucket.data)
-            tensors += [astuple(replace(spec, offset=start + spec.offset)) for spec in bucket.specs]
         file.flush()
-        yield {"path": file.name, "nbytes": file.tell(), "tensors": tensors}
+        yield {"path": file.name, "nbytes": file.tell(), "tensors": [astuple(spec) for spec in specs]}
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, HostWeightTransferEngine)

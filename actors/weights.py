@@ -93,17 +93,17 @@ def pack(tensors: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int = BUCKET
     specs: list[TensorSpec] = []
     data, end = np.zeros(0, np.uint8), 0
     for name, tensor in tensors:
-        flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
+        source = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
         start = -(-end // ALIGNMENT) * ALIGNMENT
-        if specs and start + flat.size > bucket_bytes:
+        if specs and start + source.size > bucket_bytes:
             yield _sealed(specs, data[:end])
             specs, start = [], 0
         if not specs:
-            data = np.zeros(max(bucket_bytes, flat.size), np.uint8)
-        end = start + flat.size
-        data[start:end] = flat
+            data = np.zeros(max(bucket_bytes, source.size), np.uint8)
+        end = start + source.size
+        data[start:end] = source
         dtype = str(tensor.dtype).removeprefix("torch.")
-        specs.append(TensorSpec(name, dtype, tuple(tensor.shape), start, flat.size))
+        specs.append(TensorSpec(name, dtype, tuple(tensor.shape), start, source.size))
     if specs:
         yield _sealed(specs, data[:end])
 
@@ -128,17 +128,34 @@ def verify(bucket: Bucket) -> None:
 def unpack(bucket: Bucket) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (name, tensor) as views of the bucket's bytes, not to be written to. Verifies the checksum first."""
     verify(bucket)
-    return views(bucket.specs, bucket.data)
+    return views(bucket.specs, flat(bucket.data))
 
 
-def views(specs: Iterable[TensorSpec], data: np.ndarray) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields (name, tensor) as views of bytes that were verified before."""
+def flat(data: np.ndarray) -> torch.Tensor:
+    """The same bytes as a tensor, not to be written to where the array is not."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        flat = torch.from_numpy(data)
+        return torch.from_numpy(data)
+
+
+def views(specs: Iterable[TensorSpec], data: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields (name, tensor) as views of uint8 [bytes], on any device, that were verified before."""
     for spec in specs:
-        tensor = flat[spec.offset : spec.offset + spec.nbytes].view(getattr(torch, spec.dtype))
+        tensor = data[spec.offset : spec.offset + spec.nbytes].view(getattr(torch, spec.dtype))
         yield spec.name, tensor.reshape(spec.shape)
+
+
+def joined(buckets: Iterable[Bucket]) -> tuple[list[tuple[int, int]], list[TensorSpec]]:
+    """Where buckets lie when all are put into one range of bytes: start and size of each, and all tensors' specs."""
+    places: list[tuple[int, int]] = []
+    specs: list[TensorSpec] = []
+    end = 0
+    for bucket in buckets:
+        start, size = -(-end // ALIGNMENT) * ALIGNMENT, max(spec.offset + spec.nbytes for spec in bucket.specs)
+        places.append((start, size))
+        specs += [replace(spec, offset=start + spec.offset) for spec in bucket.specs]
+        end = start + size
+    return places, specs
 
 
 def version_folder(versions_url: str, version: int) -> str:
@@ -208,7 +225,7 @@ def _write_shards(
     shards: list[tuple[TensorSpec, ...]] = []
     for bucket in pack(tensors, bucket_bytes):
         path = draft / f"shard-{len(shards)}.safetensors"
-        save_file(dict(views(bucket.specs, bucket.data)), path, metadata={"format": "pt"})
+        save_file(dict(views(bucket.specs, flat(bucket.data))), path, metadata={"format": "pt"})
         shards.append(bucket.specs)
         kept.append(keep(bucket))
     if not shards:

@@ -235,6 +235,9 @@ class PublishConfig(Section):
     """Optimizer steps between published weight versions; the end of a round always publishes."""
     keep: int = Field(2, ge=1)
     """Published versions kept on disk besides those that begin or end a round."""
+    transport: Literal["host", "ipc", "broadcast"] = "host"
+    """How a version gets to the workers of the policy replicas: through host memory, out of the memory of the GPU that
+    they share with the trainer, or sent to all of them at once. What fails comes through host memory."""
 
 
 class GatesConfig(Section):

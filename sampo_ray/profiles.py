@@ -18,7 +18,8 @@ def resolve(config: RunConfig, resources: Mapping[str, float], cores: int) -> tu
     `cluster` where there are GPUs enough, else `laptop`, on which a recipe for GPUs runs with fewer workers and
     replicas.
 
-    Raises ConfigError when the cluster profile is asked for by name and there are too few GPUs.
+    Raises ConfigError when the cluster profile is asked for by name and there are too few GPUs, and for a transport of
+    weights that cannot work where the profile puts trainer and replicas.
     """
     gpus = int(resources.get("GPU", 0))
     auto = config.profile == "auto"
@@ -26,6 +27,7 @@ def resolve(config: RunConfig, resources: Mapping[str, float], cores: int) -> tu
     if profile == "cluster" and gpus < CLUSTER_GPUS:
         raise ConfigError(f"profile='cluster' needs {CLUSTER_GPUS} GPUs or more, Ray has {gpus}; use profile=laptop")
     plan = _cluster(config, gpus) if profile == "cluster" else _laptop(config, gpus, (gpus or cores) if auto else None)
+    _check_transport(config.publish.transport, plan["trainer"]["num_gpus"], plan["generators"]["num_gpus"])
     notes = [
         f"{name}: {before} -> {after} ({profile} profile)"
         for name, before, after in _changes(config, plan)
@@ -82,6 +84,21 @@ def _cluster(config: RunConfig, gpus: int) -> dict[str, dict[str, Any]]:
         "references": fleet(fleets.references, share, 1),
         "rewards": fleet(fleets.rewards, share if config.reward.model else 0, 1),
     }
+
+
+def _check_transport(transport: str, trainer: float, replica: float) -> None:
+    """`trainer` and `replica` are the GPUs of one rank and of one worker."""
+    one = 0 < trainer < 1 and 0 < replica < 1
+    if transport == "ipc" and not one:
+        raise ConfigError(
+            f"publish.transport='ipc' needs trainer and replicas on one GPU, here a rank has {trainer:g} and a replica "
+            f"{replica:g}; use publish.transport={'broadcast' if trainer and replica else 'host'}"
+        )
+    if transport == "broadcast" and (one or bool(trainer) != bool(replica)):
+        raise ConfigError(
+            f"publish.transport='broadcast' needs a GPU for each rank and replica, or none for any, here a rank has "
+            f"{trainer:g} and a replica {replica:g}; use publish.transport={'ipc' if one else 'host'}"
+        )
 
 
 def _changes(config: RunConfig, plan: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Any, Any]]:

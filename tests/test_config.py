@@ -31,6 +31,7 @@ ONLINE = ["rounds.mode=online", "data.prompts=p", "reward.function=f.py:f"]
         ("serve.host=0.0.0.0", ["serve.host='0.0.0.0'", "api_keys", "serve.keys_file", "serve.open=true"]),
         ("serve.host=gpu-box", ["serve.host='gpu-box'", "api_keys"]),
         ("serve.tokens_per_minute=0", ["serve.tokens_per_minute", "greater than or equal to 1"]),
+        ("publish.transport=nccl", ["publish.transport", "'host', 'ipc' or 'broadcast'", "'nccl'"]),
         ("rounds.count=many", ["rounds.count", "'many'"]),
         ("trainer.zero_stage=1", ["trainer.zero_stage", "1"]),
         ("rounds", ["section.field=value"]),
@@ -126,6 +127,33 @@ def test_gpus_are_never_promised_twice(gpus, online, serving, batch):
         asked += fleet.generators.max_replicas * fleet.generators.num_gpus
     assert asked <= gpus + 1e-9
     assert batch % trainer.workers == 0
+
+
+@pytest.mark.parametrize(
+    ("transport", "gpus", "words"),
+    [
+        ("ipc", 0, ["publish.transport='ipc'", "a rank has 0 and a replica 0", "publish.transport=host"]),
+        ("ipc", 8, ["publish.transport='ipc'", "a rank has 1 and a replica 1", "publish.transport=broadcast"]),
+        (
+            "broadcast",
+            1,
+            ["publish.transport='broadcast'", "a rank has 0.5 and a replica 0.3", "publish.transport=ipc"],
+        ),
+    ],
+)
+def test_a_transport_that_cannot_work_where_things_run_is_refused(transport, gpus, words):
+    with pytest.raises(ConfigError) as error:
+        resolve(config(f"publish.transport={transport}"), {"GPU": gpus}, cores=8)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("transport", "gpus"), [("host", 0), ("host", 8), ("broadcast", 0), ("broadcast", 8), ("ipc", 1)]
+)
+def test_a_transport_that_can_work_is_taken(transport, gpus):
+    resolved, _ = resolve(config(f"publish.transport={transport}"), {"GPU": gpus}, cores=8)
+    assert resolved.publish.transport == transport
 
 
 def test_a_cluster_of_too_few_gpus_is_refused():

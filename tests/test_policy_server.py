@@ -1,8 +1,11 @@
 """Policy replicas on a real vLLM engine: generation on token ids, and weights that change under way."""
 
 import asyncio
+import dataclasses
 import inspect
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +22,7 @@ from ray import serve
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sampo_ray.actors import policy_server
+from sampo_ray.actors import broadcast, policy_server
 from sampo_ray.actors.policy_deployment import policy_deployment
 from sampo_ray.actors.policy_server import (
     Held,
@@ -31,11 +34,16 @@ from sampo_ray.actors.policy_server import (
     versions_chunk,
 )
 from sampo_ray.actors.replica import Event, State, after
+from sampo_ray.actors.roll import Member
+from sampo_ray.actors.sending import Sender, start_sender
+from sampo_ray.actors.transport import digest
 from sampo_ray.actors.weight_store import publish_version, start_weight_store
 from sampo_ray.actors.weights import (
     Weights,
     WeightsError,
     WeightsId,
+    joined,
+    put,
     version_folder,
     write_version,
 )
@@ -167,9 +175,9 @@ class Policy:
         self.store = start_weight_store("policy-test", str(folder / "store.json"))
         ray.get(self.store.attach.remote("run", self.versions), timeout=60)
         config = GeneratorsConfig(num_cpus=0.5, max_ongoing_requests=32)
-        app = policy_deployment(
-            "policy", version_folder(self.versions, 0), self.chat_folder, Source("policy-test"), config, 640
-        )
+        # What nobody sends by a transport comes by the host path, which is how most tests here publish.
+        source, base = Source("policy-test", transport="broadcast"), version_folder(self.versions, 0)
+        app = policy_deployment("policy", base, self.chat_folder, source, config, 640)
         self.handle = serve.run(app, name="policy-test", route_prefix=None)
 
     def publish(self, seed: int | None) -> int:
@@ -179,6 +187,19 @@ class Policy:
         publish_version(self.store, "run", self.versions, self.version, tensors, self.shell, False, about, timeout_s=60)
         while self.held()["version"] != self.version:
             time.sleep(0.01)
+        return self.version
+
+    def send(self, sender: Sender, seed: int) -> int:
+        """Publishes weights of that seed, a bucket a tensor, by a transport too; returns when they are live."""
+        self.version += 10
+        about = {"version": self.version, "round": 0, "step": self.version}
+        folder, tensors = version_folder(self.versions, self.version), weights(self.shell, seed)
+        buckets = write_version(folder, tensors, self.shell, about, 1, keep=put)
+        ray.get(self.store.publish.remote("run", self.version, False, buckets, True), timeout=60)
+        sender.send(WeightsId("run", self.version), buckets)
+        while self.held()["version"] != self.version:
+            time.sleep(0.01)
+        sender.wait()
         return self.version
 
     def held(self) -> dict[str, Any]:
@@ -297,6 +318,92 @@ def test_new_weights_answer_and_going_back_gives_the_first_answers_again(policy:
     policy.publish(seed=1)
     assert policy.generate()["completion"].to_pylist() == first["completion"].to_pylist()
     assert first["completion"].to_pylist() != second["completion"].to_pylist()
+
+
+@pytest.mark.slow
+def test_weights_come_by_broadcast_while_answers_are_given(policy: Policy, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "sampo_ray.actors.sending")
+    sender = start_sender("broadcast", policy.store, torch.device("cpu"))
+    assert sender is not None
+    policy.publish(seed=1)
+    first = policy.generate()
+    for seed in (2, 1):
+        asking = threading.Thread(target=policy.chat, kwargs={"max_tokens": 320, "ignore_eos": True})
+        asking.start()
+        policy.send(sender, seed)
+        asking.join(60)
+    assert sendings(caplog) == [f"sent run@{version}" for version in (policy.version - 10, policy.version)]
+    assert policy.generate()["completion"].to_pylist() == first["completion"].to_pylist()
+    policy.send(sender, 2)
+    second = policy.generate()
+    assert_greedy(second, version_folder(policy.versions, policy.version))
+    assert second["completion"].to_pylist() != first["completion"].to_pylist()
+
+
+def sendings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the sender said of each version."""
+    said = [record.getMessage() for record in caplog.records if record.name == "sampo_ray.actors.sending"]
+    return [message.split(": ")[0].split(" to ")[0] for message in said]
+
+
+RECEIVES = """
+import json, sys, time, torch
+from sampo_ray.actors.broadcast import BroadcastIncoming
+from sampo_ray.actors.roll import Ticket
+side = BroadcastIncoming(torch.device("cpu"))
+print("ready", flush=True)
+ticket, places = json.loads(sys.stdin.readline())
+buffers = [torch.empty(size, dtype=torch.uint8) for _, size in places]
+side.receive(Ticket(**ticket), ticket["rank"], buffers, time.monotonic() + 20)
+"""
+
+
+@pytest.mark.slow
+def test_a_member_killed_in_mid_broadcast_leaves_the_replica_to_the_host_path(
+    policy: Policy, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO", "sampo_ray.actors.sending")
+    sender = start_sender("broadcast", policy.store, torch.device("cpu"))
+    assert sender is not None
+    doomed, coming = Member("doomed", 1, "training"), WeightsId("run", policy.version + 10)
+    ray.get(policy.store.roll.remote("enlist", doomed, coming, 0), timeout=60)
+    command = [sys.executable, "-c", RECEIVES]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        sent: list[int] = []
+
+        def killing(data: torch.Tensor) -> int:
+            sent.append(len(data))
+            if len(sent) == 5:
+                process.kill()
+                process.wait()
+            return digest(data)
+
+        def joins() -> None:
+            ticket = None
+            while ticket is None:
+                ticket = ray.get(policy.store.roll.remote("enlist", doomed, coming, 10), timeout=60)
+            places, _ = joined(ray.get(policy.store.get.remote("run", coming.version), timeout=60).buckets)
+            process.stdin.write(json.dumps([dataclasses.asdict(ticket), places]) + "\n")
+            process.stdin.flush()
+
+        monkeypatch.setattr(broadcast, "digest", killing)
+        joining = threading.Thread(target=joins)
+        joining.start()
+        begun = time.monotonic()
+        try:
+            policy.send(sender, seed=3)
+            assert time.monotonic() - begun < 20
+            joining.join(30)
+        finally:
+            process.kill()
+    assert 5 <= len(sent) < 21
+    assert sendings(caplog) == [f"could not send {coming}, replicas fetch it themselves"]
+    assert_greedy(policy.generate(), version_folder(policy.versions, policy.version))
+    policy.send(sender, seed=1)
+    policy.send(sender, seed=2)
+    assert sendings(caplog)[-1] == f"sent run@{policy.version}"
 
 
 @pytest.mark.slow

@@ -1,0 +1,363 @@
+"""Weights sent by a transport: real gloo groups between threads, and a process where one has to die."""
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sampo_ray.actors import broadcast, cuda_ipc
+from sampo_ray.actors.broadcast import BroadcastIncoming, BroadcastOutgoing
+from sampo_ray.actors.receiving import Receiver, Reception
+from sampo_ray.actors.roll import Roll, Ticket
+from sampo_ray.actors.sending import Sender
+from sampo_ray.actors.transport import digest
+from sampo_ray.actors.weights import TensorSpec, Weights, WeightsId, joined, pack, views
+
+CPU = torch.device("cpu")
+LARGE = 16_000_000
+"""Numbers of a tensor whose bytes no socket holds."""
+JOINS_AND_STOPS = """
+import json, sys, time, torch
+from sampo_ray.actors.broadcast import BroadcastIncoming
+from sampo_ray.actors.roll import Ticket
+side = BroadcastIncoming(torch.device("cpu"))
+side._join(Ticket(**json.loads(sys.argv[1])), int(sys.argv[2]), time.monotonic() + 60)
+print("joined", flush=True)
+time.sleep(60)
+"""
+
+
+def version(number: int, size: int = 200_000, buckets: int = 3) -> list[tuple[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(number)
+    return [(f"w{i}", torch.randn(size + i, generator=generator).to(torch.bfloat16)) for i in range(buckets)]
+
+
+def announced(number: int, size: int = 200_000) -> Weights:
+    """A version in three buckets, with their bytes in the place of references to them."""
+    return Weights(WeightsId("run", number), {}, tuple(pack(version(number, size), 1)), number)
+
+
+class Replica:
+    """A replica whose engine is its workers' receptions. What it received: `tensors`, by worker."""
+
+    def __init__(self, roll: Roll, workers: int = 1, channel: str = "training") -> None:
+        self.client = SimpleNamespace(
+            vllm_config=SimpleNamespace(parallel_config=SimpleNamespace(world_size=workers)),
+            collective_rpc=self._collective_rpc,
+        )
+        self.store = SimpleNamespace(
+            roll=SimpleNamespace(remote=lambda step, *rest: asyncio.ensure_future(getattr(roll, step)(*rest)))
+        )
+        self.receiver = Receiver(self.client, "broadcast", channel)
+        self.sides = [BroadcastIncoming(CPU) for _ in range(workers)]
+        self.receptions: list[Reception] = []
+        self.epochs: list[int] = []
+
+    async def _collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
+        if method == "receive_version":
+            _, ticket, places = json.loads(json.dumps(args))
+            taken = Ticket(**ticket)
+            self.epochs.append(taken.epoch)
+            self.receptions = [Reception(side, taken, taken.rank + n, places, CPU) for n, side in enumerate(self.sides)]
+            return [None] * len(self.sides)
+        return [each.problem if each.done else None for each in self.receptions]
+
+    async def come(self, weights: Weights) -> list[dict[str, torch.Tensor]] | None:
+        """What its workers have received of this version; None: it is left with the host path."""
+        update = await self.receiver.receive(self.store, weights)
+        if update is None:
+            return None
+        specs = [TensorSpec(*fields) for fields in update["tensors"]]
+        return [dict(views(specs, each.data)) for each in self.receptions]
+
+
+class Trainer:
+    """A sender, and the roll of a store whose newest weights are what was published last."""
+
+    def __init__(self, muster_s: float = 5.0, send_s: float = 20.0) -> None:
+        self.newest: Weights | None = None
+        self.roll = Roll(lambda channel: self.newest.id if self.newest and channel == "training" else None)
+        loop = asyncio.get_running_loop()
+
+        def ask(step: str, *arguments: Any, timeout: float) -> Any:
+            return asyncio.run_coroutine_threadsafe(getattr(self.roll, step)(*arguments), loop).result(timeout)
+
+        self.sender = Sender(BroadcastOutgoing(CPU), ask, muster_s, send_s, fetched=lambda bucket, _: bucket)
+
+    async def publish(self, weights: Weights) -> None:
+        await self.roll.offer(weights.id)
+        self.newest = weights
+        self.sender.send(weights.id, weights.buckets)
+
+    async def end(self) -> None:
+        await asyncio.to_thread(self.sender.wait)
+
+
+def run(scenario: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(scenario(), 120))
+
+
+def assert_is(
+    number: int, received: list[dict[str, torch.Tensor]] | None, workers: int = 1, size: int = 200_000
+) -> None:
+    assert received is not None and len(received) == workers
+    for tensors in received:
+        for name, expected in version(number, size):
+            assert torch.equal(tensors[name], expected)
+
+
+def test_all_workers_of_all_replicas_get_all_bytes_and_one_group_lasts() -> None:
+    async def scenario() -> None:
+        trainer = Trainer()
+        replicas = [Replica(trainer.roll, workers) for workers in (1, 2)]
+        for replica in replicas:
+            assert await replica.come(announced(0)) is None, "nobody sends it"
+        for number in (1, 2, 3):
+            await trainer.publish(weights := announced(number))
+            for workers, received in zip(
+                (1, 2), await asyncio.gather(*(each.come(weights) for each in replicas)), strict=True
+            ):
+                assert_is(number, received, workers)
+            await trainer.end()
+        assert [each.epochs for each in replicas] == [[1, 1, 1], [1, 1, 1]]
+
+    run(scenario)
+
+
+def test_who_joins_or_leaves_makes_the_next_version_another_epochs() -> None:
+    async def scenario() -> None:
+        trainer = Trainer()
+        first, late = Replica(trainer.roll), Replica(trainer.roll)
+        await first.come(announced(0))
+        await trainer.publish(weights := announced(1))
+        assert_is(1, await first.come(weights))
+        await trainer.end()
+        assert await late.come(weights) is None, "it is too late for this one"
+        await trainer.publish(weights := announced(2))
+        for received in await asyncio.gather(first.come(weights), late.come(weights)):
+            assert_is(2, received)
+        await trainer.end()
+        late.receiver.leave(late.store)  # type: ignore[arg-type]
+        await trainer.publish(weights := announced(3))
+        assert_is(3, await first.come(weights))
+        await trainer.end()
+        assert (first.epochs, late.epochs) == ([1, 2, 3], [2])
+
+    run(scenario)
+
+
+def test_a_damaged_bucket_is_refused_and_the_next_version_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    check = broadcast.check_digest
+
+    def damaged(data: torch.Tensor, expected: int, bucket: int) -> None:
+        if bucket == 1:
+            data[123_456] ^= 4
+        check(data, expected, bucket)
+
+    async def scenario() -> None:
+        trainer = Trainer()
+        replica = Replica(trainer.roll)
+        await replica.come(announced(0))
+        monkeypatch.setattr(broadcast, "check_digest", damaged)
+        await trainer.publish(weights := announced(1))
+        assert await replica.come(weights) is None
+        assert "WeightsError: bucket 1: checksum" in replica.receptions[0].problem
+        assert not replica.receptions[0].data.numel()
+        await trainer.end()
+        monkeypatch.undo()
+        assert await replica.come(weights) is None, "back on the roll, under another id"
+        await trainer.publish(weights := announced(2))
+        assert_is(2, await replica.come(weights))
+        await trainer.end()
+        assert replica.epochs == [1, 2]
+
+    run(scenario)
+
+
+def test_what_was_not_announced_is_refused() -> None:
+    async def scenario() -> None:
+        trainer = Trainer()
+        replica = Replica(trainer.roll)
+        await replica.come(announced(0))
+        await trainer.publish(announced(1))
+        assert await replica.come(replace(announced(1, size=100), sequence=1)) is None
+        assert "it is not what was announced" in replica.receptions[0].problem
+        await trainer.end()
+
+    run(scenario)
+
+
+def test_who_does_not_come_is_not_waited_for_beyond_the_limit_nor_a_second_time() -> None:
+    async def scenario() -> None:
+        trainer = Trainer(muster_s=1.0)
+        replica, gone, elsewhere = (Replica(trainer.roll), Replica(trainer.roll), Replica(trainer.roll, channel="live"))
+        for each in (replica, gone, elsewhere):
+            await each.come(announced(0))
+        for number, least, most in ((1, 1.0, 6.0), (2, 0.0, 1.0)):
+            begun = time.monotonic()
+            await trainer.publish(weights := announced(number))
+            assert_is(number, await replica.come(weights))
+            await trainer.end()
+            assert least <= time.monotonic() - begun < most
+        gone.receiver.leave(gone.store)  # type: ignore[arg-type]
+        replica.receiver.leave(replica.store)  # type: ignore[arg-type]
+        await trainer.publish(weights := announced(3))
+        await trainer.end()
+        assert await replica.come(weights) is None, "nobody came, so nothing was sent"
+
+    run(scenario)
+
+
+def test_a_member_that_takes_a_ticket_and_no_part_costs_the_limit_and_no_more() -> None:
+    async def scenario() -> None:
+        trainer = Trainer(muster_s=0.5, send_s=3.0)
+        replica, silent = Replica(trainer.roll), Replica(trainer.roll)
+        for each in (replica, silent):
+            await each.come(announced(0))
+        begun = time.monotonic()
+        await trainer.publish(weights := announced(1))
+        enlisting = asyncio.ensure_future(trainer.roll.enlist(silent.receiver._member, weights.id, 10))
+        assert await replica.come(weights) is None
+        assert await enlisting is not None
+        await trainer.end()
+        assert time.monotonic() - begun < 10
+        assert await replica.come(weights) is None
+        await trainer.publish(weights := announced(2))
+        assert_is(2, await replica.come(weights))
+        await trainer.end()
+
+    run(scenario)
+
+
+async def begun_with(trainer: Trainer, replica: Replica, doomed: Replica) -> tuple[Any, Ticket]:
+    """What `replica` will get of version 1, and the ticket that `doomed` has for it."""
+    for each in (replica, doomed):
+        await each.come(announced(0))
+    await trainer.publish(weights := announced(1, LARGE))
+    coming = asyncio.ensure_future(replica.come(weights))
+    ticket = await trainer.roll.enlist(doomed.receiver._member, weights.id, 10)
+    assert ticket is not None
+    return coming, ticket
+
+
+async def assert_over_within(seconds: float, trainer: Trainer, replica: Replica, coming: Any) -> None:
+    begun = time.monotonic()
+    if (received := await coming) is not None:  # the root had sent to it first
+        assert_is(1, received, size=LARGE)
+    await trainer.end()
+    assert time.monotonic() - begun < seconds
+    await replica.come(announced(1, LARGE))
+    await trainer.publish(weights := announced(2))
+    assert_is(2, await replica.come(weights))
+    await trainer.end()
+    assert replica.epochs == [1, 2]
+
+
+def test_a_member_that_dies_in_mid_broadcast_does_not_hold_the_root_up() -> None:
+    async def scenario() -> None:
+        trainer = Trainer()
+        replica, doomed = Replica(trainer.roll), Replica(trainer.roll)
+        coming, ticket = await begun_with(trainer, replica, doomed)
+        command = [sys.executable, "-c", JOINS_AND_STOPS, json.dumps(asdict(ticket)), str(ticket.rank)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert await asyncio.to_thread(process.stdout.readline) == b"joined\n"
+            process.kill()
+        await assert_over_within(5.0, trainer, replica, coming)
+
+    run(scenario)
+
+
+def test_a_member_that_hangs_in_mid_broadcast_costs_the_limit_and_no_more() -> None:
+    async def scenario() -> None:
+        trainer = Trainer(send_s=3.0)
+        replica, doomed = Replica(trainer.roll), Replica(trainer.roll)
+        coming, ticket = await begun_with(trainer, replica, doomed)
+        await asyncio.to_thread(doomed.sides[0]._join, ticket, ticket.rank, time.monotonic() + 10)
+        await assert_over_within(6.0, trainer, replica, coming)
+
+    run(scenario)
+
+
+def test_a_root_that_is_gone_leaves_its_members_to_the_host_path() -> None:
+    async def scenario() -> None:
+        trainer = Trainer()
+        replica = Replica(trainer.roll)
+        await replica.come(announced(0))
+        await trainer.roll.offer((weights := announced(1)).id)
+        trainer.newest = weights
+        coming = asyncio.ensure_future(replica.come(weights))
+        await asyncio.sleep(0.1)
+        assert await trainer.roll.muster(weights.id, 1.0) is not None
+        await trainer.roll.call(weights.id, 2.0, {"host": "127.0.0.1", "port": 9})
+        assert await coming is None
+
+    run(scenario)
+
+
+def test_a_bucket_is_received_to_where_the_host_path_would_have_staged_it() -> None:
+    buckets = list(pack(version(0, 1000), 1))
+    places, specs = joined(buckets)
+    assert [start % 64 for start, _ in places] == [0, 0, 0]
+    data = torch.zeros(sum(places[-1]), dtype=torch.uint8)
+    for (start, size), bucket in zip(places, buckets, strict=True):
+        assert size == bucket.data.size
+        data[start : start + size] = torch.from_numpy(bucket.data)
+    assert all(
+        torch.equal(found, expected)
+        for (_, found), (_, expected) in zip(views(specs, data), version(0, 1000), strict=True)
+    )
+
+
+@given(st.integers(1, 200_000), st.integers(0, 10**9), st.integers(0, 7))
+def test_a_flipped_bit_shows_in_the_digest(size: int, position: int, bit: int) -> None:
+    data = torch.from_numpy(np.random.default_rng(size).integers(0, 256, size, np.uint8))
+    before = digest(data)
+    assert digest(data.clone()) == before
+    assert -(1 << 63) <= before < 1 << 63
+    data[position % size] ^= 1 << bit
+    assert digest(data) != before
+
+
+@given(st.integers(1, 100_000), st.integers(1, 24_000))
+def test_bytes_in_another_place_show_in_the_digest(shift: int, other: int) -> None:
+    data = torch.from_numpy(np.random.default_rng(0).integers(0, 256, 200_000, np.uint8))
+    assert digest(data.roll(shift)) != digest(data)
+    assert digest(data[: 8 * other]) != digest(data[: 8 * other + 8])
+
+
+def test_an_ipc_handle_becomes_plain_values_and_torchs_arguments_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine without a GPU: that the arguments come back in the places where torch has them."""
+    data = torch.zeros(24, dtype=torch.uint8)
+    shared = (data.__class__, data.size(), data.stride(), 0, type(data._typed_storage()), torch.uint8, 0)
+    arguments = (*shared, b"handle", 24, 512, False, b"counter", 3, b"event", True)
+    monkeypatch.setattr(cuda_ipc, "rebuild_cuda_tensor", lambda *given: given)
+    sent = cuda_ipc.plain(arguments)
+    assert sent == [b"handle", 24, 512, b"counter", 3, b"event", True]
+    assert cuda_ipc.rebuilt(sent, 24, torch.device("cuda", 0)) == arguments  # type: ignore[comparison-overlap]
+
+
+def test_the_roll_forgets_an_offer_that_another_one_replaces() -> None:
+    async def scenario() -> None:
+        trainer = Trainer()
+        replica = Replica(trainer.roll)
+        await trainer.roll.offer(announced(1).id)
+        coming = asyncio.ensure_future(replica.come(announced(1)))
+        await asyncio.sleep(0.05)
+        await trainer.roll.offer(announced(2).id)
+        assert await asyncio.wait_for(coming, 5) is None
+        assert await trainer.roll.muster(announced(1).id, 5) is None
+        assert await trainer.roll.close(announced(1).id, 5, True) == []
+
+    run(scenario)
