@@ -25,9 +25,14 @@ CONNECT_S = 10.0
 
 
 class Group:
-    """A process group in which this process is `rank` of `world`. Forming it waits for all others, within the limit."""
+    """A process group in which this process is `rank` of `world`. Forming it waits for all others, within the limit.
+
+    They meet in `store` first, because NCCL, which forms its group with the first operation, would wait without one.
+    """
 
     def __init__(self, store: dist.Store, rank: int, world: int, device: torch.device, until: float) -> None:
+        store.set(f"here/{rank}", "")
+        store.wait([f"here/{each}" for each in range(world)], timedelta(seconds=left(until)))
         self._on_gpu = device.type == "cuda"
         self._backend: Any
         if self._on_gpu:

@@ -55,9 +55,9 @@ class Sender:
         self._thread.start()
 
     def wait(self) -> None:
-        """Returns when nothing is being sent any more: each step has its limit."""
+        """Returns when nothing is being sent any more, or after a minute."""
         if not self.free:
-            self._thread.join()
+            self._thread.join(REPLY_S)
 
     def _run(self, weights: WeightsId, buckets: Sequence[Bucket]) -> None:
         begun = time.monotonic()
@@ -73,20 +73,21 @@ class Sender:
 
     def _send(self, weights: WeightsId, buckets: Sequence[Bucket], epoch: Epoch) -> list[str]:
         limit = self._send_s + sum(spec.nbytes for bucket in buckets for spec in bucket.specs) / SLOWEST
-        until, sent = time.monotonic() + limit, False
+        until = time.monotonic() + limit
         try:
             here = [self._fetched(bucket, left(until)) for bucket in buckets]
             details = self._side.open(epoch, here, until)
             self._ask("call", weights, left(until), details, timeout=REPLY_S)
             self._side.send(weights.version, here, until)
-            sent = True
+        except Exception:
+            self._side.close(False)  # first, so that nobody waits for what does not come
+            self._ask("close", weights, 0.0, False, timeout=REPLY_S)
+            raise
+        try:
+            patience = max(0.0, until - time.monotonic())
+            return self._ask("close", weights, patience, True, timeout=patience + REPLY_S)
         finally:
-            try:
-                patience = max(0.0, until - time.monotonic())
-                silent = self._ask("close", weights, patience, sent, timeout=patience + REPLY_S)
-            finally:
-                self._side.close(sent)
-        return silent
+            self._side.close(True)
 
 
 def start_sender(transport: str, store: ActorHandle, device: torch.device) -> Sender | None:
