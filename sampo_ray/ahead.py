@@ -4,8 +4,6 @@ import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 
-from ray.exceptions import RayError
-
 from sampo_ray.actors import stages
 from sampo_ray.actors.blocks import STALL_SECONDS, Part, StageError
 from sampo_ray.actors.fleet import Fleet
@@ -45,7 +43,7 @@ def _draw(round: Round, fleet: Fleet, prompts: Sequence[Part], over: threading.E
         mine = prompts_of(config, index, sum(part.rows for part in prompts))
         parts = stages.gather(prompts, mine, place.at("prompts"), stages.PART_PROMPTS, lambda rows: None)
         drawn = draw(config, index, parts, place.at("completions"), fleet.generators, None, enough=over.is_set)
-    except (StageError, RayError) as error:  # the next round asks again, and fails if it must
+    except Exception as error:  # whatever it is: the next round asks again, and fails if it must
         round.display.note(f"no more completions were drawn ahead: {error}")
     else:
         round.display.note(f"drawn ahead for round {index + 1}: {sum(part.rows for part in drawn)} completions")
