@@ -27,7 +27,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from sampo_ray.actors.receiving import Receiver
-from sampo_ray.actors.replica import Event, State, after
+from sampo_ray.actors.replica import Door, Event, State, after
 from sampo_ray.actors.weight_store import Channel, find_weight_store
 from sampo_ray.actors.weight_transfer import staged
 from sampo_ray.actors.weights import Bucket, Elsewhere, Weights, WeightsError, WeightsId, read_about, verify
@@ -117,6 +117,7 @@ class PolicyServer(LLMServer):
         self._held = Held(WeightsId("", -1), {}, 0)  # nothing that a store would know
         self._had: set[WeightsId] = set()
         self._answers: dict[str, list[dict[str, Any]]] = {}
+        self._door = Door()
         self._adapting, self._adapters = asyncio.Lock(), set[str]()
         await super().__init__(llm_config)
         self._client = self.engine._engine_client  # vLLM's AsyncLLM; LLMServer has no way to send token ids
@@ -228,6 +229,12 @@ class PolicyServer(LLMServer):
         await self._reach(*at_least)
         if request.model != self._llm_config.model_id and self._source.adapters:
             await self._load_adapter(self._source.adapters, request.model)
+        answered = self._answered(method, request, raw_request_info)
+        async with self._door.inside(), contextlib.aclosing(answered) as items:
+            async for item in items:
+                yield item
+
+    async def _answered(self, method: Any, request: Any, raw_request_info: Any) -> AsyncGenerator[Any, None]:
         first, previous = self._held, ""
         request.cache_salt = f"{first.salt}/{request.cache_salt or ''}"
         key = request.request_id = os.urandom(16).hex()  # a user's may not be unique, and a request may come again
@@ -278,14 +285,15 @@ class PolicyServer(LLMServer):
     async def _complete(
         self, prompt: list[int], params: SamplingParams
     ) -> tuple[CompletionOutput, WeightsId, WeightsId]:
-        first = self._held
-        request = TokensPrompt(prompt_token_ids=prompt, cache_salt=first.salt)
-        try:
-            async for output in self._client.generate(request, params, request_id=os.urandom(16).hex()):
-                final = output
-        except EngineDeadError as error:
-            end_process(f"the engine died: {error}")
-        return final.outputs[0], first.id, self._held.id
+        async with self._door.inside():
+            first = self._held
+            request = TokensPrompt(prompt_token_ids=prompt, cache_salt=first.salt)
+            try:
+                async for output in self._client.generate(request, params, request_id=os.urandom(16).hex()):
+                    final = output
+            except EngineDeadError as error:
+                end_process(f"the engine died: {error}")
+            return final.outputs[0], first.id, self._held.id
 
     async def _hold(self, wanted: WeightsId) -> None:
         """Waits for weights that are on their way. Elsewhere when they do not come, or have been here and gone."""
@@ -346,15 +354,15 @@ class PolicyServer(LLMServer):
         async with self._at_hand(weights) as update:
             begun = time.perf_counter()
             await self._prepare(update)
-            paused, limit = time.perf_counter(), SWAP_TIMEOUT_S
+            drains = self._source.swap == "wait"
             self._become(Event.LOAD)
             try:
-                async with asyncio.timeout(limit + (self._source.drain_s if self._source.swap == "wait" else 0)):
-                    await self._swap(update, weights.id.version)
-                    self._had.add(self._held.id)
-                    self._had.discard(weights.id)
-                    self._held = Held(weights.id, weights.about, self._held.swaps + 1, weights.sequence)
-                    await self._client.resume_generation()
+                async with (
+                    asyncio.timeout(SWAP_TIMEOUT_S + (self._source.drain_s if drains else 0)),
+                    self._door.closed() if drains else contextlib.nullcontext(),
+                ):
+                    paused = time.perf_counter()
+                    await self._swap(update, weights)
                     resumed = time.perf_counter()
             except Exception as error:
                 self._become(Event.FAIL)
@@ -384,12 +392,16 @@ class PolicyServer(LLMServer):
             while not all(await self._client.collective_rpc("prepare_weights", args=(begin, PREPARE_SLICE_S))):
                 begin = None
 
-    async def _swap(self, update: dict[str, Any], version: int) -> None:
-        await self._client.pause_generation(mode=self._source.swap, clear_cache=False)
-        self._note_swap(version)
+    async def _swap(self, update: dict[str, Any], weights: Weights) -> None:
+        await self._client.pause_generation(mode="keep", clear_cache=False)
+        self._note_swap(weights.id.version)
         await self._client.start_weight_update()
         await self._client.update_weights(WeightTransferUpdateRequest(update))
         await self._client.finish_weight_update()
+        self._had.add(self._held.id)
+        self._had.discard(weights.id)
+        self._held = Held(weights.id, weights.about, self._held.swaps + 1, weights.sequence)
+        await self._client.resume_generation()
 
     async def _fetched(self, bucket: Bucket) -> Bucket:
         here = replace(bucket, data=await asyncio.wait_for(bucket.data, FETCH_TIMEOUT_S))

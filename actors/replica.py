@@ -1,5 +1,8 @@
-"""The life of a policy replica as a pure function: which state follows which, and on what event."""
+"""The life of a policy replica as a pure function: which state follows which, and on what event. And its door."""
 
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from enum import StrEnum
 
 
@@ -50,3 +53,39 @@ def after(state: State, event: Event) -> State:
         return _AFTER[state, event]
     except KeyError:
         raise ValueError(f"a replica that is {state} cannot go on with {event!r}") from None
+
+
+class Door:
+    """Lets a swap wait until nobody is answered (`serve.swap: wait`), so that an answer has one version. On one event
+    loop.
+    """
+
+    def __init__(self) -> None:
+        self._inside = 0
+        self._open, self._empty = asyncio.Event(), asyncio.Event()
+        self._open.set()
+        self._empty.set()
+
+    @asynccontextmanager
+    async def inside(self) -> AsyncGenerator[None, None]:
+        """Around an answer, from before it looks at what weights it begins with; waits while a swap does or is made."""
+        while not self._open.is_set():
+            await self._open.wait()
+        self._inside += 1
+        self._empty.clear()
+        try:
+            yield
+        finally:
+            self._inside -= 1
+            if not self._inside:
+                self._empty.set()
+
+    @asynccontextmanager
+    async def closed(self) -> AsyncGenerator[None, None]:
+        """Around a swap: begins once nobody is inside. After a failure it stays closed, since nobody may be answered
+        with half-loaded weights.
+        """
+        self._open.clear()
+        await self._empty.wait()
+        yield
+        self._open.set()

@@ -274,6 +274,8 @@ def ray_cluster() -> Iterator[dict[str, float]]:
         yield dict(ray.cluster_resources())
     finally:
         ray.shutdown()
+        # A thread of Ray's that still waits for its dashboard would complain, on the terminal, that it has gone.
+        logging.getLogger("ray._private.services").setLevel(logging.CRITICAL)
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ from sampo_ray.actors.policy_server import (
     tokens_by_choice,
     versions_chunk,
 )
-from sampo_ray.actors.replica import Event, State, after
+from sampo_ray.actors.replica import Door, Event, State, after
 from sampo_ray.actors.roll import Member
 from sampo_ray.actors.sending import Sender, start_sender
 from sampo_ray.actors.transport import digest
@@ -61,6 +61,47 @@ def test_a_draw_is_seeded_by_run_seed_prompt_and_sample_alone() -> None:
     assert seed(0, "a", 0) == seed(0, "a", 0)
     assert len({seed(0, "a", 0), seed(1, "a", 0), seed(0, "b", 0), seed(0, "a", 1)}) == 4
     assert sampling_params(0.0, 0.95, 8, 0, "a", 0, end_of_turn_id=4).seed is None
+
+
+def test_a_door_closes_once_nobody_is_inside_and_lets_in_who_came_meanwhile() -> None:
+    async def main() -> None:
+        door, said, end = Door(), list[str](), asyncio.Event()
+
+        async def answer(name: str, until: asyncio.Event | None = None) -> None:
+            async with door.inside():
+                said.append(f"{name} begins")
+                if until:
+                    await until.wait()
+                said.append(f"{name} ends")
+
+        async def swap() -> None:
+            async with door.closed():
+                said.append("swap")
+
+        first = asyncio.create_task(answer("first", end))
+        await asyncio.sleep(0)
+        swapping = asyncio.create_task(swap())
+        await asyncio.sleep(0)
+        second = asyncio.create_task(answer("second"))
+        await asyncio.sleep(0.01)
+        end.set()
+        await asyncio.gather(first, swapping, second)
+        assert said == ["first begins", "first ends", "swap", "second begins", "second ends"]
+
+    asyncio.run(main())
+
+
+def test_after_a_swap_that_failed_nobody_is_let_in() -> None:
+    async def main() -> None:
+        door = Door()
+        with pytest.raises(RuntimeError):
+            async with door.closed():
+                raise RuntimeError("half-way")
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05), door.inside():
+                pass
+
+    asyncio.run(main())
 
 
 def test_the_chunk_that_names_a_version_continues_the_stream_it_is_in() -> None:
@@ -151,6 +192,7 @@ def test_an_update_that_fails_half_way_ends_the_replica_and_never_resumes(monkey
     server = PolicyServer.__new__(PolicyServer)
     server._client, server._held = FailingEngine(), Held(WeightsId("run", 0), {}, 1)
     server._source, server._state, server._answers, server._had = Source("store"), State.READY, {}, set()
+    server._door = Door()
     with pytest.raises(Ended, match=r"run@10 failed half-way.*out of memory"):
         asyncio.run(server._adopt(Weights(WeightsId("run", 10), {}, ())))
     assert calls == ["collective_rpc", "pause_generation", "start_weight_update", "update_weights"]
