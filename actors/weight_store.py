@@ -85,7 +85,7 @@ class WeightStore:
         async with self._lock:
             if run_id != self._run:
                 self._training = self._live = self._reference = None
-                self._abouts = {}
+                self._serving, self._abouts = Serving(), {}
             self._run, self._versions, self._watch = run_id, versions_url, watch
             state = {"run": run_id, "versions": versions_url, "watch": watch}
             await asyncio.to_thread(self._remember, state)

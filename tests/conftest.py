@@ -22,8 +22,16 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 TEXTS = ["What is two plus three? The answer is five. Let me think about it.", "hello world, this is some text"] * 8
 
 
-RUNS = {"test_chat", "test_packaging", "test_submit", "test_training", "test_weights"}
-"""Modules whose slow tests start no engine from here: with `-n 2` they run beside all others."""
+SECOND_LANE = {
+    "test_chat",
+    "test_packaging",
+    "test_policy_server",
+    "test_rewards",
+    "test_submit",
+    "test_training",
+    "test_weights",
+}
+"""Modules whose slow tests run, with `-n 2`, beside all others: about half of the time, and no fleet among them."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -33,7 +41,7 @@ def pytest_xdist_make_scheduler(config: Any, log: Any) -> Any:
 
     class Lanes(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "runs" if Path(nodeid.partition("::")[0]).stem in RUNS else "engines"
+            return "second" if Path(nodeid.partition("::")[0]).stem in SECOND_LANE else "first"
 
     return Lanes(config, log)
 

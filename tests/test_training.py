@@ -19,16 +19,18 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from sampo_ray.cli import app
 from tests.conftest import write_recipe
 
 pytestmark = pytest.mark.slow
-STEPS = 12
+STEPS = 8
 
 
 @pytest.fixture(scope="module")
 def recipe(tiny_model, tmp_path_factory) -> Path:
-    """Two rounds of twelve steps, each of them published and checkpointed."""
+    """Two rounds of eight steps, each of them published and checkpointed."""
     return write_recipe(tmp_path_factory.mktemp("recipe"), tiny_model, 4 * STEPS)
 
 
@@ -166,14 +168,13 @@ def test_a_run_whose_driver_was_killed_goes_on_to_the_same_bits(undisturbed, rec
     ],
 )
 def test_what_is_wrong_is_said_before_anything_starts(recipe, tmp_path, overrides, words):
-    process = start(recipe, f"run.dir={tmp_path / 'run'}", *overrides)
-    output, _ = process.communicate(timeout=100)
-    assert process.returncode == 1 and "Traceback" not in output
-    assert all(word in output for word in words)
+    result = CliRunner().invoke(app, ["train", str(recipe), f"run.dir={tmp_path / 'run'}", *overrides])
+    assert result.exit_code == 1 and "Traceback" not in result.output
+    assert all(word in result.output for word in words)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_dry_run_prints_the_resolved_configuration_and_starts_nothing(recipe, tmp_path):
-    output = finish(start(recipe, f"run.dir={tmp_path / 'run'}", "--dry-run"))
-    assert yaml.safe_load(output)["trainer"]["workers"] == 2
+    result = CliRunner().invoke(app, ["train", str(recipe), f"run.dir={tmp_path / 'run'}", "--dry-run"])
+    assert yaml.safe_load(result.output)["trainer"]["workers"] == 2
     assert not (tmp_path / "run").exists()

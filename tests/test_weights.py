@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from sampo_ray.actors.weight_store import publish_version, start_weight_store
+from sampo_ray.actors.weight_store import find_weight_store, publish_version, start_weight_store
 from sampo_ray.actors.weights import (
     WeightsError,
     WeightsId,
@@ -131,12 +131,15 @@ def test_a_damaged_or_missing_file_of_a_version_is_named(tmp_path: Path, tiny_mo
         list(read_version(str(folder)))
 
 
+STORE = "test-weights"
+
+
 class Run:
-    """A run directory with a store of its own; `publish` writes a version whose one tensor holds `value`."""
+    """A run directory that the store works for; `publish` writes a version whose one tensor holds `value`."""
 
     def __init__(self, folder: Path, shell: Path, name: str) -> None:
         self.name, self.folder, self.shell, self.versions = name, folder, str(shell), str(folder / "versions")
-        self.store = start_weight_store(name, str(folder / "store.json"))
+        self.store = find_weight_store(STORE)
 
     def call(self, method: str, *args: object) -> object:
         return ray.get(getattr(self.store, method).remote(*args), timeout=60)
@@ -153,12 +156,18 @@ class Run:
         return dict(unpack(fetch(bucket, 30)))["w"][0].item()
 
 
+@pytest.fixture(scope="module")
+def store(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    store = start_weight_store(STORE, str(tmp_path_factory.mktemp("store") / "store.json"))
+    yield
+    ray.kill(store)
+
+
 @pytest.fixture
-def run(local_ray: None, tmp_path: Path, tiny_model: Path) -> Iterator[Run]:
-    run = Run(tmp_path / "run", tiny_model, f"store-{tmp_path.name}")
+def run(store: None, tmp_path: Path, tiny_model: Path) -> Run:
+    run = Run(tmp_path / "run", tiny_model, f"run-{tmp_path.name}")
     run.call("attach", run.name, run.versions)
-    yield run
-    ray.kill(run.store)
+    return run
 
 
 @pytest.mark.slow
