@@ -4,6 +4,7 @@ value where TRL is installed and has it; what the configuration refuses; and bat
 
 import math
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pyarrow as pa
@@ -265,10 +266,14 @@ def test_steps_from_a_stored_checkpoint_have_the_bits_of_steps_without_a_stop(ti
     pairs = with_reference(policy, random_pairs(8, seed=8))
     method = method_of(loss, "sample", beta=1.0)
 
-    def train(steps: int, stop: int | None) -> list[float]:
+    def stored(statistics: Statistics) -> Statistics:
+        kept = Checkpoint(path="p", round=0, step=1, world=1, files={}, statistics=statistics)
+        return Checkpoint.model_validate_json(kept.model_dump_json()).statistics
+
+    def train(at_the_stop: Callable[[Statistics], Statistics]) -> list[float]:
         learner, statistics, seen = load_policy(tiny_model), START, []
         optimizer = torch.optim.SGD(learner.parameters(), lr=0.5)
-        for step in range(steps):
+        for step in range(4):
             mine = pairs.slice(4 * (step % 2), 4)
             losses, sums = row_losses(learner, assemble(mine), mine, method, DRAW, statistics)
             losses.mean().backward()
@@ -276,14 +281,14 @@ def test_steps_from_a_stored_checkpoint_have_the_bits_of_steps_without_a_stop(ti
             optimizer.zero_grad()
             metrics = dict(zip(METRICS, (sums / len(mine)).tolist(), strict=True))
             statistics = statistics.after(metrics, len(mine))
-            if step == stop:
-                kept = Checkpoint(path="p", round=0, step=step, world=1, files={}, statistics=statistics)
-                statistics = Checkpoint.model_validate_json(kept.model_dump_json()).statistics
+            if step == 1:
+                statistics = at_the_stop(statistics)
             seen.append(losses.mean().item())
-        assert statistics.chosen != 0.0 and statistics.pairs == 4 * steps
         return seen
 
-    assert train(4, stop=1) == train(4, stop=None)
+    undisturbed = train(lambda statistics: statistics)
+    assert train(stored) == undisturbed
+    assert train(lambda statistics: START) != undisturbed, "they matter"
 
 
 # --- the configuration
