@@ -42,7 +42,7 @@ class Fleet:
 
     store: ActorHandle
     trainer: Trainer
-    references: DeploymentHandle
+    references: DeploymentHandle | None
     rewards: DeploymentHandle | None
     endpoint: str | None
     own_generators: DeploymentHandle | None
@@ -93,7 +93,7 @@ def open_fleet(run: Run, keep_serving: bool = False) -> Iterator[Fleet]:
         yield Fleet(
             live.store,
             trainer,
-            handles[f"{run.id}-references"],
+            handles.get(f"{run.id}-references"),
             handles.get(f"{run.id}-rewards"),
             endpoint,
             generators,
@@ -178,8 +178,10 @@ def applications(run: Run, live: _Live) -> dict[str, serve.Application]:
     their own start only when the live policy is made to serve something else (a rollback).
     """
     config, fleet = run.config, run.config.fleet
-    threads = None if fleet.references.num_gpus else torch.get_num_threads()
-    apps = {f"{run.id}-references": build_reference_app(live.store_name, fleet.references, threads)}
+    apps: dict[str, serve.Application] = {}
+    if config.method.needs_reference:
+        threads = None if fleet.references.num_gpus else torch.get_num_threads()
+        apps[f"{run.id}-references"] = build_reference_app(live.store_name, fleet.references, threads)
     if config.serve.enabled:
         one = fleet.generators.model_copy(update={"min_replicas": 1, "max_replicas": 1})
         apps[f"{run.id}-policy"] = live.policy("live", fleet.generators if is_shared(config) else one)

@@ -24,6 +24,7 @@ from sampo_ray.actors.weights import (
 )
 from sampo_ray.batching import Step, assemble, plan_round
 from sampo_ray.config import OptimConfig, RunConfig
+from sampo_ray.losses import Statistics
 from sampo_ray.objective import METRICS, Draw, idle_loss, row_losses
 from sampo_ray.policy import Policy, load_policy
 from sampo_ray.runs import Checkpoint, Place, lineage, read_manifest
@@ -129,7 +130,7 @@ class Rank:
             model=policy, optimizer=adamw, config=deepspeed_config(self.config), dist_init_required=False
         )
         self.engine.train()
-        self.round, self.step = 0, 0
+        self.round, self.step, self.statistics = 0, 0, Statistics()
         self._restore()
 
     @property
@@ -173,7 +174,7 @@ class Rank:
             for name in ("exp_avg", "exp_avg_sq", "step"):
                 if name in state:
                     state[name].zero_()
-        self.round, self.step = round, 0
+        self.round, self.step, self.statistics = round, 0, Statistics()
 
     def _optimize(self, step: Step, pairs: pa.Table, work: Work) -> dict[str, Any]:
         """One optimizer step: mean loss over the pairs of the global batch, gradients summed over rows and ranks."""
@@ -182,7 +183,8 @@ class Rank:
         for indices in step.rows[self.rank]:
             if len(indices):
                 mine = pairs.take(pa.array(indices))
-                losses, row_sums = row_losses(self.engine, assemble(mine).to(self.device), mine, config.method, draw)
+                row = assemble(mine).to(self.device)
+                losses, row_sums = row_losses(self.engine, row, mine, config.method, draw, self.statistics)
                 sums += row_sums.cpu()
                 loss = losses.sum() * (self.world / step.pairs)
             else:
@@ -196,6 +198,7 @@ class Rank:
                 f"the loss of round {work.round}, step {step.index} is {metrics['loss']}; "
                 "lower optim.learning_rate, or look at the pairs of that step; nothing was published from it"
             )
+        self.statistics = self.statistics.after(metrics, step.pairs)
         lr = learning_rate(config.optim, step.index, work.steps)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
@@ -278,6 +281,7 @@ class Rank:
             step=self.step,
             world=self.world,
             files=files,
+            statistics=self.statistics,
         ).model_dump()
 
     def _restore(self) -> None:
@@ -297,7 +301,7 @@ class Rank:
                 if checksum((folder / name).read_bytes()) != expected:
                     raise TrainingError(f"checkpoint {checkpoint.path}/{name} is damaged (its checksum does not match)")
             self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
-        self.round, self.step = checkpoint.round, checkpoint.step
+        self.round, self.step, self.statistics = checkpoint.round, checkpoint.step, checkpoint.statistics
 
 
 def drain(tensors: Iterator[Any]) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
-from sampo_ray.losses import LOSSES
+from sampo_ray.losses import LOSSES, REFUSED, LossSettings, find_loss
 from sampo_ray.reduction import REDUCTIONS
 
 
@@ -82,32 +82,62 @@ class RoundsConfig(Section):
 
 class MethodConfig(Section):
     loss: str = "sigmoid"
-    """Preference loss: a name from `sampo_ray.losses`."""
+    """Preference loss: a name from `sampo_ray.losses` (docs/method.md), or `package.module:function`."""
     reduction: str = "sample"
-    """Length reduction of token log-ratios: sum (DPO), average, sample (SamPO) or top_k."""
+    """Length reduction of token log-ratios: sum (DPO), average, mean, sample (SamPO), top_k or ld (LD-DPO). Default:
+    sample; mean where the loss is one of mean log-probs (orpo, simpo)."""
     beta: float = Field(0.1, gt=0)
-    """Strength of the pull to the reference."""
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    """Probability that a preference label is wrong (conservative DPO)."""
+    """Strength of the pull to the reference; lambda of orpo. Default: 0.1, simpo 2.5."""
+    label_smoothing: float | None = Field(None, ge=0, lt=0.5)
+    """Probability that a preference label is wrong. Default: sigmoid 0 (above it is conservative DPO), robust 0.1."""
+    weight: float | None = Field(None, ge=0)
+    """The loss's lambda. Default: dpop 50, mix 1 (nats a token), lenN 0.01 (a token)."""
+    margin: float | None = Field(None, ge=0)
+    """By how much rewards are to differ. Default: simpo 1.4, for Llama-3-8B (elsewhere 0.3)."""
+    alpha: float | None = Field(None, ge=0, le=1)
+    """reduction=ld: how much tokens beyond the length of the shorter response count. No default: tuned for a model."""
     mask: Literal["shared", "independent"] = "shared"
     """Whether policy and reference sum the same sampled positions, or draw twice as the authors' code does."""
 
+    @property
+    def needs_reference(self) -> bool:
+        return find_loss(self.loss).reference != "nothing"
+
+    @property
+    def loss_settings(self) -> LossSettings:
+        return LossSettings(self.beta, self.label_smoothing or 0.0, self.weight or 0.0, self.margin or 0.0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_loss(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or not isinstance(name := given.get("loss", "sigmoid"), str):
+            return given
+        if name not in {**LOSSES, **REFUSED} and ":" not in name:
+            raise ValueError(f"loss={name!r} is not known; {_nearest(name, LOSSES)}")
+        loss = find_loss(name)
+        reduction = "sample" if "sample" in loss.reductions else loss.reductions[0]
+        defaults = {"reduction": reduction, **loss.settings}
+        return {**given, **{key: value for key, value in defaults.items() if given.get(key) is None}}
+
     @model_validator(mode="after")
-    def _known_and_compatible(self) -> "MethodConfig":
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss={self.loss!r} is not known; {_nearest(self.loss, LOSSES)}")
+    def _compatible(self) -> "MethodConfig":
         if self.reduction not in REDUCTIONS:
             raise ValueError(f"reduction={self.reduction!r} is not known; {_nearest(self.reduction, REDUCTIONS)}")
-        loss = LOSSES[self.loss]
+        loss, reduction = find_loss(self.loss), REDUCTIONS[self.reduction]
         if self.reduction not in loss.reductions:
             raise ValueError(
                 f"loss={self.loss!r} cannot be combined with reduction={self.reduction!r}; "
                 f"use reduction: {' or '.join(loss.reductions)}"
             )
-        if self.label_smoothing and not loss.smoothing:
-            raise ValueError(f"loss={self.loss!r} has no label smoothing; drop label_smoothing={self.label_smoothing}")
-        if self.mask == "independent" and self.reduction != "sample":
-            raise ValueError(f"mask='independent' only means something with reduction='sample', not {self.reduction!r}")
+        for name in ("label_smoothing", "weight", "margin"):
+            if (value := getattr(self, name)) is not None and name not in loss.settings:
+                raise ValueError(f"loss={self.loss!r} has no {name}; drop {name}={value}")
+        if (self.alpha is None) == ("alpha" in reduction.settings):
+            raise ValueError(f"alpha={self.alpha} with reduction={self.reduction!r}: ld needs it, others have none")
+        if self.mask == "independent" and not (self.reduction == "sample" and self.needs_reference):
+            raise ValueError(
+                f"mask='independent' is for reduction='sample' and a reference; not {self.reduction!r}, {self.loss!r}"
+            )
         return self
 
 

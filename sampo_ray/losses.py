@@ -1,61 +1,263 @@
-"""The preference-loss family: plain functions from sequence log-ratios to one loss a pair.
+"""The preference-loss family: plain functions from the pairs of a batch to one loss a pair.
 
-A new loss is one function and one line in `LOSSES`.
+A new loss is one function and one line in `LOSSES`; one outside this package is named in the configuration as
+`package.module:name`, a function or a PreferenceLoss. docs/method.md has the whole family in a table.
+
+In the docstrings s_w and s_l are sequence log-ratios under the run's reduction, r = beta * s rewards, and
+Delta = r_w - r_l.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import dataclasses
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from sampo_ray.reduction import REDUCTIONS, SequenceLogRatios
 
+PerPair = Float[Tensor, " pairs"]
+
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What a loss may depend on besides the pairs: the strength beta, and the probability of a wrong label."""
+    """What a loss may depend on besides the pairs; fields of `method`, 0 where the loss does not use one."""
 
     beta: float
     label_smoothing: float = 0.0
+    weight: float = 0.0
+    margin: float = 0.0
 
 
-def sigmoid(ratios: SequenceLogRatios, settings: LossSettings) -> Float[Tensor, " pairs"]:
+@dataclass(frozen=True)
+class ScoredPairs:
+    """The pairs of a batch as a loss sees them, in fp32.
+
+    `ratios`: sequence log-ratios under the run's reduction, nats; of a loss without a reference: log-probs.
+    `chosen_length`, `rejected_length`: tokens of the whole responses, T_w and T_l.
+    `chosen_logprob`, `rejected_logprob`: the policy's mean log-prob of all tokens of a response, nats a token; None
+    unless the loss asks for these positions.
+    """
+
+    ratios: SequenceLogRatios
+    chosen_length: PerPair
+    rejected_length: PerPair
+    chosen_logprob: PerPair | None = None
+    rejected_logprob: PerPair | None = None
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the steps of a round so far say of its rewards (beta * nats): means over the pairs of all ranks.
+
+    `chosen` and `rejected` are those of the last step, `both` the mean over the two responses of all `pairs` so far. A
+    round's policy starts as its reference, so all of them start at exactly 0.
+    """
+
+    chosen: float = 0.0
+    rejected: float = 0.0
+    both: float = 0.0
+    pairs: int = 0
+
+    def after(self, metrics: Mapping[str, float], pairs: int) -> "Statistics":
+        """The statistics once a step of `pairs` pairs with these mean metrics is done."""
+        chosen, rejected, total = metrics["chosen_reward"], metrics["rejected_reward"], self.pairs + pairs
+        both = self.both + ((chosen + rejected) / 2 - self.both) * pairs / total
+        return Statistics(chosen, rejected, both, total)
+
+
+def rewards(pairs: ScoredPairs, settings: LossSettings) -> tuple[PerPair, PerPair]:
+    """r_w = beta * s_w and r_l = beta * s_l."""
+    return settings.beta * pairs.ratios.chosen, settings.beta * pairs.ratios.rejected
+
+
+def sigmoid(pairs: ScoredPairs, settings: LossSettings) -> PerPair:
     """-log sigmoid(Delta), Delta = beta * (s_w - s_l): DPO (Rafailov et al. 2023), and SamPO with reduction `sample`.
 
     With label smoothing e it is conservative DPO (Mitchell 2023): -(1 - e) log sigmoid(Delta) - e log sigmoid(-Delta).
     """
-    delta = settings.beta * ratios.delta
+    delta = settings.beta * pairs.ratios.delta
     return -(1 - settings.label_smoothing) * logsigmoid(delta) - settings.label_smoothing * logsigmoid(-delta)
 
 
-def ipo(ratios: SequenceLogRatios, settings: LossSettings) -> Float[Tensor, " pairs"]:
+def robust(pairs: ScoredPairs, settings: LossSettings) -> PerPair:
+    """(-(1 - e) log sigmoid(Delta) + e log sigmoid(-Delta)) / (1 - 2 e): robust DPO (Chowdhury et al. 2024, arXiv
+    2403.00409), unbiased where labels are flipped with probability e.
+    """
+    delta, e = settings.beta * pairs.ratios.delta, settings.label_smoothing
+    return (-(1 - e) * logsigmoid(delta) + e * logsigmoid(-delta)) / (1 - 2 * e)
+
+
+def hinge(pairs: ScoredPairs, settings: LossSettings) -> PerPair:
+    """max(0, 1 - Delta): SLiC's hinge (Zhao et al. 2023, arXiv 2305.10425) on log-ratios, as in RSO (Liu et al. 2023,
+    arXiv 2309.06657).
+    """
+    return (1 - settings.beta * pairs.ratios.delta).relu()
+
+
+def ipo(pairs: ScoredPairs, settings: LossSettings) -> PerPair:
     """(mean r^w - mean r^l - 1/(2 beta))^2: IPO (Azar et al. 2023, Eq. 17), log-ratios averaged over the counted
     tokens.
     """
+    ratios = pairs.ratios
     margin = ratios.chosen / ratios.chosen_tokens - ratios.rejected / ratios.rejected_tokens
     return (margin - 1 / (2 * settings.beta)) ** 2
+
+
+def dpop(pairs: ScoredPairs, settings: LossSettings) -> PerPair:
+    """-log sigmoid(Delta - beta * lambda * max(0, -s_w)): DPO-Positive (Pal et al. 2024, arXiv 2402.13228), which
+    keeps the chosen response from becoming less likely than under the reference.
+    """
+    fallen = (-pairs.ratios.chosen).relu()
+    return -logsigmoid(settings.beta * (pairs.ratios.delta - settings.weight * fallen))
+
+
+def mix(pairs: ScoredPairs, settings: LossSettings) -> PerPair:
+    """-log sigmoid(Delta) - lambda * (sum_t log pi(y^w_t)) / T_w: DPO and the negative log-likelihood of supervised
+    fine-tuning a chosen token, of all chosen tokens whatever the reduction (Lu et al. 2024, "Hybrid DPO+SFT").
+    """
+    assert pairs.chosen_logprob is not None, "asked for in LOSSES"
+    return -logsigmoid(settings.beta * pairs.ratios.delta) - settings.weight * pairs.chosen_logprob
+
+
+def len_n(pairs: ScoredPairs, settings: LossSettings) -> PerPair:
+    """-log sigmoid(Delta + lambda * (T_w - T_l)): R-DPO (Park et al. 2024, arXiv 2403.19159); a longer chosen response
+    needs less of a margin, since length is taken for a part of what it was chosen for.
+    """
+    lengths = pairs.chosen_length - pairs.rejected_length
+    return -logsigmoid(settings.beta * pairs.ratios.delta + settings.weight * lengths)
+
+
+def orpo(pairs: ScoredPairs, settings: LossSettings) -> PerPair:
+    """-s_w - beta * log sigmoid(log odds_w - log odds_l), log odds = s - log(1 - e^s): ORPO (Hong et al. 2024, arXiv
+    2403.07691, Eqs. 6 and 7), s a response's mean log-prob a token; beta is its lambda.
+    """
+
+    def log_odds(s: Tensor) -> Tensor:
+        s = s.clamp(max=-1e-7)  # a response of probability 1 has infinite odds, and no gradient
+        return s - (-torch.expm1(s)).log()
+
+    chosen, rejected = pairs.ratios.chosen, pairs.ratios.rejected
+    return -chosen - settings.beta * logsigmoid(log_odds(chosen) - log_odds(rejected))
+
+
+def simpo(pairs: ScoredPairs, settings: LossSettings) -> PerPair:
+    """-log sigmoid(beta * (s_w - s_l) - gamma): SimPO (Meng et al. 2024, arXiv 2405.14734, Eq. 6), s a response's mean
+    log-prob a token, gamma the margin.
+    """
+    return -logsigmoid(settings.beta * pairs.ratios.delta - settings.margin)
+
+
+def kto_pair(pairs: ScoredPairs, settings: LossSettings, before: Statistics) -> PerPair:
+    """1/2 (1 - sigmoid(r_w - z_l)) + 1/2 (1 - sigmoid(z_w - r_l)): KTO (Ethayarajh et al. 2024, arXiv 2402.01306) of a
+    pair as two examples of equal weight; z, the reference point of one side, is the mean reward of the other side in
+    the last step, at least 0.
+    """
+    chosen, rejected = rewards(pairs, settings)
+    wanted, unwanted = chosen - max(0.0, before.rejected), max(0.0, before.chosen) - rejected
+    return ((-wanted).sigmoid() + (-unwanted).sigmoid()) / 2
+
+
+def bco_pair(pairs: ScoredPairs, settings: LossSettings, before: Statistics) -> PerPair:
+    """-log sigmoid(r_w - delta) - log sigmoid(delta - r_l), delta the running mean of all rewards: BCO (Jung et al.
+    2024, arXiv 2404.04656), of a pair as two examples.
+    """
+    chosen, rejected = rewards(pairs, settings)
+    return -logsigmoid(chosen - before.both) - logsigmoid(before.both - rejected)
+
+
+def sppo_hard(pairs: ScoredPairs, settings: LossSettings) -> PerPair:
+    """(s_w - 1/(2 beta))^2 + (s_l + 1/(2 beta))^2: SPPO (Wu et al. 2024, arXiv 2405.00675, Eq. 4.7), the chosen
+    response winning with probability 1; its eta is 1/beta.
+    """
+    target = 1 / (2 * settings.beta)
+    return (pairs.ratios.chosen - target) ** 2 + (pairs.ratios.rejected + target) ** 2
+
+
+def nca_pair(pairs: ScoredPairs, settings: LossSettings) -> PerPair:
+    """-log sigmoid(r_w) - 1/2 log sigmoid(-r_w) - 1/2 log sigmoid(-r_l): NCA (Chen et al. 2024, arXiv 2402.05369) for
+    two responses, one of them the best.
+    """
+    chosen, rejected = rewards(pairs, settings)
+    return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
 
 
 @dataclass(frozen=True)
 class PreferenceLoss:
     """A loss and what it asks of the stages before it.
 
-    `positions`: the tokens whose log-probs it reads: those of the `reduction`, all of the `chosen`, or `all`.
-    `reference`: what it needs of the reference: its token `log-probs`, the `model` itself, or `nothing`.
-    `reductions`: the length reductions it can be combined with. `smoothing`: whether label smoothing means something.
+    `function`: called with (ScoredPairs, LossSettings), and with Statistics where `statistics` says so.
+    `settings`: the fields of LossSettings that it uses besides beta, with defaults; beta too, where that is not 0.1.
+    `positions`: the tokens whose log-probs it reads: those of the `reduction`, all of the `chosen` besides, or `all`.
+    `reference`: what it needs of the reference: its token `log-probs`, or `nothing`.
+    `reductions`: the length reductions it can be combined with.
     """
 
-    function: Callable[[SequenceLogRatios, LossSettings], Float[Tensor, " pairs"]]
+    function: Callable[..., PerPair]
+    settings: Mapping[str, float] = field(default_factory=dict)
     positions: Literal["reduction", "chosen", "all"] = "reduction"
-    reference: Literal["log-probs", "model", "nothing"] = "log-probs"
+    reference: Literal["log-probs", "nothing"] = "log-probs"
     reductions: tuple[str, ...] = tuple(REDUCTIONS)
-    smoothing: bool = False
+    statistics: bool = False
+
+    def __call__(self, pairs: ScoredPairs, settings: LossSettings, before: Statistics) -> PerPair:
+        losses = self.function(pairs, settings, *([before] if self.statistics else []))
+        if losses.shape != pairs.chosen_length.shape:
+            raise ValueError(f"the loss returned shape {tuple(losses.shape)}, not one number for each pair")
+        return losses
 
 
 LOSSES: dict[str, PreferenceLoss] = {
-    "sigmoid": PreferenceLoss(sigmoid, smoothing=True),
+    "sigmoid": PreferenceLoss(sigmoid, {"label_smoothing": 0.0}),
+    "robust": PreferenceLoss(robust, {"label_smoothing": 0.1}),
+    "hinge": PreferenceLoss(hinge),
     "ipo": PreferenceLoss(ipo),
+    "dpop": PreferenceLoss(dpop, {"weight": 50.0}),
+    "mix": PreferenceLoss(mix, {"weight": 1.0}, positions="chosen"),
+    "lenN": PreferenceLoss(len_n, {"weight": 0.01}),
+    "orpo": PreferenceLoss(orpo, reference="nothing", reductions=("mean",)),
+    "simpo": PreferenceLoss(simpo, {"beta": 2.5, "margin": 1.4}, reference="nothing", reductions=("mean",)),
+    "kto_pair": PreferenceLoss(kto_pair, statistics=True),
+    "bco_pair": PreferenceLoss(bco_pair, statistics=True),
+    "sppo_hard": PreferenceLoss(sppo_hard),
+    "nca_pair": PreferenceLoss(nca_pair),
 }
+
+REFUSED = {
+    "tdpo": "needs the reference model's whole distribution at each token, and only its log-probs of the responses are "
+    "kept; choose another loss",
+    "ld_dpo": "is loss='sigmoid' with reduction='ld'",
+}
+"""Names that somebody will look for, and why they are no losses here."""
+
+
+def find_loss(name: str) -> PreferenceLoss:
+    """The loss of that name in LOSSES, or at `package.module:name` a PreferenceLoss or a function of (pairs, settings).
+
+    Raises ValueError when there is none that could be called.
+    """
+    if name in LOSSES:
+        return LOSSES[name]
+    if name in REFUSED:
+        raise ValueError(f"loss={name!r} {REFUSED[name]}")
+    place, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(place), attribute)
+    except Exception as error:  # a user's module may raise anything while it is imported
+        raise ValueError(
+            f"loss={name!r}: importing it failed with {type(error).__name__}: {error}; name a package.module:function "
+            "that can be imported here and on the trainer's machines"
+        ) from error
+    loss = found if isinstance(found, PreferenceLoss) else PreferenceLoss(found)
+    if unknown := set(loss.settings) - {each.name for each in dataclasses.fields(LossSettings)}:
+        raise ValueError(f"loss={name!r}: asks for {', '.join(sorted(unknown))}, which is no setting of LossSettings")
+    try:
+        inspect.signature(loss.function).bind(*["pairs", "settings", "statistics"][: 2 + loss.statistics])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"loss={name!r}: cannot be called with (pairs, settings): {error}") from None
+    return loss

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from sampo_ray.batching import Row, assemble
 from sampo_ray.config import MethodConfig
-from sampo_ray.losses import LOSSES, LossSettings
+from sampo_ray.losses import PreferenceLoss, ScoredPairs, Statistics, find_loss
 from sampo_ray.policy import pair_logprobs
-from sampo_ray.reduction import REDUCTIONS, MaskKey, Positions, SequenceLogRatios, reduce_pairs
+from sampo_ray.reduction import REDUCTIONS, MaskKey, Positions, reduce_pairs
 
 METRICS = (
     "loss",
@@ -28,8 +28,11 @@ METRICS = (
     "rejected_logratio_per_token",
 )
 """Means over the pairs of a step. margin = beta * (s_w - s_l), accuracy = share with margin > 0, rewards in beta *
-nats.
+nats. Of a loss without a reference s is a log-prob, and so are the two `logratio_per_token`.
 """
+
+WHOLE_SIDES = {"reduction": 0, "chosen": 1, "all": 2}
+"""Of how many sides (chosen, then rejected) a loss wants log-probs of all tokens, by its `positions`."""
 
 IDLE_PAIR = pa.table({name: [[0]] for name in ("prompt", "chosen", "rejected")})
 
@@ -61,25 +64,50 @@ def row_positions(method: MethodConfig, draw: Draw, pairs: pa.Table) -> tuple[li
 
 
 def row_losses(
-    policy: nn.Module, row: Row, pairs: pa.Table, method: MethodConfig, draw: Draw
+    policy: nn.Module, row: Row, pairs: pa.Table, method: MethodConfig, draw: Draw, before: Statistics
 ) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " metrics"]]:
-    """Losses of a row's pairs (a REFERENCE block, at least one pair), and the sums over them of METRICS (detached,
-    fp32).
+    """Losses of a row's pairs, at least one, and the sums over them of METRICS (detached, fp32).
+
+    `pairs` is a REFERENCE block, or a PAIRS block for a loss that needs no reference; `before` tells of earlier steps.
     """
+    scored = score_row(policy, row, pairs, method, draw)
+    losses = find_loss(method.loss)(scored, method.loss_settings, before)
+    return losses, _sums(losses, scored, method.beta)
+
+
+def score_row(policy: nn.Module, row: Row, pairs: pa.Table, method: MethodConfig, draw: Draw) -> ScoredPairs:
+    """A row's pairs as the loss wants to see them."""
+    loss, reduction = find_loss(method.loss), REDUCTIONS[method.reduction]
+    lengths = [(pair.chosen, pair.rejected) for pair in row.segments]
     positions, reference_positions = row_positions(method, draw, pairs)
-    chosen, rejected = pair_logprobs(policy, row, positions)
-    reference = [
-        (torch.tensor(w.values.to_numpy()[at.chosen]), torch.tensor(r.values.to_numpy()[at.rejected]))
-        for w, r, at in zip(pairs.column("chosen_ref"), pairs.column("rejected_ref"), reference_positions, strict=True)
+    sides = pair_logprobs(policy, row, asked_positions(loss, positions, lengths))
+    reduced = []
+    for side, logprobs in zip(("chosen", "rejected"), sides, strict=True):
+        kept = [_at(p, getattr(at, side)) for p, at in zip(logprobs, positions, strict=True)]
+        if loss.reference != "nothing":
+            stored = zip(kept, pairs.column(f"{side}_ref"), reference_positions, strict=True)
+            kept = [p - torch.tensor(ref.values.to_numpy()[getattr(at, side)]).to(p) for p, ref, at in stored]
+        reduced.append(kept)
+    settings = {name: getattr(method, name) for name in reduction.settings}
+    ratios = reduce_pairs(reduction, reduced[0], reduced[1], lengths, **settings)
+    whole = [torch.stack([p.mean() for p in logprobs]) for logprobs in sides[: WHOLE_SIDES[loss.positions]]]
+    tokens = torch.tensor(lengths).to(ratios.chosen)
+    return ScoredPairs(ratios, tokens[:, 0], tokens[:, 1], *whole)
+
+
+def asked_positions(
+    loss: PreferenceLoss, reduction: list[Positions], lengths: list[tuple[int, int]]
+) -> list[Positions]:
+    """The positions of each pair that the policy needs logits at: the reduction's, and whole responses if asked for."""
+    whole = WHOLE_SIDES[loss.positions]
+    return [
+        Positions(np.arange(w) if whole > 0 else at.chosen, np.arange(r) if whole > 1 else at.rejected)
+        for at, (w, r) in zip(reduction, lengths, strict=True)
     ]
-    ratios = reduce_pairs(
-        REDUCTIONS[method.reduction],
-        [p - ref[0].to(p) for p, ref in zip(chosen, reference, strict=True)],
-        [p - ref[1].to(p) for p, ref in zip(rejected, reference, strict=True)],
-        [(pair.chosen, pair.rejected) for pair in row.segments],
-    )
-    losses = LOSSES[method.loss].function(ratios, LossSettings(method.beta, method.label_smoothing))
-    return losses, _sums(losses, ratios, row, method.beta)
+
+
+def _at(logprobs: Float[Tensor, " asked"], kept: np.ndarray) -> Float[Tensor, " kept"]:
+    return logprobs if len(logprobs) == len(kept) else logprobs[torch.from_numpy(kept).to(logprobs.device)]
 
 
 def idle_loss(policy: nn.Module, device: torch.device) -> Tensor:
@@ -93,16 +121,16 @@ def idle_loss(policy: nn.Module, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def _sums(losses: Tensor, ratios: SequenceLogRatios, row: Row, beta: float) -> Float[Tensor, " metrics"]:
-    lengths = torch.tensor([(pair.chosen, pair.rejected) for pair in row.segments], dtype=losses.dtype).to(losses)
+def _sums(losses: Tensor, scored: ScoredPairs, beta: float) -> Float[Tensor, " metrics"]:
+    ratios = scored.ratios
     columns = (
         losses,
         beta * ratios.delta,
         (ratios.delta > 0).to(losses),
         beta * ratios.chosen,
         beta * ratios.rejected,
-        lengths[:, 0],
-        lengths[:, 1],
+        scored.chosen_length,
+        scored.rejected_length,
         ratios.chosen / ratios.chosen_tokens,
         ratios.rejected / ratios.rejected_tokens,
     )

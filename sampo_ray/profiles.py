@@ -64,12 +64,16 @@ def _laptop(config: RunConfig, gpus: int, at_most: int | None) -> dict[str, dict
 
 
 def _cluster(config: RunConfig, gpus: int) -> dict[str, dict[str, Any]]:
-    """Whole GPUs: the live policy and the reference one each, generators a quarter of all, the trainer the rest."""
+    """Whole GPUs: the live policy and the reference one each, generators a quarter of all, the trainer the rest. A
+    reward model lives beside the reference, or in its place where the loss needs none.
+    """
     fleets = config.fleet
     live = 1 if config.serve.enabled else 0
     sampling = max(1, gpus // 4) if config.online else 0
-    workers = config.trainer.workers or math.gcd(max(1, gpus - sampling - live - 1), config.optim.batch_size)
-    share = 0.5 if config.reward.model else 1.0  # the reward model lives beside the reference
+    scorers = config.method.needs_reference + bool(config.reward.model)
+    left = max(1, gpus - sampling - live - min(scorers, 1))
+    workers = config.trainer.workers or max(n for n in range(1, left + 1) if config.optim.batch_size % n == 0)
+    share = 1.0 / max(scorers, 1)
 
     def fleet(asked: FleetConfig, each: float, most: int) -> dict[str, Any]:
         least = 1 if asked.min_replicas is None else asked.min_replicas

@@ -41,7 +41,10 @@ class Positions:
 
 @dataclass(frozen=True)
 class SequenceLogRatios:
-    """Sequence log-ratios s_w and s_l of a batch of pairs in fp32 nats, and how many tokens each one stands for."""
+    """Sequence log-ratios s_w and s_l of a batch of pairs in fp32 nats, and how many tokens each one stands for.
+
+    Of losses without a reference these are log-probs: r_t = log pi(y_t | x, y_<t).
+    """
 
     chosen: Float[Tensor, " pairs"]
     rejected: Float[Tensor, " pairs"]
@@ -72,41 +75,60 @@ def sampled_positions(key: MaskKey, chosen: int, rejected: int, stream: int = 0)
     return Positions(draw(chosen), draw(rejected))
 
 
-Reduce = Callable[[Float[Tensor, " kept_w"], Float[Tensor, " kept_l"], int, int], tuple[Tensor, Tensor, float, float]]
+Reduced = tuple[Tensor, Tensor, float, float]
+"""s_w and s_l of one pair, and the tokens that each stands for."""
 
 
-def _sum(chosen: Tensor, rejected: Tensor, length_w: int, length_l: int) -> tuple[Tensor, Tensor, float, float]:
+def _sum(chosen: Tensor, rejected: Tensor, length_w: int, length_l: int) -> Reduced:
     return chosen.sum(), rejected.sum(), len(chosen), len(rejected)
 
 
-def _average(chosen: Tensor, rejected: Tensor, length_w: int, length_l: int) -> tuple[Tensor, Tensor, float, float]:
+def _average(chosen: Tensor, rejected: Tensor, length_w: int, length_l: int) -> Reduced:
     scale = (length_w + length_l) / 2
     return chosen.mean() * scale, rejected.mean() * scale, scale, scale
 
 
-def _top_k(chosen: Tensor, rejected: Tensor, length_w: int, length_l: int) -> tuple[Tensor, Tensor, float, float]:
+def _mean(chosen: Tensor, rejected: Tensor, length_w: int, length_l: int) -> Reduced:
+    return chosen.mean(), rejected.mean(), 1, 1
+
+
+def _ld(chosen: Tensor, rejected: Tensor, length_w: int, length_l: int, alpha: float) -> Reduced:
+    shared = min(length_w, length_l)
+
+    def part(ratios: Tensor) -> tuple[Tensor, float]:
+        return ratios[:shared].sum() + alpha * ratios[shared:].sum(), shared + alpha * (len(ratios) - shared)
+
+    (s_w, n_w), (s_l, n_l) = part(chosen), part(rejected)
+    return s_w, s_l, n_w, n_l
+
+
+def _top_k(chosen: Tensor, rejected: Tensor, length_w: int, length_l: int) -> Reduced:
     kept = min(length_w, length_l)
     return chosen.topk(kept).values.sum(), rejected.topk(kept).values.sum(), kept, kept
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """`positions` says, from lengths alone, which tokens need log-probs; `reduce` makes one pair's log-ratios two
-    numbers.
+    """`positions` says, from lengths alone, which tokens need log-probs; `reduce` makes one pair's log-ratios (w, l,
+    T_w, T_l, and by name the fields of `method` in `settings`) two numbers.
     """
 
     positions: Callable[..., Positions]
-    reduce: Reduce
+    reduce: Callable[..., Reduced]
+    settings: tuple[str, ...] = ()
 
 
 REDUCTIONS: dict[str, Reduction] = {
     "sum": Reduction(all_positions, _sum),
     "average": Reduction(all_positions, _average),
+    "mean": Reduction(all_positions, _mean),
     "sample": Reduction(sampled_positions, _sum),
     "top_k": Reduction(all_positions, _top_k),
+    "ld": Reduction(all_positions, _ld, settings=("alpha",)),
 }
-"""sum: plain DPO (Eq. 7). average: means, rescaled by (T_w + T_l)/2 (Eq. 9). sample: SamPO (Eq. 10). top_k: as
-`sample`, but the tokens with the largest log-ratios (Appendix G, an ablation)."""
+"""sum: plain DPO (Eq. 7). average: means, rescaled by (T_w + T_l)/2 (Eq. 9). mean: plain means a token. sample: SamPO
+(Eq. 10). top_k: as `sample`, but the tokens with the largest log-ratios (Appendix G, an ablation). ld: LD-DPO (Liu et
+al. 2024, arXiv 2409.06411), tokens beyond the length min(T_w, T_l) that both responses reach count alpha times."""
 
 
 def reduce_pairs(
@@ -114,12 +136,13 @@ def reduce_pairs(
     chosen: list[Float[Tensor, " kept_w"]],
     rejected: list[Float[Tensor, " kept_l"]],
     lengths: list[tuple[int, int]],
+    **settings: float,
 ) -> SequenceLogRatios:
     """Reduces token log-ratios pair by pair, so that a pair's numbers do not depend on what else is in the batch.
 
-    `lengths` holds (T_w, T_l), in tokens, of the whole responses.
+    `lengths` holds (T_w, T_l), in tokens, of the whole responses; `settings` what the reduction asks for by name.
     """
-    parts = [reduction.reduce(w, r, *pair) for w, r, pair in zip(chosen, rejected, lengths, strict=True)]
+    parts = [reduction.reduce(w, r, *pair, **settings) for w, r, pair in zip(chosen, rejected, lengths, strict=True)]
     s_w, s_l, n_w, n_l = zip(*parts, strict=True)
     counts = torch.tensor([n_w, n_l], dtype=s_w[0].dtype, device=s_w[0].device)
     return SequenceLogRatios(torch.stack(s_w), torch.stack(s_l), counts[0], counts[1])

@@ -196,8 +196,13 @@ class Round:
 
         return self._stage("pairs", len(order), "pairs", work)
 
-    def reference(self, pairs: Sequence[Part], references: "DeploymentHandle") -> list[Part]:
-        """The pairs with their token log-probs under the policy that the round starts from."""
+    def reference(self, pairs: Sequence[Part], references: "DeploymentHandle | None") -> list[Part]:
+        """The pairs with their token log-probs under the policy that the round starts from; as they are, where the loss
+        needs none.
+        """
+        if not self.config.method.needs_reference:
+            return list(pairs)
+        assert references is not None, "the fleet was started for a loss that needs no reference"
         config, settings = self.config, self.config.fleet.references
         window = (settings.max_replicas or 1) * settings.max_ongoing_requests
 

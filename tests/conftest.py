@@ -81,6 +81,26 @@ def random_pairs(count: int, seed: int = 0, longest: int = 40, vocabulary: int =
     )
 
 
+def with_reference(policy: Any, pairs: pa.Table) -> pa.Table:
+    """Adds the policy's own log-probs of each pair, scored alone, as the reference."""
+    import torch
+
+    from sampo_ray.batching import assemble
+    from sampo_ray.policy import pair_logprobs
+    from sampo_ray.reduction import Positions
+
+    columns: dict[str, list[Any]] = {"chosen_ref": [], "rejected_ref": []}
+    with torch.no_grad():
+        for i in range(len(pairs)):
+            row = assemble(pairs.slice(i, 1))
+            everything = [Positions(np.arange(s.chosen), np.arange(s.rejected)) for s in row.segments]
+            for column, logprobs in zip(columns.values(), pair_logprobs(policy, row, everything), strict=True):
+                column.append(logprobs[0].numpy())
+    for name, values in columns.items():
+        pairs = pairs.append_column(name, pa.array(values, pa.list_(pa.float32())))
+    return pairs
+
+
 def write_recipe(folder: Path, model: Path, pairs: int) -> Path:
     """An offline recipe of two rounds and two ranks on made-up pairs, four a step, with a checkpoint at each step."""
     words = " ".join(TEXTS[:2]).split()

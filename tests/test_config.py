@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sampo_ray.config import ConfigError, RunConfig, load_config
+from sampo_ray.losses import LOSSES
 from sampo_ray.profiles import resolve
 from sampo_ray.runs import dump_config
 
@@ -20,9 +21,8 @@ ONLINE = ["rounds.mode=online", "data.prompts=p", "reward.function=f.py:f"]
         ("optimm.learning_rate=1", ["optimm", "did you mean 'optim'"]),
         ("method.beta=-1", ["method.beta", "greater than 0", "-1"]),
         ("method.loss=sigmoit", ["method.loss='sigmoit'", "did you mean 'sigmoid'"]),
-        ("method.reduction=mean", ["method.reduction='mean'", "sample"]),
+        ("method.reduction=median", ["method.reduction='median'", "did you mean 'mean'"]),
         ("method.reduction=sum method.mask=independent", ["method.mask='independent'", "sample"]),
-        ("method.loss=ipo method.label_smoothing=0.1", ["label_smoothing", "ipo"]),
         ("data.max_length=100 data.max_prompt_length=100", ["max_prompt_length=100", "max_length=100", "smaller"]),
         ("trainer.workers=3", ["optim.batch_size=128", "trainer.workers=3", "126"]),
         ("trainer.tokens_per_row=64", ["trainer.tokens_per_row=64", "data.max_length=8192"]),
@@ -127,6 +127,11 @@ def test_gpus_are_never_promised_twice(gpus, online, serving, batch):
         asked += fleet.generators.max_replicas * fleet.generators.num_gpus
     assert asked <= gpus + 1e-9
     assert batch % trainer.workers == 0
+
+
+def test_a_loss_without_a_reference_leaves_its_gpu_to_the_trainer():
+    workers = [resolve(config(f"method.loss={name}"), {"GPU": 5}, cores=8)[0].trainer.workers for name in LOSSES]
+    assert workers == [2 if loss.reference == "log-probs" else 4 for loss in LOSSES.values()], "divisors of the batch"
 
 
 @pytest.mark.parametrize(

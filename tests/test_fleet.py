@@ -1,8 +1,17 @@
-"""What is said when a fleet does not start."""
+"""What a fleet consists of, and what is said when it does not start."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from sampo_ray.actors.fleet import last_words
+from sampo_ray.actors.blocks import Part
+from sampo_ray.actors.fleet import applications, last_words
+from sampo_ray.config import load_config
+from sampo_ray.rounds import Round
+from sampo_ray.runs import create_run
+from tests.test_rounds import QuietDisplay
 
 REPORT = """Deploying application r1-policy failed: Failed to update the deployments ['policy'].
 The deployment failed to start 3 times in a row due to an internal error. Error:
@@ -34,3 +43,17 @@ def test_the_last_words_of_a_replica_are_its_error(report: str, words: str) -> N
 
 def test_last_words_are_not_endless() -> None:
     assert len(last_words(f"ValueError: {'too much ' * 1000}")) <= 500
+
+
+@pytest.mark.parametrize(("loss", "referenced"), [("sigmoid", True), ("mix", True), ("orpo", False), ("simpo", False)])
+def test_losses_without_a_reference_have_no_reference_workers_and_no_such_stage(
+    tmp_path: Path, loss: str, referenced: bool
+) -> None:
+    tree = {"model": {"path": "m"}, "data": {"train": "d"}, "run": {"dir": str(tmp_path)}, "serve": {"enabled": False}}
+    run = create_run(load_config(tree, [f"method.loss={loss}"]))
+    live: Any = SimpleNamespace(store_name="store")
+    assert list(applications(run, live)) == ([f"{run.id}-references"] if referenced else [])
+    if not referenced:
+        pairs = [Part(run.place.at("pairs"), 3)]
+        round = Round(run, 0, QuietDisplay())  # type: ignore[arg-type]
+        assert round.reference(pairs, None) == pairs and "reference" not in run.round(0).stages

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 from sampo_ray.batching import assemble
 from sampo_ray.config import MethodConfig
 from sampo_ray.logprobs import token_logprobs
-from sampo_ray.losses import LOSSES, LossSettings
-from sampo_ray.objective import METRICS, Draw, row_losses
+from sampo_ray.losses import Statistics
+from sampo_ray.objective import Draw, row_losses
 from sampo_ray.policy import load_policy, pair_logprobs
-from sampo_ray.reduction import REDUCTIONS, MaskKey, SequenceLogRatios, all_positions, reduce_pairs, sampled_positions
-from tests.conftest import random_pairs
+from sampo_ray.reduction import REDUCTIONS, MaskKey, all_positions, reduce_pairs, sampled_positions
+from tests.conftest import random_pairs, with_reference
 
 DRAW = Draw(seed=1, round=0, epoch=0)
 lengths = st.integers(1, 300)
@@ -63,16 +63,32 @@ def test_expected_sampled_sum_is_the_scaled_sum():
     assert abs(torch.stack(draws).mean() - ratios.sum() * 20 / 60) < 4 * error
 
 
+ALPHA = 0.4
+"""Of reduction ld in tests."""
+
+
 def naive_reduction(name, w, r, positions):
-    if name == "sum":
-        return w.sum(), r.sum()
+    """s_w, s_l and the tokens that they stand for, out of the log-ratios of all tokens; `positions` are the sampled."""
+    shorter = min(len(w), len(r))
     if name == "average":
-        scale = (len(w) + len(r)) / 2
-        return w.mean() * scale, r.mean() * scale
+        half = (len(w) + len(r)) / 2
+        return half * sum(w) / len(w), half * sum(r) / len(r), half, half
+    if name == "mean":
+        return sum(w) / len(w), sum(r) / len(r), 1, 1
+    if name == "ld":
+        weights = [1.0 if t < shorter else ALPHA for t in range(max(len(w), len(r)))]
+        s_w, s_l = (sum(c * x for c, x in zip(weights, side, strict=False)) for side in (w, r))
+        return s_w, s_l, sum(weights[: len(w)]), sum(weights[: len(r)])
     if name == "sample":
-        return sum(w[i] for i in positions.chosen), sum(r[i] for i in positions.rejected)
-    kept = min(len(w), len(r))
-    return w.sort(descending=True)[0][:kept].sum(), r.sort(descending=True)[0][:kept].sum()
+        w, r = [w[t] for t in positions.chosen], [r[t] for t in positions.rejected]
+    if name == "top_k":
+        w, r = (sorted(side, key=float, reverse=True)[:shorter] for side in (w, r))
+    return sum(w), sum(r), len(w), len(r)
+
+
+def reduced(name, ws, rs, sizes):
+    settings = {"alpha": ALPHA} if name == "ld" else {}
+    return reduce_pairs(REDUCTIONS[name], ws, rs, sizes, **settings)
 
 
 @pytest.mark.parametrize("name", REDUCTIONS)
@@ -81,11 +97,12 @@ def naive_reduction(name, w, r, positions):
 def test_reductions_match_their_definition(name, length_w, length_l, seed):
     rng = torch.Generator().manual_seed(seed)
     w, r = (torch.randn(n, generator=rng, dtype=torch.float64) for n in (length_w, length_l))
-    reduction, key = REDUCTIONS[name], MaskKey(0, 0, 0, str(seed))
-    at = reduction.positions(key, length_w, length_l)
-    got = reduce_pairs(reduction, [w[at.chosen]], [r[at.rejected]], [(length_w, length_l)])
+    key = MaskKey(0, 0, 0, str(seed))
+    at = REDUCTIONS[name].positions(key, length_w, length_l)
+    got = reduced(name, [w[at.chosen]], [r[at.rejected]], [(length_w, length_l)])
     expected = naive_reduction(name, w, r, sampled_positions(key, length_w, length_l))
-    assert torch.allclose(torch.stack([got.chosen[0], got.rejected[0]]), torch.stack(list(expected)), atol=1e-9)
+    numbers = torch.cat([got.chosen, got.rejected, got.chosen_tokens, got.rejected_tokens])
+    assert torch.allclose(numbers, torch.tensor(expected, dtype=torch.float64), atol=1e-9)
 
 
 @pytest.mark.parametrize("name", REDUCTIONS)
@@ -93,29 +110,8 @@ def test_reduction_does_not_depend_on_the_order_of_the_batch(name):
     rng = torch.Generator().manual_seed(3)
     ws, rs = ([torch.randn(5 + 3 * i, generator=rng) for i in range(6)] for _ in range(2))
     sizes = [(len(w), len(r)) for w, r in zip(ws, rs, strict=True)]
-    forward = reduce_pairs(REDUCTIONS[name], ws, rs, sizes)
-    backward = reduce_pairs(REDUCTIONS[name], ws[::-1], rs[::-1], sizes[::-1])
+    forward, backward = reduced(name, ws, rs, sizes), reduced(name, ws[::-1], rs[::-1], sizes[::-1])
     assert torch.equal(forward.delta, backward.delta.flip(0))
-
-
-def ratios(delta_w, delta_l, tokens=4.0):
-    w, r = torch.tensor(delta_w, dtype=torch.float64), torch.tensor(delta_l, dtype=torch.float64)
-    return SequenceLogRatios(w, r, torch.full_like(w, tokens), torch.full_like(r, tokens))
-
-
-def test_the_sigmoid_loss_is_dpo_s():
-    loss = LOSSES["sigmoid"].function(ratios([3.0, -1.0], [1.0, 4.0]), LossSettings(beta=0.5))
-    assert loss.tolist() == pytest.approx([math.log1p(math.exp(-1.0)), math.log1p(math.exp(2.5))])
-
-
-def test_label_smoothing_mixes_both_labels():
-    loss = LOSSES["sigmoid"].function(ratios([2.0], [0.0]), LossSettings(beta=1.0, label_smoothing=0.2))
-    assert loss.item() == pytest.approx(0.8 * math.log1p(math.exp(-2)) + 0.2 * math.log1p(math.exp(2)))
-
-
-def test_ipo_regresses_the_mean_margin_to_its_target():
-    loss = LOSSES["ipo"].function(ratios([8.0], [4.0]), LossSettings(beta=0.1))
-    assert loss.item() == pytest.approx((8 / 4 - 4 / 4 - 5.0) ** 2)
 
 
 @given(st.integers(1, 150), st.integers(0, 99))
@@ -151,21 +147,6 @@ def policy(tiny_model):
     return load_policy(tiny_model)
 
 
-def with_reference(policy, pairs: pa.Table) -> pa.Table:
-    """Adds the policy's own log-probs of each pair, scored alone, as the reference."""
-    columns: dict[str, list] = {"chosen_ref": [], "rejected_ref": []}
-    with torch.no_grad():
-        for i in range(len(pairs)):
-            row = assemble(pairs.slice(i, 1))
-            everything = [all_positions(None, row.segments[0].chosen, row.segments[0].rejected)]
-            chosen, rejected = pair_logprobs(policy, row, everything)
-            columns["chosen_ref"].append(chosen[0].numpy())
-            columns["rejected_ref"].append(rejected[0].numpy())
-    for name, values in columns.items():
-        pairs = pairs.append_column(name, pa.array(values, pa.list_(pa.float32())))
-    return pairs
-
-
 def test_a_row_s_logprobs_are_those_of_the_plain_model(policy, tiny_model):
     pairs = random_pairs(5)
     row = assemble(pairs)
@@ -180,18 +161,6 @@ def test_a_row_s_logprobs_are_those_of_the_plain_model(policy, tiny_model):
             assert torch.allclose(ours, expected, atol=0.05), "bf16 against fp32"
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("loss", LOSSES)
-def test_policy_equal_to_reference_gives_delta_zero_exactly(policy, reduction, loss):
-    pairs = with_reference(policy, random_pairs(9, seed=2, longest=90))
-    method = MethodConfig(loss=loss, reduction=reduction, beta=0.1)
-    losses, sums = row_losses(policy, assemble(pairs), pairs, method, DRAW)
-    metrics = dict(zip(METRICS, (sums / len(pairs)).tolist(), strict=True))
-    assert metrics["margin"] == 0.0 and metrics["chosen_reward"] == 0.0 and metrics["rejected_reward"] == 0.0
-    start = math.log(2) if loss == "sigmoid" else (1 / 0.2) ** 2
-    assert losses.tolist() == pytest.approx([start] * len(pairs), rel=1e-6)
-
-
 def test_a_pair_s_loss_does_not_depend_on_what_shares_its_row(policy):
     pairs = with_reference(policy, random_pairs(8, seed=5))
     ref = pa.array(
@@ -199,18 +168,19 @@ def test_a_pair_s_loss_does_not_depend_on_what_shares_its_row(policy):
     )
     pairs = pairs.set_column(pairs.schema.get_field_index("chosen_ref"), "chosen_ref", ref)
     method = MethodConfig(reduction="sample")
-    together, _ = row_losses(policy, assemble(pairs), pairs, method, DRAW)
+    together, _ = row_losses(policy, assemble(pairs), pairs, method, DRAW, Statistics())
     shuffled = pairs.take(pa.array([3, 1, 7, 0]))
-    apart, _ = row_losses(policy, assemble(shuffled), shuffled, method, DRAW)
+    apart, _ = row_losses(policy, assemble(shuffled), shuffled, method, DRAW, Statistics())
     assert torch.equal(together[[3, 1, 7, 0]], apart)
 
 
-def test_the_gradient_is_that_of_a_naive_computation(tiny_model):
+@pytest.mark.parametrize("loss", ["sigmoid", "mix", "simpo"])
+def test_the_gradient_is_that_of_a_naive_computation(tiny_model, loss):
     """fp64: packed rows, shared prompts and sampled positions against one padded sequence at a time and log_softmax."""
     policy = load_policy(tiny_model).double()
     pairs = with_reference(load_policy(tiny_model), random_pairs(4, seed=7))
-    method = MethodConfig(reduction="sample", beta=0.3)
-    losses, _ = row_losses(policy, assemble(pairs), pairs, method, DRAW)
+    method = MethodConfig(loss=loss, beta=0.3)
+    losses, _ = row_losses(policy, assemble(pairs), pairs, method, DRAW, Statistics())
     losses.mean().backward()
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64, attn_implementation="eager")
     naive = []
@@ -218,13 +188,19 @@ def test_the_gradient_is_that_of_a_naive_computation(tiny_model):
         at = sampled_positions(
             MaskKey(DRAW.seed, DRAW.round, DRAW.epoch, pair["id"]), len(pair["chosen"]), len(pair["rejected"])
         )
-        total = {}
+        total, mean = {}, {}
         for side, kept in (("chosen", at.chosen), ("rejected", at.rejected)):
             ids = torch.tensor([pair["prompt"] + pair[side]])
             logps = plain(ids).logits[0, len(pair["prompt"]) - 1 : -1].log_softmax(-1)
             picked = logps.gather(1, torch.tensor(pair[side])[:, None])[:, 0]
+            mean[side] = picked.mean()
             total[side] = (picked - torch.tensor(pair[f"{side}_ref"], dtype=torch.float64))[kept].sum()
-        naive.append(-torch.nn.functional.logsigmoid(0.3 * (total["chosen"] - total["rejected"])))
+        if loss == "simpo":
+            naive.append(torch.log1p(torch.exp(1.4 - 0.3 * (mean["chosen"] - mean["rejected"]))))
+        else:
+            naive.append(torch.log1p(torch.exp(-0.3 * (total["chosen"] - total["rejected"]))))
+        if loss == "mix":
+            naive[-1] = naive[-1] - mean["chosen"]
     torch.stack(naive).mean().backward()
     assert torch.allclose(losses, torch.stack(naive), atol=1e-6)
     ours = dict(policy.model.named_parameters())

@@ -1,0 +1,462 @@
+"""The family of losses: each against an independent, naive computation of its published formula, and against TRL's
+value where TRL is installed and has it; what the configuration refuses; and batch statistics from step to step.
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sampo_ray.batching import assemble
+from sampo_ray.config import ConfigError, MethodConfig, load_config
+from sampo_ray.losses import LOSSES, LossSettings, PreferenceLoss, ScoredPairs, Statistics
+from sampo_ray.objective import METRICS, Draw, row_losses, row_positions
+from sampo_ray.policy import Policy, load_policy
+from sampo_ray.reduction import REDUCTIONS, MaskKey, reduce_pairs, sampled_positions
+from sampo_ray.runs import Checkpoint
+from tests.conftest import random_pairs, with_reference
+from tests.test_method import ALPHA, naive_reduction
+
+DRAW = Draw(seed=1, round=0, epoch=0)
+START = Statistics()
+COMBINED = [(loss, reduction) for loss in LOSSES for reduction in LOSSES[loss].reductions]
+
+
+def method_of(loss: str, reduction: str | None = None, **settings: float) -> MethodConfig:
+    return MethodConfig(loss=loss, reduction=reduction, alpha=ALPHA if reduction == "ld" else None, **settings)
+
+
+# --- the losses, in fp64, pair by pair and token by token as their papers write them
+
+
+def sigma(x):
+    return 1 / (1 + torch.exp(-x))
+
+
+def naive_loss(name, s_w, s_l, n_w, n_l, log_w, lengths, c, before):
+    """One pair's loss; log_w are the log-probs of all chosen tokens, c the settings."""
+    log, b = torch.log, c.beta
+    p = sigma(b * s_w - b * s_l)
+    if name == "sigmoid":
+        return -(1 - c.label_smoothing) * log(p) - c.label_smoothing * log(1 - p)
+    if name == "robust":
+        e = c.label_smoothing
+        return ((1 - e) * -log(p) - e * -log(1 - p)) / (1 - 2 * e)
+    if name == "hinge":
+        return torch.clamp(1 - (b * s_w - b * s_l), min=0)
+    if name == "ipo":
+        return (s_w / n_w - s_l / n_l - 0.5 / b) ** 2
+    if name == "dpop":
+        return -log(sigma(b * (s_w - s_l - c.weight * torch.clamp(-s_w, min=0))))
+    if name == "mix":
+        return -log(p) + c.weight * -sum(log_w) / len(log_w)
+    if name == "lenN":
+        return -log(sigma(b * s_w - b * s_l + c.weight * lengths[0] - c.weight * lengths[1]))
+    if name == "orpo":
+        odds = [torch.exp(s) / (1 - torch.exp(s)) for s in (s_w, s_l)]
+        return -s_w + b * -log(sigma(log(odds[0] / odds[1])))
+    if name == "simpo":
+        return -log(sigma(b * s_w - b * s_l - c.margin))
+    if name == "kto_pair":
+        z_w, z_l = max(0, before.chosen), max(0, before.rejected)
+        return (1 - sigma(b * s_w - z_l) + 1 - sigma(z_w - b * s_l)) / 2
+    if name == "bco_pair":
+        return -log(sigma(b * s_w - before.both)) - log(sigma(-(b * s_l - before.both)))
+    if name == "sppo_hard":
+        return (s_w - 0.5 / b) ** 2 + (s_l + 0.5 / b) ** 2
+    assert name == "nca_pair"
+    return -log(sigma(b * s_w)) - 0.5 * log(sigma(-b * s_w)) - 0.5 * log(sigma(-b * s_l))
+
+
+def random_tokens(lengths, seed):
+    """Token log-probs of policy and reference in fp64; those of the policy take gradients."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def draw(n):
+        return -3 * torch.rand(n, generator=rng, dtype=torch.float64) - 0.01
+
+    policy = [[draw(n).requires_grad_() for n in pair] for pair in lengths]
+    return policy, [[p.detach() + 0.3 * draw(len(p)) + 0.4 for p in pair] for pair in policy]
+
+
+def family_loss(method, policy, reference, lengths, before):
+    """Ours, from token log-probs: as the trainer does it, but without a model."""
+    loss, reduction = LOSSES[method.loss], REDUCTIONS[method.reduction]
+    sides = ([], [])
+    for i, (pair, ref) in enumerate(zip(policy, reference, strict=True)):
+        at = reduction.positions(MaskKey(1, 0, 0, str(i)), *lengths[i])
+        for side, p, r, kept in zip(sides, pair, ref, (at.chosen, at.rejected), strict=True):
+            side.append(p[kept] - r[kept] if loss.reference == "log-probs" else p[kept])
+    alpha = {"alpha": method.alpha} if method.alpha is not None else {}
+    ratios = reduce_pairs(reduction, *sides, lengths, **alpha)
+    tokens = torch.tensor(lengths, dtype=torch.float64)
+    chosen = torch.stack([pair[0].mean() for pair in policy])
+    return loss(ScoredPairs(ratios, tokens[:, 0], tokens[:, 1], chosen), method.loss_settings, before)
+
+
+pair_lengths = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=4)
+statistics = st.builds(Statistics, *[st.floats(-2, 2)] * 3)
+
+
+@pytest.mark.parametrize(("loss", "reduction"), COMBINED)
+@given(pair_lengths, st.integers(0, 9999), statistics)
+@settings(max_examples=12)
+def test_a_loss_and_its_gradient_are_those_of_the_naive_formula(loss, reduction, lengths, seed, before):
+    method = method_of(loss, reduction)
+    if loss == "sigmoid":
+        method = method_of(loss, reduction, label_smoothing=0.2)
+    policy, reference = random_tokens(lengths, seed)
+    ours = family_loss(method, policy, reference, lengths, before)
+    ours.sum().backward()
+    gradients = [p.grad for pair in policy for p in pair]
+
+    again, _ = random_tokens(lengths, seed)
+    naive = []
+    for i, (pair, ref) in enumerate(zip(again, reference, strict=True)):
+        free = loss in ("orpo", "simpo")
+        w, r = ([a if free else a - b for a, b in zip(*side, strict=True)] for side in zip(pair, ref, strict=True))
+        sequences = naive_reduction(reduction, w, r, sampled_positions(MaskKey(1, 0, 0, str(i)), len(w), len(r)))
+        naive.append(naive_loss(loss, *sequences, pair[0], lengths[i], method.loss_settings, before))
+    torch.stack(naive).sum().backward()
+    assert torch.allclose(ours, torch.stack(naive), rtol=1e-6, atol=1e-6)
+    for mine, theirs in zip(gradients, [p.grad for pair in again for p in pair], strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("loss", "reduction"), COMBINED)
+def test_a_pair_s_loss_does_not_depend_on_the_order_of_the_batch(loss, reduction):
+    method, before = method_of(loss, reduction), Statistics(0.3, -0.2, 0.1, 7)
+    lengths = [(8, 8)] * 5  # of equal lengths, so that the masks by place do not matter
+    policy, reference = random_tokens(lengths, 3)
+    forward = family_loss(method, policy, reference, lengths, before)
+    backward = family_loss(method, policy[::-1], reference[::-1], lengths, before)
+    assert torch.equal(forward, backward.flip(0))
+
+
+def test_orpo_of_a_response_of_probability_one_has_a_finite_loss_and_gradient():
+    chosen = torch.zeros(1, requires_grad=True)
+    ratios = reduce_pairs(REDUCTIONS["mean"], [chosen], [torch.full((3,), -1.0)], [(1, 3)])
+    loss = LOSSES["orpo"](ScoredPairs(ratios, torch.ones(1), torch.full((1,), 3.0)), LossSettings(beta=0.1), START)
+    loss.sum().backward()
+    assert loss.isfinite().all() and chosen.grad.isfinite().all()
+
+
+# --- on a model
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model) -> Policy:
+    return load_policy(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def referenced(policy) -> pa.Table:
+    """Pairs whose reference is the policy itself."""
+    return with_reference(policy, random_pairs(6, seed=2, longest=60))
+
+
+def at_reference(loss: str, chosen: int, rejected: int) -> float:
+    """What the loss of a pair is by its formula, where all log-ratios are 0."""
+    ln2 = math.log(2)
+    return {
+        "hinge": 1.0,
+        "ipo": 25.0,
+        "lenN": math.log1p(math.exp(-0.01 * (chosen - rejected))),
+        "kto_pair": 0.5,
+        "bco_pair": 2 * ln2,
+        "sppo_hard": 50.0,
+        "nca_pair": 2 * ln2,
+    }.get(loss, ln2)
+
+
+@pytest.mark.parametrize(("loss", "reduction"), [each for each in COMBINED if each[0] not in ("mix", "orpo", "simpo")])
+def test_policy_equal_to_reference_gives_delta_zero_exactly(policy, referenced, loss, reduction):
+    pairs, row = referenced, assemble(referenced)
+    losses, sums = row_losses(policy, row, pairs, method_of(loss, reduction), DRAW, START)
+    metrics = dict(zip(METRICS, (sums / len(pairs)).tolist(), strict=True))
+    assert metrics["margin"] == 0.0 and metrics["chosen_reward"] == 0.0 and metrics["rejected_reward"] == 0.0
+    assert losses.tolist() == pytest.approx([at_reference(loss, s.chosen, s.rejected) for s in row.segments], rel=1e-6)
+
+
+def mean_logprobs(pairs: pa.Table) -> list[torch.Tensor]:
+    """Of chosen and rejected, a token, under the reference."""
+    sides = (pairs[f"{side}_ref"].to_pylist() for side in ("chosen", "rejected"))
+    return [torch.tensor([sum(x) / len(x) for x in side], dtype=torch.float64) for side in sides]
+
+
+@pytest.mark.parametrize("reduction", ["sum", "sample"])
+def test_mix_adds_the_likelihood_of_all_chosen_tokens_whatever_the_reduction(policy, referenced, reduction):
+    pairs = referenced
+    losses, sums = row_losses(policy, assemble(pairs), pairs, method_of("mix", reduction, weight=0.5), DRAW, START)
+    assert torch.allclose(losses, math.log(2) - 0.5 * mean_logprobs(pairs)[0].float(), atol=1e-5)
+    assert sums[METRICS.index("margin")] == 0.0
+
+
+@pytest.mark.parametrize("loss", ["orpo", "simpo"])
+def test_losses_without_a_reference_need_no_reference_log_probs_and_report_log_probs(policy, referenced, loss):
+    pairs = referenced.drop_columns(["chosen_ref", "rejected_ref"])
+    method = method_of(loss)
+    losses, sums = row_losses(policy, assemble(pairs), pairs, method, DRAW, START)
+    chosen, rejected = mean_logprobs(referenced)
+    expected = [
+        naive_loss(loss, w, r, 1, 1, [], (), method.loss_settings, START) for w, r in zip(chosen, rejected, strict=True)
+    ]
+    assert losses.tolist() == pytest.approx([float(x) for x in expected], rel=1e-4)
+    metrics = dict(zip(METRICS, (sums / len(pairs)).tolist(), strict=True))
+    assert metrics["margin"] == pytest.approx(method.beta * float((chosen - rejected).mean()), abs=1e-5)
+    assert metrics["chosen_logratio_per_token"] == pytest.approx(float(chosen.mean()), abs=1e-5)
+    assert metrics["accuracy"] == pytest.approx(float((chosen > rejected).double().mean()))
+
+
+@pytest.mark.parametrize(("positions", "sides"), [("reduction", 0), ("chosen", 1), ("all", 2)])
+def test_logits_are_computed_only_at_the_positions_that_the_loss_asks_for(
+    policy, referenced, positions, sides, monkeypatch
+):
+    seen: list[ScoredPairs] = []
+
+    def watched(pairs, settings):
+        seen.append(pairs)
+        return LOSSES["sigmoid"].function(pairs, settings)
+
+    monkeypatch.setitem(LOSSES, "watched", PreferenceLoss(watched, positions=positions))
+    pairs, row, method = referenced, assemble(referenced), MethodConfig(loss="watched")
+    asked = []
+    hook = policy.register_forward_pre_hook(lambda module, arguments: asked.append(len(arguments[3])))
+    losses, _ = row_losses(policy, row, pairs, method, DRAW, START)
+    hook.remove()
+    kept = row_positions(method, DRAW, pairs)[0]
+    counts = [
+        (s.chosen if sides > 0 else len(at.chosen), s.rejected if sides > 1 else len(at.rejected))
+        for s, at in zip(row.segments, kept, strict=True)
+    ]
+    assert asked == [sum(map(sum, counts))]
+    assert [x is not None for x in (seen[0].chosen_logprob, seen[0].rejected_logprob)] == [sides > 0, sides > 1]
+    assert losses.tolist() == pytest.approx([math.log(2)] * 6), "the reduction's own positions are the same"
+
+
+# --- statistics
+
+
+def test_statistics_are_those_of_the_last_step_and_a_running_mean_over_the_round():
+    first = START.after({"chosen_reward": 2.0, "rejected_reward": -1.0}, 4)
+    second = first.after({"chosen_reward": 0.5, "rejected_reward": 0.0}, 2)
+    assert (second.chosen, second.rejected, second.pairs) == (0.5, 0.0, 6)
+    assert second.both == pytest.approx((4 * (2 - 1) + 2 * 0.5) / (2 * 6))
+
+
+@given(st.builds(Statistics, *[st.floats(allow_nan=False, allow_infinity=False)] * 3, st.integers(0, 2**40)))
+def test_statistics_keep_their_bits_in_the_manifest(statistics):
+    checkpoint = Checkpoint(path="p", round=0, step=1, world=2, files={}, statistics=statistics)
+    reported = Checkpoint(**checkpoint.model_dump())
+    assert Checkpoint.model_validate_json(reported.model_dump_json()).statistics == statistics
+
+
+def test_a_checkpoint_of_a_manifest_without_statistics_has_those_of_a_start():
+    assert Checkpoint(path="p", round=0, step=1, world=2, files={}).statistics == START
+
+
+@pytest.mark.parametrize("loss", ["kto_pair", "bco_pair"])
+def test_steps_from_a_stored_checkpoint_have_the_bits_of_steps_without_a_stop(tiny_model, policy, loss):
+    pairs = with_reference(policy, random_pairs(8, seed=8))
+    method = method_of(loss, "sample", beta=1.0)
+
+    def stored(statistics: Statistics) -> Statistics:
+        kept = Checkpoint(path="p", round=0, step=1, world=1, files={}, statistics=statistics)
+        return Checkpoint.model_validate_json(kept.model_dump_json()).statistics
+
+    def train(at_the_stop: Callable[[Statistics], Statistics]) -> list[float]:
+        learner, statistics, seen = load_policy(tiny_model), START, []
+        optimizer = torch.optim.SGD(learner.parameters(), lr=0.5)
+        for step in range(4):
+            mine = pairs.slice(4 * (step % 2), 4)
+            losses, sums = row_losses(learner, assemble(mine), mine, method, DRAW, statistics)
+            losses.mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            metrics = dict(zip(METRICS, (sums / len(mine)).tolist(), strict=True))
+            statistics = statistics.after(metrics, len(mine))
+            if step == 1:
+                statistics = at_the_stop(statistics)
+            seen.append(losses.mean().item())
+        return seen
+
+    undisturbed = train(lambda statistics: statistics)
+    assert train(stored) == undisturbed
+    assert train(lambda statistics: START) != undisturbed, "they matter"
+
+
+# --- the configuration
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ("loss=tdpo", ["method.loss='tdpo'", "whole distribution"]),
+        ("loss=ld_dpo", ["method.loss='ld_dpo'", "reduction='ld'"]),
+        ("loss=simpo reduction=sample", ["method.loss='simpo'", "reduction='sample'", "use reduction: mean"]),
+        ("loss=orpo reduction=top_k", ["method.loss='orpo'", "reduction='top_k'", "use reduction: mean"]),
+        ("loss=orpo mask=independent", ["mask='independent'", "'orpo'"]),
+        ("margin=1", ["method.loss='sigmoid' has no margin", "drop margin=1.0"]),
+        ("loss=kto_pair weight=2", ["method.loss='kto_pair' has no weight", "drop weight=2.0"]),
+        ("loss=hinge label_smoothing=0", ["method.loss='hinge' has no label_smoothing"]),
+        ("loss=robust label_smoothing=0.5", ["method.label_smoothing", "less than 0.5"]),
+        ("loss=mix weight=-1", ["method.weight", "greater than or equal to 0"]),
+        ("alpha=0.5", ["alpha=0.5", "reduction='sample'"]),
+        ("reduction=ld", ["alpha=None", "reduction='ld'", "needs it"]),
+        ("reduction=ld alpha=2", ["method.alpha", "less than or equal to 1"]),
+        ("loss=null", ["method.loss", "string"]),
+        ("loss=no_such_package:mine", ["method.loss='no_such_package:mine'", "ModuleNotFoundError"]),
+        ("loss=math:mine", ["method.loss='math:mine'", "AttributeError"]),
+        ("loss=math:pi", ["method.loss='math:pi'", "cannot be called"]),
+        ("loss=own_losses:of_three", ["method.loss='own_losses:of_three'", "missing a required argument"]),
+        ("loss=own_losses:asks", ["method.loss='own_losses:asks'", "asks for gamma"]),
+    ],
+)
+def test_what_does_not_go_together_is_refused_by_name(own_losses, overrides, words):
+    tree = {"model": {"path": "m"}, "data": {"train": "d"}, "run": {"dir": "r"}}
+    with pytest.raises(ConfigError) as error:
+        load_config(tree, [f"method.{each}" for each in overrides.split()])
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_defaults_are_those_of_the_loss_and_survive_being_written():
+    simpo = MethodConfig(loss="simpo")
+    assert (simpo.beta, simpo.margin, simpo.reduction, simpo.weight) == (2.5, 1.4, "mean", None)
+    assert not simpo.needs_reference and MethodConfig().needs_reference
+    assert [MethodConfig(loss=name).weight for name in ("dpop", "mix", "lenN")] == [50, 1, 0.01]
+    for name in LOSSES:
+        method = MethodConfig(loss=name)
+        assert MethodConfig.model_validate(method.model_dump()) == method
+    assert MethodConfig(loss="simpo", beta=2, margin=0).loss_settings == LossSettings(beta=2.0)
+
+
+OWN = """
+from sampo_ray.losses import PreferenceLoss, sigmoid
+
+def mine(pairs, settings):
+    return settings.beta * -pairs.ratios.delta
+
+def of_three(pairs, settings, more):
+    return pairs.ratios.delta
+
+def one_number(pairs, settings):
+    return pairs.ratios.delta.mean()
+
+asks = PreferenceLoss(sigmoid, {"gamma": 1.0})
+weighted = PreferenceLoss(lambda pairs, settings: -settings.weight * pairs.chosen_logprob, {"weight": 3.0}, "chosen")
+"""
+
+
+@pytest.fixture
+def own_losses(tmp_path, monkeypatch):
+    (tmp_path / "own_losses.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("own_losses", None)
+
+
+def test_a_loss_of_the_user_s_own_is_named_by_where_it_is(own_losses, policy, referenced):
+    pairs, row = referenced, assemble(referenced)
+    losses, _ = row_losses(policy, row, pairs, MethodConfig(loss="own_losses:mine"), DRAW, START)
+    assert losses.tolist() == [0.0] * 6
+    method = MethodConfig(loss="own_losses:weighted")
+    losses, _ = row_losses(policy, row, pairs, method, DRAW, START)
+    assert method.weight == 3.0 and torch.allclose(losses, -3 * mean_logprobs(pairs)[0].float(), atol=1e-4)
+    with pytest.raises(ValueError, match="not one number for each pair"):
+        row_losses(policy, row, pairs, MethodConfig(loss="own_losses:one_number"), DRAW, START)
+
+
+# --- TRL, which the project does not need
+
+
+class Recorded(torch.nn.Module):
+    """A model for TRL's trainer that answers with given token log-probs."""
+
+    is_gradient_checkpointing = False
+
+    def __init__(self, logprobs: torch.Tensor) -> None:
+        super().__init__()
+        self.logprobs = logprobs
+
+    def forward(self, **_):
+        like = torch.zeros_like(self.logprobs)
+        others = dict.fromkeys(("entropy", "mean_logits", "log_sum_sq_probs"), like)
+        return SimpleNamespace(log_probs=self.logprobs, is_top1=like.bool(), **others)
+
+
+def trl_s_value(loss_types, loss_weights, policy, reference, lengths, **settings) -> float:
+    from collections import defaultdict
+
+    from trl import DPOTrainer
+
+    longest = max(max(pair) for pair in lengths)
+
+    def padded(tokens):
+        rows = [pair[side].detach() for side in (0, 1) for pair in tokens]
+        return torch.stack([torch.nn.functional.pad(row, (0, longest - len(row))) for row in rows])
+
+    completion = padded([[torch.ones(n) for n in pair] for pair in lengths])
+    prompt = torch.zeros(len(completion), 1)
+    inputs = {
+        "input_ids": torch.zeros(len(completion), longest + 1, dtype=torch.long),
+        "attention_mask": torch.cat([1 - prompt, completion], 1),
+        "completion_mask": torch.cat([prompt, completion], 1).long(),
+    }
+    model = Recorded(padded(policy))
+    stub = SimpleNamespace(
+        model=model,
+        ref_model=Recorded(padded(reference)),
+        accelerator=SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x),
+        args=SimpleNamespace(gradient_checkpointing_kwargs=None),
+        loss_types=loss_types,
+        loss_weights=loss_weights,
+        aux_loss_enabled=False,
+        precompute_ref_logps=False,
+        use_weighting=False,
+        f_divergence_type="reverse_kl",
+        _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+        **{"beta": 0.1, "label_smoothing": 0.1, "ld_alpha": None, **settings},
+    )
+    return float(DPOTrainer._compute_loss(stub, model, inputs, False))
+
+
+@pytest.mark.parametrize(
+    ("loss", "reduction", "theirs"),
+    [(name, "sum", [name]) for name in ("sigmoid", "robust", "hinge", "ipo", "nca_pair", "sppo_hard", "bco_pair")]
+    + [("sigmoid", "ld", ["sigmoid"]), ("sigmoid", "mean", ["sigmoid_norm"]), ("mix", "sum", ["sigmoid", "sft"])],
+)
+def test_trl_has_the_same_value(loss, reduction, theirs):
+    pytest.importorskip("trl")
+    lengths = [(7, 12), (7, 3), (7, 9)]  # its sft term is a mean over the batch's tokens, ours over a pair's
+    policy, reference = random_tokens(lengths, 5)
+    more = {"ld_alpha": ALPHA} if reduction == "ld" else {}
+    expected = trl_s_value(theirs, [1.0] * len(theirs), policy, reference, lengths, **more)
+    ours = family_loss(method_of(loss, reduction), policy, reference, lengths, START)
+    assert ours.mean().item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_trl_has_the_same_value_without_a_reference():
+    pytest.importorskip("trl")
+    from trl.experimental.cpo import CPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
+
+    lengths = [(7, 12), (4, 3)]
+    policy, _ = random_tokens(lengths, 5)
+    means = [torch.stack([pair[side].mean() for pair in policy]).detach() for side in (0, 1)]
+    cpu = SimpleNamespace(device="cpu")
+    cpo = SimpleNamespace(alpha=0.0, beta=2.5, simpo_gamma=1.4, label_smoothing=0.0, loss_type="simpo", accelerator=cpu)
+    theirs = CPOTrainer.cpo_loss(cpo, *means)[0]
+    ours = family_loss(method_of("simpo", "mean"), policy, policy, lengths, START)
+    assert torch.allclose(ours, theirs, rtol=1e-6)
+    theirs = -means[0] - ORPOTrainer.odds_ratio_loss(SimpleNamespace(beta=0.1, accelerator=cpu), *means)[0]
+    ours = family_loss(method_of("orpo", "mean"), policy, policy, lengths, START)
+    assert torch.allclose(ours, theirs.double(), rtol=1e-5)
