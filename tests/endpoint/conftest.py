@@ -55,19 +55,20 @@ def endpoint(own_serve: None, tiny_model: Path, tmp_path_factory: pytest.TempPat
         "policy", f"{run}/versions/000000", str(run / "tokenizer"), Source("test-endpoint"), generators, CONTEXT
     )
     serve.run(policy, name="test-policy", route_prefix=None)
-    hasty = config.model_copy(update={"api_keys": (), "request_timeout_s": 2.0, "feedback": FeedbackConfig()})
+    everybody = config.model_copy(update={"api_keys": (), "feedback": FeedbackConfig()})
+    hasty = everybody.model_copy(update={"request_timeout_s": 2.0})
     keys_file = run / "keys.yaml"
     keys_file.write_bytes(render([key_entry("use"), key_entry("admin")], False))
     limits = {"max_prompt_tokens": 100, "max_answer_tokens": 40, "requests_per_minute": 60_000}
     limited = config.model_copy(
         update={"api_keys": (), "keys_file": str(keys_file), "tokens_per_minute": 100_000, **limits}
     )
-    deploy_endpoint("test-hasty", "test-policy", "test-endpoint", hasty, "/hasty")
-    deploy_endpoint("test-limited", "test-policy", "test-endpoint", limited, "/limited")
+    others = {"open": everybody, "hasty": hasty, "limited": limited}
+    for name, settings in others.items():
+        deploy_endpoint(f"test-{name}", "test-policy", "test-endpoint", settings, f"/{name}")
     url = start_endpoint("test-endpoint", "test-policy", "test-endpoint", config)
-    hasty_url = await_endpoint("test-hasty", hasty, "/hasty")
-    limited_url = await_endpoint("test-limited", limited, "/limited")
-    yield Endpoint(url, hasty_url, limited_url, keys_file, store, f"{run}/versions", tiny_model)
-    for name in ("test-limited", "test-hasty", "test-endpoint"):
-        stop_endpoint(name)
+    urls = [await_endpoint(f"test-{name}", settings, f"/{name}") for name, settings in others.items()]
+    yield Endpoint(url, *urls, keys_file, store, f"{run}/versions", tiny_model)
+    for name in (*others, "endpoint"):
+        stop_endpoint(f"test-{name}")
     ray.kill(store)

@@ -127,8 +127,8 @@ def told(page: Page) -> list[dict[str, Any]]:
 
 
 def test_a_chat_streams_and_says_which_version_gave_how_many_tokens(visit: Visit, endpoint: Endpoint) -> None:
-    page = visit(endpoint.hasty)
-    assert page.url == f"{endpoint.hasty}/", "relative addresses need the slash"
+    page = visit(endpoint.open)
+    assert page.url == f"{endpoint.open}/", "relative addresses need the slash"
     asked = asking(page, ignore_eos=True)
     limit(page, 60)
     page.evaluate(
@@ -149,7 +149,7 @@ def test_a_chat_streams_and_says_which_version_gave_how_many_tokens(visit: Visit
 
 
 def test_a_system_prompt_goes_first(visit: Visit, endpoint: Endpoint) -> None:
-    page = visit(endpoint.hasty)
+    page = visit(endpoint.open)
     asked = asking(page, max_tokens=4)
     page.locator("#settings summary").click()
     page.get_by_label("System prompt").fill("be brief")
@@ -159,7 +159,7 @@ def test_a_system_prompt_goes_first(visit: Visit, endpoint: Endpoint) -> None:
 
 def test_what_the_policy_writes_is_text_whatever_it_writes(visit: Visit, endpoint: Endpoint) -> None:
     markup = "<script>document.title='x'</script><img src=/x onerror=\"document.title='x'\"><b style='color:red'>b</b>"
-    page = visit(endpoint.hasty)
+    page = visit(endpoint.open)
     asking(page, structured_outputs={"choice": [markup]})
     answer = send(page, markup)
     expect(answer.locator(".text")).to_have_text(markup)
@@ -168,7 +168,7 @@ def test_what_the_policy_writes_is_text_whatever_it_writes(visit: Visit, endpoin
 
 
 def test_the_page_is_bound_by_its_policy(visit: Visit, endpoint: Endpoint) -> None:
-    page = visit(endpoint.hasty)
+    page = visit(endpoint.open)
     header = page.reload().all_headers()["content-security-policy"]  # type: ignore[union-attr]
     assert "default-src 'none'" in header and "unsafe" not in header
     assert page.locator("[style], script:not([src]), style").count() == 0
@@ -181,7 +181,7 @@ def slow_down(session: CDPSession, bytes_per_second: int) -> None:
 
 
 def test_escape_stops_an_answer_and_it_can_be_asked_for_again(visit: Visit, endpoint: Endpoint) -> None:
-    page = visit(endpoint.hasty)
+    page = visit(endpoint.open)
     asking(page, ignore_eos=True, max_tokens=450)
     network = page.context.new_cdp_session(page)
     slow_down(network, 8_000)  # so that there is something left to stop, however fast the engine is
@@ -199,7 +199,7 @@ def test_escape_stops_an_answer_and_it_can_be_asked_for_again(visit: Visit, endp
 
 
 def test_an_error_is_readable_and_can_be_tried_again(visit: Visit, endpoint: Endpoint) -> None:
-    page = visit(endpoint.hasty)
+    page = visit(endpoint.open)
     page.route("**/v1/chat/completions", lambda route: route.abort())
     page.get_by_label("Message").fill("hello")
     page.keyboard.press("Enter")
@@ -211,7 +211,7 @@ def test_an_error_is_readable_and_can_be_tried_again(visit: Visit, endpoint: End
 
 
 def test_two_answers_are_compared_blind_and_the_vote_names_their_ids(visit: Visit, endpoint: Endpoint) -> None:
-    page, version = visit(endpoint.hasty), f"v{endpoint.live()}"
+    page, version = visit(endpoint.open), f"v{endpoint.live()}"
     judgements = told(page)
     asked = asking(page, ignore_eos=True, max_tokens=6)
     page.get_by_label("Compare two").check()
@@ -236,7 +236,7 @@ def test_two_answers_are_compared_blind_and_the_vote_names_their_ids(visit: Visi
 
 
 def test_one_answer_gets_a_thumb_or_is_written_anew(visit: Visit, endpoint: Endpoint) -> None:
-    page = visit(endpoint.hasty)
+    page = visit(endpoint.open)
     judgements = told(page)
     asked = asking(page, ignore_eos=True, max_tokens=6)
     answer = send(page, "hello")
@@ -253,7 +253,7 @@ def test_one_answer_gets_a_thumb_or_is_written_anew(visit: Visit, endpoint: Endp
 
 
 def test_where_feedback_is_off_the_buttons_say_so(visit: Visit, endpoint: Endpoint) -> None:
-    page = visit(endpoint.hasty)
+    page = visit(endpoint.open)
     asking(page, max_tokens=4, ignore_eos=True)
     answer = send(page, "hello")
     page.get_by_role("button", name="Bad answer").click()
@@ -285,7 +285,7 @@ def test_a_key_opens_the_page_and_stays_in_the_tab(visit: Visit, endpoint: Endpo
 def test_versions_are_listed_and_go_live_by_hand(visit: Visit, endpoint: Endpoint) -> None:
     before = endpoint.live()
     endpoint.publish(before + 1)
-    page = visit(endpoint.hasty)
+    page = visit(endpoint.open)
     panel = page.get_by_role("region", name="Versions")
     expect(panel).to_contain_text(f"v{before + 1} is live")
     row = panel.get_by_role("listitem").filter(has_text=f"v{before}").first
@@ -306,7 +306,7 @@ def test_who_may_not_change_versions_sees_them_all_the_same(visit: Visit, endpoi
     page = visit("about:blank")
     refusal = {"error": {"message": "a valid API key is needed", "type": "x", "param": None, "code": "invalid_api_key"}}
     page.route("**/admin/**", lambda route: route.fulfill(status=401, json=refusal))
-    page.goto(endpoint.hasty)
+    page.goto(endpoint.open)
     panel = page.get_by_role("region", name="Versions")
     expect(panel).to_contain_text("needs a key with the scope admin")
     expect(page.get_by_role("dialog")).to_be_hidden()
@@ -326,7 +326,7 @@ def test_the_run_is_seen_live(visit: Visit, endpoint: Endpoint) -> None:
         run.at("status.json").write(Status(round=1, rounds=2, stage=stage, time=time.time()).model_dump_json().encode())
 
     tell(3)
-    page = visit(endpoint.hasty)
+    page = visit(endpoint.open)
     panel = page.get_by_role("region", name="Run")
     expect(panel).to_contain_text("Round 1 of 2")
     expect(panel).to_contain_text("3 of 16 steps")
@@ -335,12 +335,12 @@ def test_the_run_is_seen_live(visit: Visit, endpoint: Endpoint) -> None:
     tell(9)
     expect(panel).to_contain_text("9 of 16 steps")
     expect(page.locator("#summary")).to_contain_text("Round 1/2, training 56%")
-    seen = httpx.get(f"{endpoint.hasty}/run").text
+    seen = httpx.get(f"{endpoint.open}/run").text
     assert str(run.path) not in seen
 
 
 def test_nobody_is_asked_while_the_page_is_hidden(visit: Visit, endpoint: Endpoint) -> None:
-    page = visit(endpoint.hasty)
+    page = visit(endpoint.open)
     expect(page.locator("#summary")).to_contain_text("live")
     page.evaluate("Object.defineProperty(document, 'hidden', {value: true, configurable: true})")
     page.wait_for_timeout(2500)
@@ -354,7 +354,7 @@ def test_nobody_is_asked_while_the_page_is_hidden(visit: Visit, endpoint: Endpoi
 
 
 def test_nothing_is_wider_than_a_phone(visit: Visit, endpoint: Endpoint) -> None:
-    page = visit(endpoint.hasty, **PHONE)
+    page = visit(endpoint.open, **PHONE)
     expect(page.locator("#summary")).to_contain_text("live")
     asking(page, max_tokens=100, ignore_eos=True)
 
@@ -375,7 +375,7 @@ def test_nothing_is_wider_than_a_phone(visit: Visit, endpoint: Endpoint) -> None
 
 
 def test_all_of_it_can_be_reached_with_the_keyboard(visit: Visit, endpoint: Endpoint) -> None:
-    page = visit(endpoint.hasty)
+    page = visit(endpoint.open)
     asking(page, max_tokens=4)
     expect(page.get_by_label("Message")).to_be_focused()
     page.keyboard.type("one")
@@ -410,7 +410,7 @@ def test_all_of_it_can_be_reached_with_the_keyboard(visit: Visit, endpoint: Endp
 def test_it_is_dark_where_the_user_likes_it_dark_and_legible_in_both(visit: Visit, endpoint: Endpoint) -> None:
     grounds = {}
     for scheme in ("light", "dark"):
-        page = visit(endpoint.hasty, color_scheme=scheme, reduced_motion="reduce")
+        page = visit(endpoint.open, color_scheme=scheme, reduced_motion="reduce")
         expect(page.locator("#summary")).to_contain_text("live")
         ratios = page.evaluate(CONTRASTS)
         assert len(ratios) > 10
@@ -420,7 +420,7 @@ def test_it_is_dark_where_the_user_likes_it_dark_and_legible_in_both(visit: Visi
 
 
 def test_only_the_files_of_the_page_are_served(endpoint: Endpoint) -> None:
-    assert httpx.get(endpoint.hasty).headers["location"] == "hasty/"
-    served = httpx.get(f"{endpoint.hasty}/page/app.js")
+    assert httpx.get(endpoint.open).headers["location"] == "open/"
+    served = httpx.get(f"{endpoint.open}/page/app.js")
     assert served.headers["content-type"].startswith("text/javascript")
-    assert httpx.get(f"{endpoint.hasty}/page/%2e%2e%2fgateway.py").status_code == 404
+    assert httpx.get(f"{endpoint.open}/page/%2e%2e%2fgateway.py").status_code == 404
