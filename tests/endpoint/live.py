@@ -27,8 +27,9 @@ def key_entry(scope: Any) -> Key:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A guarded endpoint at `url`, an `open` one, one of little patience (`hasty`), one with limits and a file of keys (`use`
-    and `admin`) at `limited`, and the weight store of their policy."""
+    """A guarded endpoint at `url`, an `open` one, an open one of little patience at `hasty`, one with limits and a file
+    of keys (`use` and `admin`) at `limited`, and the weight store of their policy.
+    """
 
     url: str
     open: str
