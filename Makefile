@@ -22,7 +22,7 @@ demo: setup
 
 test: setup
 	.venv/bin/python -m pytest -m "not slow"
-	.venv/bin/python -m pytest -m slow -n 2
+	.venv/bin/python -m pytest -m slow
 
 lint: setup
 	.venv/bin/ruff check

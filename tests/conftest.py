@@ -16,37 +16,10 @@ settings.register_profile("default", deadline=None)  # a busy machine is no fail
 settings.load_profile("default")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-# Two lanes share few cores: vLLM by itself would bind all engines to the same one of them.
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 TEXTS = ["What is two plus three? The answer is five. Let me think about it.", "hello world, this is some text"] * 8
-
-
-SECOND_LANE = {
-    "test_chat",
-    "test_packaging",
-    "test_policy_server",
-    "test_rewards",
-    "test_submit",
-    "test_training",
-    "test_weights",
-}
-"""Modules whose slow tests run, with `-n 2`, beside all others: about half of the time, and no fleet among them."""
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: Any, log: Any) -> Any:
-    """Two lanes, so that a fixture's engine is started once, and no two fleets are up at a time."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class Lanes(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return "second" if Path(nodeid.partition("::")[0]).stem in SECOND_LANE else "first"
-
-    return Lanes(config, log)
 
 
 @pytest.fixture(scope="session")
