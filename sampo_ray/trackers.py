@@ -47,7 +47,8 @@ def _opened(name: str, config: RunConfig, run_id: str) -> Iterator[Log]:
         try:
             log = stack.enter_context(TRACKERS[name](config, run_id))
         except Exception as error:  # a missing login, a server that is away: each library has its own errors
-            raise ConfigError(f"run.trackers: {name} cannot be opened: {str(error).splitlines()[0]}") from error
+            reason = (str(error) or repr(error)).splitlines()[0]
+            raise ConfigError(f"run.trackers: {name} cannot be opened: {reason}") from error
         yield log
 
 
