@@ -4,6 +4,7 @@ The fleet is asked as in a round (`actors/stages.py`): items of a few prompts th
 blocks written to the run directory. The bare side is `vllm.LLM.generate` with the same engine settings.
 """
 
+import os
 import time
 from typing import Any
 
@@ -71,8 +72,9 @@ class Bare:
     def __init__(self, rig: _rig.Rig) -> None:
         from vllm import LLM
 
-        from sampo_ray.actors.policy_deployment import cpu_engine
+        from sampo_ray.actors.policy_deployment import cpu_engine, cpu_threads
 
+        os.environ.update(cpu_threads())
         self._llm = LLM(
             model=rig.model,
             tokenizer=str(rig.folder / "tokenizer"),

@@ -16,6 +16,7 @@ settings.register_profile("default", deadline=None)  # a busy machine is no fail
 settings.load_profile("default")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads would wait for each other at every layer of a tiny model
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
