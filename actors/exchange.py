@@ -12,12 +12,8 @@ from typing import Any
 import numpy as np
 
 from sampo_ray.actors.blocks import Part
-from sampo_ray.config import RunConfig
+from sampo_ray.config import RunConfig, TrainingError
 from sampo_ray.runs import Place
-
-
-class TrainingError(RuntimeError):
-    """Training that cannot go on, and would fail again in the same way if it were tried again."""
 
 
 @dataclass(frozen=True)

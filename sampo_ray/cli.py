@@ -15,8 +15,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from sampo_ray.config import ConfigError, RunConfig, load_config
+from sampo_ray.config import ConfigError, RunConfig, TrainingError
 from sampo_ray.keys_cli import app as keys_app
+from sampo_ray.recipe import load_config
 from sampo_ray.versions_cli import add_commands
 
 app = typer.Typer(
@@ -301,7 +302,6 @@ def readable_errors() -> Iterator[None]:
 
 def _errors_of_actors() -> tuple[type[BaseException], ...]:
     from sampo_ray.actors.blocks import StageError
-    from sampo_ray.actors.exchange import TrainingError
     from sampo_ray.actors.fleet import FleetError
     from sampo_ray.actors.weights import WeightsError
     from sampo_ray.cluster.submit import SubmitError

@@ -1,18 +1,16 @@
-"""The configuration of a run: one pydantic tree, read from a YAML recipe plus dotted overrides.
+"""The configuration of a run: one pydantic tree (`sampo_ray.recipe` reads it).
 
 Everything that can be known to be wrong before an engine starts is refused here, with one message that names the field,
 the value and the mend. Fields left at `None` are filled by the profile (`sampo_ray.profiles`).
 """
 
-import copy
 import difflib
 import ipaddress
 import os
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from sampo_ray.losses import LOSSES, REFUSED, LossSettings, find_loss
 from sampo_ray.reduction import REDUCTIONS
@@ -22,8 +20,18 @@ class ConfigError(ValueError):
     """A configuration that cannot run; the message names field, value and mend."""
 
 
+class TrainingError(RuntimeError):
+    """Training that cannot go on, and would fail again in the same way if it were tried again."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Which of the known names was meant, to be said after one that is not known."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
 
 
 def is_loopback(host: str) -> bool:
@@ -113,7 +121,7 @@ class MethodConfig(Section):
         if not isinstance(given, dict) or not isinstance(name := given.get("loss", "sigmoid"), str):
             return given
         if name not in {**LOSSES, **REFUSED} and ":" not in name:
-            raise ValueError(f"loss={name!r} is not known; {_nearest(name, LOSSES)}")
+            raise ValueError(f"loss={name!r} is not known; {nearest(name, LOSSES)}")
         loss = find_loss(name)
         reduction = "sample" if "sample" in loss.reductions else loss.reductions[0]
         defaults = {"reduction": reduction, **loss.settings}
@@ -122,7 +130,7 @@ class MethodConfig(Section):
     @model_validator(mode="after")
     def _compatible(self) -> "MethodConfig":
         if self.reduction not in REDUCTIONS:
-            raise ValueError(f"reduction={self.reduction!r} is not known; {_nearest(self.reduction, REDUCTIONS)}")
+            raise ValueError(f"reduction={self.reduction!r} is not known; {nearest(self.reduction, REDUCTIONS)}")
         loss, reduction = find_loss(self.loss), REDUCTIONS[self.reduction]
         if self.reduction not in loss.reductions:
             raise ValueError(
@@ -206,6 +214,8 @@ class TrainerConfig(Section):
     """Optimizer steps between checkpoints; the end of a round always has one."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass."""
+    max_skipped: int = Field(3, ge=0)
+    """Steps in a row that may be skipped because loss or gradient is not finite; one more stops the run."""
     max_failures: int = Field(3, ge=0)
     """Restarts of the ranks after crashes before the run stops."""
 
@@ -427,73 +437,3 @@ class RunConfig(Section):
                 f"{self.data.max_length}; use at least that, {2 * self.data.max_length} holds any pair"
             )
         return self
-
-
-def load_config(recipe: str | Path | dict[str, Any], overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
-    """Reads a YAML recipe (or takes a mapping), applies `a.b.c=value` overrides (values are YAML), validates.
-
-    Raises ConfigError with one line per mistake.
-    """
-    tree = recipe if isinstance(recipe, dict) else _read_yaml(Path(recipe))
-    for override in overrides:
-        tree = _set(tree, override)
-    try:
-        return RunConfig.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"recipe {path}: cannot be read ({error.strerror}); name an existing YAML file") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"recipe {path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"recipe {path}: holds {type(tree).__name__}, not sections such as `model:` and `data:`")
-    return tree
-
-
-def _set(tree: dict[str, Any], override: str) -> dict[str, Any]:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override {override!r}: write it as section.field=value")
-    try:
-        leaf = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML; quote it") from None
-    tree = copy.deepcopy(tree)
-    *sections, name = key.split(".")
-    inner = tree
-    for section in sections:
-        inner = inner.setdefault(section, {})
-        if not isinstance(inner, dict):
-            raise ConfigError(f"override {override!r}: {section} is a value ({inner!r}), not a section")
-    inner[name] = leaf
-    return tree
-
-
-def _explain(error: Any) -> str:
-    path = [str(part) for part in error["loc"]]
-    where, value = ".".join(path), error.get("input")
-    if error["type"] == "extra_forbidden":
-        return f"{where}: unknown key; {_nearest(path[-1], _fields_at(path[:-1]))}"
-    if error["type"] == "missing":
-        return f"{where}: missing; set it in the recipe or as {where}=..."
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return f"{where}.{message}" if where else message
-    return f"{where}: {message[0].lower()}{message[1:]} (got {value!r})"
-
-
-def _fields_at(path: list[str]) -> list[str]:
-    section: Any = RunConfig
-    for name in path:
-        section = section.model_fields[name].annotation
-    return list(section.model_fields)
-
-
-def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"

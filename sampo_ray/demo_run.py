@@ -16,11 +16,11 @@ from rich.console import Console
 from sampo_ray.actors import stages
 from sampo_ray.actors.fleet import Fleet, open_fleet
 from sampo_ray.cli import announce, curl_line, library_output_to, quiet_libraries, ray_cluster, wait_for_interrupt
-from sampo_ray.config import load_config
 from sampo_ray.demo import ROWS, Answers, DemoAssets, make_demo, render, summarise
 from sampo_ray.display import Display, open_display
 from sampo_ray.iterate import iterate
 from sampo_ray.profiles import resolve
+from sampo_ray.recipe import load_config
 from sampo_ray.rounds import parts_of
 from sampo_ray.runs import Run, create_run
 

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -151,8 +151,10 @@ class Display(ABC):
         self._round = f"round {index + 1}/{count}"
         self._tell(round=index + 1, rounds=count)
 
-    def metrics(self, values: Mapping[str, float]) -> None:
+    def metrics(self, values: Mapping[str, Any]) -> None:
         """One optimizer step's metrics under their names in metrics.jsonl; those in `SHOWN` appear."""
+        if values.get("skipped"):
+            self.note(f"step {values['step']} was skipped: {values['reason']}")
         self._update({name: form.format(values[metric]) for metric, (name, form) in SHOWN.items() if metric in values})
 
     def version(self, number: int) -> None:

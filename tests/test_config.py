@@ -5,9 +5,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sampo_ray.config import ConfigError, RunConfig, load_config
+from sampo_ray.config import ConfigError, RunConfig
 from sampo_ray.losses import LOSSES
 from sampo_ray.profiles import resolve
+from sampo_ray.recipe import load_config
 from sampo_ray.runs import dump_config
 
 MINIMAL = {"model": {"path": "m"}, "data": {"train": "d"}, "run": {"dir": "r"}}

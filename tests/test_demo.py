@@ -11,7 +11,6 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from sampo_ray.chat import ChatFormat
-from sampo_ray.config import load_config
 from sampo_ray.demo import (
     ROWS,
     Answers,
@@ -23,6 +22,7 @@ from sampo_ray.demo import (
     reward,
     summarise,
 )
+from sampo_ray.recipe import load_config
 from sampo_ray.rewards import load_function
 
 

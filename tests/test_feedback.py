@@ -432,8 +432,8 @@ def test_a_round_takes_the_votes_that_no_earlier_one_used_and_takes_them_again_i
 def test_pairs_from_feedback_come_on_top_of_the_round_s_own(tmp_path, monkeypatch, data, said):
     from sampo_ray.actors import stages
     from sampo_ray.actors.blocks import Part
-    from sampo_ray.config import load_config
     from sampo_ray.display import open_display
+    from sampo_ray.recipe import load_config
     from sampo_ray.rounds import Round
     from sampo_ray.runs import create_run
 

@@ -8,7 +8,7 @@ import pytest
 
 from sampo_ray.actors.blocks import Part
 from sampo_ray.actors.fleet import applications, last_words
-from sampo_ray.config import load_config
+from sampo_ray.recipe import load_config
 from sampo_ray.rounds import Round
 from sampo_ray.runs import create_run
 from tests.test_rounds import QuietDisplay

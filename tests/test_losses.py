@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sampo_ray.batching import assemble
-from sampo_ray.config import ConfigError, MethodConfig, load_config
+from sampo_ray.config import ConfigError, MethodConfig
 from sampo_ray.losses import LOSSES, LossSettings, PreferenceLoss, ScoredPairs, Statistics
 from sampo_ray.objective import METRICS, Draw, row_losses, row_positions
 from sampo_ray.policy import Policy, load_policy
+from sampo_ray.recipe import load_config
 from sampo_ray.reduction import REDUCTIONS, MaskKey, reduce_pairs, sampled_positions
 from sampo_ray.runs import Checkpoint
 from tests.conftest import random_pairs, with_reference

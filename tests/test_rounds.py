@@ -11,8 +11,8 @@ import psutil
 import pyarrow as pa
 import pytest
 
-from sampo_ray.config import load_config
 from sampo_ray.profiles import resolve
+from sampo_ray.recipe import load_config
 from sampo_ray.runs import Place, Run, create_run
 
 logger = logging.getLogger(__name__)

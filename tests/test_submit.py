@@ -21,7 +21,8 @@ import requests
 from rich.console import Console
 
 from sampo_ray.cluster import submit as job
-from sampo_ray.config import ConfigError, load_config
+from sampo_ray.config import ConfigError
+from sampo_ray.recipe import load_config
 from tests.conftest import write_recipe
 
 RECIPE = {"model": {"path": "hub/model"}, "data": {"train": "hub/pairs"}, "run": {"dir": "s3://bucket/run"}}

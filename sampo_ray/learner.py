@@ -1,0 +1,191 @@
+"""The training core: DeepSpeed optimizer steps over packed rows of preference pairs, one process a data-parallel rank.
+
+It knows neither Ray nor the run directory. torch.distributed must be initialised; all methods are collective.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sampo_ray.batching import Step, assemble
+from sampo_ray.config import OptimConfig, RunConfig, TrainingError
+from sampo_ray.losses import Statistics
+from sampo_ray.objective import METRICS, Draw, idle_loss, row_losses
+from sampo_ray.policy import Policy
+
+NAMED_PAIRS = 10
+"""Pairs that an error names at most."""
+
+
+def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
+    """Learning rate of step 1..steps of a round: linear warm-up to the peak, then linear decay towards zero."""
+    warmup = math.ceil(optim.warmup_ratio * steps)
+    if step <= warmup:
+        return optim.learning_rate * step / warmup
+    return optim.learning_rate * (steps - step + 1) / (steps - warmup)
+
+
+def deepspeed_config(config: RunConfig) -> dict[str, Any]:
+    """DeepSpeed's settings: bf16 compute; fp32 masters, accumulation and reduction; we say when a step ends.
+
+    A step whose gradients are not finite is discarded (`check_grad_overflow`).
+    """
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": config.optim.max_grad_norm,
+        "bf16": {"enabled": True, "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": config.trainer.zero_stage, "overlap_comm": False, "contiguous_gradients": True},
+        "steps_per_print": 10**9,
+    }
+
+
+class Learner:
+    """A policy and its optimizer, `step` optimizer steps into `round`."""
+
+    def __init__(self, policy: Policy, config: RunConfig, device: torch.device) -> None:
+        import deepspeed
+
+        # Without this DeepSpeed compiles a shared-memory extension, for minutes, that gloo runs do not use.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.config, self.device = config, device
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        optim = config.optim
+        adamw = torch.optim.AdamW(
+            policy.parameters(),
+            lr=optim.learning_rate,
+            betas=optim.betas,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+        )
+        self._engine, *_ = deepspeed.initialize(
+            model=policy, optimizer=adamw, config=deepspeed_config(config), dist_init_required=False
+        )
+        self._engine.train()
+        self.round, self.step, self.statistics = 0, 0, Statistics()
+        self._skipped, self._not_finite = 0, dict[str, None]()
+
+    @property
+    def policy(self) -> Policy:
+        return self._engine.module
+
+    def begin_round(self, round: int) -> None:
+        """The optimizer starts afresh, in place: ZeRO keeps views of these tensors. The fp32 masters stay."""
+        for state in self._engine.optimizer.optimizer.state.values():
+            for name in ("exp_avg", "exp_avg_sq", "step"):
+                if name in state:
+                    state[name].zero_()
+        self.round, self.step, self.statistics = round, 0, Statistics()
+
+    def optimize(self, step: Step, pairs: pa.Table, steps: int) -> dict[str, Any]:
+        """The round's next step of `steps`: mean loss over the pairs of the global batch, summed over rows and ranks.
+
+        `pairs` are all of the round's. Returns METRICS, `learning_rate`, `grad_norm` and `skipped`: 0, or how many
+        steps in a row had a loss or gradient that is not finite and so changed nothing. Such a step has a `reason`
+        instead of METRICS. TrainingError, naming pairs, when there are more of them than `trainer.max_skipped`.
+        """
+        sums, rows = self._accumulate(step, pairs)
+        dist.all_reduce(sums)
+        metrics = dict(zip(METRICS, (sums / step.pairs).tolist(), strict=True))
+        if not math.isfinite(metrics["loss"]):
+            # A loss that is not finite may have finite gradients; with these the step is discarded, on all ranks.
+            self._engine.backward(idle_loss(self._engine, self.device) * math.nan)
+        rate = learning_rate(self.config.optim, step.index, steps)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate
+        self._engine.step()
+        self.step = step.index
+        if not self._engine.was_step_applied():
+            return {"learning_rate": rate, **self._skip(rows)}
+        self._skipped, self._not_finite = 0, {}
+        self.statistics = self.statistics.after(metrics, step.pairs)
+        norm = self._engine.get_global_grad_norm()
+        return metrics | {"learning_rate": rate, "grad_norm": float(norm) if norm is not None else None, "skipped": 0.0}
+
+    def _accumulate(self, step: Step, pairs: pa.Table) -> tuple[Tensor, list[tuple[pa.Table, Tensor]]]:
+        """This rank's rows forward and backward: the sums of METRICS, and each row's pairs and their losses."""
+        draw = Draw(self.config.run.seed, self.round, step.epoch)
+        sums, rows = torch.zeros(len(METRICS), device=self.device), []
+        for indices in step.rows[self.rank]:
+            if len(indices):
+                mine = pairs.take(pa.array(indices))
+                row = assemble(mine).to(self.device)
+                losses, row_sums = row_losses(self._engine, row, mine, self.config.method, draw, self.statistics)
+                sums += row_sums
+                rows.append((mine, losses.detach()))
+                loss = losses.sum() * (self.world / step.pairs)
+            else:
+                loss = idle_loss(self._engine, self.device)
+            self._engine.backward(loss)
+        return sums, rows
+
+    def _skip(self, rows: list[tuple[pa.Table, Tensor]]) -> dict[str, Any]:
+        """Counts a discarded step and says why it was."""
+        mine = [
+            str(pair)
+            for pairs, losses in rows
+            for pair, loss in zip(pairs.column("id"), losses.tolist(), strict=True)
+            if not math.isfinite(loss)
+        ]
+        everyone: list[list[str]] = [[] for _ in range(self.world)]
+        dist.all_gather_object(everyone, mine)
+        self._skipped += 1
+        self._not_finite |= dict.fromkeys(pair for some in everyone for pair in some)
+        reason, allowed = _which(list(self._not_finite)), self.config.trainer.max_skipped
+        if self._skipped > allowed:
+            raise TrainingError(
+                f"{self._skipped} steps in a row, up to step {self.step} of round {self.round + 1}, had to be skipped "
+                f"(trainer.max_skipped={allowed}): {reason}. Look at these pairs, or lower optim.learning_rate; "
+                "nothing was published from these steps"
+            )
+        return {"skipped": float(self._skipped), "reason": reason}
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The bf16 weights, parameter by parameter; under ZeRO-3 each is gathered for as long as it is looked at."""
+        from deepspeed import zero
+
+        for name, parameter in self.policy.model.named_parameters():
+            if self.config.trainer.zero_stage == 3:
+                with zero.GatheredParameters([parameter]):
+                    yield name, parameter.data
+            else:
+                yield name, parameter.data
+
+    def masters(self) -> Iterator[tuple[str, Tensor]]:
+        """The fp32 weights, parameter by parameter, each gathered from all ranks."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for name, parameter in self.policy.model.named_parameters():
+            yield name, safe_get_full_fp32_param(parameter)
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Writes this rank's share of weights and optimizer to `folder`/`tag`. Pickles: trusted input for resuming."""
+        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+
+    def load(self, folder: Path, tag: str, round: int, step: int, statistics: Statistics) -> None:
+        """Goes back to what `save` wrote when it stood there."""
+        self._engine.load_checkpoint(str(folder), tag=tag)
+        self.round, self.step, self.statistics = round, step, statistics
+
+
+def _which(pairs: list[str]) -> str:
+    if not pairs:
+        return "all losses were finite, but a gradient was not"
+    named, more = ", ".join(pairs[:NAMED_PAIRS]), len(pairs) - NAMED_PAIRS
+    return f"the loss is not finite of pair {named}" + (f" and {more} more" if more > 0 else "")
+
+
+def drain(tensors: Iterator[Any]) -> None:
+    """Takes part in the collectives of an iteration whose values another rank uses."""
+    for _ in tensors:
+        pass

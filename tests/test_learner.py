@@ -1,0 +1,123 @@
+"""The training core by itself: DeepSpeed in this process, one rank, no Ray."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from sampo_ray.batching import Step, lengths_of, plan_round
+from sampo_ray.config import RunConfig, TrainingError
+from sampo_ray.objective import METRICS
+
+from .conftest import random_pairs, with_reference
+
+LONG = 50
+"""Tokens of a chosen response that makes the losses below go wrong."""
+
+
+def not_a_number(pairs, settings):
+    return torch.where(pairs.chosen_length == LONG, math.nan, 1.0) * pairs.ratios.delta
+
+
+def infinite(pairs, settings):
+    """Its gradient is finite."""
+    return torch.where(pairs.chosen_length == LONG, math.inf, 0.0) + pairs.ratios.delta
+
+
+def steep(pairs, settings):
+    """The loss is 0, its gradient is not a number."""
+    return torch.where(pairs.chosen_length == LONG, pairs.ratios.delta * 0, pairs.ratios.delta**2 + 1).sqrt()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A process group of one."""
+    store = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")  # DeepSpeed insists
+        yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def pairs(tiny_model):
+    """Eight pairs in batches of two; the chosen answer of pair-1 is LONG."""
+    from sampo_ray.policy import load_policy
+
+    made = random_pairs(8, longest=20)
+    chosen = made.column("chosen").to_pylist()
+    chosen[1] = list(np.resize(chosen[1], LONG))
+    made = made.set_column(made.schema.get_field_index("chosen"), "chosen", [chosen])
+    return with_reference(load_policy(tiny_model).requires_grad_(False), made)
+
+
+def make(tiny_model, loss: str, **trainer):
+    from sampo_ray.learner import Learner
+    from sampo_ray.policy import load_policy
+
+    config = RunConfig.model_validate(
+        {
+            "model": {"path": str(tiny_model)},
+            "data": {"train": "pairs.jsonl", "max_length": 128},
+            "method": {"loss": loss if loss == "sigmoid" else f"tests.test_learner:{loss}", "reduction": "sum"},
+            "optim": {"batch_size": 2, "learning_rate": 1e-3, "warmup_ratio": 0},
+            "trainer": trainer,
+            "run": {"dir": "run"},
+        }
+    )
+    learner = Learner(load_policy(tiny_model), config, torch.device("cpu"))
+    learner.begin_round(0)
+    return learner
+
+
+def plan(pairs) -> list[Step]:
+    steps = plan_round(lengths_of(pairs), batch_size=2, tokens_per_row=256, world=1, epochs=1, seed=0, round=0)
+    return list(steps)
+
+
+def masters(learner) -> list[torch.Tensor]:
+    return [weight.clone() for _, weight in learner.masters()]
+
+
+def test_a_step_learns_and_says_how(alone, tiny_model, pairs):
+    learner = make(tiny_model, "sigmoid")
+    first, second, *_ = plan(pairs)
+    result = learner.optimize(first, pairs, 4)
+    assert result["loss"] == pytest.approx(math.log(2), abs=1e-6)  # the policy still is the reference
+    assert {*METRICS, "learning_rate", "grad_norm", "skipped"} == set(result)
+    assert result["skipped"] == 0 and result["grad_norm"] > 0 and learner.step == 1
+    assert learner.optimize(second, pairs, 4)["margin"] != 0
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+@pytest.mark.parametrize("loss", ["not_a_number", "infinite", "steep"])
+def test_a_step_that_is_not_finite_leaves_no_trace(alone, tiny_model, pairs, loss, zero_stage):
+    bad, good, *_ = plan(pairs)
+    learner = make(tiny_model, loss, zero_stage=zero_stage)
+    before = masters(learner)
+    skipped = learner.optimize(bad, pairs, 4)
+    assert skipped["skipped"] == 1 and "loss" not in skipped
+    assert skipped["reason"] == (
+        "all losses were finite, but a gradient was not" if loss == "steep" else "the loss is not finite of pair pair-1"
+    )
+    assert all(torch.equal(a, b) for a, b in zip(before, masters(learner), strict=True))
+    applied = learner.optimize(good, pairs, 4)
+    assert applied["skipped"] == 0 and math.isfinite(applied["loss"])
+
+    spared = make(tiny_model, loss, zero_stage=zero_stage)
+    assert spared.optimize(good, pairs, 4) == applied
+    assert all(torch.equal(a, b) for a, b in zip(masters(spared), masters(learner), strict=True))
+
+
+def test_too_many_such_steps_end_the_run_and_name_the_pairs(alone, tiny_model, pairs):
+    learner = make(tiny_model, "not_a_number", max_skipped=1)
+    bad, good, *_ = plan(pairs)
+    learner.optimize(bad, pairs, 4)
+    learner.optimize(good, pairs, 4)  # what came before it is forgotten
+    learner.optimize(bad, pairs, 4)
+    with pytest.raises(TrainingError, match=r"2 steps in a row.*max_skipped=1.*pair-1\. .*optim\.learning_rate"):
+        learner.optimize(bad, pairs, 4)
