@@ -21,8 +21,7 @@ demo: setup
 	.venv/bin/sampo demo $(if $(filter-out 0,$(SERVE)),--serve)
 
 test: setup
-	.venv/bin/python -m pytest -m "not slow"
-	.venv/bin/python -m pytest -m slow
+	.venv/bin/python -m pytest
 
 lint: setup
 	.venv/bin/ruff check

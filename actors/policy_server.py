@@ -113,6 +113,8 @@ class PolicyServer(LLMServer):
         loading = llm_config.model_loading_config
         loading.model_source = await asyncio.to_thread(on_this_node, loading.model_source)
         llm_config._engine_config = None  # made by the driver, from the URLs
+        # All is on this node: no task that would look for it, once it has imported vLLM (10 s).
+        llm_config.get_or_create_callback().ctx.run_init_node = False
         self._format = ChatFormat.load(chat_folder, "tokenizer")
         self._held = Held(WeightsId("", -1), {}, 0)  # nothing that a store would know
         self._had: set[WeightsId] = set()

@@ -95,15 +95,9 @@ class Rank:
         if work.round != learner.round or not learner.step:
             learner.begin_round(work.round)
         pairs = pa.concat_tables([part.table() for part in work.parts])
-        plan = plan_round(
-            work.lengths,
-            batch_size=config.optim.batch_size,
-            tokens_per_row=config.tokens_per_row,
-            world=learner.world,
-            epochs=config.rounds.epochs,
-            seed=config.run.seed,
-            round=work.round,
-        )
+        budget = dataclasses.replace(config.row_budget, world=learner.world)
+        seed, epochs = config.run.seed, config.rounds.epochs
+        plan = plan_round(work.lengths, budget, epochs=epochs, seed=seed, round=work.round)
         for step in plan:
             if step.index <= learner.step:
                 continue

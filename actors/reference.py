@@ -4,7 +4,6 @@ import logging
 import threading
 import time
 
-import numpy as np
 import pyarrow as pa
 import ray
 import torch
@@ -12,39 +11,14 @@ from ray import serve
 
 from sampo_ray.actors.weight_store import find_weight_store
 from sampo_ray.actors.weights import WeightsId, fetch, unpack
-from sampo_ray.batching import assemble, lengths_of, plan_rows
+from sampo_ray.batching import RowBudget
 from sampo_ray.config import FleetConfig
-from sampo_ray.policy import Policy, load_policy, pair_logprobs
-from sampo_ray.reduction import Positions
+from sampo_ray.policy import Policy, load_policy, score_pairs
 from sampo_ray.runs import Place
 
 logger = logging.getLogger(__name__)
 
 STORE_SECONDS = 300.0
-
-
-def score_pairs(policy: Policy, pairs: pa.Table, batch_size: int, tokens_per_row: int) -> pa.Table:
-    """A PAIRS block with `chosen_ref` and `rejected_ref` added: log-probs of all response tokens, fp32 nats.
-
-    The block's pairs are in training order and begin with a whole global batch, so the rows are those that the trainer
-    will plan for its first epoch, and on every device policy and reference run through the same shapes.
-    """
-    lengths = lengths_of(pairs)
-    chosen: list[np.ndarray] = [np.empty(0)] * len(pairs)
-    rejected = list(chosen)
-    device = next(policy.parameters()).device
-    for start in range(0, len(pairs), batch_size):
-        batch = np.arange(start, min(start + batch_size, len(pairs)))
-        for indices in plan_rows(batch, lengths, tokens_per_row):
-            row = assemble(pairs.take(pa.array(indices))).to(device)
-            everything = [Positions(np.arange(s.chosen), np.arange(s.rejected)) for s in row.segments]
-            with torch.no_grad():
-                of_chosen, of_rejected = pair_logprobs(policy, row, everything)
-            for i, w, r in zip(indices, of_chosen, of_rejected, strict=True):
-                chosen[i], rejected[i] = w.cpu().numpy(), r.cpu().numpy()
-    for name, column in (("chosen_ref", chosen), ("rejected_ref", rejected)):
-        pairs = pairs.append_column(name, pa.array(column, pa.list_(pa.float32())))
-    return pairs
 
 
 class ReferenceWorker:
@@ -61,12 +35,12 @@ class ReferenceWorker:
         self._policy: Policy | None = None
 
     def score(
-        self, pairs: pa.Table, run: str, version: int, versions_url: str, batch_size: int, tokens_per_row: int, out: str
+        self, pairs: pa.Table, run: str, version: int, versions_url: str, budget: RowBudget, out: str
     ) -> pa.Table:
         """Scores a PAIRS block with `version` of `run`, writes the REFERENCE block to `out` and returns it."""
         with self._computing:
             policy = self._load(WeightsId(run, version), versions_url)
-            scored = score_pairs(policy, pairs, batch_size, tokens_per_row)
+            scored = score_pairs(policy, pairs, budget)
         Place(out).write_table(scored)
         return scored
 

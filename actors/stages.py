@@ -9,7 +9,7 @@ import pyarrow as pa
 import ray
 
 from sampo_ray.actors.blocks import Part, collect, is_lost, part_place, run_stage
-from sampo_ray.batching import Lengths, lengths_of
+from sampo_ray.batching import Lengths, RowBudget, lengths_of
 from sampo_ray.config import DataConfig, RolloutConfig
 from sampo_ray.feedback import as_jsonl, pairs_from, read_votes
 from sampo_ray.preferences import Counts, DataError, best_against_worst, tokenized_pairs, tokenized_prompts
@@ -210,8 +210,7 @@ def reference(
     out: Place,
     weights: tuple[str, int],
     versions: Place,
-    batch_size: int,
-    tokens_per_row: int,
+    budget: RowBudget,
     window: int,
     progress: Progress,
 ) -> list[Part]:
@@ -220,7 +219,7 @@ def reference(
     def start(index: int, place: Place) -> ray.ObjectRef:
         block = pairs[index].argument()
         run, version = weights
-        return as_ref(references.score.remote(block, run, version, versions.url, batch_size, tokens_per_row, place.url))
+        return as_ref(references.score.remote(block, run, version, versions.url, budget, place.url))
 
     return run_stage(out, len(pairs), start, window, progress)
 

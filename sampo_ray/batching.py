@@ -1,9 +1,10 @@
 """From tokens to rows: which pairs share a step, a rank and a row, planned from lengths alone.
 
-The plan of a round is a pure function of (lengths, batch size, tokens a row, world size, seed, round), so every rank
-computes it for itself and a restarted one finds its place. Which pairs share a row does not depend on the world size.
+The plan of a round is a pure function of (lengths, budget, seed, round), so every rank computes it for itself and a
+restarted one finds its place.
 """
 
+import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,6 +24,15 @@ Lengths = Int64[np.ndarray, "pairs 3"]
 
 
 @dataclass(frozen=True)
+class RowBudget:
+    """What rows are planned for: pairs in a global batch, tokens in a row, and ranks that work on rows side by side."""
+
+    batch_size: int
+    tokens_per_row: int
+    world: int = 1
+
+
+@dataclass(frozen=True)
 class Step:
     """One optimizer step: `rows[rank]` are the micro-batches of a rank, each an array of pair indices (maybe empty)."""
 
@@ -37,54 +47,51 @@ def steps_in_round(pairs: int, batch_size: int, epochs: int) -> int:
     return -(-pairs // batch_size) * epochs
 
 
-def plan_round(
-    lengths: Lengths, *, batch_size: int, tokens_per_row: int, world: int, epochs: int, seed: int, round: int
-) -> Iterator[Step]:
+def plan_round(lengths: Lengths, budget: RowBudget, *, epochs: int, seed: int, round: int) -> Iterator[Step]:
     """The steps of a round, in order, numbered from 1.
 
     The first epoch takes the pairs as they are stored (stored order is shuffled already); later ones are permuted.
-    Every rank gets the same number of rows, since each row is a collective operation: missing ones are empty.
     """
     index = 0
     for epoch in range(epochs):
         order = np.arange(len(lengths))
         if epoch:
             order = np.random.default_rng([seed, round, epoch]).permutation(order)
-        for start in range(0, len(order), batch_size):
+        for start in range(0, len(order), budget.batch_size):
             index += 1
-            batch = order[start : start + batch_size]
-            yield Step(index, epoch, len(batch), deal(plan_rows(batch, lengths, tokens_per_row), lengths, world))
+            batch = order[start : start + budget.batch_size]
+            rows = plan_rows(batch, lengths, budget)
+            yield Step(
+                index, epoch, len(batch), tuple(tuple(rows[rank :: budget.world]) for rank in range(budget.world))
+            )
 
 
-def plan_rows(pairs: Int64[np.ndarray, " pairs"], lengths: Lengths, tokens_per_row: int) -> list[np.ndarray]:
-    """Splits pairs into rows of at most `tokens_per_row` tokens, first fit with the longest first.
+def plan_rows(pairs: Int64[np.ndarray, " pairs"], lengths: Lengths, budget: RowBudget) -> list[np.ndarray]:
+    """Splits a global batch into rows of at most `tokens_per_row` tokens, the longest row first; each rank takes every
+    `world`-th.
 
-    A pair that is longer than a row gets one of its own.
+    Each row is a collective operation, in which all ranks wait for the one with the most tokens. So there are as few
+    rows as will do, the same number for each rank (the last may be empty), and they are filled evenly: each pair, the
+    longest first, goes to the row that has the fewest tokens so far. A pair that is longer than a row gets one of its
+    own.
     """
     totals = lengths[pairs].sum(axis=1)
-    rows: list[tuple[int, list[int]]] = []
-    for place in np.argsort(-totals, kind="stable"):
-        tokens = int(totals[place])
-        for i, (used, members) in enumerate(rows):
-            if used + tokens <= tokens_per_row:
-                rows[i] = (used + tokens, [*members, int(pairs[place])])
-                break
-        else:
-            rows.append((tokens, [int(pairs[place])]))
-    return [np.array(members) for _, members in rows]
+    longest_first = [(int(totals[place]), int(pairs[place])) for place in np.argsort(-totals, kind="stable")]
+    turns = max(1, -(-int(totals.sum()) // (budget.tokens_per_row * budget.world)))
+    while (rows := _spread(longest_first, turns * budget.world, budget.tokens_per_row)) is None:
+        turns += 1
+    return [np.array(members, dtype=np.int64) for _, members in sorted(rows, key=lambda row: -row[0])]
 
 
-def deal(rows: list[np.ndarray], lengths: Lengths, world: int) -> tuple[tuple[np.ndarray, ...], ...]:
-    """Gives each row to the rank with the fewest tokens so far, then fills up with empty rows to equal counts."""
-    hands: list[list[np.ndarray]] = [[] for _ in range(world)]
-    load = [0] * world
-    for row in rows:
-        rank = load.index(min(load))
-        hands[rank].append(row)
-        load[rank] += int(lengths[row].sum())
-    longest = max(len(hand) for hand in hands)
-    empty = np.array([], dtype=np.int64)
-    return tuple(tuple(hand + [empty] * (longest - len(hand))) for hand in hands)
+def _spread(items: list[tuple[int, int]], count: int, room: int) -> list[tuple[int, list[int]]] | None:
+    """(tokens, pairs) of `count` rows filled evenly with (tokens, pair); None if there is not enough room."""
+    rows: list[tuple[int, int, list[int]]] = [(0, row, []) for row in range(count)]
+    for tokens, pair in items:
+        used, row, members = rows[0]
+        if used and used + tokens > room:
+            return None
+        heapq.heapreplace(rows, (used + tokens, row, [*members, pair]))
+    return [(used, members) for used, _, members in sorted(rows, key=lambda row: row[1])]
 
 
 @dataclass(frozen=True)

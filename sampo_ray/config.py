@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
+from sampo_ray.batching import RowBudget
 from sampo_ray.losses import LOSSES, REFUSED, LossSettings, find_loss
 from sampo_ray.reduction import REDUCTIONS
 
@@ -397,8 +398,9 @@ class RunConfig(Section):
     run: OutputConfig
 
     @property
-    def tokens_per_row(self) -> int:
-        return self.trainer.tokens_per_row or 2 * self.data.max_length
+    def row_budget(self) -> RowBudget:
+        tokens = self.trainer.tokens_per_row or 2 * self.data.max_length
+        return RowBudget(self.optim.batch_size, tokens, self.trainer.workers or 1)
 
     @property
     def online(self) -> bool:

@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sampo_ray import attention, cpu
-from sampo_ray.batching import Row, Segments
+from sampo_ray.batching import Row, RowBudget, Segments, assemble, lengths_of, plan_rows
 from sampo_ray.config import ConfigError
 from sampo_ray.logprobs import TiledHead
 from sampo_ray.reduction import Positions
@@ -73,3 +74,27 @@ def pair_logprobs(
     where, what = (torch.from_numpy(np.concatenate(x)).to(row.tokens.device) for x in (states, tokens))
     parts = policy(row.tokens, row.positions, row.segments, where, row.tokens[what]).split(counts)
     return list(parts[0::2]), list(parts[1::2])
+
+
+def score_pairs(policy: Policy, pairs: pa.Table, budget: RowBudget) -> pa.Table:
+    """A PAIRS block with `chosen_ref` and `rejected_ref` added: log-probs of all response tokens, fp32 nats.
+
+    The block's pairs are in training order and begin with a whole global batch, so the rows are those that the trainer
+    will plan for its first epoch, and on every device policy and reference run through the same shapes.
+    """
+    lengths = lengths_of(pairs)
+    chosen: list[np.ndarray] = [np.empty(0)] * len(pairs)
+    rejected = list(chosen)
+    device = next(policy.parameters()).device
+    for start in range(0, len(pairs), budget.batch_size):
+        batch = np.arange(start, min(start + budget.batch_size, len(pairs)))
+        for indices in (row for row in plan_rows(batch, lengths, budget) if len(row)):
+            row = assemble(pairs.take(pa.array(indices))).to(device)
+            everything = [Positions(np.arange(s.chosen), np.arange(s.rejected)) for s in row.segments]
+            with torch.no_grad():
+                of_chosen, of_rejected = pair_logprobs(policy, row, everything)
+            for i, w, r in zip(indices, of_chosen, of_rejected, strict=True):
+                chosen[i], rejected[i] = w.cpu().numpy(), r.cpu().numpy()
+    for name, column in (("chosen_ref", chosen), ("rejected_ref", rejected)):
+        pairs = pairs.append_column(name, pa.array(column, pa.list_(pa.float32())))
+    return pairs

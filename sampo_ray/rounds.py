@@ -207,9 +207,8 @@ class Round:
         window = (settings.max_replicas or 1) * settings.max_ongoing_requests
 
         def work(out: Place, progress: Callable[[int], None]) -> list[Part]:
-            batch, tokens = config.optim.batch_size, config.tokens_per_row
             return stages.reference(
-                references, pairs, out, self.start, self.run.versions, batch, tokens, window, progress
+                references, pairs, out, self.start, self.run.versions, config.row_budget, window, progress
             )
 
         return self._stage("reference", sum(part.rows for part in pairs), "pairs", work)

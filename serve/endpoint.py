@@ -14,7 +14,7 @@ from ray import serve
 
 from sampo_ray.config import ServeConfig
 
-POLL_S = 0.2
+POLL_S = 0.5
 
 
 class EndpointError(RuntimeError):

@@ -18,6 +18,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads would wait for each other at every layer of a tiny model
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is fast comes first."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 TEXTS = ["What is two plus three? The answer is five. Let me think about it.", "hello world, this is some text"] * 8

@@ -8,12 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sampo_ray.batching import Step, lengths_of, plan_round
+from sampo_ray.batching import RowBudget, Step, lengths_of, plan_round
 from sampo_ray.config import RunConfig, TrainingError
 from sampo_ray.objective import METRICS
 
 from .conftest import random_pairs, with_reference
 
+pytestmark = pytest.mark.slow
 LONG = 50
 """Tokens of a chosen response that makes the losses below go wrong."""
 
@@ -75,8 +76,7 @@ def make(tiny_model, loss: str, **trainer):
 
 
 def plan(pairs) -> list[Step]:
-    steps = plan_round(lengths_of(pairs), batch_size=2, tokens_per_row=256, world=1, epochs=1, seed=0, round=0)
-    return list(steps)
+    return list(plan_round(lengths_of(pairs), RowBudget(2, 256), epochs=1, seed=0, round=0))
 
 
 def masters(learner) -> list[torch.Tensor]:

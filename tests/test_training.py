@@ -72,6 +72,14 @@ def same_bits(a: Path, b: Path) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def await_steps(steps: int, run: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 300
+    while len(metrics(run)) < steps:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.fixture
 def after() -> Iterator[Callable]:
     """Starts a run, calls back once it has taken some steps, and returns it; it is dead after the test."""
@@ -80,11 +88,7 @@ def after() -> Iterator[Callable]:
     def wait(steps: int, run: Path, *arguments: object) -> subprocess.Popen:
         process = start(*arguments)
         started.append(process)
-        deadline = time.monotonic() + 300
-        while len(metrics(run)) < steps:
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        await_steps(steps, run, process)
         return process
 
     yield wait
@@ -128,24 +132,18 @@ def test_an_export_loads_as_any_model_does(undisturbed, tiny_model):
     assert any(moved)
 
 
-def test_a_run_that_lost_a_rank_ends_in_the_same_bits(undisturbed, recipe, tmp_path, after):
-    process = after(5, tmp_path / "run", recipe, f"run.dir={tmp_path / 'run'}")
+def test_a_run_that_lost_a_rank_and_then_its_driver_ends_in_the_same_bits(undisturbed, recipe, tmp_path, after):
+    run = tmp_path / "run"
+    process = after(5, run, recipe, f"run.dir={run}")
     ranks = [
         p for p in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())
     ]
     assert len(ranks) == 2
     ranks[0].send_signal(signal.SIGKILL)
-    finish(process)
-    assert same_bits(tmp_path / "run" / "exports" / "round-2", undisturbed / "exports" / "round-2")
-    assert facts(tmp_path / "run") == facts(undisturbed)
-
-
-def test_a_run_whose_driver_was_killed_goes_on_to_the_same_bits(undisturbed, recipe, tmp_path, after):
-    run = tmp_path / "run"
-    process = after(STEPS + 5, run, recipe, f"run.dir={run}")
+    await_steps(STEPS + 5, run, process)
     process.send_signal(signal.SIGSTOP)  # so that it does not finish meanwhile; it still holds the run
-    second = start("--resume", run)
-    assert "in use by another process" in second.communicate(timeout=100)[0] and second.returncode == 1
+    second = CliRunner().invoke(app, ["train", "--resume", str(run)])
+    assert "in use by another process" in second.output and second.exit_code == 1
     process.kill()
     process.wait(30)
     scored = run / "rounds" / "1" / "reference" / "part-00000.parquet"
@@ -154,7 +152,7 @@ def test_a_run_whose_driver_was_killed_goes_on_to_the_same_bits(undisturbed, rec
     assert scored.stat().st_mtime_ns == before, "nothing stored is scored twice"
     assert same_bits(run / "exports" / "round-2", undisturbed / "exports" / "round-2")
     assert facts(run) == facts(undisturbed)
-    assert "is finished" in finish(start("--resume", run))
+    assert "is finished" in CliRunner().invoke(app, ["train", "--resume", str(run)]).output
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """One real policy replica on a tiny model, behind endpoints, for all tests of this folder."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,24 @@ def own_serve(local_ray: None) -> Iterator[None]:
     serve.shutdown()
 
 
+def begin(target: serve.RunTarget) -> None:
+    serve.run_many([target], wait_for_applications_running=False)
+
+
+def await_running(app: str) -> None:
+    for _ in range(240):
+        status = serve.status().applications[app]
+        assert status.status != "DEPLOY_FAILED", status.message
+        if status.status == "RUNNING":
+            return
+        time.sleep(1.0)
+    raise AssertionError(f"{app} did not start: {status}")
+
+
+def route(name: str) -> str:
+    return "/" if name == "endpoint" else f"/{name}"
+
+
 @pytest.fixture(scope="package")
 def endpoint(own_serve: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     from sampo_ray.actors.policy_deployment import policy_deployment
@@ -31,9 +50,7 @@ def endpoint(own_serve: None, tiny_model: Path, tmp_path_factory: pytest.TempPat
         await_endpoint,
         deploy_endpoint,
         free_port,
-        start_endpoint,
         start_serve,
-        stop_endpoint,
     )
 
     run = tmp_path_factory.mktemp("run")
@@ -54,7 +71,6 @@ def endpoint(own_serve: None, tiny_model: Path, tmp_path_factory: pytest.TempPat
     policy = policy_deployment(
         "policy", f"{run}/versions/000000", str(run / "tokenizer"), Source("test-endpoint"), generators, CONTEXT
     )
-    serve.run(policy, name="test-policy", route_prefix=None)
     everybody = config.model_copy(update={"api_keys": (), "feedback": FeedbackConfig()})
     hasty = everybody.model_copy(update={"request_timeout_s": 2.0})
     keys_file = run / "keys.yaml"
@@ -63,12 +79,12 @@ def endpoint(own_serve: None, tiny_model: Path, tmp_path_factory: pytest.TempPat
     limited = config.model_copy(
         update={"api_keys": (), "keys_file": str(keys_file), "tokens_per_minute": 100_000, **limits}
     )
-    others = {"open": everybody, "hasty": hasty, "limited": limited}
-    for name, settings in others.items():
-        deploy_endpoint(f"test-{name}", "test-policy", "test-endpoint", settings, f"/{name}")
-    url = start_endpoint("test-endpoint", "test-policy", "test-endpoint", config)
-    urls = [await_endpoint(f"test-{name}", settings, f"/{name}") for name, settings in others.items()]
-    yield Endpoint(url, *urls, keys_file, store, f"{run}/versions", tiny_model)
-    for name in (*others, "endpoint"):
-        stop_endpoint(f"test-{name}")
+    endpoints = {"endpoint": config, "open": everybody, "hasty": hasty, "limited": limited}
+    begin(serve.RunTarget(policy, name="test-policy", route_prefix=None))
+    for name, settings in endpoints.items():  # each imports for seconds: one at a time, beside the policy's start
+        deploy_endpoint(f"test-{name}", "test-policy", "test-endpoint", settings, route(name))
+        await_running(f"test-{name}")
+    await_running("test-policy")
+    urls = [await_endpoint(f"test-{name}", settings, route(name)) for name, settings in endpoints.items()]
+    yield Endpoint(*urls, keys_file, store, f"{run}/versions", tiny_model)
     ray.kill(store)
