@@ -83,9 +83,9 @@ def open_fleet(run: Run, keep_serving: bool = False) -> Iterator[Fleet]:
     config, started = run.config, time.monotonic()
     with contextlib.ExitStack() as stack:
         live = _Live(stack, run, run.id, "weights.json", keep_serving)
-        attach(live.store, run)
         trainer = Trainer(config.trainer, live.store_name, run.place.at("logs", "ray-train"))  # starts beside the rest
         stack.callback(trainer.close)
+        attach(live.store, run)
         apps = applications(run, live)
         # Runs may share a cluster, and its one proxy.
         handles, endpoint = live.deploy(apps, f"/{run.id}" if config.profile == "cluster" else "/")

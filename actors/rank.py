@@ -11,6 +11,7 @@ import ray
 import torch
 import torch.distributed as dist
 from ray.actor import ActorHandle
+from transformers import AutoConfig
 
 from sampo_ray.actors.exchange import Work
 from sampo_ray.actors.sending import start_sender
@@ -24,7 +25,8 @@ from sampo_ray.actors.weights import (
 from sampo_ray.batching import plan_round
 from sampo_ray.config import TrainingError
 from sampo_ray.learner import Learner, drain
-from sampo_ray.policy import load_policy
+from sampo_ray.memory import Shape, check_memory, device_memory
+from sampo_ray.policy import load_policy, on_meta
 from sampo_ray.runs import Checkpoint, Place, lineage, read_manifest
 from sampo_ray.versions import labels_of
 
@@ -51,6 +53,8 @@ def train_rank(settings: dict[str, Any]) -> None:
     What would fail again is reported to the driver and ends the run cleanly; anything else ends this process, and Ray
     Train starts all ranks again from the last checkpoint that the manifest names.
     """
+    import deepspeed  # noqa: F401  # for seconds, while engines start; the learner needs it
+
     mine = RankSettings(**settings)
     if mine.threads:
         torch.set_num_threads(mine.threads)
@@ -85,6 +89,13 @@ class Rank:
         self.first = dist.get_rank() == 0
         self.sender = start_sender(self.config.publish.transport, store, device) if self.first else None
         with Place(version_folder(self.place.at("versions").url, 0)).on_disk() as base:
+            if device.type == "cuda":
+                check_memory(
+                    Shape.of(on_meta(AutoConfig.from_pretrained(base))),
+                    self.config.trainer,
+                    self.config.row_budget.tokens_per_row,
+                    *device_memory(),
+                )
             policy = load_policy(base, self.config.trainer.gradient_checkpointing)
         self.learner = Learner(policy, self.config, device)
         self._restore()

@@ -29,19 +29,30 @@ TRAIN_ENVIRONMENT = {
 
 
 class Trainer:
-    """Data-parallel ranks under Ray Train, waiting for rounds. Close it to end them."""
+    """Data-parallel ranks under Ray Train, waiting for rounds. Close it to end them.
+
+    With `lifetime: round` they are started for each round, which goes on from the checkpoint that ended the last.
+    """
 
     def __init__(self, config: TrainerConfig, store: str, storage: Place) -> None:
+        self._config, self._store, self._storage = config, store, storage
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        if config.lifetime == "run":
+            self._start()
+
+    def _start(self) -> None:
         for name, value in TRAIN_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        config = self._config
         self._exchange = ray.remote(Exchange).options(num_cpus=0.1).remote()
         workers = config.workers or 1
         gpus = config.num_gpus or 0
         threads = None if gpus else max(1, torch.get_num_threads() // workers)
         cpus = 1.0 if config.num_cpus is None else config.num_cpus
-        self._fit = TorchTrainer(
+        fit = TorchTrainer(
             train_rank,
-            train_loop_config={"exchange": self._exchange, "store": store, "threads": threads},
+            train_loop_config={"exchange": self._exchange, "store": self._store, "threads": threads},
             scaling_config=ScalingConfig(
                 num_workers=workers,
                 use_gpu=bool(gpus),
@@ -50,17 +61,16 @@ class Trainer:
             # A name of its own each time: Ray must not find state of an earlier driver, our manifest is the truth.
             run_config=RunConfig(
                 name=f"train-{uuid.uuid4().hex[:8]}",
-                storage_path=storage.url,
+                storage_path=self._storage.url,
                 failure_config=FailureConfig(max_failures=config.max_failures),
             ),
         )
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="ray-train", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(fit,), name="ray-train", daemon=True)
         self._thread.start()
 
-    def _run(self) -> None:
+    def _run(self, fit: TorchTrainer) -> None:
         try:
-            self._fit.fit()
+            fit.fit()
         except BaseException as error:  # handed to the loop, which is waiting for results
             self._error = error
 
@@ -71,6 +81,8 @@ class Trainer:
         """
         if after_step >= work.steps:
             return
+        if self._thread is None:
+            self._start()
         ray.get(self._exchange.post.remote(work), timeout=CALL_SECONDS)
         while after_step < work.steps:
             waiting = self._exchange.results.remote(after_step, POLL_SECONDS)
@@ -81,15 +93,20 @@ class Trainer:
             for result in results:
                 after_step = result["step"]
                 yield result
-            if not results and not self._thread.is_alive():
+            if not results and not (self._thread and self._thread.is_alive()):
                 raise TrainingError(f"the training ranks ended before the round did: {last_line(self._error)}")
+        if self._config.lifetime == "round":
+            self.close()
 
     def close(self) -> None:
         """Tells the ranks to end and waits for them."""
+        if self._thread is None:
+            return
         ray.get(self._exchange.close.remote(), timeout=CALL_SECONDS)
         self._thread.join(timeout=STOP_SECONDS)
         if self._thread.is_alive():
             logger.warning("the training ranks did not end within %d s", STOP_SECONDS)
+        self._thread = None
 
 
 def last_line(error: BaseException | None) -> str:

@@ -165,8 +165,10 @@ def show(config: RunConfig) -> None:
 
     from sampo_ray.profiles import resolve
     from sampo_ray.runs import dump_config
+    from sampo_ray.validate import check_fit
 
     resolved, notes = resolve(config, {"GPU": torch.cuda.device_count()}, os.cpu_count() or 1)
+    check_fit(resolved)
     for note in notes:
         typer.echo(f"# {note}")
     typer.echo(dump_config(resolved), nl=False)
@@ -180,6 +182,7 @@ def run_training(config: RunConfig, resume: str | None, keep_serving: bool) -> N
     from sampo_ray.runs import create_run, open_run
     from sampo_ray.serve.endpoint import check_port
     from sampo_ray.trackers import open_trackers
+    from sampo_ray.validate import check_fit
 
     if config.serve.enabled and config.serve.port and not os.environ.get("RAY_ADDRESS"):
         check_port(config.serve)
@@ -187,6 +190,7 @@ def run_training(config: RunConfig, resume: str | None, keep_serving: bool) -> N
         stack.enter_context(library_output_to(driver_log(config)))
         resources = stack.enter_context(ray_cluster())
         config, notes = resolve(config, resources, os.cpu_count() or 1)
+        check_fit(config)
         for note in notes:
             display.note(note)
         run = open_run(resume, config) if resume else create_run(config)

@@ -209,16 +209,26 @@ class TrainerConfig(Section):
     """GPUs a rank asks Ray for. Default: 1 where the profile has them."""
     zero_stage: Literal[2, 3] = 2
     """DeepSpeed ZeRO stage; 3 also shards the parameters."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """What is kept in host memory instead of the GPU's: gradients and optimizer, or with zero_stage=3 all."""
     tokens_per_row: int | None = Field(None, ge=16)
     """Tokens of a micro-batch. Default: twice `data.max_length`, in which any pair fits."""
     checkpoint_every: int = Field(50, ge=1)
     """Optimizer steps between checkpoints; the end of a round always has one."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass."""
+    lifetime: Literal["run", "round"] = "run"
+    """`round`: ranks end with each round, and their GPUs are free until the next trains; the result is the same."""
     max_skipped: int = Field(3, ge=0)
     """Steps in a row that may be skipped because loss or gradient is not finite; one more stops the run."""
     max_failures: int = Field(3, ge=0)
     """Restarts of the ranks after crashes before the run stops."""
+
+    @model_validator(mode="after")
+    def _can_offload(self) -> "TrainerConfig":
+        if self.offload == "parameters" and self.zero_stage != 3:
+            raise ValueError(f"offload='parameters' needs zero_stage=3, not {self.zero_stage}; use offload='optimizer'")
+        return self
 
 
 class FleetConfig(Section):

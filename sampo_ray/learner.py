@@ -36,6 +36,16 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
 
     A step whose gradients are not finite is discarded (`check_grad_overflow`).
     """
+    zero: dict[str, Any] = {
+        "stage": config.trainer.zero_stage,
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+    }
+    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if config.trainer.offload != "none":
+        zero["offload_optimizer"] = host
+    if config.trainer.offload == "parameters":
+        zero["offload_param"] = host
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -45,7 +55,8 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": config.trainer.zero_stage, "overlap_comm": False, "contiguous_gradients": True},
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW, on the host as well: nothing to compile
+        "zero_optimization": zero,
         "steps_per_print": 10**9,
     }
 
@@ -67,6 +78,7 @@ class Learner:
             betas=optim.betas,
             eps=optim.eps,
             weight_decay=optim.weight_decay,
+            fused=True,
         )
         self._engine, *_ = deepspeed.initialize(
             model=policy, optimizer=adamw, config=deepspeed_config(config), dist_init_required=False

@@ -7,7 +7,7 @@ import pyarrow as pa
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sampo_ray import attention, cpu
 from sampo_ray.batching import Row, RowBudget, Segments, assemble, lengths_of, plan_rows
@@ -21,14 +21,9 @@ class Policy(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        head = model.get_output_embeddings()
-        if getattr(head, "bias", None) is not None:
-            raise ConfigError(f"model.path: {type(model).__name__} has a head with a bias, which is not supported")
-        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-            if getattr(model.config, name, None) not in (None, 1.0):
-                raise ConfigError(f"model.path: {type(model).__name__} changes its logits ({name}), not supported")
+        check_architecture(model)
         cpu.use_fp32_kernels(model)
-        model.set_output_embeddings(TiledHead(head.weight))
+        model.set_output_embeddings(TiledHead(model.get_output_embeddings().weight))
         self.model = model
 
     def forward(
@@ -44,6 +39,38 @@ class Policy(nn.Module):
             input_ids=tokens[None], position_ids=positions[None], use_cache=False, segments=segments
         ).last_hidden_state[0]
         return self.model.get_output_embeddings()(hidden[states], targets)
+
+
+def check_architecture(model: PreTrainedModel) -> None:
+    """Raises ConfigError for a model whose head or attention would be computed wrongly (it may be without weights)."""
+    name, config = type(model).__name__, model.config.get_text_config()
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ConfigError(f"model.path: {name} has no language-model head")
+    if getattr(head, "bias", None) is not None:
+        raise ConfigError(f"model.path: {name} has a head with a bias, which is not supported")
+    for field in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, field, None) not in (None, 1.0):
+            raise ConfigError(f"model.path: {name} changes its logits ({field}), which is not supported")
+    window = getattr(config, "sliding_window", None)
+    layers = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
+    kinds = set(layers) - {"full_attention"}
+    if not model.is_backend_compatible() or kinds or getattr(config, "attn_logit_softcapping", None):
+        how = " and ".join(sorted(kinds)) or "an attention of its own"
+        raise ConfigError(f"model.path: {name} has {how}; only full attention over rows of pairs is supported")
+    if getattr(config, "attention_dropout", 0.0):
+        raise ConfigError(
+            f"model.path: attention_dropout={config.attention_dropout} in its config.json is not supported; set it to 0"
+        )
+
+
+def on_meta(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a configuration without its weights. ConfigError, naming `model.path`, if it is no causal one."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
+    except ValueError as error:
+        raise ConfigError(f"model.path: not a causal language model: {str(error).splitlines()[0]}") from None
 
 
 def load_policy(path: str | Path, gradient_checkpointing: bool = False, device: str = "cpu") -> Policy:

@@ -7,6 +7,8 @@ from transformers import AutoConfig
 from sampo_ray.chat import ChatFormat
 from sampo_ray.config import ConfigError, RunConfig
 from sampo_ray.keys import KeysError, is_json, parse
+from sampo_ray.memory import Shape, check_memory, device_memory
+from sampo_ray.policy import check_architecture, on_meta
 from sampo_ray.preferences import check_source
 from sampo_ray.rewards import check_reward
 from sampo_ray.runs import Place, absolute
@@ -28,6 +30,7 @@ def check(config: RunConfig) -> None:
             f"model.path={path!r}: no model can be opened there ({str(error).splitlines()[0]}); "
             "name a Hugging Face folder or hub name"
         ) from None
+    check_architecture(on_meta(model))
     positions = getattr(model, "max_position_embeddings", None)
     if positions is not None and config.data.max_length > positions:
         raise ConfigError(
@@ -48,6 +51,15 @@ def check(config: RunConfig) -> None:
     chat.prompt_ids(row.prompt)
     check_trackers(config)
     check_keys_file(config.serve.keys_file)
+
+
+def check_fit(config: RunConfig) -> None:
+    """ConfigError when a resolved configuration cannot be trained on this machine, if it is trained on this one."""
+    if config.profile != "laptop":
+        return
+    device, available = device_memory()
+    shape = Shape.of(on_meta(AutoConfig.from_pretrained(config.model.path)))
+    check_memory(shape, config.trainer, config.row_budget.tokens_per_row, device, available)
 
 
 def check_keys_file(file: str | None) -> None:

@@ -56,7 +56,10 @@ def pairs(tiny_model):
     return with_reference(load_policy(tiny_model).requires_grad_(False), made)
 
 
-def make(tiny_model, loss: str, **trainer):
+OURS = ("not_a_number", "infinite", "steep")
+
+
+def make(tiny_model, loss: str, reduction: str = "sum", **trainer):
     from sampo_ray.learner import Learner
     from sampo_ray.policy import load_policy
 
@@ -64,7 +67,7 @@ def make(tiny_model, loss: str, **trainer):
         {
             "model": {"path": str(tiny_model)},
             "data": {"train": "pairs.jsonl", "max_length": 128},
-            "method": {"loss": loss if loss == "sigmoid" else f"tests.test_learner:{loss}", "reduction": "sum"},
+            "method": {"loss": f"tests.test_learner:{loss}" if loss in OURS else loss, "reduction": reduction},
             "optim": {"batch_size": 2, "learning_rate": 1e-3, "warmup_ratio": 0},
             "trainer": trainer,
             "run": {"dir": "run"},
@@ -121,3 +124,40 @@ def test_too_many_such_steps_end_the_run_and_name_the_pairs(alone, tiny_model, p
     learner.optimize(bad, pairs, 4)
     with pytest.raises(TrainingError, match=r"2 steps in a row.*max_skipped=1.*pair-1\. .*optim\.learning_rate"):
         learner.optimize(bad, pairs, 4)
+
+
+@pytest.mark.parametrize(
+    ("loss", "reduction"),
+    [
+        ("sigmoid", "sample"),
+        ("ipo", "mean"),
+        ("kto_pair", "sample"),
+        ("bco_pair", "sum"),
+        ("simpo", "mean"),
+        ("mix", "sum"),
+    ],
+)
+def test_what_was_saved_goes_on_to_the_same_bits(alone, tiny_model, pairs, tmp_path, loss, reduction):
+    learner = make(tiny_model, loss, reduction)
+    steps = plan(pairs)
+    for step in steps[:2]:
+        learner.optimize(step, pairs, 4)
+    learner.save(tmp_path, "state")
+    statistics = learner.statistics
+    expected = [learner.optimize(step, pairs, 4) for step in steps[2:]]
+    again = make(tiny_model, loss, reduction)
+    again.load(tmp_path, "state", 0, 2, statistics)
+    assert [again.optimize(step, pairs, 4) for step in steps[2:]] == expected
+    assert all(torch.equal(a, b) for a, b in zip(masters(again), masters(learner), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "offload"), [(2, "optimizer"), (3, "none"), (3, "optimizer"), (3, "parameters")]
+)
+def test_where_the_states_are_does_not_change_what_is_learned(alone, tiny_model, pairs, zero_stage, offload):
+    one, other = make(tiny_model, "sigmoid"), make(tiny_model, "sigmoid", zero_stage=zero_stage, offload=offload)
+    for step in plan(pairs):
+        ours, theirs = one.optimize(step, pairs, 4), other.optimize(step, pairs, 4)
+        assert ours["loss"] == theirs["loss"] and ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+    for a, b in zip(masters(one), masters(other), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)

@@ -133,8 +133,9 @@ def test_an_export_loads_as_any_model_does(undisturbed, tiny_model):
 
 
 def test_a_run_that_lost_a_rank_and_then_its_driver_ends_in_the_same_bits(undisturbed, recipe, tmp_path, after):
+    """Neither does it matter that its ranks are started anew for each round."""
     run = tmp_path / "run"
-    process = after(5, run, recipe, f"run.dir={run}")
+    process = after(5, run, recipe, f"run.dir={run}", "trainer.lifetime=round")
     ranks = [
         p for p in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())
     ]

@@ -1,0 +1,106 @@
+"""How much memory training takes, from a model's shape alone: for planners, and to refuse what can never fit."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from sampo_ray.config import ConfigError, TrainerConfig
+from sampo_ray.logprobs import tile_rows
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a model: parameters in all, layers, and the widths of hidden states, of the MLP and of the vocabulary."""
+
+    parameters: int
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Shape":
+        """`model` may be on the meta device."""
+        config: PretrainedConfig = model.config.get_text_config()
+        hidden = config.hidden_size
+        intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
+        parameters = sum(p.numel() for p in model.parameters())  # tied ones once
+        return cls(parameters, config.num_hidden_layers, hidden, intermediate, config.vocab_size)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of one data-parallel rank, without what is offloaded.
+
+    The first three are exact but for DeepSpeed's buckets, the last two are estimates.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    head: int
+
+    @property
+    def states(self) -> int:
+        """What is there whatever the rows are."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> int:
+        return self.states + self.activations + self.head
+
+
+def plan_memory(shape: Shape, trainer: TrainerConfig, tokens_per_row: int, device: str) -> MemoryPlan:
+    """Mixed-precision AdamW under ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054, section 3): bf16 weights, fp32
+    gradients, masters and two moments, the last three (at stage 3 all) divided over the ranks.
+
+    Activations are those of a Llama layer for one row; with gradient checkpointing only the inputs of all layers and
+    one whole layer. The head takes one tile of logits and its gradient, and on CPU an fp32 copy and gradient of itself.
+    """
+    world = trainer.workers or 1
+    each = -(-shape.parameters // world)
+    weights = 2 * (each if trainer.zero_stage == 3 else shape.parameters)
+    inputs = 2 * shape.hidden * tokens_per_row
+    layer = tokens_per_row * (2 * (10 * shape.hidden + 4 * shape.intermediate) + 4 * 4 * shape.hidden)
+    activations = shape.layers * inputs + layer if trainer.gradient_checkpointing else shape.layers * layer
+    head = 8 * tile_rows(torch.device(device)) * shape.vocabulary
+    head += 8 * shape.hidden * shape.vocabulary if device == "cpu" else 0
+    kept = trainer.offload == "none"
+    weights = 0 if trainer.offload == "parameters" else weights
+    return MemoryPlan(weights, 4 * each * kept, 12 * each * kept, activations, head)
+
+
+def check_memory(shape: Shape, trainer: TrainerConfig, tokens_per_row: int, device: str, available: int) -> None:
+    """ConfigError when the trainer's states alone are more than `available` bytes.
+
+    On CPU all ranks are taken to share it, on a GPU it is one rank's.
+    """
+    if device == "cpu":
+        trainer = trainer.model_copy(update={"offload": "none"})  # it is the same memory
+    plan = plan_memory(shape, trainer, tokens_per_row, device)
+    ranks = (trainer.workers or 1) if device == "cpu" else 1
+    if ranks * plan.states <= available:
+        return
+    asked = f"trainer.workers={trainer.workers or 1} and trainer.zero_stage={trainer.zero_stage}"
+    need, have = (f"{size / 2**30:.1f} GiB" for size in (ranks * plan.states, available))
+    mend = "a smaller model.path" if device == "cpu" else "more trainer.workers"
+    if device != "cpu" and trainer.zero_stage == 2:
+        mend += ", or trainer.zero_stage=3"
+    if device != "cpu" and trainer.offload == "none":
+        mend += ", or trainer.offload=optimizer"
+    raise ConfigError(
+        f"model.path: training its {shape.parameters / 1e9:.2f}B parameters with {asked} takes {need} for weights, "
+        "gradients and optimizer alone"
+        f"{'' if device == 'cpu' else ' on each GPU'}, there are {have}; use {mend}"
+    )
+
+
+def device_memory() -> tuple[str, int]:
+    """Kind and bytes of this machine's first GPU, or of its main memory where it has none."""
+    if torch.cuda.is_available():
+        return "cuda", torch.cuda.get_device_properties(0).total_memory
+    import psutil
+
+    return "cpu", psutil.virtual_memory().total

@@ -1,0 +1,75 @@
+"""What can be known of a model before its weights are loaded: whether it is supported, and whether training it fits."""
+
+import pytest
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoConfig
+
+from sampo_ray.config import ConfigError, TrainerConfig
+from sampo_ray.memory import Shape, check_memory, plan_memory
+from sampo_ray.policy import check_architecture, on_meta
+
+LLAMA_8B = Shape(parameters=8_030_261_248, layers=32, hidden=4096, intermediate=14336, vocabulary=128_256)
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+
+
+def meta(kind: str, **fields):
+    return on_meta(getattr(transformers, f"{kind}Config")(**SMALL, **fields))
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Qwen3", "Mistral"])
+def test_models_with_full_attention_and_a_plain_head_are_supported(kind):
+    fields = {"sliding_window": None} if kind == "Mistral" else {}
+    model = meta(kind, **fields)
+    check_architecture(model)
+    assert next(model.parameters()).is_meta
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "words"),
+    [
+        ("Mistral", {"sliding_window": 128}, "MistralForCausalLM has sliding_attention"),
+        ("Gemma2", {}, "changes its logits"),
+        ("Phi", {}, "head with a bias"),
+        ("Llama", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
+    ],
+)
+def test_others_are_refused_by_name(kind, fields, words):
+    with pytest.raises(ConfigError, match=rf"model\.path.*{words}"):
+        check_architecture(meta(kind, **fields))
+
+
+def test_what_is_no_causal_model_is_refused():
+    with pytest.raises(ConfigError, match=r"model\.path: not a causal language model"):
+        on_meta(transformers.T5Config())
+
+
+def test_a_shape_is_read_off_a_model_without_weights(tiny_model):
+    config = AutoConfig.from_pretrained(tiny_model)
+    shape = Shape.of(on_meta(config))
+    real = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert shape.parameters == real.num_parameters()
+    assert (shape.layers, shape.vocabulary) == (config.num_hidden_layers, config.vocab_size)
+
+
+@given(st.integers(1, 64), st.sampled_from([2, 3]), st.integers(16, 16384), st.booleans())
+def test_states_are_those_of_zero_and_more_ranks_never_need_more_each(world, stage, tokens, checkpointing):
+    trainer = TrainerConfig(workers=world, zero_stage=stage, gradient_checkpointing=checkpointing)
+    plan = plan_memory(LLAMA_8B, trainer, tokens, "cuda")
+    n = LLAMA_8B.parameters
+    assert plan.states == pytest.approx((2 * n if stage == 2 else 2 * n / world) + 16 * n / world, rel=1e-6)
+    more = plan_memory(LLAMA_8B, trainer.model_copy(update={"workers": world + 1}), tokens, "cuda")
+    assert more.total <= plan.total
+
+
+def test_a_model_that_can_never_fit_is_refused_with_the_mend():
+    gpu = 80 << 30
+    with pytest.raises(
+        ConfigError, match=r"8\.03B.*workers=2.*zero_stage=2.*74\.8 GiB.*each GPU.*40\.0 GiB.*zero_stage=3"
+    ):
+        check_memory(LLAMA_8B, TrainerConfig(workers=2), 2048, "cuda", gpu // 2)
+    check_memory(LLAMA_8B, TrainerConfig(workers=8), 2048, "cuda", gpu)
+    check_memory(LLAMA_8B, TrainerConfig(offload="optimizer"), 2048, "cuda", gpu // 2)
+    with pytest.raises(ConfigError, match="134.6 GiB"):
+        check_memory(LLAMA_8B, TrainerConfig(), 2048, "cpu", 64 << 30)
