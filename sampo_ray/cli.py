@@ -147,7 +147,7 @@ def resumed_config(directory: str, overrides: list[str]) -> RunConfig:
 
     config = open_run(directory).config
     for override in overrides:
-        if not override.startswith(("serve.", "fleet.", "trainer.max_failures", "run.trackers")):
+        if not override.startswith(("serve.", "fleet.", "trainer.max_failures", "trainer.lifetime", "run.trackers")):
             raise ConfigError(f"override {override!r}: a run that is resumed keeps its method, data and sizes; drop it")
     return load_config(config.model_dump(), overrides) if overrides else config
 

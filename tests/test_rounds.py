@@ -168,6 +168,7 @@ def test_the_endpoint_always_answers_and_follows_the_run(finished):
 
 
 def test_a_killed_engine_costs_only_what_was_not_stored(fleet, tiny_model, tmp_path):
+    """Its replica ends at once, and another takes its place, on current weights."""
     from sampo_ray.iterate import iterate
 
     run = new_run(
@@ -175,21 +176,28 @@ def test_a_killed_engine_costs_only_what_was_not_stored(fleet, tiny_model, tmp_p
     )
     completions = run.place.at("rounds", "0", "completions")
     killed: list[float] = []
+    ended: list[psutil.Process] = []
 
     def kill() -> None:
         deadline = time.monotonic() + 200
         while not completions.names() and time.monotonic() < deadline:
             time.sleep(0.01)
-        engines = [p for p in psutil.Process().children(recursive=True) if "EngineCore" in " ".join(p.cmdline())]
-        assert engines
-        engines[0].kill()
+        processes = psutil.Process().children(recursive=True)
+        (engine,) = [process for process in processes if process.name() == "VLLM::EngineCore"]
+        replica = psutil.Process(engine.ppid())
+        engine.kill()
         killed.append(time.time())
+        ended.extend(psutil.wait_procs([replica], timeout=5)[0])
 
     killer = threading.Thread(target=kill)
     killer.start()
     iterate(run, fleet, QuietDisplay())
     killer.join(10)
-    assert killed and run.manifest.finished
+    assert killed and ended and run.manifest.finished
+    last = run.manifest.rounds[0].start_version + run.manifest.rounds[0].steps
+    fleet.shared_policy.hold.remote((run.id, last)).result(timeout_s=60)
+    held = fleet.shared_policy.weights.remote().result(timeout_s=60)
+    assert (held["run"], held["version"], held["state"]) == (run.id, last, "ready")
     first = min(Path(completions.at(name).path).stat().st_mtime for name in completions.names())
     assert first < killed[0] + 1, "what was stored before was not made again"
     assert stage(run, 0, "completions").num_rows == 64 * 4
