@@ -57,7 +57,7 @@ class Versions:
         import ray
         import torch
 
-        from sampo_ray.actors.weights import put, read_version, version_folder, views, write_version
+        from sampo_ray.actors.weights import put, read_version, unpack, version_folder, write_version
 
         self.rig, self._numbers = rig, itertools.count(1)
         base, disturbed = (version_folder(rig.versions, number) for number in (0, 1))
@@ -65,7 +65,7 @@ class Versions:
 
         def noisy() -> Any:
             for bucket in read_version(base):
-                for name, tensor in views(bucket.specs, bucket.data):
+                for name, tensor in unpack(bucket):
                     yield name, tensor + 0.1 * tensor.float().std().to(tensor.dtype) * torch.randn_like(tensor)
 
         write_version(disturbed, noisy(), base, {"version": 1, "round": 0, "step": 1})
