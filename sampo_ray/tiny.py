@@ -48,14 +48,10 @@ def tiny_llama(
     positions: int = 1024,
     tied: bool = False,
     seed: int = 0,
-    vocabulary: int | None = None,
 ) -> LlamaForCausalLM:
-    """A randomly initialised Llama for `tokenizer`, bf16, heads of 32 dimensions with two query heads a key head.
-
-    `vocabulary`: tokens that the model knows; default: the tokenizer's, filled up to a multiple of 64.
-    """
+    """A randomly initialised Llama for `tokenizer`, bf16, heads of 32 dimensions with two query heads a key head."""
     torch.manual_seed(seed)
-    vocabulary = vocabulary or -(-len(tokenizer) // 64) * 64
+    vocabulary = -(-len(tokenizer) // 64) * 64
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
