@@ -22,7 +22,7 @@ from sampo_ray.config import GeneratorsConfig, ServeConfig
 
 logger = logging.getLogger(__name__)
 pytestmark = pytest.mark.slow
-SWAPS = int(os.environ.get("SAMPO_TEST_SWAPS", "8"))
+SWAPS = int(os.environ.get("SAMPO_TEST_SWAPS", "12"))
 HI = [{"role": "user", "content": "hello"}]
 
 
