@@ -26,6 +26,7 @@ from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from sampo_ray.actors.engine import PolicyEngine
 from sampo_ray.actors.receiving import Receiver
 from sampo_ray.actors.replica import Door, Event, State, after
 from sampo_ray.actors.weight_store import Channel, find_weight_store
@@ -104,6 +105,7 @@ class PolicyServer(LLMServer):
     half-way, or that died, ends this process, so that Serve starts another: it never serves half-loaded weights.
     """
 
+    _default_engine_cls = PolicyEngine
     _receiver: Receiver | None = None
 
     async def __init__(self, llm_config: LLMConfig, *, source: Source, chat_folder: str) -> None:  # type: ignore[misc]
@@ -158,7 +160,7 @@ class PolicyServer(LLMServer):
         `weights` (run, version): waits until the replica holds them; WeightsError if they do not come or have passed.
         """
         if weights is not None:
-            await self._hold(WeightsId(*weights))
+            await self.hold(weights)
         chosen = prompts.take(list(rows))
         items = [
             self._complete(ids, sampling_params(temperature, top_p, max_tokens, seed, key, sample, self._end_of_turn))
@@ -183,11 +185,17 @@ class PolicyServer(LLMServer):
         return repeated
 
     async def hold(self, weights: tuple[str, int]) -> None:
-        """Returns once the replica holds these weights (run, version), which are on their way; else raises Elsewhere.
+        """Waits for weights (run, version) that are on their way. Elsewhere when they do not come, or have passed.
 
         Calls that wait make Serve start replicas before there is work for them.
         """
-        await self._hold(WeightsId(*weights))
+        wanted = WeightsId(*weights)
+        deadline = time.monotonic() + FETCH_TIMEOUT_S
+        while self._held.id != wanted:
+            newer = self._held.id.run == wanted.run and self._held.id.version > wanted.version
+            if newer or wanted in self._had or time.monotonic() > deadline:
+                raise Elsewhere(f"rollouts were asked for from {wanted}, but this replica holds {self._held.id}")
+            await asyncio.sleep(0.01)
 
     async def weights(self) -> dict[str, Any]:
         """Which weights this replica holds (run, version, round, step), and its state (actors/replica.py)."""
@@ -210,6 +218,9 @@ class PolicyServer(LLMServer):
             await super().check_health()
         except EngineDeadError as error:
             end_process(f"the engine died: {error}")
+
+    async def _start_engine(self) -> None:
+        await self.engine.start()  # and no telemetry: the actor that Ray would start to collect it takes 6 s, and stays
 
     @property
     def _end_of_turn(self) -> int:
@@ -296,15 +307,6 @@ class PolicyServer(LLMServer):
             except EngineDeadError as error:
                 end_process(f"the engine died: {error}")
             return final.outputs[0], first.id, self._held.id
-
-    async def _hold(self, wanted: WeightsId) -> None:
-        """Waits for weights that are on their way. Elsewhere when they do not come, or have been here and gone."""
-        deadline = time.monotonic() + FETCH_TIMEOUT_S
-        while self._held.id != wanted:
-            newer = self._held.id.run == wanted.run and self._held.id.version > wanted.version
-            if newer or wanted in self._had or time.monotonic() > deadline:
-                raise Elsewhere(f"rollouts were asked for from {wanted}, but this replica holds {self._held.id}")
-            await asyncio.sleep(0.01)
 
     async def _warm_up(self) -> None:
         """Makes the engine compile what rollouts and endpoint use; the first batches cost many seconds otherwise."""
