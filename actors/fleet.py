@@ -18,7 +18,7 @@ from ray.actor import ActorHandle
 from ray.serve.handle import DeploymentHandle
 from transformers import AutoModelForCausalLM
 
-from sampo_ray.actors.pinned import delete_pinned
+from sampo_ray.actors.pinned import delete_apps, delete_pinned
 from sampo_ray.actors.reference import build_reference_app
 from sampo_ray.actors.reward import build_reward_app
 from sampo_ray.actors.trainer import Trainer
@@ -148,8 +148,7 @@ class _Live:
     def deploy(self, apps: dict[str, serve.Application], route: str) -> tuple[dict[str, DeploymentHandle], str | None]:
         """Starts applications and endpoint, all at once; their handles and the endpoint's URL, once all are ready."""
         gateway, policy = f"{self._name}-endpoint", f"{self._name}-policy"
-        for name in apps:
-            (self._at_end if name == policy else self._stack.callback)(serve.delete, name)
+        self._stack.callback(delete_apps, [name for name in apps if not (self._keep and name == policy)])
         if self._serve.enabled:
             deploy_endpoint(gateway, policy, self.store_name, self._serve, route)
             self._at_end(stop_endpoint, gateway)

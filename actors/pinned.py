@@ -45,9 +45,16 @@ def pinned_prefix(apps: str) -> str:
 
 
 def delete_pinned(apps: str, keep: Sequence[str] = ()) -> None:
-    for name in serve.status().applications:
-        if name.startswith(pinned_prefix(apps)) and name not in keep:
-            serve.delete(name)
+    running = serve.status().applications
+    delete_apps([name for name in running if name.startswith(pinned_prefix(apps)) and name not in keep])
+
+
+def delete_apps(names: Sequence[str]) -> None:
+    """Takes Serve applications down, all at the same time, and waits until they are."""
+    for name in names:
+        serve.delete(name, _blocking=False)
+    for name in names:
+        serve.delete(name)
 
 
 @ray.remote(num_cpus=0.1, max_retries=2)

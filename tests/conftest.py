@@ -66,22 +66,25 @@ def random_pairs(count: int, seed: int = 0, longest: int = 40, vocabulary: int =
 
 def with_reference(policy: Any, pairs: pa.Table) -> pa.Table:
     """Adds the policy's own log-probs of each pair, scored alone, as the reference."""
+    from sampo_ray.batching import RowBudget
+    from sampo_ray.policy import score_pairs
+
+    return score_pairs(policy, pairs, RowBudget(batch_size=1, tokens_per_row=1 << 20))
+
+
+def assert_greedy(completions: pa.Table, folder: str) -> None:
+    """Each token is (nearly) the likeliest of the model in `folder`, by an independent forward, with that log-prob."""
     import torch
+    from transformers import AutoModelForCausalLM
 
-    from sampo_ray.batching import assemble
-    from sampo_ray.policy import pair_logprobs
-    from sampo_ray.reduction import Positions
-
-    columns: dict[str, list[Any]] = {"chosen_ref": [], "rejected_ref": []}
-    with torch.no_grad():
-        for i in range(len(pairs)):
-            row = assemble(pairs.slice(i, 1))
-            everything = [Positions(np.arange(s.chosen), np.arange(s.rejected)) for s in row.segments]
-            for column, logprobs in zip(columns.values(), pair_logprobs(policy, row, everything), strict=True):
-                column.append(logprobs[0].numpy())
-    for name, values in columns.items():
-        pairs = pairs.append_column(name, pa.array(values, pa.list_(pa.float32())))
-    return pairs
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for row in completions.to_pylist():
+        ids = torch.tensor([row["prompt"] + row["completion"]])
+        with torch.no_grad():
+            logprobs = model(ids).logits[0, len(row["prompt"]) - 1 : -1].float().log_softmax(-1)
+        sampled = logprobs.gather(1, torch.tensor(row["completion"])[:, None])[:, 0]
+        assert (logprobs.max(1).values - sampled).max() < 0.06
+        assert (torch.tensor(row["logprobs"]) - sampled).abs().max() < 0.06
 
 
 def write_recipe(folder: Path, model: Path, pairs: int) -> Path:

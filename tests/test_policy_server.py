@@ -13,14 +13,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pyarrow as pa
 import pytest
 import ray
 import torch
 from ray import serve
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from sampo_ray.actors import broadcast, policy_server
 from sampo_ray.actors.policy_deployment import policy_deployment
@@ -50,6 +49,7 @@ from sampo_ray.actors.weights import (
 from sampo_ray.chat import ChatFormat
 from sampo_ray.config import GeneratorsConfig
 from sampo_ray.tiny import tiny_llama
+from tests.conftest import assert_greedy
 
 LONG = "What is two plus three? The answer is five. " * 14  # more than one block of the prefix cache (128 tokens)
 
@@ -300,18 +300,6 @@ def weights(shell: str, seed: int | None, end_of_turn_id: int = 0) -> Iterator[t
     yield from model.state_dict().items()
 
 
-def assert_greedy(completions: pa.Table, folder: str) -> None:
-    """Each token is (nearly) the likeliest of the model in `folder`, by an independent forward, with that log-prob."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    for row in completions.to_pylist():
-        ids = torch.tensor([row["prompt"] + row["completion"]])
-        with torch.no_grad():
-            logprobs = model(ids).logits[0, len(row["prompt"]) - 1 : -1].float().log_softmax(-1)
-        sampled = logprobs.gather(1, torch.tensor(row["completion"])[:, None])[:, 0]
-        assert (logprobs.max(1).values - sampled).max() < 0.06
-        assert (torch.tensor(row["logprobs"]) - sampled).abs().max() < 0.06
-
-
 @pytest.fixture(scope="module")
 def policy(own_serve: None, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Policy]:
     policy = Policy(tmp_path_factory.mktemp("policy"), tiny_model)
@@ -501,24 +489,3 @@ def test_an_answer_whole_or_refused_says_which_weights_gave_it(policy: Policy) -
     first, answer = policy.handle.options(stream=True).completions.remote(request)
     assert first.id == WeightsId("run", policy.version)
     assert answer.usage.completion_tokens == 4
-
-
-@pytest.mark.slow
-def test_a_replica_whose_engine_died_is_replaced_by_one_that_is_ready_on_current_weights(policy: Policy) -> None:
-    policy.publish(seed=3)
-    answers = policy.generate()
-    processes = psutil.Process().children(recursive=True)
-    (engine,) = [process for process in processes if process.name() == "VLLM::EngineCore"]
-    (replica,) = [process for process in processes if process.pid == engine.ppid()]
-    engine.kill()
-    psutil.wait_procs([replica], timeout=5)
-    assert not replica.is_running()
-    held = policy.handle.weights.remote().result(timeout_s=240)
-    assert held == {
-        "run": "run",
-        "version": policy.version,
-        "round": 0,
-        "step": policy.version,
-        "state": "ready",
-    }
-    assert policy.generate()["completion"].to_pylist() == answers["completion"].to_pylist()

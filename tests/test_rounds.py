@@ -14,6 +14,7 @@ import pytest
 from sampo_ray.profiles import resolve
 from sampo_ray.recipe import load_config
 from sampo_ray.runs import Place, Run, create_run
+from tests.conftest import assert_greedy
 
 logger = logging.getLogger(__name__)
 pytestmark = pytest.mark.slow
@@ -198,6 +199,9 @@ def test_a_killed_engine_costs_only_what_was_not_stored(fleet, tiny_model, tmp_p
     fleet.shared_policy.hold.remote((run.id, last)).result(timeout_s=60)
     held = fleet.shared_policy.weights.remote().result(timeout_s=60)
     assert (held["run"], held["version"], held["state"]) == (run.id, last, "ready")
+    greedy = {"samples": 1, "temperature": 0.0, "top_p": 1.0, "max_tokens": 24, "seed": 0, "weights": (run.id, last)}
+    said = fleet.shared_policy.generate.remote(stage(run, 0, "prompts"), [0, 1, 2], **greedy).result(timeout_s=60)
+    assert_greedy(said, run.versions.at(f"{last:06}").path)
     first = min(Path(completions.at(name).path).stat().st_mtime for name in completions.names())
     assert first < killed[0] + 1, "what was stored before was not made again"
     assert stage(run, 0, "completions").num_rows == 64 * 4

@@ -22,16 +22,10 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from sampo_ray.cli import app
-from tests.conftest import write_recipe
+
+from .conftest import STEPS
 
 pytestmark = pytest.mark.slow
-STEPS = 8
-
-
-@pytest.fixture(scope="module")
-def recipe(tiny_model, tmp_path_factory) -> Path:
-    """Two rounds of eight steps, each of them published and checkpointed."""
-    return write_recipe(tmp_path_factory.mktemp("recipe"), tiny_model, 4 * STEPS)
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
@@ -45,12 +39,10 @@ def finish(process: subprocess.Popen[str]) -> str:
     return output
 
 
-@pytest.fixture(scope="module")
-def undisturbed(recipe, tmp_path_factory) -> Path:
+@pytest.fixture(scope="package")
+def undisturbed(submitted: tuple[Path, str]) -> Path:
     """The run directory of a run that nobody killed."""
-    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
-    finish(start(recipe, f"run.dir={folder}"))
-    return folder
+    return submitted[0]
 
 
 def metrics(run: Path) -> list[dict]:
@@ -133,7 +125,7 @@ def test_an_export_loads_as_any_model_does(undisturbed, tiny_model):
 
 
 def test_a_run_that_lost_a_rank_and_then_its_driver_ends_in_the_same_bits(undisturbed, recipe, tmp_path, after):
-    """Neither does it matter whether its ranks live for the run, or for a round as from then on."""
+    """Nor does it matter that the other was a job on a cluster, or whether ranks live for the run or for a round."""
     run = tmp_path / "run"
     process = after(3, run, recipe, f"run.dir={run}")
     ranks = [
