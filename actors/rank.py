@@ -1,6 +1,7 @@
 """A training rank: takes rounds from the exchange, has its learner train on them, publishes weights and checkpoints."""
 
 import dataclasses
+import gc
 import logging
 import time
 from collections.abc import Iterator
@@ -87,24 +88,38 @@ class Rank:
         self.run, self.store, self.place, self.config = work.run, store, work.place, work.config
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         self.first = dist.get_rank() == 0
+        self.device = device
         self.sender = start_sender(self.config.publish.transport, store, device) if self.first else None
-        with Place(version_folder(self.place.at("versions").url, 0)).on_disk() as base:
-            if device.type == "cuda":
+        self.learner = self._load(work)
+        self._restore(work)
+
+    def _load(self, work: Work) -> Learner:
+        """A learner on what the run began with or, where each round has adapters of its own, the round."""
+        lora = self.config.model.lora
+        version = work.start_version if lora else 0
+        with Place(version_folder(self.place.at("versions").url, version)).on_disk() as base:
+            if self.device.type == "cuda":
                 check_memory(
-                    Shape.of(on_meta(AutoConfig.from_pretrained(base))),
+                    Shape.of(on_meta(AutoConfig.from_pretrained(base), lora)),
                     self.config.trainer,
                     self.config.row_budget.tokens_per_row,
                     *device_memory(),
                 )
-            policy = load_policy(base, self.config.trainer.gradient_checkpointing)
-        self.learner = Learner(policy, self.config, device)
-        self._restore()
+            seed = self.config.run.seed + work.round
+            policy = load_policy(base, self.config.trainer.gradient_checkpointing, lora=lora, seed=seed)
+        learner = Learner(policy, self.config, self.device)
+        learner.begin_round(work.round)
+        return learner
 
     def train(self, work: Work) -> Iterator[tuple[int, dict[str, Any]]]:
         """Trains what is left of a round and yields (step, result), published and checkpointed as configured."""
+        if work.round != self.learner.round and work.config.model.lora:
+            del self.learner
+            gc.collect()  # DeepSpeed's engine is in cycles, and two may be too much
+            self.learner = self._load(work)
+        elif work.round != self.learner.round or not self.learner.step:
+            self.learner.begin_round(work.round)
         learner, config = self.learner, work.config
-        if work.round != learner.round or not learner.step:
-            learner.begin_round(work.round)
         pairs = pa.concat_tables([part.table() for part in work.parts])
         budget = dataclasses.replace(config.row_budget, world=learner.world)
         seed, epochs = config.run.seed, config.rounds.epochs
@@ -188,12 +203,12 @@ class Rank:
             statistics=learner.statistics,
         ).model_dump()
 
-    def _restore(self) -> None:
+    def _restore(self, work: Work) -> None:
         """Goes to where the manifest's checkpoint stands; rank 0 reads it for all, so that all agree."""
         found = [read_manifest(self.place).checkpoint if self.first else None]
         dist.broadcast_object_list(found)
         checkpoint = found[0]
-        if checkpoint is None:
+        if checkpoint is None or (self.config.model.lora and checkpoint.round != work.round):
             return
         if checkpoint.world != self.learner.world:
             raise TrainingError(

@@ -30,11 +30,15 @@ class _Linear(torch.autograd.Function):
         return (x.float() @ weight.float().T).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[no-untyped-def]
         x, weight = ctx.saved_tensors
         grad = grad.float()
+        of_x, of_weight = ctx.needs_input_grad
         rows = grad.flatten(0, -2)
-        return (grad @ weight.float()).to(x.dtype), (rows.T @ x.flatten(0, -2).float()).to(weight.dtype)
+        return (
+            (grad @ weight.float()).to(x.dtype) if of_x else None,
+            (rows.T @ x.flatten(0, -2).float()).to(weight.dtype) if of_weight else None,
+        )
 
 
 def _forward(self: nn.Linear, x: Tensor) -> Tensor:

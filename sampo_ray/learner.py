@@ -3,8 +3,10 @@
 It knows neither Ray nor the run directory. torch.distributed must be initialised; all methods are collective.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import Parameter
 
 from sampo_ray.batching import Step, assemble
 from sampo_ray.config import OptimConfig, RunConfig, TrainingError
+from sampo_ray.lora import named_weights
 from sampo_ray.losses import Statistics
 from sampo_ray.objective import METRICS, Draw, idle_loss, row_losses
 from sampo_ray.policy import Policy
@@ -73,7 +77,7 @@ class Learner:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         optim = config.optim
         adamw = torch.optim.AdamW(
-            policy.parameters(),
+            [parameter for parameter in policy.parameters() if parameter.requires_grad],
             lr=optim.learning_rate,
             betas=optim.betas,
             eps=optim.eps,
@@ -164,29 +168,38 @@ class Learner:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The bf16 weights, parameter by parameter; under ZeRO-3 each is gathered for as long as it is looked at."""
-        from deepspeed import zero
-
-        for name, parameter in self.policy.model.named_parameters():
-            if self.config.trainer.zero_stage == 3:
-                with zero.GatheredParameters([parameter]):
-                    yield name, parameter.data
-            else:
-                yield name, parameter.data
+        for name, weight in named_weights(self.policy.model):
+            with self._gathered(weight.parts):
+                yield name, weight.merged(lambda part: part.data).bfloat16()
 
     def masters(self) -> Iterator[tuple[str, Tensor]]:
         """The fp32 weights, parameter by parameter, each gathered from all ranks."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        for name, parameter in self.policy.model.named_parameters():
-            yield name, safe_get_full_fp32_param(parameter)
+        def master(part: Parameter) -> Tensor:
+            return safe_get_full_fp32_param(part) if part.requires_grad else part.data.float()
+
+        for name, weight in named_weights(self.policy.model):
+            with self._gathered([part for part in weight.parts if not part.requires_grad]):
+                yield name, weight.merged(master)
+
+    def _gathered(self, parameters: list[Parameter]) -> AbstractContextManager[Any]:
+        from deepspeed import zero
+
+        sharded = self.config.trainer.zero_stage == 3 and parameters
+        return zero.GatheredParameters(parameters) if sharded else contextlib.nullcontext()
 
     def save(self, folder: Path, tag: str) -> None:
-        """Writes this rank's share of weights and optimizer to `folder`/`tag`. Pickles: trusted input for resuming."""
-        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        """Writes this rank's share of optimizer and weights, but for frozen ones, to `folder`/`tag`.
+
+        Pickles: trusted input for resuming.
+        """
+        frozen = self.config.model.lora is not None
+        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=frozen)
 
     def load(self, folder: Path, tag: str, round: int, step: int, statistics: Statistics) -> None:
         """Goes back to what `save` wrote when it stood there."""
-        self._engine.load_checkpoint(str(folder), tag=tag)
+        self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=self.config.model.lora is None)
         self.round, self.step, self.statistics = round, step, statistics
 
 

@@ -11,9 +11,12 @@ from sampo_ray.logprobs import tile_rows
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a model: parameters in all, layers, and the widths of hidden states, of the MLP and of the vocabulary."""
+    """Of a model: parameters in all and those that train, layers, and the widths of hidden states, of the MLP and of
+    the vocabulary.
+    """
 
     parameters: int
+    trained: int
     layers: int
     hidden: int
     intermediate: int
@@ -26,7 +29,8 @@ class Shape:
         hidden = config.hidden_size
         intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
         parameters = sum(p.numel() for p in model.parameters())  # tied ones once
-        return cls(parameters, config.num_hidden_layers, hidden, intermediate, config.vocab_size)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return cls(parameters, trained, config.num_hidden_layers, hidden, intermediate, config.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,8 @@ def plan_memory(shape: Shape, trainer: TrainerConfig, tokens_per_row: int, devic
     one whole layer. The head takes one tile of logits and its gradient, and on CPU an fp32 copy and gradient of itself.
     """
     world = trainer.workers or 1
-    each = -(-shape.parameters // world)
-    weights = 2 * (each if trainer.zero_stage == 3 else shape.parameters)
+    each = -(-shape.trained // world)
+    weights = 2 * (-(-shape.parameters // world) if trainer.zero_stage == 3 else shape.parameters)
     inputs = 2 * shape.hidden * tokens_per_row
     layer = tokens_per_row * (2 * (10 * shape.hidden + 4 * shape.intermediate) + 4 * 4 * shape.hidden)
     activations = shape.layers * inputs + layer if trainer.gradient_checkpointing else shape.layers * layer

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sampo_ray import attention, cpu
 from sampo_ray.batching import Row, RowBudget, Segments, assemble, lengths_of, plan_rows
-from sampo_ray.config import ConfigError
+from sampo_ray.config import ConfigError, LoraConfig
 from sampo_ray.logprobs import TiledHead
+from sampo_ray.lora import add_adapters
 from sampo_ray.reduction import Positions
 
 
@@ -64,18 +65,31 @@ def check_architecture(model: PreTrainedModel) -> None:
         )
 
 
-def on_meta(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of a configuration without its weights. ConfigError, naming `model.path`, if it is no causal one."""
+def on_meta(config: PretrainedConfig, lora: LoraConfig | None = None) -> PreTrainedModel:
+    """The model of a configuration, with adapters if asked for, without its weights.
+
+    ConfigError, naming `model.path`, if it is no causal one, or `model.lora.targets` if these match nothing.
+    """
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
     except ValueError as error:
         raise ConfigError(f"model.path: not a causal language model: {str(error).splitlines()[0]}") from None
+    if lora is not None:
+        add_adapters(model, lora, seed=0)
+    return model
 
 
-def load_policy(path: str | Path, gradient_checkpointing: bool = False, device: str = "cpu") -> Policy:
+def load_policy(
+    path: str | Path,
+    gradient_checkpointing: bool = False,
+    device: str = "cpu",
+    lora: LoraConfig | None = None,
+    seed: int = 0,
+) -> Policy:
     """Loads a Hugging Face folder or hub name in bf16, safetensors only, for rows of segments.
 
+    With `lora` all of it is frozen but new adapters (sampo_ray/lora.py), random by `seed`.
     Raises ConfigError naming `model.path` when it cannot be opened or its head is not a plain matrix.
     """
     try:
@@ -86,6 +100,8 @@ def load_policy(path: str | Path, gradient_checkpointing: bool = False, device: 
         raise ConfigError(f"model.path={str(path)!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if lora is not None:
+        add_adapters(model, lora, seed)
     return Policy(model).to(device)
 
 

@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -71,5 +71,6 @@ def _explain(error: Any) -> str:
 def _fields_at(path: list[str]) -> list[str]:
     section: Any = RunConfig
     for name in path:
-        section = section.model_fields[name].annotation
+        kind = section.model_fields[name].annotation
+        section = next(each for each in (kind, *get_args(kind)) if hasattr(each, "model_fields"))  # or None, some are
     return list(section.model_fields)

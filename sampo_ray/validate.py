@@ -30,7 +30,7 @@ def check(config: RunConfig) -> None:
             f"model.path={path!r}: no model can be opened there ({str(error).splitlines()[0]}); "
             "name a Hugging Face folder or hub name"
         ) from None
-    check_architecture(on_meta(model))
+    check_architecture(on_meta(model, config.model.lora))
     positions = getattr(model, "max_position_embeddings", None)
     if positions is not None and config.data.max_length > positions:
         raise ConfigError(
@@ -58,7 +58,7 @@ def check_fit(config: RunConfig) -> None:
     if config.profile != "laptop":
         return
     device, available = device_memory()
-    shape = Shape.of(on_meta(AutoConfig.from_pretrained(config.model.path)))
+    shape = Shape.of(on_meta(AutoConfig.from_pretrained(config.model.path), config.model.lora))
     check_memory(shape, config.trainer, config.row_budget.tokens_per_row, device, available)
 
 

@@ -19,6 +19,7 @@ ONLINE = ["rounds.mode=online", "data.prompts=p", "reward.function=f.py:f"]
     ("override", "words"),
     [
         ("optim.learning_rat=1", ["optim.learning_rat", "did you mean 'learning_rate'"]),
+        ("model.lora.rnk=1", ["model.lora.rnk", "did you mean 'rank'"]),
         ("optimm.learning_rate=1", ["optimm", "did you mean 'optim'"]),
         ("method.beta=-1", ["method.beta", "greater than 0", "-1"]),
         ("method.loss=sigmoit", ["method.loss='sigmoit'", "did you mean 'sigmoid'"]),

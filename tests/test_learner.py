@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from sampo_ray.batching import RowBudget, Step, lengths_of, plan_round
 from sampo_ray.config import RunConfig, TrainingError
 from sampo_ray.objective import METRICS
+from sampo_ray.policy import load_policy
 
 from .conftest import random_pairs, with_reference
 
@@ -47,8 +49,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture
 def pairs(tiny_model):
     """Eight pairs in batches of two; the chosen answer of pair-1 is LONG."""
-    from sampo_ray.policy import load_policy
-
     made = random_pairs(8, longest=20)
     chosen = made.column("chosen").to_pylist()
     chosen[1] = list(np.resize(chosen[1], LONG))
@@ -59,13 +59,12 @@ def pairs(tiny_model):
 OURS = ("not_a_number", "infinite", "steep")
 
 
-def make(tiny_model, loss: str, reduction: str = "sum", **trainer):
+def make(tiny_model, loss: str, reduction: str = "sum", lora: dict | None = None, **trainer):
     from sampo_ray.learner import Learner
-    from sampo_ray.policy import load_policy
 
     config = RunConfig.model_validate(
         {
-            "model": {"path": str(tiny_model)},
+            "model": {"path": str(tiny_model), "lora": lora},
             "data": {"train": "pairs.jsonl", "max_length": 128},
             "method": {"loss": f"tests.test_learner:{loss}" if loss in OURS else loss, "reduction": reduction},
             "optim": {"batch_size": 2, "learning_rate": 1e-3, "warmup_ratio": 0},
@@ -73,7 +72,7 @@ def make(tiny_model, loss: str, reduction: str = "sum", **trainer):
             "run": {"dir": "run"},
         }
     )
-    learner = Learner(load_policy(tiny_model), config, torch.device("cpu"))
+    learner = Learner(load_policy(tiny_model, lora=config.model.lora), config, torch.device("cpu"))
     learner.begin_round(0)
     return learner
 
@@ -161,3 +160,39 @@ def test_where_the_states_are_does_not_change_what_is_learned(alone, tiny_model,
         assert ours["loss"] == theirs["loss"] and ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
     for a, b in zip(masters(one), masters(other), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_adapters_begin_at_the_reference_and_what_is_given_out_has_them_merged_in(alone, tiny_model, pairs, zero_stage):
+    learner = make(tiny_model, "sigmoid", lora={"rank": 4}, zero_stage=zero_stage)
+    base = load_file(tiny_model / "model.safetensors")
+    assert {name: weight.tolist() for name, weight in learner.weights()} == {k: v.tolist() for k, v in base.items()}
+    first, *rest = plan(pairs)
+    begin = learner.optimize(first, pairs, 4)
+    assert (begin["loss"], begin["margin"]) == (pytest.approx(math.log(2), abs=1e-6), 0.0)
+    for step in rest:
+        learner.optimize(step, pairs, 4)
+    merged = dict(learner.masters())
+    assert merged.keys() == base.keys()
+    moved = {name for name, weight in merged.items() if not torch.equal(weight, base[name].float())}
+    assert moved == {name for name in base if "_proj" in name}
+    plain, asked = load_policy(tiny_model), pairs.select(["id", "prompt", "chosen", "rejected"])
+    plain.model.load_state_dict({name: weight.bfloat16() for name, weight in merged.items()}, strict=False)
+    ours, theirs = (logprobs(with_reference(policy, asked)) for policy in (learner.policy, plain))
+    assert np.abs(ours - theirs).max() < 0.1 < np.abs(ours - logprobs(pairs)).max()
+
+
+def logprobs(pairs) -> np.ndarray:
+    return np.concatenate(pairs["chosen_ref"].to_pylist() + pairs["rejected_ref"].to_pylist())
+
+
+def test_adapters_that_were_saved_go_on_to_the_same_bits(alone, tiny_model, pairs, tmp_path):
+    learner, steps = make(tiny_model, "sigmoid", "sample", lora={"rank": 4}), plan(pairs)
+    for step in steps[:2]:
+        learner.optimize(step, pairs, 4)
+    learner.save(tmp_path, "state")
+    expected = [learner.optimize(step, pairs, 4) for step in steps[2:]]
+    again = make(tiny_model, "sigmoid", "sample", lora={"rank": 4})
+    again.load(tmp_path, "state", 0, 2, learner.statistics)
+    assert [again.optimize(step, pairs, 4) for step in steps[2:]] == expected
+    assert all(torch.equal(a, b) for a, b in zip(masters(again), masters(learner), strict=True))

@@ -6,11 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from sampo_ray.config import ConfigError, TrainerConfig
+from sampo_ray.config import ConfigError, LoraConfig, TrainerConfig
 from sampo_ray.memory import Shape, check_memory, plan_memory
 from sampo_ray.policy import check_architecture, on_meta
 
-LLAMA_8B = Shape(parameters=8_030_261_248, layers=32, hidden=4096, intermediate=14336, vocabulary=128_256)
+LLAMA_8B = Shape(
+    parameters=8_030_261_248, trained=8_030_261_248, layers=32, hidden=4096, intermediate=14336, vocabulary=128_256
+)
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
 
 
@@ -61,6 +63,23 @@ def test_states_are_those_of_zero_and_more_ranks_never_need_more_each(world, sta
     assert plan.states == pytest.approx((2 * n if stage == 2 else 2 * n / world) + 16 * n / world, rel=1e-6)
     more = plan_memory(LLAMA_8B, trainer.model_copy(update={"workers": world + 1}), tokens, "cuda")
     assert more.total <= plan.total
+
+
+def test_adapters_need_gradients_and_optimizer_for_themselves_alone():
+    config = transformers.LlamaConfig(vocab_size=512, intermediate_size=128, **SMALL)
+    whole, adapted = Shape.of(on_meta(config)), Shape.of(on_meta(config, LoraConfig(rank=4)))
+    layer = 4 * (4 * (64 + 64) + 3 * (64 + 128))  # rank times the widths of four and three matrices
+    assert adapted.trained == adapted.parameters - whole.parameters == 2 * layer
+    plan = plan_memory(adapted, TrainerConfig(), 128, "cuda")
+    assert plan.states == 2 * adapted.parameters + 16 * adapted.trained
+
+
+def test_adapters_that_would_be_nowhere_are_refused():
+    config = transformers.LlamaConfig(vocab_size=512, **SMALL)
+    with pytest.raises(ConfigError, match=r"model\.lora\.targets: 'query' names no linear layer .* has .*q_proj"):
+        on_meta(config, LoraConfig(targets=("q_proj", "query")))
+    with pytest.raises(ConfigError, match="'lm_head' names no linear layer"):
+        on_meta(config, LoraConfig(targets=("lm_head",)))
 
 
 def test_a_model_that_can_never_fit_is_refused_with_the_mend():

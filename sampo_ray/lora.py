@@ -1,0 +1,76 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): low-rank adapters on the linear layers of a frozen model.
+
+Adapters live for a round. They start at zero on the round's reference, so that the policy *is* the reference there, and
+what is published, exported and begins the next round is the model with them merged in.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sampo_ray.config import ConfigError, LoraConfig
+
+ADAPTER = "default"
+"""peft's name for the only adapter there is."""
+
+
+def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
+    """Freezes a model and gives its targeted linear layers adapters, in its dtype: A random by `seed`, B zero.
+
+    `model` may be on the meta device. ConfigError, naming `model.lora.targets`, for names that match no linear layer.
+    """
+    import peft
+
+    targets = _targets(model, config)
+    settings = peft.LoraConfig(r=config.rank, lora_alpha=config.scaled_by, target_modules=targets, lora_dropout=0.0)
+    model.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        peft.inject_adapter_in_model(settings, model, ADAPTER)
+
+
+def _targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
+    """Names of the layers that get adapters."""
+    head = model.get_output_embeddings()
+    linear = [name for name, module in model.named_modules() if type(module) is nn.Linear and module is not head]
+    if config.targets == "all-linear":
+        return linear
+    for target in config.targets:
+        if not any(f".{name}".endswith(f".{target}") for name in linear):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise ConfigError(f"model.lora.targets: {target!r} names no linear layer of this model; it has {known}")
+    return [name for name in linear if any(f".{name}".endswith(f".{target}") for target in config.targets)]
+
+
+class Weight:
+    """A parameter of the model as it was before, and the adapter on it, if it has one."""
+
+    def __init__(self, parameter: nn.Parameter, layer: Any) -> None:
+        self.parameter = parameter
+        self.layer = layer if ADAPTER in getattr(layer, "lora_A", {}) else None
+
+    @property
+    def parts(self) -> list[nn.Parameter]:
+        """What `merged` reads: the parameter and, with an adapter, A [rank, in] and B [out, rank]."""
+        adapter = [self.layer.lora_A[ADAPTER].weight, self.layer.lora_B[ADAPTER].weight] if self.layer else []
+        return [self.parameter, *adapter]
+
+    def merged(self, value: Callable[[nn.Parameter], Tensor]) -> Tensor:
+        """W + alpha/rank * B A, in fp32, of the `value` of each part; without an adapter just that of the parameter."""
+        if self.layer is None:
+            return value(self.parameter)
+        weight, a, b = (value(part).float() for part in self.parts)
+        return weight.addmm(b, a, alpha=self.layer.scaling[ADAPTER])
+
+
+def named_weights(model: nn.Module) -> Iterator[tuple[str, Weight]]:
+    """The parameters of a model, with adapters or without, under the names they have without."""
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        outer, inner, own = name.rpartition(".base_layer.")
+        layer = model.get_submodule(outer) if inner and own == "weight" else nn.Identity()
+        yield f"{outer}.{own}" if inner else name, Weight(parameter, layer)
