@@ -86,10 +86,10 @@ class Rank:
 
     def __init__(self, work: Work, store: ActorHandle) -> None:
         self.run, self.store, self.place, self.config = work.run, store, work.place, work.config
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        gpu = torch.cuda.is_available()
+        self.device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
         self.first = dist.get_rank() == 0
-        self.device = device
-        self.sender = start_sender(self.config.publish.transport, store, device) if self.first else None
+        self.sender = start_sender(self.config.publish.transport, store, self.device) if self.first else None
         self.learner = self._load(work)
         self._restore(work)
 
