@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pytest
 import ray
@@ -489,3 +490,24 @@ def test_an_answer_whole_or_refused_says_which_weights_gave_it(policy: Policy) -
     first, answer = policy.handle.options(stream=True).completions.remote(request)
     assert first.id == WeightsId("run", policy.version)
     assert answer.usage.completion_tokens == 4
+
+
+@pytest.mark.slow
+def test_a_replica_whose_engine_died_is_replaced_by_one_that_is_ready_on_current_weights(policy: Policy) -> None:
+    policy.publish(seed=3)
+    answers = policy.generate()
+    processes = psutil.Process().children(recursive=True)
+    (engine,) = [process for process in processes if process.name() == "VLLM::EngineCore"]
+    (replica,) = [process for process in processes if process.pid == engine.ppid()]
+    engine.kill()
+    psutil.wait_procs([replica], timeout=5)
+    assert not replica.is_running()
+    held = policy.handle.weights.remote().result(timeout_s=240)
+    assert held == {
+        "run": "run",
+        "version": policy.version,
+        "round": 0,
+        "step": policy.version,
+        "state": "ready",
+    }
+    assert policy.generate()["completion"].to_pylist() == answers["completion"].to_pylist()

@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 from hypothesis import strategies as st
 
 ANSWER_SECONDS = 60.0
-LEAKS = ("Traceback", "site-packages", 'File "', "sampo_ray", ".py", "/home/", "/tmp/", "/root/", "/usr/", "/etc/")
+FOLDERS = ("home", "tmp", "root", "usr", "etc")
+LEAKS = ("Traceback", "site-packages", 'File "', "sampo_ray", ".py", *(f"/{folder}/" for folder in FOLDERS))
 METHODS = ["GET", "POST", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "BREW", "get"]
 OPENAI = ("/v1/chat/completions", "/v1/completions")
 RIGHT = {
