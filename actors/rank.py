@@ -26,8 +26,8 @@ from sampo_ray.actors.weights import (
 from sampo_ray.batching import plan_round
 from sampo_ray.config import TrainingError
 from sampo_ray.learner import Learner, drain
-from sampo_ray.memory import Shape, check_memory, device_memory
-from sampo_ray.policy import load_policy, on_meta
+from sampo_ray.memory import check_device
+from sampo_ray.policy import load_policy
 from sampo_ray.runs import Checkpoint, Place, lineage, read_manifest
 from sampo_ray.versions import labels_of
 
@@ -99,26 +99,26 @@ class Rank:
         version = work.start_version if lora else 0
         with Place(version_folder(self.place.at("versions").url, version)).on_disk() as base:
             if self.device.type == "cuda":
-                check_memory(
-                    Shape.of(on_meta(AutoConfig.from_pretrained(base), lora)),
-                    self.config.trainer,
-                    self.config.row_budget.tokens_per_row,
-                    *device_memory(),
-                )
+                check_device(AutoConfig.from_pretrained(base), self.config)
             seed = self.config.run.seed + work.round
             policy = load_policy(base, self.config.trainer.gradient_checkpointing, lora=lora, seed=seed)
         learner = Learner(policy, self.config, self.device)
         learner.begin_round(work.round)
         return learner
 
-    def train(self, work: Work) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Trains what is left of a round and yields (step, result), published and checkpointed as configured."""
-        if work.round != self.learner.round and work.config.model.lora:
+    def _begin(self, work: Work) -> None:
+        """The next round: with the same learner or, where it has adapters of its own, with another."""
+        if self.config.model.lora:
             del self.learner
             gc.collect()  # DeepSpeed's engine is in cycles, and two may be too much
             self.learner = self._load(work)
-        elif work.round != self.learner.round or not self.learner.step:
+        else:
             self.learner.begin_round(work.round)
+
+    def train(self, work: Work) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Trains what is left of a round and yields (step, result), published and checkpointed as configured."""
+        if work.round != self.learner.round:
+            self._begin(work)
         learner, config = self.learner, work.config
         pairs = pa.concat_tables([part.table() for part in work.parts])
         budget = dataclasses.replace(config.row_budget, world=learner.world)

@@ -5,6 +5,7 @@ what is published, exported and begins the next round is the model with them mer
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,19 +39,20 @@ def _targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
     linear = [name for name, module in model.named_modules() if type(module) is nn.Linear and module is not head]
     if config.targets == "all-linear":
         return linear
-    for target in config.targets:
-        if not any(f".{name}".endswith(f".{target}") for name in linear):
+    found = {target: [name for name in linear if f".{name}".endswith(f".{target}")] for target in config.targets}
+    for target, names in found.items():
+        if not names:
             known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
             raise ConfigError(f"model.lora.targets: {target!r} names no linear layer of this model; it has {known}")
-    return [name for name in linear if any(f".{name}".endswith(f".{target}") for target in config.targets)]
+    return [name for names in found.values() for name in names]
 
 
+@dataclass(frozen=True)
 class Weight:
-    """A parameter of the model as it was before, and the adapter on it, if it has one."""
+    """A parameter of the model as it was before, and peft's layer around it, if it has an adapter."""
 
-    def __init__(self, parameter: nn.Parameter, layer: Any) -> None:
-        self.parameter = parameter
-        self.layer = layer if ADAPTER in getattr(layer, "lora_A", {}) else None
+    parameter: nn.Parameter
+    layer: Any
 
     @property
     def parts(self) -> list[nn.Parameter]:
@@ -72,5 +74,5 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Weight]]:
         if ".lora_" in name:
             continue
         outer, inner, own = name.rpartition(".base_layer.")
-        layer = model.get_submodule(outer) if inner and own == "weight" else nn.Identity()
+        layer = model.get_submodule(outer) if inner and own == "weight" else None
         yield f"{outer}.{own}" if inner else name, Weight(parameter, layer)

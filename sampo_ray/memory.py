@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sampo_ray.config import ConfigError, TrainerConfig
+from sampo_ray.config import ConfigError, RunConfig, TrainerConfig
 from sampo_ray.logprobs import tile_rows
+from sampo_ray.policy import on_meta
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,12 @@ def check_memory(shape: Shape, trainer: TrainerConfig, tokens_per_row: int, devi
         "gradients and optimizer alone"
         f"{'' if device == 'cpu' else ' on each GPU'}, there are {have}; use {mend}"
     )
+
+
+def check_device(model: PretrainedConfig, config: RunConfig) -> None:
+    """`check_memory` for a model's configuration and this machine."""
+    shape = Shape.of(on_meta(model, config.model.lora))
+    check_memory(shape, config.trainer, config.row_budget.tokens_per_row, *device_memory())
 
 
 def device_memory() -> tuple[str, int]:

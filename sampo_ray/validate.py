@@ -7,7 +7,7 @@ from transformers import AutoConfig
 from sampo_ray.chat import ChatFormat
 from sampo_ray.config import ConfigError, RunConfig
 from sampo_ray.keys import KeysError, is_json, parse
-from sampo_ray.memory import Shape, check_memory, device_memory
+from sampo_ray.memory import check_device
 from sampo_ray.policy import check_architecture, on_meta
 from sampo_ray.preferences import check_source
 from sampo_ray.rewards import check_reward
@@ -57,9 +57,7 @@ def check_fit(config: RunConfig) -> None:
     """ConfigError when a resolved configuration cannot be trained on this machine, if it is trained on this one."""
     if config.profile != "laptop":
         return
-    device, available = device_memory()
-    shape = Shape.of(on_meta(AutoConfig.from_pretrained(config.model.path), config.model.lora))
-    check_memory(shape, config.trainer, config.row_budget.tokens_per_row, device, available)
+    check_device(AutoConfig.from_pretrained(config.model.path), config)
 
 
 def check_keys_file(file: str | None) -> None:
