@@ -10,8 +10,8 @@ class PolicyEngine(VLLMEngine):
     """Ray's vLLM engine, which on CPUs computes in the process that schedules, if one rank is all there is.
 
     vLLM gives CPU ranks a process of their own to tie their threads to cores, which our replicas do not want
-    (`policy_deployment.cpu_threads`). That process takes 10 s to import vLLM and holds 0.6 GB; without it a tiny model
-    was measured a quarter faster (4.2k tokens/s, was 3.4k).
+    (`policy_deployment.cpu_environment`). That process takes 10 s to import vLLM and holds 0.6 GB; without it a tiny
+    model was measured a quarter faster (4.2k tokens/s, was 3.4k).
     """
 
     def _start_async_llm_engine(self, vllm_engine_args: Any, vllm_engine_config: Any, placement_group: Any) -> Any:

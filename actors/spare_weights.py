@@ -50,22 +50,20 @@ class SpareWeights:
         for group in layerwise_groups(list(held)):
             with self._in_place():  # into tensors without data, only to learn where it goes
                 filled = self._model.load_weights([(name, held[name]) for name in group])
-                self._allocate(filled)
+                allocated = self._allocate(filled)
+            for tensor in allocated:
+                yield from touched(tensor)
             for chunk in chunks((name, held[name]) for name in group):
                 with self._in_place():
                     self._model.load_weights(chunk)
                 yield
             loaded |= filled
             for name in {name.rpartition(".")[0] for name in filled} & unprocessed.keys():
-                with self._in_place():
-                    self._process(unprocessed.pop(name))
-                yield
+                yield from self._process(unprocessed.pop(name))
         with self._in_place():
             self._share(loaded)
         for module in unprocessed.values():
-            with self._in_place():
-                self._process(module)
-            yield
+            yield from self._process(module)
         with self._in_place():  # last, as vLLM does it: it may take what it needs from other modules
             for module in self._model.modules():
                 if is_deferred_attention_layer(module):
@@ -87,11 +85,14 @@ class SpareWeights:
             "_non_persistent_buffers_set": set(module._non_persistent_buffers_set),
         }
 
-    def _allocate(self, names: Iterable[str]) -> None:
+    def _allocate(self, names: Iterable[str]) -> list[torch.Tensor]:
+        allocated = []
         for path, _, own in (name.rpartition(".") for name in names):
             module = self._model.get_submodule(path)
             if module._parameters[own].is_meta:
                 module._parameters[own] = materialize_meta_tensor(module._parameters[own])
+                allocated.append(module._parameters[own])
+        return allocated
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
@@ -107,15 +108,20 @@ class SpareWeights:
         for (module, _), state in zip(self._before, states, strict=True):
             object.__setattr__(module, "__dict__", state)  # torch's own way takes ten times as long
 
-    def _process(self, module: Any) -> None:
+    def _process(self, module: Any) -> Iterator[None]:
         """What vLLM does with a module whose weights are loaded: on CPUs, packing them."""
-        is_head = isinstance(module, ParallelLMHead) or module is getattr(self._model, "lm_head", None)
-        if isinstance(module, VocabParallelEmbedding) and not is_head:
-            module.cpu_linear = nn.functional.linear  # vLLM packs a second copy here, which nobody computes with
-            return
-        module.quant_method.process_weights_after_loading(module)
-        if hasattr(module, "update_param_tp_status"):
-            module.update_param_tp_status()
+        with self._in_place():
+            is_head = isinstance(module, ParallelLMHead) or module is getattr(self._model, "lm_head", None)
+            if isinstance(module, VocabParallelEmbedding) and not is_head:
+                module.cpu_linear = nn.functional.linear  # vLLM packs a second copy here, which nobody computes with
+                return
+            nbytes = max(parameter.nbytes for parameter in module.parameters(recurse=False))
+        yield from touched(torch.empty(nbytes, dtype=torch.uint8))  # freed at once, for the packed copy to take
+        with self._in_place():
+            module.quant_method.process_weights_after_loading(module)
+            if hasattr(module, "update_param_tp_status"):
+                module.update_param_tp_status()
+        yield
 
     def _share(self, loaded: set[str]) -> None:
         """A parameter that was not in the checkpoint is another one's under a second name (a tied head), or missing."""
@@ -141,6 +147,16 @@ def as_created(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     return model.named_parameters(remove_duplicate=False)
+
+
+def touched(tensor: torch.Tensor) -> Iterator[None]:
+    """Writes zeros to a new large tensor, a chunk at a time: the first touch of memory can take longer than its use (on
+    a virtual machine 56 MB took 100 ms).
+    """
+    data = tensor.detach().flatten().view(torch.uint8)
+    for start in range(0, data.numel() - CHUNK_BYTES, CHUNK_BYTES):
+        data[start : start + CHUNK_BYTES] = 0
+        yield
 
 
 def chunks(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[list[tuple[str, torch.Tensor]]]:

@@ -7,6 +7,8 @@ It hands out two channels. `training` is the newest published version, which rol
 import asyncio
 import json
 import logging
+import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -32,6 +34,7 @@ from sampo_ray.actors.weights import (
     put,
     read_about,
     read_version,
+    rest,
     verify,
     version_folder,
     write_version,
@@ -44,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 NAMESPACE = "sampo"
 LOOK_S = 1.0
+AMPLE_CORES = 10
 CHECK_TIMEOUT_S = 1800.0
 Channel = Literal["live", "training"]
 
@@ -309,12 +313,20 @@ class WeightStore:
 
     async def _own(self, bucket: Bucket) -> Bucket:
         here = replace(bucket, data=await bucket.data)
-        await asyncio.to_thread(verify, here)
-        return await asyncio.to_thread(put, here)
+        return await asyncio.to_thread(own, here)
 
     def _load(self, version: int) -> Weights:
         buckets = tuple(put(bucket) for bucket in read_version(version_folder(self._versions, version)))
         return Weights(WeightsId(self._run, version), self._about(version), buckets, version)
+
+
+def own(bucket: Bucket) -> Bucket:
+    """A verified copy of this process's. Ray copies in six threads, so where cores are few it rests afterwards."""
+    begun = time.perf_counter()
+    verify(bucket)
+    copy = put(bucket)
+    rest(begun, min(1.0, (os.cpu_count() or 1) / AMPLE_CORES))
+    return copy
 
 
 def start_weight_store(name: str, state_url: str, apps: str = "") -> ActorHandle:

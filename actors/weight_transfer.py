@@ -15,6 +15,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
@@ -26,10 +27,11 @@ from sampo_ray.actors.receiving import SIDES, Reception
 from sampo_ray.actors.roll import Ticket
 from sampo_ray.actors.spare_weights import SpareWeights
 from sampo_ray.actors.transport import Incoming
-from sampo_ray.actors.weights import Bucket, TensorSpec, joined, views
+from sampo_ray.actors.weights import Bucket, TensorSpec, joined, rest, verify, views
 
 BACKEND = "host"
 SHARED_MEMORY = Path("/dev/shm")
+PIECE_BYTES = 4 << 20
 
 
 class WorkerExtension:
@@ -151,16 +153,28 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInit, HostUpdate]):
             self._incoming.close()
 
 
+def written(data: np.ndarray, file: Any, share: float) -> Iterator[np.ndarray]:
+    """Writes `data` piece by piece and yields each; all that is done with one takes `share` of the time."""
+    for start in range(0, data.size, PIECE_BYTES):
+        begun = time.perf_counter()
+        piece = data[start : start + PIECE_BYTES]
+        file.write(piece)
+        yield piece
+        rest(begun, share)
+
+
 @contextmanager
-def staged(buckets: Iterable[Bucket]) -> Iterator[dict[str, Any]]:
-    """Writes buckets (their bytes fetched) into one file, in memory where there is room; yields the HostUpdate."""
+def staged(buckets: Iterable[Bucket], share: float = 1.0) -> Iterator[dict[str, Any]]:
+    """Verifies buckets (their bytes fetched) and writes them into one file, in memory where there is room; yields the
+    HostUpdate. Works no more than `share` of the time. WeightsError for damaged bytes.
+    """
     held = list(buckets)
     room = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 2 * sum(b.data.size for b in held)
     places, specs = joined(held)
     with tempfile.NamedTemporaryFile(prefix="sampo-weights-", dir=SHARED_MEMORY if room else None) as file:
         for bucket, (start, _) in zip(held, places, strict=True):
             file.seek(start)
-            file.write(bucket.data)
+            verify(bucket, written(bucket.data, file, share))
         file.flush()
         yield {"path": file.name, "nbytes": file.tell(), "tensors": [astuple(spec) for spec in specs]}
 

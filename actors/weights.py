@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +26,7 @@ import xxhash
 from fsspec.implementations.local import LocalFileSystem
 from safetensors.torch import load, save_file
 
-BUCKET_BYTES = 256 << 20
+BUCKET_BYTES = 64 << 20
 ALIGNMENT = 64
 SHELL_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 
@@ -82,7 +83,15 @@ class Weights:
 
 def checksum(data: Any) -> str:
     """Checksum of a bytes-like object; against damage, not against malice."""
-    return f"xxh3-128:{xxhash.xxh3_128_hexdigest(data)}"
+    return checksum_of([data])
+
+
+def checksum_of(pieces: Iterable[Any]) -> str:
+    """The checksum of all pieces, one after the other."""
+    state = xxhash.xxh3_128()
+    for piece in pieces:
+        state.update(piece)
+    return f"xxh3-128:{state.hexdigest()}"
 
 
 def pack(tensors: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int = BUCKET_BYTES) -> Iterator[Bucket]:
@@ -112,13 +121,13 @@ def _sealed(specs: list[TensorSpec], data: np.ndarray) -> Bucket:
     return Bucket(tuple(specs), data, checksum(data))
 
 
-def verify(bucket: Bucket) -> None:
-    """Raises WeightsError unless the bucket's bytes are here and match their checksum."""
+def verify(bucket: Bucket, pieces: Iterable[np.ndarray] | None = None) -> None:
+    """Raises WeightsError unless the bucket's bytes are here and match their checksum. `pieces`: the bytes, in turn."""
     if not isinstance(bucket.data, np.ndarray):
         raise WeightsError(
             f"bucket of {bucket.specs[0].name}: its bytes were not fetched (data is {type(bucket.data)})"
         )
-    found = checksum(bucket.data)
+    found = checksum_of([bucket.data] if pieces is None else pieces)
     if found != bucket.checksum:
         raise WeightsError(
             f"bucket of {bucket.specs[0].name}: checksum is {found}, expected {bucket.checksum}; the bytes are damaged"
@@ -291,6 +300,14 @@ def complete_versions(versions_url: str) -> list[int]:
 
 def put(bucket: Bucket) -> Bucket:
     return replace(bucket, data=ray.put(bucket.data))
+
+
+def rest(since: float, share: float) -> None:
+    """Sleeps for as long as makes the work done since then (time.perf_counter) `share` of the time.
+
+    An engine that computes on the same cores waits in each step for the slowest of its threads.
+    """
+    time.sleep((1 / share - 1) * (time.perf_counter() - since))
 
 
 def fetch(bucket: Bucket, timeout_s: float) -> Bucket:

@@ -72,9 +72,9 @@ class Bare:
     def __init__(self, rig: _rig.Rig) -> None:
         from vllm import LLM
 
-        from sampo_ray.actors.policy_deployment import cpu_engine, cpu_threads
+        from sampo_ray.actors.policy_deployment import cpu_engine, cpu_environment
 
-        os.environ.update(cpu_threads())
+        os.environ.update(cpu_environment())
         self._llm = LLM(
             model=rig.model,
             tokenizer=str(rig.folder / "tokenizer"),

@@ -77,7 +77,7 @@ def start_stock(rig: _rig.Rig) -> str:
     from ray import serve
     from ray.serve.llm import LLMConfig, build_openai_app
 
-    from sampo_ray.actors.policy_deployment import cpu_engine, cpu_threads
+    from sampo_ray.actors.policy_deployment import cpu_engine, cpu_environment
 
     config = LLMConfig(
         model_loading_config={"model_id": "policy", "model_source": rig.model},
@@ -88,7 +88,7 @@ def start_stock(rig: _rig.Rig) -> str:
             "max_ongoing_requests": 2 * CONCURRENCY,
             "ray_actor_options": {"num_cpus": 0.5},
         },
-        runtime_env={"env_vars": {"HF_HUB_OFFLINE": "1", **cpu_threads()}},
+        runtime_env={"env_vars": {"HF_HUB_OFFLINE": "1", **cpu_environment()}},
         engine_kwargs={
             "tokenizer": str(rig.folder / "tokenizer"),
             "max_model_len": _rig.CONTEXT,

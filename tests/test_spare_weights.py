@@ -1,6 +1,10 @@
-"""The second set of weights of an engine on CPUs, on a toy model that packs its weights as vLLM's layers do."""
+"""The second set of weights of an engine on CPUs, on a toy model that packs its weights as vLLM's layers do; and how a
+version gets to where the engine reads it.
+"""
 
 from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +13,10 @@ from torch import nn
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 
-from sampo_ray.actors import spare_weights
-from sampo_ray.actors.spare_weights import SpareWeights, chunks
-from sampo_ray.actors.weights import WeightsError
+from sampo_ray.actors import spare_weights, weight_transfer
+from sampo_ray.actors.spare_weights import SpareWeights, chunks, touched
+from sampo_ray.actors.weight_transfer import staged
+from sampo_ray.actors.weights import TensorSpec, WeightsError, pack, views
 
 
 class Packing(QuantizeMethodBase):
@@ -126,3 +131,29 @@ def test_chunks_keep_order_and_are_of_about_one_size(monkeypatch: pytest.MonkeyP
     made = list(chunks(tensors))
     assert [tensor for chunk in made for tensor in chunk] == tensors
     assert [[name for name, _ in chunk] for chunk in made] == [["0", "1"], ["2"], ["3", "4", "5"]]
+
+
+def test_the_first_touch_of_a_large_tensor_is_made_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spare_weights, "CHUNK_BYTES", 32)
+    assert [len(list(touched(torch.ones(count)))) for count in (8, 9, 16, 24)] == [0, 1, 1, 2]
+
+
+def test_what_is_staged_is_what_was_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_transfer, "PIECE_BYTES", 24)
+    named = [(str(n), torch.arange(n * 50.0, n * 50 + 30)) for n in range(5)]
+    buckets = list(pack(named, 128))
+    with staged(buckets, share=0.9) as update:
+        data = torch.frombuffer(bytearray(Path(update["path"]).read_bytes()), dtype=torch.uint8)
+        found = list(views((TensorSpec(*fields) for fields in update["tensors"]), data))
+    assert data.numel() == update["nbytes"]
+    assert [name for name, _ in found] == [name for name, _ in named]
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(found, named, strict=True))
+    assert not Path(update["path"]).exists()
+
+
+def test_damaged_bytes_are_not_staged() -> None:
+    (bucket,) = pack([("w", torch.ones(100))])
+    damaged = bucket.data.copy()
+    damaged[-1] ^= 1
+    with pytest.raises(WeightsError, match="bucket of w: checksum"), staged([replace(bucket, data=damaged)]):
+        pass
