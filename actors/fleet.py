@@ -178,7 +178,7 @@ def applications(run: Run, live: _Live) -> dict[str, serve.Application]:
     """
     config, fleet = run.config, run.config.fleet
     apps: dict[str, serve.Application] = {}
-    if config.method.needs_reference:
+    if config.reference_workers:
         threads = None if fleet.references.num_gpus else torch.get_num_threads()
         apps[f"{run.id}-references"] = build_reference_app(live.store_name, fleet.references, threads)
     if config.serve.enabled:

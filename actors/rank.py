@@ -14,6 +14,7 @@ import torch.distributed as dist
 from ray.actor import ActorHandle
 from transformers import AutoConfig
 
+from sampo_ray.actors.blocks import part_place
 from sampo_ray.actors.exchange import Work
 from sampo_ray.actors.sending import start_sender
 from sampo_ray.actors.weight_store import find_weight_store, publish_version
@@ -120,7 +121,9 @@ class Rank:
         if work.round != self.learner.round:
             self._begin(work)
         learner, config = self.learner, work.config
-        pairs = pa.concat_tables([part.table() for part in work.parts])
+        with_log_probs = config.method.needs_reference and not config.reference_workers
+        tables = self._scored(work) if with_log_probs else (part.table() for part in work.parts)
+        pairs = pa.concat_tables(tables)
         budget = dataclasses.replace(config.row_budget, world=learner.world)
         seed, epochs = config.run.seed, config.rounds.epochs
         plan = plan_round(work.lengths, budget, epochs=epochs, seed=seed, round=work.round)
@@ -139,6 +142,23 @@ class Rank:
             if last or step.index % config.trainer.checkpoint_every == 0:
                 result["checkpoint"] = self._checkpoint(work)
             yield step.index, result | {"round": work.round, "step": step.index, "version": version}
+
+    def _scored(self, work: Work) -> Iterator[pa.Table]:
+        """The round's parts of pairs with reference log-probs: the policy's own, written before its first step."""
+        out = work.place.at("rounds", str(work.round), "reference")
+        for index, part in enumerate(work.parts):
+            place = part_place(out, index)
+            found = [self.first and place.exists()]
+            dist.broadcast_object_list(found)
+            if found[0]:
+                yield place.read_table()
+                continue
+            if self.learner.step:
+                raise TrainingError(f"{place.url} is gone, and the policy no longer is the reference that it came from")
+            scored = self.learner.score(part.table())
+            if self.first:
+                place.write_table(scored)
+            yield scored
 
     def _publish(self, work: Work, version: int, last: bool, metrics: dict[str, Any]) -> bool:
         versions, shell = work.place.at("versions").url, version_folder(work.place.at("versions").url, 0)

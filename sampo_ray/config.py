@@ -215,6 +215,12 @@ class RewardConfig(Section):
         return self
 
 
+class ReferenceConfig(Section):
+    where: Literal["workers", "trainer"] = "workers"
+    """Who computes the log-probs of a round's reference: workers of their own, or the trainer's ranks before the
+    round's first step, when the policy still is the reference. `trainer` spares a copy of the model; same bits."""
+
+
 class TrainerConfig(Section):
     workers: int | None = Field(None, ge=1)
     """Data-parallel ranks. Default: one per GPU (cluster profile), one (laptop)."""
@@ -416,6 +422,7 @@ class RunConfig(Section):
     optim: OptimConfig = OptimConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
+    reference: ReferenceConfig = ReferenceConfig()
     trainer: TrainerConfig = TrainerConfig()
     fleet: FleetsConfig = FleetsConfig()
     publish: PublishConfig = PublishConfig()
@@ -426,6 +433,11 @@ class RunConfig(Section):
     def row_budget(self) -> RowBudget:
         tokens = self.trainer.tokens_per_row or 2 * self.data.max_length
         return RowBudget(self.optim.batch_size, tokens, self.trainer.workers or 1)
+
+    @property
+    def reference_workers(self) -> bool:
+        """Whether the run has any."""
+        return self.method.needs_reference and self.reference.where == "workers"
 
     @property
     def online(self) -> bool:

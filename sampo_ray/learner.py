@@ -4,6 +4,7 @@ It knows neither Ray nor the run directory. torch.distributed must be initialise
 """
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -21,7 +22,7 @@ from sampo_ray.config import OptimConfig, RunConfig, TrainingError
 from sampo_ray.lora import named_weights
 from sampo_ray.losses import Statistics
 from sampo_ray.objective import METRICS, Draw, idle_loss, row_losses
-from sampo_ray.policy import Policy
+from sampo_ray.policy import Policy, Scores, batch_rows, row_logprobs, with_logprobs
 
 NAMED_PAIRS = 10
 """Pairs that an error names at most."""
@@ -127,6 +128,26 @@ class Learner:
         self.statistics = self.statistics.after(metrics, step.pairs)
         norm = self._engine.get_global_grad_norm()
         return metrics | {"learning_rate": rate, "grad_norm": float(norm) if norm is not None else None, "skipped": 0.0}
+
+    def score(self, pairs: pa.Table) -> pa.Table:
+        """A PAIRS block with the policy's own log-probs as its reference: at a round's start they are.
+
+        The block begins with a whole global batch. Each rank computes its own rows, in the shapes of the first epoch.
+        """
+        budget = dataclasses.replace(self.config.row_budget, world=self.world)
+        mine: Scores = {}
+        self._engine.eval()
+        with torch.no_grad():
+            for rows in batch_rows(pairs, budget):
+                for indices in rows[self.rank :: self.world]:
+                    if len(indices):
+                        mine |= row_logprobs(self._engine, pairs, indices)
+                    else:
+                        idle_loss(self._engine, self.device)  # under ZeRO-3 a forward gathers weights from all ranks
+        self._engine.train()
+        everyone: list[Scores] = [{} for _ in range(self.world)]
+        dist.all_gather_object(everyone, mine)
+        return with_logprobs(pairs, {place: scores for some in everyone for place, scores in some.items()})
 
     def _accumulate(self, step: Step, pairs: pa.Table) -> tuple[Tensor, list[tuple[pa.Table, Tensor]]]:
         """This rank's rows forward and backward: the sums of METRICS, and each row's pairs and their losses."""

@@ -1,5 +1,6 @@
 """The model as trainer and reference worker see it: a row of pairs in, log-probabilities of chosen tokens out."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -125,19 +126,37 @@ def score_pairs(policy: Policy, pairs: pa.Table, budget: RowBudget) -> pa.Table:
     The block's pairs are in training order and begin with a whole global batch, so the rows are those that the trainer
     will plan for its first epoch, and on every device policy and reference run through the same shapes.
     """
+    scores: Scores = {}
+    for rows in batch_rows(pairs, budget):
+        for indices in rows:
+            if len(indices):
+                scores |= row_logprobs(policy, pairs, indices)
+    return with_logprobs(pairs, scores)
+
+
+Scores = dict[int, tuple[np.ndarray, np.ndarray]]
+"""By a pair's place: log-probs of all its response tokens, chosen and rejected, fp32 nats."""
+
+
+def batch_rows(pairs: pa.Table, budget: RowBudget) -> Iterator[list[np.ndarray]]:
+    """The rows of each global batch of a PAIRS block, as the first epoch has them; see `plan_rows`."""
     lengths = lengths_of(pairs)
-    chosen: list[np.ndarray] = [np.empty(0)] * len(pairs)
-    rejected = list(chosen)
-    device = next(policy.parameters()).device
     for start in range(0, len(pairs), budget.batch_size):
-        batch = np.arange(start, min(start + budget.batch_size, len(pairs)))
-        for indices in (row for row in plan_rows(batch, lengths, budget) if len(row)):
-            row = assemble(pairs.take(pa.array(indices))).to(device)
-            everything = [Positions(np.arange(s.chosen), np.arange(s.rejected)) for s in row.segments]
-            with torch.no_grad():
-                of_chosen, of_rejected = pair_logprobs(policy, row, everything)
-            for i, w, r in zip(indices, of_chosen, of_rejected, strict=True):
-                chosen[i], rejected[i] = w.cpu().numpy(), r.cpu().numpy()
-    for name, column in (("chosen_ref", chosen), ("rejected_ref", rejected)):
+        yield plan_rows(np.arange(start, min(start + budget.batch_size, len(pairs))), lengths, budget)
+
+
+@torch.no_grad()
+def row_logprobs(policy: nn.Module, pairs: pa.Table, indices: np.ndarray) -> Scores:
+    """Log-probs of all response tokens of the pairs that make up a row."""
+    row = assemble(pairs.take(pa.array(indices))).to(next(policy.parameters()).device)
+    everything = [Positions(np.arange(s.chosen), np.arange(s.rejected)) for s in row.segments]
+    sides = zip(*pair_logprobs(policy, row, everything), strict=True)
+    return {int(i): (w.cpu().numpy(), r.cpu().numpy()) for i, (w, r) in zip(indices, sides, strict=True)}
+
+
+def with_logprobs(pairs: pa.Table, scores: Scores) -> pa.Table:
+    """A REFERENCE block of a PAIRS block."""
+    for side, name in enumerate(("chosen_ref", "rejected_ref")):
+        column = [scores[index][side] for index in range(len(pairs))]
         pairs = pairs.append_column(name, pa.array(column, pa.list_(pa.float32())))
     return pairs

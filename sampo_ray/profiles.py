@@ -70,7 +70,7 @@ def _cluster(config: RunConfig, gpus: int) -> dict[str, dict[str, Any]]:
     fleets = config.fleet
     live = 1 if config.serve.enabled else 0
     sampling = max(1, gpus // 4) if config.online else 0
-    scorers = config.method.needs_reference + bool(config.reward.model)
+    scorers = config.reference_workers + bool(config.reward.model)
     left = max(1, gpus - sampling - live - min(scorers, 1))
     workers = config.trainer.workers or max(n for n in range(1, left + 1) if config.optim.batch_size % n == 0)
     share = 1.0 / max(scorers, 1)

@@ -198,11 +198,11 @@ class Round:
 
     def reference(self, pairs: Sequence[Part], references: "DeploymentHandle | None") -> list[Part]:
         """The pairs with their token log-probs under the policy that the round starts from; as they are, where the loss
-        needs none.
+        needs none or the trainer computes them.
         """
-        if not self.config.method.needs_reference:
+        if not self.config.reference_workers:
             return list(pairs)
-        assert references is not None, "the fleet was started for a loss that needs no reference"
+        assert references is not None, "the fleet was started for a run without reference workers"
         config, settings = self.config, self.config.fleet.references
         window = (settings.max_replicas or 1) * settings.max_ongoing_requests
 

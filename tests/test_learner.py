@@ -96,6 +96,16 @@ def test_a_step_learns_and_says_how(alone, tiny_model, pairs):
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])
+def test_a_round_that_begins_has_the_bits_of_its_reference(alone, tiny_model, pairs, zero_stage):
+    learner = make(tiny_model, "sigmoid", zero_stage=zero_stage)
+    plain = pairs.select(["id", "prompt", "chosen", "rejected"])
+    assert learner.score(plain).equals(pairs)
+    learner.optimize(plan(pairs)[0], pairs, 4)
+    assert not learner.score(plain).equals(pairs)
+    learner.optimize(plan(pairs)[1], pairs, 4)  # and it still learns
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
 @pytest.mark.parametrize("loss", ["not_a_number", "infinite", "steep"])
 def test_a_step_that_is_not_finite_leaves_no_trace(alone, tiny_model, pairs, loss, zero_stage):
     bad, good, *_ = plan(pairs)

@@ -125,9 +125,11 @@ def test_an_export_loads_as_any_model_does(undisturbed, tiny_model):
 
 
 def test_a_run_that_lost_a_rank_and_then_its_driver_ends_in_the_same_bits(undisturbed, recipe, tmp_path, after):
-    """Nor does it matter that the other was a job on a cluster, or whether ranks live for the run or for a round."""
+    """Nor does it matter that the other was a job on a cluster, who computes the reference, or whether ranks live for
+    the run or for a round.
+    """
     run = tmp_path / "run"
-    process = after(3, run, recipe, f"run.dir={run}")
+    process = after(3, run, recipe, f"run.dir={run}", "reference.where=trainer")
     ranks = [
         p for p in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())
     ]
@@ -145,6 +147,8 @@ def test_a_run_that_lost_a_rank_and_then_its_driver_ends_in_the_same_bits(undist
     assert scored.stat().st_mtime_ns == before, "nothing stored is scored twice"
     assert same_bits(run / "exports" / "round-2", undisturbed / "exports" / "round-2")
     assert facts(run) == facts(undisturbed)
+    theirs, ours = (pq.read_table(folder / "rounds" / "1" / "reference" / scored.name) for folder in (undisturbed, run))
+    assert ours.equals(theirs)
     assert "is finished" in CliRunner().invoke(app, ["train", "--resume", str(run)]).output
 
 
