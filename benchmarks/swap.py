@@ -82,9 +82,9 @@ class Versions:
         self._ray.get(store, timeout=120)
         return number
 
-    def await_held(self, number: int) -> None:
+    def await_held(self, number: int, every_s: float = 0.05) -> None:
         while self.rig.policy.weights.remote().result(timeout_s=120)["version"] != number:
-            time.sleep(0.05)  # seldom enough to be no load
+            time.sleep(every_s)
 
 
 def link(source: Path, target: Path, number: int) -> None:
@@ -102,14 +102,14 @@ def check(rig: _rig.Rig, versions: Versions, rows: list[Any]) -> None:
         versions.await_held(number)
         answers = greedy(rig)
         own, other = (distance(rig, answers, source) for source in (number, number + 1))
-        errors.append(own)
+        errors.append(own / other)
         count = f"{8 * TOKENS} tokens"
         rows.append((f"version {number}: |log-prob - Hugging Face's|, mean", f"{own:.4f} nats", count))
         rows.append(("  against the other weights'", f"{other:.4f} nats", count))
     before, after = (table["completion"].to_pylist() for table in (first, answers))
     same = sum(a == b for a, b in zip(before, after, strict=True))
     rows.append(("greedy answers the same after swapping away and back", f"{same} of 8", ""))
-    if max(errors) > 0.05:
+    if max(errors) > 0.1:  # bf16 alone makes 0.03 to 0.05 nats
         raise SystemExit(f"the engine does not compute with the weights it was given: {errors}")
 
 
@@ -236,7 +236,7 @@ def throughput(
         def keep_publishing() -> None:
             while not done.wait(SWAP_EVERY_S if swapped else SWAP_EVERY_S / 2):
                 number = versions.publish()
-                versions.await_held(number)
+                versions.await_held(number, every_s=1.0)  # seldom enough to be no load
                 swapped.append(number)
 
         publisher = threading.Thread(target=keep_publishing)

@@ -1,0 +1,123 @@
+"""What the benchmarks of the train step share: models, pairs, a process for each turn, and its memory."""
+
+import ctypes
+import gc
+import json
+import random
+import subprocess
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import _measure
+import _rig
+import pyarrow as pa
+
+MAX_LENGTH = 512
+PAIRS_A_STEP = 8
+ROW = 2 * MAX_LENGTH
+"""Tokens of a row of ours: as `trainer.tokens_per_row` is by default."""
+VOCABULARY = 128_256
+
+
+def options(description: str, sides: Sequence[str]) -> ArgumentParser:
+    parser = _measure.options(description, requests=48, repeats=3)
+    parser.add_argument("--data", type=Path, help="preference pairs, JSON lines; default: made up")
+    parser.add_argument("--models", default="given,vocab128k", help="given (see --model), vocab128k, or both")
+    parser.add_argument("--side", choices=sides, help="measures one side once and prints its figures")
+    return parser
+
+
+def models(args: Namespace, folder: Path) -> list[tuple[str, str]]:
+    """Folder and name of each model to measure with."""
+    given = _rig.model_folder(args.model, folder)
+    if args.model is None:
+        given = given[0], "tiny"
+    return [vocab128k(folder) if kind == "vocab128k" else given for kind in args.models.split(",")]
+
+
+def vocab128k(folder: Path) -> tuple[str, str]:
+    """A small random Llama with as many tokens as Llama 3 has."""
+    path, _ = _rig.model_folder(None, folder)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    target = folder / "vocab128k"
+    model = AutoModelForCausalLM.from_pretrained(path)
+    model.resize_token_embeddings(VOCABULARY)
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(path).save_pretrained(target)
+    return str(target), "vocab128k"
+
+
+def made_up(path: Path, count: int) -> Path:
+    """Pairs of random words; lengths log-normal, medians about those of UltraFeedback (130, 240 and 200 words)."""
+    draw = random.Random(0)
+    words = [*_rig.TOPICS, *_rig.FORMS, *_rig.READERS]
+
+    def text(median: int) -> str:
+        return " ".join(draw.choices(words, k=max(4, round(median * draw.lognormvariate(0, 0.7)))))
+
+    with path.open("w") as file:
+        for index in range(count):
+            record = {"id": f"pair-{index}", "prompt": text(130), "chosen": text(240), "rejected": text(200)}
+            file.write(json.dumps(record) + "\n")
+    return path
+
+
+def tokens_of(model: str, data: Path, count: int) -> pa.Table:
+    """The first pairs of a file, tokenized as a run does it."""
+    from sampo_ray.chat import ChatFormat
+    from sampo_ray.config import DataConfig
+    from sampo_ray.preferences import Counts, tokenized_pairs
+
+    settings = DataConfig(train=str(data), max_length=MAX_LENGTH)
+    blocks = tokenized_pairs(str(data), ChatFormat.load(model, "tokenizer"), settings, Counts())
+    return pa.concat_tables(blocks).slice(0, count)
+
+
+def turns(
+    script: str, sides: Sequence[str], model: tuple[str, str], args: Namespace, folder: Path, extra: Sequence[str] = ()
+) -> tuple[dict[str, list[dict[str, float]]], int]:
+    """The sides' figures, each turn measured in a new process, and how many pairs a turn had."""
+    data = args.data or made_up(folder / "pairs.jsonl", 2 * args.requests)
+    pairs = max(PAIRS_A_STEP, args.requests // args.repeats // PAIRS_A_STEP * PAIRS_A_STEP)
+    path, label = model
+
+    def side(name: str) -> Callable[[int], dict[str, float]]:
+        def turn(_: int) -> dict[str, float]:
+            how = ["--side", name, "--model", path, "--data", str(data), "--requests", str(pairs), *extra]
+            done = subprocess.run([sys.executable, script, *how], stdout=subprocess.PIPE, text=True, check=True)
+            result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+            _measure.note(f"  {label}, {name}: {result}")
+            return result
+
+        return turn
+
+    return _measure.take_turns({name: side(name) for name in sides}, args.repeats), pairs
+
+
+def over(a: list[dict[str, float]], b: list[dict[str, float]], field: str) -> list[float]:
+    return [x[field] / y[field] for x, y in zip(a, b, strict=True)]
+
+
+class Memory:
+    """The largest resident set inside the block beyond that at its begin, bytes (Linux)."""
+
+    beyond = 0
+
+    def __enter__(self) -> "Memory":
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not hide what comes
+        self._before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.beyond = resident("VmHWM") - self._before
+
+
+def resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))

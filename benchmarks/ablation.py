@@ -1,0 +1,141 @@
+"""What each part of the train step gives by itself: forward and backward passes with all of them, and without one.
+
+Without packing each pair is a row of its own; without prompt sharing each answer has a copy of the prompt; without the
+sampled head logits are computed at all tokens of the answers; without tiles the logits of a row are there at once.
+"""
+
+import json
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import _measure
+import _rig
+import _training
+from _measure import Target
+from _training import MAX_LENGTH, PAIRS_A_STEP, ROW, Memory, over
+
+SIDES = ("all", "no_packing", "no_prompt_sharing", "no_sampled_head", "no_tiles")
+NAMES = ("packing", "prompt_sharing", "sampled_head", "tiles")
+
+
+def main() -> None:
+    args = _training.options(__doc__.splitlines()[0], SIDES).parse_args()
+    _rig.quiet()
+    if args.side:
+        print(json.dumps(one_turn(str(args.model), args.data, args.requests, args.side)), flush=True)
+        return
+    rows: list[Any] = []
+    ratios: dict[str, list[float]] = {}
+    with _rig.scratch() as folder:
+        for model in _training.models(args, folder):
+            compare(model, args, folder, rows, ratios)
+    _measure.show(f"ablation, pairs of at most {MAX_LENGTH} tokens a side", ("what", "value", "count"), rows)
+    targets = {name: Target(at_most=1.0) if "memory" in name else Target(at_least=1.0) for name in ratios}
+    _measure.report("ablation", ratios, targets)
+
+
+def compare(
+    model: tuple[str, str], args: Namespace, folder: Path, rows: list[Any], ratios: dict[str, list[float]]
+) -> None:
+    found, pairs = _training.turns(__file__, SIDES, model, args, folder)
+    label, count = model[1], f"{args.repeats} x {pairs} pairs"
+    for name, turns in found.items():
+        rows += [
+            (f"{label}, {name}: pairs/s", _measure.spread([turn["pairs_per_s"] for turn in turns], 2), count),
+            ("  memory beyond weights, MB", _measure.spread([turn["step_mb"] for turn in turns]), count),
+        ]
+    for name, side in zip(NAMES, SIDES[1:], strict=True):
+        ratios[f"pairs_per_s_with_vs_without_{name}/{label}"] = over(found["all"], found[side], "pairs_per_s")
+        ratios[f"memory_with_vs_without_{name}/{label}"] = over(found["all"], found[side], "step_mb")
+
+
+def one_turn(model: str, data: Path, count: int, side: str) -> dict[str, float]:
+    import torch
+
+    from sampo_ray.batching import RowBudget
+    from sampo_ray.policy import batch_rows, load_policy
+
+    policy = load_policy(model)
+    pairs = _training.tokens_of(model, data, count)
+    budget = RowBudget(PAIRS_A_STEP, 1 if side == "no_packing" else ROW)
+    rows = [row for batch in batch_rows(pairs, budget) for row in batch]
+    for parameter in policy.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    if side == "no_tiles":
+        policy.model.set_output_embeddings(whole_head(policy.model.get_output_embeddings().weight))
+    passes(policy, pairs, rows[0], side)
+    with Memory() as memory:
+        begun = time.perf_counter()
+        for row in rows:
+            passes(policy, pairs, row, side)
+        seconds = time.perf_counter() - begun
+    return {"pairs_per_s": len(pairs) / seconds, "step_mb": memory.beyond / 1e6}
+
+
+def passes(policy: Any, pairs: Any, indices: Any, side: str) -> None:
+    """A row forward and backward, with SamPO's loss and no reference: that costs nothing here."""
+    import pyarrow as pa
+    import torch
+
+    from sampo_ray.batching import assemble
+    from sampo_ray.policy import pair_logprobs
+    from sampo_ray.reduction import REDUCTIONS, MaskKey, Positions
+
+    mine = pairs.take(pa.array(indices))
+    row = unshared(mine) if side == "no_prompt_sharing" else assemble(mine)
+    lengths = [(len(pair["chosen"]), len(pair["rejected"])) for pair in mine.to_pylist()]
+    kept = [
+        REDUCTIONS["sample"].positions(MaskKey(0, 0, 0, str(i)), *both)
+        for i, both in zip(indices, lengths, strict=True)
+    ]
+    every = [Positions(torch.arange(w).numpy(), torch.arange(r).numpy()) for w, r in lengths]
+    asked = every if side == "no_sampled_head" else kept
+    if side == "no_prompt_sharing":
+        nothing = asked[0].chosen[:0]
+        halves = [Positions(tokens, nothing) for pair in asked for tokens in (pair.chosen, pair.rejected)]
+        answers, _ = pair_logprobs(policy, row, halves)
+        chosen, rejected = answers[0::2], answers[1::2]
+    else:
+        chosen, rejected = pair_logprobs(policy, row, asked)
+    if side == "no_sampled_head":
+        chosen = [logprobs[torch.from_numpy(at.chosen)] for logprobs, at in zip(chosen, kept, strict=True)]
+        rejected = [logprobs[torch.from_numpy(at.rejected)] for logprobs, at in zip(rejected, kept, strict=True)]
+    margins = torch.stack([w.sum() - r.sum() for w, r in zip(chosen, rejected, strict=True)])
+    (-torch.nn.functional.logsigmoid(0.1 * margins)).sum().backward()
+
+
+def unshared(pairs: Any) -> Any:
+    """The row of the same pairs with each answer behind a prompt of its own; `chosen` of two segments are a pair's."""
+    import pyarrow as pa
+
+    from sampo_ray.batching import assemble
+
+    answers = [
+        {"prompt": pair["prompt"], "chosen": pair[side], "rejected": []}
+        for pair in pairs.to_pylist()
+        for side in ("chosen", "rejected")
+    ]
+    return assemble(pa.Table.from_pylist(answers, pairs.select(["prompt", "chosen", "rejected"]).schema))
+
+
+def whole_head(weight: Any) -> Any:
+    import torch
+
+    class WholeHead(torch.nn.Module):
+        """Log-probs from one tensor of logits, fp32, kept for the backward pass."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, hidden: Any, targets: Any) -> Any:
+            logits = hidden.float() @ self.weight.float().T
+            return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+    return WholeHead()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""The train step against TRL's DPOTrainer: pairs per second, and memory beyond weights, masters and moments.
+
+TRL must be installed or on PYTHONPATH. Against its defaults, which compute the reference within the step, ours counts
+the seconds of its reference stage, too; against its best settings, which compute it beforehand, neither does.
+"""
+
+import json
+import os
+import tempfile
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import _measure
+import _rig
+import _training
+from _measure import Target
+from _training import MAX_LENGTH, PAIRS_A_STEP, ROW, Memory, over
+
+SIDES = ("ours_sampo", "ours_dpo", "trl_default", "trl_best")
+TRL_BEST: dict[str, Any] = {
+    "precompute_ref_log_probs": True,
+    "gradient_checkpointing": False,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": PAIRS_A_STEP,
+}
+"""The fastest of TRL 1.16's settings that were tried: no padding, nothing computed twice."""
+TARGETS = {
+    "pairs_per_s_vs_trl_default": Target(at_least=3.0),
+    "pairs_per_s_vs_trl_best": Target(at_least=2.0),
+    "step_memory_vs_trl_best": Target(at_most=0.5),
+    "sampo_vs_own_dpo": Target(at_least=1.0),
+}
+
+
+def main() -> None:
+    parser = _training.options(__doc__.splitlines()[0], SIDES)
+    parser.add_argument("--flags", default="{}", help="TRL settings on top of its side's, as JSON")
+    args = parser.parse_args()
+    _rig.quiet()
+    if args.side:
+        print(json.dumps(one_turn(args)), flush=True)
+        return
+    rows: list[Any] = []
+    ratios: dict[str, list[float]] = {}
+    with _rig.scratch() as folder:
+        for model in _training.models(args, folder):
+            compare(model, args, folder, rows, ratios)
+    _measure.show(f"train step, pairs of at most {MAX_LENGTH} tokens a side", ("what", "value", "count"), rows)
+    _measure.report("train_step", ratios, {name: TARGETS[name.split("/")[0]] for name in ratios})
+
+
+def compare(
+    model: tuple[str, str], args: Namespace, folder: Path, rows: list[Any], ratios: dict[str, list[float]]
+) -> None:
+    found, pairs = _training.turns(__file__, SIDES, model, args, folder, ["--flags", args.flags])
+    label, count = model[1], f"{args.repeats} x {pairs} pairs"
+    for name, turns in found.items():
+        rows += [
+            (f"{label}, {name}: pairs/s", _measure.spread([turn["pairs_per_s"] for turn in turns], 2), count),
+            ("  the reference's seconds included", _measure.spread([t["with_reference"] for t in turns], 2), count),
+            ("  memory of a step, MB", _measure.spread([turn["step_mb"] for turn in turns]), count),
+        ]
+    ours, dpo, default, best = (found[name] for name in SIDES)
+    ratios |= {
+        f"pairs_per_s_vs_trl_default/{label}": over(ours, default, "with_reference"),
+        f"pairs_per_s_vs_trl_best/{label}": over(ours, best, "pairs_per_s"),
+        f"step_memory_vs_trl_best/{label}": over(ours, best, "step_mb"),
+        f"sampo_vs_own_dpo/{label}": over(ours, dpo, "pairs_per_s"),
+    }
+
+
+def one_turn(args: Namespace) -> dict[str, float]:
+    """Seconds and memory of one side, after a step that warms it up."""
+    if args.side.startswith("ours"):
+        return ours(str(args.model), args.data, args.requests, "sample" if args.side == "ours_sampo" else "sum")
+    settings = {} if args.side == "trl_default" else TRL_BEST
+    return trl(str(args.model), args.data, args.requests, {**settings, **json.loads(args.flags)})
+
+
+def ours(model: str, data: Path, count: int, reduction: str) -> dict[str, float]:
+    import torch
+    import torch.distributed as dist
+
+    from sampo_ray.batching import RowBudget, lengths_of, plan_round
+    from sampo_ray.config import RunConfig
+    from sampo_ray.learner import Learner
+    from sampo_ray.policy import load_policy, score_pairs
+
+    os.environ["LOCAL_RANK"] = "0"  # DeepSpeed insists
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    config = RunConfig.model_validate(
+        {
+            "model": {"path": model},
+            "data": {"train": str(data), "max_length": MAX_LENGTH},
+            "method": {"reduction": reduction},
+            "optim": {"batch_size": PAIRS_A_STEP, "learning_rate": 1e-6},
+            "run": {"dir": "unused"},
+        }
+    )
+    pairs, budget = _training.tokens_of(model, data, count), RowBudget(PAIRS_A_STEP, ROW)
+    reference = load_policy(model).requires_grad_(False)
+    score_pairs(reference, pairs.slice(0, 2), budget)
+    begun = time.perf_counter()
+    pairs = score_pairs(reference, pairs, budget)
+    reference_s = time.perf_counter() - begun
+    del reference
+    learner = Learner(load_policy(model), config, torch.device("cpu"))
+    learner.begin_round(0)
+    steps = list(plan_round(lengths_of(pairs), budget, epochs=1, seed=0, round=0))
+    learner.optimize(steps[0], pairs, len(steps))
+    with Memory() as memory:
+        begun = time.perf_counter()
+        for step in steps:
+            learner.optimize(step, pairs, len(steps))
+        train_s = time.perf_counter() - begun
+    return figures(len(pairs), train_s, reference_s, memory)
+
+
+def trl(model: str, data: Path, count: int, settings: dict[str, Any]) -> dict[str, float]:
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    from sampo_ray.preferences import Counts, read_rows
+
+    class Clock(TrainerCallback):
+        """Watches all steps but the first, which warms up."""
+
+        memory, begun, seconds = Memory(), 0.0, 0.0
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                self.memory.__enter__()
+                self.begun = time.perf_counter()
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.seconds = time.perf_counter() - self.begun
+            self.memory.__exit__()
+
+    records = [
+        {
+            "prompt": row.prompt,
+            "chosen": [{"role": "assistant", "content": row.chosen}],
+            "rejected": [{"role": "assistant", "content": row.rejected}],
+        }
+        for row, _ in zip(read_rows(str(data), "pairs", Counts()), range(count), strict=False)
+    ]
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        config = DPOConfig(
+            **{
+                "output_dir": folder,
+                "max_length": MAX_LENGTH,
+                "max_steps": 1 + len(records) // PAIRS_A_STEP,
+                "per_device_train_batch_size": PAIRS_A_STEP,
+                "save_strategy": "no",
+                "report_to": "none",
+                "disable_tqdm": True,
+                "use_cpu": True,
+                **settings,
+            }
+        )
+        begun = time.perf_counter()
+        trainer = DPOTrainer(
+            model=model,
+            args=config,
+            train_dataset=Dataset.from_list(records),
+            processing_class=AutoTokenizer.from_pretrained(model),
+            callbacks=[clock],
+        )
+        reference_s = time.perf_counter() - begun if config.precompute_ref_log_probs else 0.0
+        trainer.train()
+    return figures(len(records), clock.seconds, reference_s, clock.memory)
+
+
+def figures(pairs: int, train_s: float, reference_s: float, memory: Memory) -> dict[str, float]:
+    with_reference = pairs / (train_s + reference_s)
+    return {"pairs_per_s": pairs / train_s, "with_reference": with_reference, "step_mb": memory.beyond / 1e6}
+
+
+if __name__ == "__main__":
+    main()
