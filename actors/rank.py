@@ -28,6 +28,7 @@ from sampo_ray.batching import plan_round
 from sampo_ray.config import TrainingError
 from sampo_ray.learner import Learner, drain
 from sampo_ray.memory import check_device
+from sampo_ray.objective import asked_of_reference
 from sampo_ray.policy import load_policy
 from sampo_ray.runs import Checkpoint, Place, lineage, read_manifest
 from sampo_ray.versions import labels_of
@@ -155,7 +156,7 @@ class Rank:
                 continue
             if self.learner.step:
                 raise TrainingError(f"{place.url} is gone, and the policy no longer is the reference that it came from")
-            scored = self.learner.score(part.table())
+            scored = self.learner.score(part.table(), asked_of_reference(self.config, work.round))
             if self.first:
                 place.write_table(scored)
             yield scored

@@ -11,8 +11,8 @@ from ray import serve
 
 from sampo_ray.actors.weight_store import find_weight_store
 from sampo_ray.actors.weights import WeightsId, fetch, unpack
-from sampo_ray.batching import RowBudget
-from sampo_ray.config import FleetConfig
+from sampo_ray.config import FleetConfig, RunConfig
+from sampo_ray.objective import asked_of_reference
 from sampo_ray.policy import Policy, load_policy, score_pairs
 from sampo_ray.runs import Place
 
@@ -35,12 +35,12 @@ class ReferenceWorker:
         self._policy: Policy | None = None
 
     def score(
-        self, pairs: pa.Table, run: str, version: int, versions_url: str, budget: RowBudget, out: str
+        self, pairs: pa.Table, run: str, version: int, versions_url: str, config: RunConfig, round: int, out: str
     ) -> pa.Table:
-        """Scores a PAIRS block with `version` of `run`, writes the REFERENCE block to `out` and returns it."""
+        """Scores a PAIRS block of a round with `version` of `run`; writes and returns a REFERENCE block."""
         with self._computing:
             policy = self._load(WeightsId(run, version), versions_url)
-            scored = score_pairs(policy, pairs, budget)
+            scored = score_pairs(policy, pairs, config.row_budget, asked_of_reference(config, round))
         Place(out).write_table(scored)
         return scored
 

@@ -9,8 +9,8 @@ import pyarrow as pa
 import ray
 
 from sampo_ray.actors.blocks import Part, collect, is_lost, part_place, run_stage
-from sampo_ray.batching import Lengths, RowBudget, lengths_of
-from sampo_ray.config import DataConfig, RolloutConfig
+from sampo_ray.batching import Lengths, lengths_of
+from sampo_ray.config import DataConfig, RolloutConfig, RunConfig
 from sampo_ray.feedback import as_jsonl, pairs_from, read_votes
 from sampo_ray.preferences import Counts, DataError, best_against_worst, tokenized_pairs, tokenized_prompts
 from sampo_ray.runs import Place
@@ -210,7 +210,8 @@ def reference(
     out: Place,
     weights: tuple[str, int],
     versions: Place,
-    budget: RowBudget,
+    config: RunConfig,
+    round: int,
     window: int,
     progress: Progress,
 ) -> list[Part]:
@@ -219,7 +220,7 @@ def reference(
     def start(index: int, place: Place) -> ray.ObjectRef:
         block = pairs[index].argument()
         run, version = weights
-        return as_ref(references.score.remote(block, run, version, versions.url, budget, place.url))
+        return as_ref(references.score.remote(block, run, version, versions.url, config, round, place.url))
 
     return run_stage(out, len(pairs), start, window, progress)
 

@@ -219,6 +219,9 @@ class ReferenceConfig(Section):
     where: Literal["workers", "trainer"] = "workers"
     """Who computes the log-probs of a round's reference: workers of their own, or the trainer's ranks before the
     round's first step, when the policy still is the reference. `trainer` spares a copy of the model; same bits."""
+    positions: Literal["all", "sampled"] = "all"
+    """`sampled`: only of the tokens that SamPO's masks keep; other tokens get NaN. Same bits for less of the head's
+    work, but stored log-probs are good for this run's masks alone."""
 
 
 class TrainerConfig(Section):
@@ -464,6 +467,11 @@ class RunConfig(Section):
             raise ValueError("rounds.data=split is for offline rounds; online ones take rollout.prompts each")
         if self.serve.gates.min_win_rate is not None and not self.online:
             raise ValueError("serve.gates.min_win_rate needs a reward source: use rounds.mode=online, or drop it")
+        if self.reference.positions == "sampled" and (self.method.reduction, self.method.mask) != ("sample", "shared"):
+            raise ValueError(
+                "reference.positions=sampled needs method.reduction=sample and method.mask=shared, not "
+                f"{self.method.reduction} and {self.method.mask}; use reference.positions=all"
+            )
         workers = self.trainer.workers or 1
         if self.optim.batch_size % workers:
             raise ValueError(

@@ -22,7 +22,7 @@ from sampo_ray.config import OptimConfig, RunConfig, TrainingError
 from sampo_ray.lora import named_weights
 from sampo_ray.losses import Statistics
 from sampo_ray.objective import METRICS, Draw, idle_loss, row_losses
-from sampo_ray.policy import Policy, Scores, batch_rows, row_logprobs, with_logprobs
+from sampo_ray.policy import Ask, Policy, Scores, batch_rows, every_token, row_logprobs, with_logprobs
 
 NAMED_PAIRS = 10
 """Pairs that an error names at most."""
@@ -129,7 +129,7 @@ class Learner:
         norm = self._engine.get_global_grad_norm()
         return metrics | {"learning_rate": rate, "grad_norm": float(norm) if norm is not None else None, "skipped": 0.0}
 
-    def score(self, pairs: pa.Table) -> pa.Table:
+    def score(self, pairs: pa.Table, ask: Ask = every_token) -> pa.Table:
         """A PAIRS block with the policy's own log-probs as its reference: at a round's start they are.
 
         The block begins with a whole global batch. Each rank computes its own rows, in the shapes of the first epoch.
@@ -141,7 +141,7 @@ class Learner:
             for rows in batch_rows(pairs, budget):
                 for indices in rows[self.rank :: self.world]:
                     if len(indices):
-                        mine |= row_logprobs(self._engine, pairs, indices)
+                        mine |= row_logprobs(self._engine, pairs, indices, ask)
                     else:
                         idle_loss(self._engine, self.device)  # under ZeRO-3 a forward gathers weights from all ranks
         self._engine.train()

@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sampo_ray.batching import Row, assemble
-from sampo_ray.config import MethodConfig
+from sampo_ray.config import MethodConfig, RunConfig
 from sampo_ray.losses import PreferenceLoss, ScoredPairs, Statistics, find_loss
-from sampo_ray.policy import pair_logprobs
+from sampo_ray.policy import Ask, every_token, pair_logprobs
 from sampo_ray.reduction import REDUCTIONS, MaskKey, Positions, reduce_pairs
 
 METRICS = (
@@ -61,6 +61,34 @@ def row_positions(method: MethodConfig, draw: Draw, pairs: pa.Table) -> tuple[li
         policy.append(reduction.positions(key, *lengths))
         reference.append(reduction.positions(key, *lengths, stream=1) if method.mask == "independent" else policy[-1])
     return policy, reference
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Asks for the tokens that a round's masks keep in any of its epochs (an `Ask`)."""
+
+    method: MethodConfig
+    seed: int
+    round: int
+    epochs: int
+
+    def __call__(self, pairs: pa.Table) -> list[Positions]:
+        draws = [Draw(self.seed, self.round, epoch) for epoch in range(self.epochs)]
+        kept = zip(*(row_positions(self.method, draw, pairs)[1] for draw in draws), strict=True)
+        return [
+            Positions(
+                np.unique(np.concatenate([at.chosen for at in epochs])),
+                np.unique(np.concatenate([at.rejected for at in epochs])),
+            )
+            for epochs in kept
+        ]
+
+
+def asked_of_reference(config: RunConfig, round: int) -> Ask:
+    """Of which tokens the round's reference gives log-probs."""
+    if config.reference.positions == "all":
+        return every_token
+    return Sampled(config.method, config.run.seed, round, config.rounds.epochs)
 
 
 def row_losses(

@@ -1,6 +1,6 @@
 """The model as trainer and reference worker see it: a row of pairs in, log-probabilities of chosen tokens out."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -120,8 +120,17 @@ def pair_logprobs(
     return list(parts[0::2]), list(parts[1::2])
 
 
-def score_pairs(policy: Policy, pairs: pa.Table, budget: RowBudget) -> pa.Table:
-    """A PAIRS block with `chosen_ref` and `rejected_ref` added: log-probs of all response tokens, fp32 nats.
+Ask = Callable[[pa.Table], list[Positions]]
+"""Of which response tokens of each pair of a PAIRS block log-probs are wanted."""
+
+
+def every_token(pairs: pa.Table) -> list[Positions]:
+    return [Positions(np.arange(chosen), np.arange(rejected)) for _, chosen, rejected in lengths_of(pairs)]
+
+
+def score_pairs(policy: Policy, pairs: pa.Table, budget: RowBudget, ask: Ask = every_token) -> pa.Table:
+    """A PAIRS block with `chosen_ref` and `rejected_ref` added: log-probs of response tokens, fp32 nats; NaN where not
+    asked for.
 
     The block's pairs are in training order and begin with a whole global batch, so the rows are those that the trainer
     will plan for its first epoch, and on every device policy and reference run through the same shapes.
@@ -130,12 +139,12 @@ def score_pairs(policy: Policy, pairs: pa.Table, budget: RowBudget) -> pa.Table:
     for rows in batch_rows(pairs, budget):
         for indices in rows:
             if len(indices):
-                scores |= row_logprobs(policy, pairs, indices)
+                scores |= row_logprobs(policy, pairs, indices, ask)
     return with_logprobs(pairs, scores)
 
 
 Scores = dict[int, tuple[np.ndarray, np.ndarray]]
-"""By a pair's place: log-probs of all its response tokens, chosen and rejected, fp32 nats."""
+"""By a pair's place: log-probs of its response tokens, chosen and rejected, fp32 nats; NaN where not asked for."""
 
 
 def batch_rows(pairs: pa.Table, budget: RowBudget) -> Iterator[list[np.ndarray]]:
@@ -146,12 +155,21 @@ def batch_rows(pairs: pa.Table, budget: RowBudget) -> Iterator[list[np.ndarray]]
 
 
 @torch.no_grad()
-def row_logprobs(policy: nn.Module, pairs: pa.Table, indices: np.ndarray) -> Scores:
-    """Log-probs of all response tokens of the pairs that make up a row."""
-    row = assemble(pairs.take(pa.array(indices))).to(next(policy.parameters()).device)
-    everything = [Positions(np.arange(s.chosen), np.arange(s.rejected)) for s in row.segments]
-    sides = zip(*pair_logprobs(policy, row, everything), strict=True)
-    return {int(i): (w.cpu().numpy(), r.cpu().numpy()) for i, (w, r) in zip(indices, sides, strict=True)}
+def row_logprobs(policy: nn.Module, pairs: pa.Table, indices: np.ndarray, ask: Ask) -> Scores:
+    """Log-probs of the pairs that make up a row."""
+    mine = pairs.take(pa.array(indices))
+    row, asked = assemble(mine).to(next(policy.parameters()).device), ask(mine)
+    chosen, rejected = pair_logprobs(policy, row, asked)
+    scores = {}
+    for index, pair, at, w, r in zip(indices, row.segments, asked, chosen, rejected, strict=True):
+        scores[int(index)] = _spread(w, at.chosen, pair.chosen), _spread(r, at.rejected, pair.rejected)
+    return scores
+
+
+def _spread(logprobs: Tensor, positions: np.ndarray, length: int) -> np.ndarray:
+    every = np.full(length, np.nan, np.float32)
+    every[positions] = logprobs.cpu().numpy()
+    return every
 
 
 def with_logprobs(pairs: pa.Table, scores: Scores) -> pa.Table:

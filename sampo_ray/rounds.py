@@ -208,7 +208,7 @@ class Round:
 
         def work(out: Place, progress: Callable[[int], None]) -> list[Part]:
             return stages.reference(
-                references, pairs, out, self.start, self.run.versions, config.row_budget, window, progress
+                references, pairs, out, self.start, self.run.versions, config, self.index, window, progress
             )
 
         return self._stage("reference", sum(part.rows for part in pairs), "pairs", work)

@@ -1,6 +1,7 @@
 """The method: positions, reductions, losses, log-probs and the objective, against independent computations."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -10,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from sampo_ray.batching import assemble
+from sampo_ray.batching import RowBudget, assemble
 from sampo_ray.config import MethodConfig
 from sampo_ray.logprobs import token_logprobs
 from sampo_ray.losses import Statistics
-from sampo_ray.objective import Draw, row_losses
-from sampo_ray.policy import load_policy, pair_logprobs
+from sampo_ray.objective import Draw, Sampled, row_losses
+from sampo_ray.policy import load_policy, pair_logprobs, score_pairs
 from sampo_ray.reduction import REDUCTIONS, MaskKey, all_positions, reduce_pairs, sampled_positions
 from tests.conftest import random_pairs, with_reference
 
@@ -172,6 +173,22 @@ def test_a_pair_s_loss_does_not_depend_on_what_shares_its_row(policy):
     shuffled = pairs.take(pa.array([3, 1, 7, 0]))
     apart, _ = row_losses(policy, assemble(shuffled), shuffled, method, DRAW, Statistics())
     assert torch.equal(together[[3, 1, 7, 0]], apart)
+
+
+def test_a_reference_that_is_asked_for_sampled_tokens_has_their_bits(policy):
+    pairs, method, epochs = random_pairs(8, seed=9, longest=60), MethodConfig(), 2
+    every = score_pairs(policy, pairs, RowBudget(4, 256))
+    some = score_pairs(policy, pairs, RowBudget(4, 256), Sampled(method, DRAW.seed, DRAW.round, epochs))
+    left_out = 0
+    for side in ("chosen_ref", "rejected_ref"):
+        for full, asked in zip(every[side].to_pylist(), some[side].to_pylist(), strict=True):
+            left_out += sum(map(math.isnan, asked))
+            assert all(b == a or math.isnan(b) for a, b in zip(full, asked, strict=True))
+    assert left_out
+    for epoch in range(epochs):
+        draw = replace(DRAW, epoch=epoch)
+        ours, theirs = (row_losses(policy, assemble(t), t, method, draw, Statistics())[0] for t in (some, every))
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "mix", "simpo"])
