@@ -154,7 +154,8 @@ class _Live:
             self._at_end(stop_endpoint, gateway)
         targets = [serve.RunTarget(app, name=name, route_prefix=None) for name, app in apps.items()]
         try:
-            handles = dict(zip(apps, serve.run_many(targets), strict=True))
+            # An offline run whose reference nobody but its trainer needs, or which has none, has no applications.
+            handles = dict(zip(apps, serve.run_many(targets) if targets else [], strict=True))
         except RuntimeError as error:
             raise FleetError(f"{last_words(f'{error}{said_by(list(apps))}')} (Ray's logs have the rest)") from None
         return handles, await_endpoint(gateway, self._serve, route) if self._serve.enabled else None

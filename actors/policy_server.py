@@ -388,7 +388,7 @@ class PolicyServer(LLMServer):
                 yield received
                 return
         buckets = [await self._fetched(bucket) for bucket in weights.buckets]
-        engine_computes = current_platform.is_cpu() and self._client.output_processor.has_unfinished_requests()
+        engine_computes = current_platform.is_cpu() and bool(self._client.output_processor.request_states)
         async with in_thread(staged(buckets, SHARE_OF_A_CORE if engine_computes else 1.0)) as update:
             del buckets
             yield update
