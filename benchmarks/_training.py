@@ -25,30 +25,33 @@ VOCABULARY = 128_256
 def options(description: str, sides: Sequence[str]) -> ArgumentParser:
     parser = _measure.options(description, requests=48, repeats=3)
     parser.add_argument("--data", type=Path, help="preference pairs, JSON lines; default: made up")
-    parser.add_argument("--models", default="given,vocab128k", help="given (see --model), vocab128k, or both")
+    parser.add_argument("--models", default="given,vocab128k", help="given (needs --model), vocab128k, or both")
     parser.add_argument("--side", choices=sides, help="measures one side once and prints its figures")
     return parser
 
 
 def models(args: Namespace, folder: Path) -> list[tuple[str, str]]:
-    """Folder and name of each model to measure with."""
-    given = _rig.model_folder(args.model, folder)
+    """Folder and name of each model to measure with; without `--model` vocab128k alone."""
     if args.model is None:
-        given = given[0], "tiny"
-    return [vocab128k(folder) if kind == "vocab128k" else given for kind in args.models.split(",")]
+        args.models = "vocab128k"
+    return [
+        vocab128k(folder) if kind == "vocab128k" else _rig.model_folder(args.model, folder)
+        for kind in args.models.split(",")
+    ]
 
 
 def vocab128k(folder: Path) -> tuple[str, str]:
     """A small random Llama with as many tokens as Llama 3 has."""
-    path, _ = _rig.model_folder(None, folder)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    target = folder / "vocab128k"
+    from sampo_ray.chat import ChatFormat
+
+    path, _ = _rig.model_folder(None, folder)
     model = AutoModelForCausalLM.from_pretrained(path)
     model.resize_token_embeddings(VOCABULARY)
-    model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(path).save_pretrained(target)
-    return str(target), "vocab128k"
+    model.save_pretrained(folder / "vocab128k")
+    ChatFormat.load(path, "llama3").save(folder / "vocab128k")
+    return str(folder / "vocab128k"), "vocab128k"
 
 
 def made_up(path: Path, count: int) -> Path:
