@@ -30,14 +30,33 @@ def options(description: str, sides: Sequence[str]) -> ArgumentParser:
     return parser
 
 
+def run(
+    name: str,
+    parser: ArgumentParser,
+    one_turn: Callable[[Namespace], dict[str, float]],
+    compare: Callable[[tuple[str, str], Namespace, Path, list[Any], dict[str, list[float]]], None],
+    target_of: Callable[[str], _measure.Target],
+) -> None:
+    """Measures one side once (`--side`), or compares the sides on each model and reports all."""
+    args = parser.parse_args()
+    _rig.quiet()
+    if args.side:
+        print(json.dumps(one_turn(args)), flush=True)
+        return
+    rows: list[Any] = []
+    ratios: dict[str, list[float]] = {}
+    with _rig.scratch() as folder:
+        for model in models(args, folder):
+            compare(model, args, folder, rows, ratios)
+    title = f"{name.replace('_', ' ')}, pairs of at most {MAX_LENGTH} tokens a side"
+    _measure.show(title, ("what", "value", "count"), rows)
+    _measure.report(name, ratios, {ratio: target_of(ratio) for ratio in ratios})
+
+
 def models(args: Namespace, folder: Path) -> list[tuple[str, str]]:
     """Folder and name of each model to measure with; without `--model` vocab128k alone."""
-    if args.model is None:
-        args.models = "vocab128k"
-    return [
-        vocab128k(folder) if kind == "vocab128k" else _rig.model_folder(args.model, folder)
-        for kind in args.models.split(",")
-    ]
+    kinds = args.models.split(",") if args.model else ["vocab128k"]
+    return [vocab128k(folder) if kind == "vocab128k" else _rig.model_folder(args.model, folder) for kind in kinds]
 
 
 def vocab128k(folder: Path) -> tuple[str, str]:

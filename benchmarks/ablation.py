@@ -4,36 +4,26 @@ Without packing each pair is a row of its own; without prompt sharing each answe
 sampled head logits are computed at all tokens of the answers; without tiles the logits of a row are there at once.
 """
 
-import json
 import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import _measure
-import _rig
 import _training
 from _measure import Target
-from _training import MAX_LENGTH, PAIRS_A_STEP, ROW, Memory, over
+from _training import PAIRS_A_STEP, ROW, Memory, over
 
 SIDES = ("all", "no_packing", "no_prompt_sharing", "no_sampled_head", "no_tiles")
 NAMES = ("packing", "prompt_sharing", "sampled_head", "tiles")
 
 
 def main() -> None:
-    args = _training.options(__doc__.splitlines()[0], SIDES).parse_args()
-    _rig.quiet()
-    if args.side:
-        print(json.dumps(one_turn(str(args.model), args.data, args.requests, args.side)), flush=True)
-        return
-    rows: list[Any] = []
-    ratios: dict[str, list[float]] = {}
-    with _rig.scratch() as folder:
-        for model in _training.models(args, folder):
-            compare(model, args, folder, rows, ratios)
-    _measure.show(f"ablation, pairs of at most {MAX_LENGTH} tokens a side", ("what", "value", "count"), rows)
-    targets = {name: Target(at_most=1.0) if "memory" in name else Target(at_least=1.0) for name in ratios}
-    _measure.report("ablation", ratios, targets)
+    _training.run("ablation", _training.options(__doc__.splitlines()[0], SIDES), one_turn, compare, target_of)
+
+
+def target_of(ratio: str) -> Target:
+    return Target(at_most=1.0) if "memory" in ratio else Target(at_least=1.0)
 
 
 def compare(
@@ -51,16 +41,17 @@ def compare(
         ratios[f"memory_with_vs_without_{name}/{label}"] = over(found["all"], found[side], "step_mb")
 
 
-def one_turn(model: str, data: Path, count: int, side: str) -> dict[str, float]:
+def one_turn(args: Namespace) -> dict[str, float]:
     import torch
 
     from sampo_ray.batching import RowBudget
     from sampo_ray.policy import batch_rows, load_policy
 
+    model, side = str(args.model), args.side
     policy = load_policy(model)
-    pairs = _training.tokens_of(model, data, count)
+    pairs = _training.tokens_of(model, args.data, args.requests)
     budget = RowBudget(PAIRS_A_STEP, 1 if side == "no_packing" else ROW)
-    rows = [row for batch in batch_rows(pairs, budget) for row in batch]
+    rows = [row for batch in batch_rows(pairs, budget) for row in batch if len(row)]
     for parameter in policy.parameters():
         parameter.grad = torch.zeros_like(parameter)
     if side == "no_tiles":

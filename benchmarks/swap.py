@@ -96,20 +96,22 @@ def link(source: Path, target: Path, number: int) -> None:
 
 def check(rig: _rig.Rig, versions: Versions, rows: list[Any]) -> None:
     """Log-probs of the swapped-in weights against an independent forward over the version's files."""
+    from sampo_ray.actors.policy_deployment import cpu_engine
+
     first, errors = greedy(rig), []
     for _ in range(2):
         number = versions.publish()
         versions.await_held(number)
         answers = greedy(rig)
         own, other = (distance(rig, answers, source) for source in (number, number + 1))
-        errors.append(own / other)
+        errors.append(own)
         count = f"{8 * TOKENS} tokens"
         rows.append((f"version {number}: |log-prob - Hugging Face's|, mean", f"{own:.4f} nats", count))
         rows.append(("  against the other weights'", f"{other:.4f} nats", count))
     before, after = (table["completion"].to_pylist() for table in (first, answers))
     same = sum(a == b for a, b in zip(before, after, strict=True))
     rows.append(("greedy answers the same after swapping away and back", f"{same} of 8", ""))
-    if max(errors) > 0.1:  # bf16 alone makes 0.03 to 0.05 nats
+    if max(errors) > (0.05 if cpu_engine(_rig.CONTEXT)["dtype"] == "float32" else 0.1):  # bf16 itself makes up to 0.05
         raise SystemExit(f"the engine does not compute with the weights it was given: {errors}")
 
 

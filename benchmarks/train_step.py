@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import _measure
-import _rig
 import _training
 from _measure import Target
-from _training import MAX_LENGTH, PAIRS_A_STEP, ROW, Memory, over
+from _training import MAX_LENGTH, PAIRS_A_STEP, Memory, over
 
 SIDES = ("ours_sampo", "ours_dpo", "trl_default", "trl_best")
 TRL_BEST: dict[str, Any] = {
@@ -37,18 +36,7 @@ TARGETS = {
 def main() -> None:
     parser = _training.options(__doc__.splitlines()[0], SIDES)
     parser.add_argument("--flags", default="{}", help="TRL settings on top of its side's, as JSON")
-    args = parser.parse_args()
-    _rig.quiet()
-    if args.side:
-        print(json.dumps(one_turn(args)), flush=True)
-        return
-    rows: list[Any] = []
-    ratios: dict[str, list[float]] = {}
-    with _rig.scratch() as folder:
-        for model in _training.models(args, folder):
-            compare(model, args, folder, rows, ratios)
-    _measure.show(f"train step, pairs of at most {MAX_LENGTH} tokens a side", ("what", "value", "count"), rows)
-    _measure.report("train_step", ratios, {name: TARGETS[name.split("/")[0]] for name in ratios})
+    _training.run("train_step", parser, one_turn, compare, lambda ratio: TARGETS[ratio.split("/")[0]])
 
 
 def compare(
@@ -83,7 +71,7 @@ def ours(model: str, data: Path, count: int, reduction: str) -> dict[str, float]
     import torch
     import torch.distributed as dist
 
-    from sampo_ray.batching import RowBudget, lengths_of, plan_round
+    from sampo_ray.batching import lengths_of, plan_round
     from sampo_ray.config import RunConfig
     from sampo_ray.learner import Learner
     from sampo_ray.policy import load_policy, score_pairs
@@ -99,7 +87,7 @@ def ours(model: str, data: Path, count: int, reduction: str) -> dict[str, float]
             "run": {"dir": "unused"},
         }
     )
-    pairs, budget = _training.tokens_of(model, data, count), RowBudget(PAIRS_A_STEP, ROW)
+    pairs, budget = _training.tokens_of(model, data, count), config.row_budget
     reference = load_policy(model).requires_grad_(False)
     score_pairs(reference, pairs.slice(0, 2), budget)
     begun = time.perf_counter()

@@ -123,6 +123,9 @@ def pair_logprobs(
 Ask = Callable[[pa.Table], list[Positions]]
 """Of which response tokens of each pair of a PAIRS block log-probs are wanted."""
 
+Scores = dict[int, tuple[np.ndarray, np.ndarray]]
+"""By a pair's place: log-probs of its response tokens, chosen and rejected, fp32 nats; NaN where not asked for."""
+
 
 def every_token(pairs: pa.Table) -> list[Positions]:
     return [Positions(np.arange(chosen), np.arange(rejected)) for _, chosen, rejected in lengths_of(pairs)]
@@ -141,10 +144,6 @@ def score_pairs(policy: Policy, pairs: pa.Table, budget: RowBudget, ask: Ask = e
             if len(indices):
                 scores |= row_logprobs(policy, pairs, indices, ask)
     return with_logprobs(pairs, scores)
-
-
-Scores = dict[int, tuple[np.ndarray, np.ndarray]]
-"""By a pair's place: log-probs of its response tokens, chosen and rejected, fp32 nats; NaN where not asked for."""
 
 
 def batch_rows(pairs: pa.Table, budget: RowBudget) -> Iterator[list[np.ndarray]]:
