@@ -17,7 +17,7 @@ import pyarrow as pa
 
 MAX_LENGTH = 512
 PAIRS_A_STEP = 8
-ROW = 2 * MAX_LENGTH
+ROW = 4096
 """Tokens of a row of ours: as `trainer.tokens_per_row` is by default."""
 VOCABULARY = 128_256
 

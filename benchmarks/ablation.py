@@ -48,7 +48,7 @@ def one_turn(args: Namespace) -> dict[str, float]:
     from sampo_ray.policy import batch_rows, load_policy
 
     model, side = str(args.model), args.side
-    policy = load_policy(model)
+    policy = load_policy(model, gradient_checkpointing=True).train()
     pairs = _training.tokens_of(model, args.data, args.requests)
     budget = RowBudget(PAIRS_A_STEP, 1 if side == "no_packing" else ROW)
     rows = [row for batch in batch_rows(pairs, budget) for row in batch if len(row)]

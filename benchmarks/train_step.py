@@ -94,7 +94,8 @@ def ours(model: str, data: Path, count: int, reduction: str) -> dict[str, float]
     pairs = score_pairs(reference, pairs, budget)
     reference_s = time.perf_counter() - begun
     del reference
-    learner = Learner(load_policy(model), config, torch.device("cpu"))
+    policy = load_policy(model, config.trainer.gradient_checkpointing)
+    learner = Learner(policy, config, torch.device("cpu"))
     learner.begin_round(0)
     steps = list(plan_round(lengths_of(pairs), budget, epochs=1, seed=0, round=0))
     learner.optimize(steps[0], pairs, len(steps))

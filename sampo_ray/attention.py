@@ -42,25 +42,20 @@ def segment_attention(
         query, key, value = query.float(), key.float(), value.float()
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
-    outputs, at = [], 0
-    for pair in segments:
-        prompt, chosen, rejected = (
-            slice(pair.start, pair.chosen_start),
-            slice(pair.start, pair.rejected_start),
-            slice(pair.rejected_start, pair.end),
-        )
-        outputs.append(
-            scaled_dot_product_attention(
-                query[:, :, chosen], key[:, :, chosen], value[:, :, chosen], is_causal=True, scale=scaling
-            )
-        )
-        keys, values = (torch.cat([x[:, :, prompt], x[:, :, rejected]], dim=2) for x in (key, value))
+    # Split, not sliced: the gradient of a slice is a tensor of the whole row's size, that of a split a part of one.
+    lengths = [length for pair in segments for length in (pair.prompt, pair.chosen, pair.rejected)]
+    fill = query.shape[2] - sum(lengths)
+    queries, keys, values = (x.split([*lengths, fill], dim=2) for x in (query, key, value))
+    outputs = []
+    for first, pair in zip(range(0, len(lengths), 3), segments, strict=True):
+        prompt, chosen, rejected = first, first + 1, first + 2
+        q, k, v = (torch.cat([x[prompt], x[chosen]], dim=2) for x in (queries, keys, values))
+        outputs.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling))
+        k, v = (torch.cat([x[prompt], x[rejected]], dim=2) for x in (keys, values))
         mask = causal_lower_right(pair.rejected, pair.prompt + pair.rejected)
-        outputs.append(scaled_dot_product_attention(query[:, :, rejected], keys, values, attn_mask=mask, scale=scaling))
-        at = pair.end
-    fill = query.shape[2] - at
+        outputs.append(scaled_dot_product_attention(queries[rejected], k, v, attn_mask=mask, scale=scaling))
     if fill:
-        outputs.append(query.new_zeros(*query.shape[:2], fill, value.shape[-1]))
+        outputs.append(torch.zeros_like(queries[-1]))
     return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype), None
 
 

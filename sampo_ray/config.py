@@ -236,7 +236,8 @@ class TrainerConfig(Section):
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """What is kept in host memory instead of the GPU's: gradients and optimizer, or with zero_stage=3 all."""
     tokens_per_row: int | None = Field(None, ge=16)
-    """Tokens of a micro-batch. Default: twice `data.max_length`, in which any pair fits."""
+    """Tokens of a micro-batch. Default: twice `data.max_length`, in which any pair fits, and no fewer than 4,096: each
+    micro-batch costs a pass over all gradients."""
     checkpoint_every: int = Field(50, ge=1)
     """Optimizer steps between checkpoints; the end of a round always has one."""
     gradient_checkpointing: bool = True
@@ -434,7 +435,7 @@ class RunConfig(Section):
 
     @property
     def row_budget(self) -> RowBudget:
-        tokens = self.trainer.tokens_per_row or 2 * self.data.max_length
+        tokens = self.trainer.tokens_per_row or max(2 * self.data.max_length, 4096)
         return RowBudget(self.optim.batch_size, tokens, self.trainer.workers or 1)
 
     @property

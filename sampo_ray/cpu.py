@@ -1,4 +1,4 @@
-"""bf16 arithmetic on CPUs without bf16 instructions: the same products, summed in fp32, through fp32 kernels.
+"""bf16 products summed in fp32: through fp32 kernels on CPUs without bf16 instructions, else through those.
 
 A product of two bf16 numbers is exact in fp32, so a bf16 matrix product done in fp32 and rounded once is what bf16
 hardware computes. torch's own fallback on such CPUs (AVX2) was measured 5 times (forward) and 25 times (backward)
@@ -6,6 +6,8 @@ slower.
 """
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -51,3 +53,20 @@ def use_fp32_kernels(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.Linear and wants_fp32(module.weight):
             module.forward = functools.partial(_forward, module)  # type: ignore[method-assign]
+
+
+@contextmanager
+def bf16_products(of: torch.dtype) -> Iterator[None]:
+    """Within, fp32 matrix products round what they multiply to bf16 and sum in fp32, where `of` is bf16 and the CPU can.
+
+    A product of fp32 copies of bf16 numbers so keeps its fp32 sums, which a bf16 product rounds. (torch's CPU `mm` has
+    no `out_dtype`.) The setting is the process's: products of other threads meanwhile have it, too.
+    """
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    if of == torch.bfloat16 and has_bf16():
+        settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before

@@ -45,6 +45,7 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         "stage": config.trainer.zero_stage,
         "overlap_comm": False,
         "contiguous_gradients": True,
+        "reduce_bucket_size": 2**24,  # the default makes copies of the gradients of half a billion parameters
     }
     host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if config.trainer.offload != "none":

@@ -1,114 +1,45 @@
 """From hidden states to token log-probabilities, only at the positions that are asked for, in tiles.
 
-Neither forward nor backward ever holds a [tokens, vocabulary] tensor: rows are taken a tile at a time and computed
-again in the backward pass. Tiles have a fixed shape, so that a row's result does not depend on how many others are
-asked for.
+Neither forward nor backward ever holds a [tokens, vocabulary] tensor: logits come in tiles of some tokens by some words
+of the vocabulary, and are computed again in the backward pass. The words' loop is the outer one, so that each part of
+the head's weight is read, and the gradient of it written, once. Tiles have a fixed shape, so that a token's result does
+not depend on how many others are asked for.
 """
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-
-def tile_rows(device: torch.device) -> int:
-    """Rows of one tile: enough to keep the device busy, few enough that a tile of a 128k vocabulary is below 1 GB."""
-    return 64 if device.type == "cpu" else 1024
+from sampo_ray.cpu import bf16_products
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+@dataclass(frozen=True)
+class Tile:
+    """Shape of a tile of logits: enough tokens to keep the device busy, few enough words to stay below 64 MB."""
 
+    tokens: int
+    words: int
 
-class _Weight:
-    """The head's weight as the tile products want it: fp32 products on CPU, bf16 products with fp32 sums on GPU.
-
-    On CPU all tiles of a call share one buffer, and so `logits` is good until it is called again: a tile of a large
-    vocabulary is tens of megabytes, which the C library's allocator keeps for every thread that ever asked, in pieces,
-    or asks the kernel for each time. (A reference worker grew to 4 GB on a model of 16 million parameters.)
-    """
-
-    def __init__(self, weight: Tensor) -> None:
-        self.dtype = _accumulator(weight.dtype)
-        self.on_cpu = weight.device.type == "cpu"
-        self.weight = weight.to(self.dtype) if self.on_cpu else weight
-        self._tile = weight.new_empty(0, dtype=self.dtype)
-
-    def product(self, left: Tensor, right: Tensor) -> Tensor:
-        if self.on_cpu or left.dtype == right.dtype == self.dtype:
-            return left.to(self.dtype) @ right.to(self.dtype)
-        return torch.mm(left.to(right.dtype), right, out_dtype=self.dtype)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        if not self.on_cpu:
-            return self.product(hidden, self.weight.T)
-        shape = len(hidden), len(self.weight)
-        if self._tile.shape != shape:
-            self._tile = self._tile.new_empty(shape)
-        return torch.mm(hidden.to(self.dtype), self.weight.T, out=self._tile)
-
-    def add_product(self, total: Tensor, left: Tensor, right: Tensor) -> None:
-        """total += left @ right, without a second tensor of the total's size where the backend can."""
-        if self.on_cpu:
-            total.addmm_(left, right.to(self.dtype))
-        else:
-            total += self.product(left, right)
-
-
-def _exp_(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Replaces logits by exp(logits - row's largest); returns the largest and the sum of each row, [rows, 1]."""
-    peak = logits.amax(dim=1, keepdim=True)
-    return peak, logits.sub_(peak).exp_().sum(dim=1, keepdim=True)
-
-
-def _tiles(hidden: Tensor, targets: Tensor, rows: int):  # type: ignore[no-untyped-def]
-    """Yields (slice, hidden tile, target tile), the last one filled up with zeros to the full shape."""
-    for start in range(0, len(hidden), rows):
-        h, t = hidden[start : start + rows], targets[start : start + rows]
-        missing = rows - len(h)
-        if missing:
-            h, t = nn.functional.pad(h, (0, 0, 0, missing)), nn.functional.pad(t, (0, missing))
-        yield slice(start, min(start + rows, len(hidden))), h, t
-
-
-class _TokenLogProbs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.rows = rows
-        head = _Weight(weight)
-        out = hidden.new_empty(len(hidden), dtype=head.dtype)
-        for where, h, t in _tiles(hidden, targets, rows):
-            logits = head.logits(h)
-            picked = logits.gather(1, t[:, None])
-            peak, total = _exp_(logits)
-            out[where] = (picked - peak - total.log())[: where.stop - where.start, 0]
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[no-untyped-def]
-        hidden, weight, targets = ctx.saved_tensors
-        head = _Weight(weight)
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=head.dtype)
-        for where, h, t in _tiles(hidden, targets, ctx.rows):
-            g = nn.functional.pad(grad[where], (0, len(h) - (where.stop - where.start))).to(head.dtype)
-            # d log p(t) / d logits = onehot(t) - softmax
-            by_logits = head.logits(h)
-            _, total = _exp_(by_logits)
-            by_logits.mul_(-g[:, None] / total).scatter_add_(1, t[:, None], g[:, None])
-            grad_hidden[where] = head.product(by_logits, head.weight)[: where.stop - where.start].to(hidden.dtype)
-            head.add_product(grad_weight, by_logits.T, h)
-        return grad_hidden, grad_weight.to(weight.dtype), None, None
+    @classmethod
+    def of(cls, device: torch.device) -> "Tile":
+        return cls(128, 8192) if device.type == "cpu" else cls(1024, 16384)
 
 
 def token_logprobs(
     hidden: Float[Tensor, "tokens dim"],
     weight: Float[Tensor, "vocabulary dim"],
     targets: Int64[Tensor, " tokens"],
-    rows: int | None = None,
+    tile: Tile | None = None,
 ) -> Float[Tensor, " tokens"]:
-    """log softmax(hidden @ weight^T)[target] of each row, nats, in fp32 (fp64 for fp64 inputs); differentiable."""
-    return _TokenLogProbs.apply(hidden, weight, targets, rows or tile_rows(hidden.device))
+    """log softmax(hidden @ weight^T)[target] of each row, nats, in fp32 (fp64 for fp64 inputs); differentiable.
+
+    Of bf16 inputs the logits are exact products summed in fp32; in the backward pass the logits' gradients are rounded
+    to bf16 before they are multiplied where the device has bf16 arithmetic.
+    """
+    return _TokenLogProbs.apply(hidden, weight, targets, tile or Tile.of(hidden.device))
 
 
 class TiledHead(nn.Module):
@@ -122,3 +53,98 @@ class TiledHead(nn.Module):
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return token_logprobs(hidden, self.weight, targets)
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, tile: Tile) -> Tensor:  # type: ignore[no-untyped-def]
+        states, wanted = _filled(_operand(hidden), tile), _filled(targets, tile)
+        picked = states.new_zeros(len(states), dtype=_accumulator(weight.dtype))
+        peak, total = torch.full_like(picked, -torch.inf), torch.zeros_like(picked)
+        with bf16_products(of=weight.dtype):
+            for words, part in _parts(weight, tile):
+                for some in _rows(states, tile):
+                    logits = _product(states[some], part.T, picked.dtype)
+                    place, here = _places(wanted[some], words)
+                    picked[some] += logits.gather(1, place)[:, 0] * here
+                    top = torch.maximum(peak[some], logits.amax(1))
+                    total[some] *= (peak[some] - top).exp_()
+                    total[some] += logits.sub_(top[:, None]).exp_().sum(1)
+                    peak[some] = top
+        normalizer = peak + total.log()
+        ctx.save_for_backward(hidden, weight, targets, normalizer)
+        ctx.tile = tile
+        return (picked - normalizer)[: len(hidden)]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[no-untyped-def]
+        hidden, weight, targets, normalizer = ctx.saved_tensors
+        states, wanted, given = (_filled(x, ctx.tile) for x in (_operand(hidden), targets, grad.to(normalizer.dtype)))
+        of_states = torch.zeros_like(states, dtype=normalizer.dtype)
+        of_weight, memory = torch.empty_like(weight), _sums(weight, ctx.tile)
+        with bf16_products(of=weight.dtype):
+            for words, part in _parts(weight, ctx.tile):
+                of_part = memory[: len(part)].zero_()
+                for some in _rows(states, ctx.tile):
+                    # d log p(target) / d logits = onehot(target) - softmax
+                    by_logits = _product(states[some], part.T, normalizer.dtype)
+                    by_logits.sub_(normalizer[some, None]).exp_().mul_(-given[some, None])
+                    place, here = _places(wanted[some], words)
+                    by_logits.scatter_add_(1, place, (given[some] * here)[:, None])
+                    of_states[some] += _product(by_logits, part, normalizer.dtype)
+                    _add_product(of_part, by_logits.T, states[some])
+                of_weight[words] = of_part
+        return of_states[: len(hidden)].to(hidden.dtype), of_weight, None, None
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _operand(x: Tensor) -> Tensor:
+    """A factor as the products want it: on CPU a copy in fp32, since `mm` has no `out_dtype` there."""
+    return x.to(_accumulator(x.dtype)) if x.device.type == "cpu" else x
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left @ right with sums in `dtype`; the left one is rounded to the right one's dtype."""
+    left = left.to(right.dtype)
+    return left @ right if right.dtype == dtype else torch.mm(left, right, out_dtype=dtype)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, without a second tensor of the total's size where the backend can."""
+    if right.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += _product(left, right, total.dtype)
+
+
+def _filled(x: Tensor, tile: Tile) -> Tensor:
+    """Zeros appended up to a multiple of the tile's tokens."""
+    return nn.functional.pad(x, (0, 0) * (x.ndim - 1) + (0, -len(x) % tile.tokens))
+
+
+def _parts(weight: Tensor, tile: Tile) -> Iterator[tuple[slice, Tensor]]:
+    """The weight by tiles' words; copies of them share their memory, so each is good until the next."""
+    copies = _operand(weight[:0]).dtype != weight.dtype
+    memory = _sums(weight, tile) if copies else None
+    for start in range(0, len(weight), tile.words):
+        words = slice(start, min(start + tile.words, len(weight)))
+        part = weight[words]
+        yield words, part if memory is None else memory[: len(part)].copy_(part)
+
+
+def _sums(weight: Tensor, tile: Tile) -> Tensor:
+    """Memory for one part of the weight, in the dtype of sums."""
+    return weight.new_empty(min(tile.words, len(weight)), weight.shape[1], dtype=_accumulator(weight.dtype))
+
+
+def _rows(states: Tensor, tile: Tile) -> Iterator[slice]:
+    return (slice(start, start + tile.tokens) for start in range(0, len(states), tile.tokens))
+
+
+def _places(targets: Tensor, words: slice) -> tuple[Int64[Tensor, "tokens 1"], Tensor]:
+    """Columns of the targets in the words' tile, and whether they are among these at all."""
+    here = (targets >= words.start) & (targets < words.stop)
+    return (targets - words.start).clamp_(0, words.stop - words.start - 1)[:, None], here

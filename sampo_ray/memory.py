@@ -6,7 +6,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from sampo_ray.config import ConfigError, RunConfig, TrainerConfig
-from sampo_ray.logprobs import tile_rows
+from sampo_ray.logprobs import Tile
 from sampo_ray.policy import on_meta
 
 
@@ -62,7 +62,7 @@ def plan_memory(shape: Shape, trainer: TrainerConfig, tokens_per_row: int, devic
     gradients, masters and two moments, the last three (at stage 3 all) divided over the ranks.
 
     Activations are those of a Llama layer for one row; with gradient checkpointing only the inputs of all layers and
-    one whole layer. The head takes one tile of logits and its gradient, and on CPU an fp32 copy and gradient of itself.
+    one whole layer. The head takes a tile of logits, and the fp32 gradient (on CPU also a copy) of its words.
     """
     world = trainer.workers or 1
     each = -(-shape.trained // world)
@@ -70,8 +70,8 @@ def plan_memory(shape: Shape, trainer: TrainerConfig, tokens_per_row: int, devic
     inputs = 2 * shape.hidden * tokens_per_row
     layer = tokens_per_row * (2 * (10 * shape.hidden + 4 * shape.intermediate) + 4 * 4 * shape.hidden)
     activations = shape.layers * inputs + layer if trainer.gradient_checkpointing else shape.layers * layer
-    head = 8 * tile_rows(torch.device(device)) * shape.vocabulary
-    head += 8 * shape.hidden * shape.vocabulary if device == "cpu" else 0
+    tile = Tile.of(torch.device(device))
+    head = 8 * min(tile.words, shape.vocabulary) * (tile.tokens + shape.hidden)
     kept = trainer.offload == "none"
     weights = 0 if trainer.offload == "parameters" else weights
     return MemoryPlan(weights, 4 * each * kept, 12 * each * kept, activations, head)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from sampo_ray.batching import RowBudget, assemble
 from sampo_ray.config import MethodConfig
-from sampo_ray.logprobs import token_logprobs
+from sampo_ray.logprobs import Tile, token_logprobs
 from sampo_ray.losses import Statistics
 from sampo_ray.objective import Draw, Sampled, row_losses
 from sampo_ray.policy import load_policy, pair_logprobs, score_pairs
@@ -126,7 +126,7 @@ def test_token_logprobs_and_gradients_match_log_softmax_in_fp64(tokens, seed):
     for tiled in (True, False):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         naive = (h @ w.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
-        out = token_logprobs(h, w, targets, rows=16) if tiled else naive
+        out = token_logprobs(h, w, targets, Tile(16, 20)) if tiled else naive
         (out * upstream).sum().backward()
         results.append((out, h.grad, w.grad))
     for ours, theirs in zip(*results, strict=True):
