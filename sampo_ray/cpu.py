@@ -57,7 +57,7 @@ def use_fp32_kernels(model: nn.Module) -> None:
 
 @contextmanager
 def bf16_products(of: torch.dtype) -> Iterator[None]:
-    """Within, fp32 matrix products round what they multiply to bf16 and sum in fp32, where `of` is bf16 and the CPU can.
+    """Within, fp32 matrix products round factors to bf16 and sum in fp32, where `of` is bf16 and the CPU has it.
 
     A product of fp32 copies of bf16 numbers so keeps its fp32 sums, which a bf16 product rounds. (torch's CPU `mm` has
     no `out_dtype`.) The setting is the process's: products of other threads meanwhile have it, too.
