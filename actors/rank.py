@@ -29,7 +29,7 @@ from sampo_ray.config import TrainingError
 from sampo_ray.learner import Learner, drain
 from sampo_ray.memory import check_device
 from sampo_ray.objective import asked_of_reference
-from sampo_ray.policy import load_policy
+from sampo_ray.policy import Policy, load_policy
 from sampo_ray.runs import Checkpoint, Place, lineage, read_manifest
 from sampo_ray.versions import labels_of
 
@@ -105,8 +105,13 @@ class Rank:
             seed = self.config.run.seed + work.round
             policy = load_policy(base, self.config.trainer.gradient_checkpointing, lora=lora, seed=seed)
         learner = Learner(policy, self.config, self.device)
-        learner.begin_round(work.round)
+        learner.begin_round(work.round, lambda: self._reference(work))
         return learner
+
+    def _reference(self, work: Work) -> Policy:
+        """What the round starts from, frozen."""
+        with Place(version_folder(self.place.at("versions").url, work.start_version)).on_disk() as folder:
+            return load_policy(folder, device=str(self.device)).requires_grad_(False)
 
     def _begin(self, work: Work) -> None:
         """The next round: with the same learner or, where it has adapters of its own, with another."""
@@ -115,7 +120,7 @@ class Rank:
             gc.collect()  # DeepSpeed's engine is in cycles, and two may be too much
             self.learner = self._load(work)
         else:
-            self.learner.begin_round(work.round)
+            self.learner.begin_round(work.round, lambda: self._reference(work))
 
     def train(self, work: Work) -> Iterator[tuple[int, dict[str, Any]]]:
         """Trains what is left of a round and yields (step, result), published and checkpointed as configured."""

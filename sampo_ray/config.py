@@ -115,7 +115,7 @@ class MethodConfig(Section):
     label_smoothing: float | None = Field(None, ge=0, lt=0.5)
     """Probability that a preference label is wrong. Default: sigmoid 0 (above it is conservative DPO), robust 0.1."""
     weight: float | None = Field(None, ge=0)
-    """The loss's lambda. Default: dpop 50, mix 1 (nats a token), lenN 0.01 (a token)."""
+    """The loss's lambda. Default: dpop 50, mix 1 (nats a token), lenN 0.01 (a token), tdpo 0.5 (its alpha)."""
     margin: float | None = Field(None, ge=0)
     """By how much rewards are to differ. Default: simpo 1.4, for Llama-3-8B (elsewhere 0.3)."""
     alpha: float | None = Field(None, ge=0, le=1)
@@ -125,7 +125,13 @@ class MethodConfig(Section):
 
     @property
     def needs_reference(self) -> bool:
-        return find_loss(self.loss).reference != "nothing"
+        """Whether the loss reads log-probs that are stored before a round's first step."""
+        return find_loss(self.loss).reference == "log-probs"
+
+    @property
+    def needs_distributions(self) -> bool:
+        """Whether the loss wants the reference beside the policy in training."""
+        return find_loss(self.loss).reference == "distributions"
 
     @property
     def loss_settings(self) -> LossSettings:
@@ -160,7 +166,8 @@ class MethodConfig(Section):
             raise ValueError(f"alpha={self.alpha} with reduction={self.reduction!r}: ld needs it, others have none")
         if self.mask == "independent" and not (self.reduction == "sample" and self.needs_reference):
             raise ValueError(
-                f"mask='independent' is for reduction='sample' and a reference; not {self.reduction!r}, {self.loss!r}"
+                "mask='independent' is for reduction='sample' and stored log-probs of a reference; "
+                f"not {self.reduction!r}, {self.loss!r}"
             )
         return self
 
@@ -472,6 +479,11 @@ class RunConfig(Section):
             raise ValueError(
                 "reference.positions=sampled needs method.reduction=sample and method.mask=shared, not "
                 f"{self.method.reduction} and {self.method.mask}; use reference.positions=all"
+            )
+        if self.method.needs_distributions and self.trainer.zero_stage == 3:
+            raise ValueError(
+                f"method.loss={self.method.loss!r} keeps its reference whole on each rank, and trainer.zero_stage=3 "
+                "shards the policy because that is too much; use trainer.zero_stage=2"
             )
         workers = self.trainer.workers or 1
         if self.optim.batch_size % workers:

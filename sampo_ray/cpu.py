@@ -62,7 +62,7 @@ def bf16_products(of: torch.dtype) -> Iterator[None]:
     A product of fp32 copies of bf16 numbers so keeps its fp32 sums, which a bf16 product rounds. (torch's CPU `mm` has
     no `out_dtype`.) The setting is the process's: products of other threads meanwhile have it, too.
     """
-    settings = torch.backends.mkldnn.matmul
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
     if of == torch.bfloat16 and has_bf16():
         settings.fp32_precision = "bf16"

@@ -6,7 +6,7 @@ It knows neither Ray nor the run directory. torch.distributed must be initialise
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,21 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from sampo_ray.batching import Step, assemble
+from sampo_ray.batching import Row, Step, assemble
 from sampo_ray.config import OptimConfig, RunConfig, TrainingError
-from sampo_ray.lora import named_weights
+from sampo_ray.lora import named_weights, without_adapters
 from sampo_ray.losses import Statistics
-from sampo_ray.objective import METRICS, Draw, idle_loss, row_losses
-from sampo_ray.policy import Ask, Policy, Scores, batch_rows, every_token, row_logprobs, with_logprobs
+from sampo_ray.objective import METRICS, Draw, Reference, idle_loss, row_losses
+from sampo_ray.policy import (
+    Ask,
+    Distributions,
+    Policy,
+    Scores,
+    batch_rows,
+    every_token,
+    row_logprobs,
+    with_logprobs,
+)
 
 NAMED_PAIRS = 10
 """Pairs that an error names at most."""
@@ -91,19 +100,34 @@ class Learner:
         )
         self._engine.train()
         self.round, self.step, self.statistics = 0, 0, Statistics()
+        self._reference: Reference | None = None
         self._skipped, self._not_finite = 0, dict[str, None]()
 
     @property
     def policy(self) -> Policy:
         return self._engine.module
 
-    def begin_round(self, round: int) -> None:
-        """The optimizer starts afresh, in place: ZeRO keeps views of these tensors. The fp32 masters stay."""
+    def begin_round(self, round: int, reference: Callable[[], Policy] | None = None) -> None:
+        """The optimizer starts afresh, in place: ZeRO keeps views of these tensors. The fp32 masters stay.
+
+        `reference` loads what the round starts from, for a loss that asks for its distributions. It is not called where
+        the policy has adapters: without these it is the reference.
+        """
         for state in self._engine.optimizer.optimizer.state.values():
             for name in ("exp_avg", "exp_avg_sq", "step"):
                 if name in state:
                     state[name].zero_()
         self.round, self.step, self.statistics = round, 0, Statistics()
+        self._reference = None  # the last one goes before the next is loaded
+        if self.config.method.needs_distributions and self.config.model.lora:
+            self._reference = self._without_adapters
+        elif self.config.method.needs_distributions:
+            assert reference is not None, "a loss of distributions needs a reference"
+            self._reference = reference().distributions
+
+    def _without_adapters(self, row: Row, states: Tensor) -> Distributions:
+        with without_adapters(self.policy.model):
+            return self.policy.distributions(row, states)
 
     def optimize(self, step: Step, pairs: pa.Table, steps: int) -> dict[str, Any]:
         """The round's next step of `steps`: mean loss over the pairs of the global batch, summed over rows and ranks.
@@ -158,7 +182,9 @@ class Learner:
             if len(indices):
                 mine = pairs.take(pa.array(indices))
                 row = assemble(mine).to(self.device)
-                losses, row_sums = row_losses(self._engine, row, mine, self.config.method, draw, self.statistics)
+                losses, row_sums = row_losses(
+                    self._engine, row, mine, self.config.method, draw, self.statistics, self._reference
+                )
                 sums += row_sums
                 rows.append((mine, losses.detach()))
                 loss = losses.sum() * (self.world / step.pairs)

@@ -42,6 +42,21 @@ def token_logprobs(
     return _TokenLogProbs.apply(hidden, weight, targets, tile or Tile.of(hidden.device))
 
 
+def token_divergences(
+    hidden: Float[Tensor, "tokens dim"],
+    weight: Float[Tensor, "vocabulary dim"],
+    reference_hidden: Float[Tensor, "tokens reference_dim"],
+    reference_weight: Float[Tensor, "vocabulary reference_dim"],
+    tile: Tile | None = None,
+) -> Float[Tensor, " tokens"]:
+    """KL(reference || policy) over the whole vocabulary at each token, nats, in fp32 (fp64 for fp64 inputs).
+
+    The reference's distribution is softmax(reference_hidden @ reference_weight^T); differentiable in the policy's
+    `hidden` and `weight`, and exactly 0 where both are the reference's.
+    """
+    return _TokenDivergences.apply(hidden, weight, reference_hidden, reference_weight, tile or Tile.of(hidden.device))
+
+
 class TiledHead(nn.Module):
     """Takes the place of a model's output embedding; a module of its own, so that ZeRO-3 gathers its weight around the
     call.
@@ -60,18 +75,15 @@ class _TokenLogProbs(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, tile: Tile) -> Tensor:  # type: ignore[no-untyped-def]
         states, wanted = _filled(_operand(hidden), tile), _filled(targets, tile)
         picked = states.new_zeros(len(states), dtype=_accumulator(weight.dtype))
-        peak, total = torch.full_like(picked, -torch.inf), torch.zeros_like(picked)
+        sums = _Sums(picked)
         with bf16_products(of=weight.dtype):
             for words, part in _parts(weight, tile):
                 for some in _rows(states, tile):
                     logits = _product(states[some], part.T, picked.dtype)
                     place, here = _places(wanted[some], words)
                     picked[some] += logits.gather(1, place)[:, 0] * here
-                    top = torch.maximum(peak[some], logits.amax(1))
-                    total[some] *= (peak[some] - top).exp_()
-                    total[some] += logits.sub_(top[:, None]).exp_().sum(1)
-                    peak[some] = top
-        normalizer = peak + total.log()
+                    sums.add(some, logits)
+        normalizer = sums.log()
         ctx.save_for_backward(hidden, weight, targets, normalizer)
         ctx.tile = tile
         return (picked - normalizer)[: len(hidden)]
@@ -81,7 +93,7 @@ class _TokenLogProbs(torch.autograd.Function):
         hidden, weight, targets, normalizer = ctx.saved_tensors
         states, wanted, given = (_filled(x, ctx.tile) for x in (_operand(hidden), targets, grad.to(normalizer.dtype)))
         of_states = torch.zeros_like(states, dtype=normalizer.dtype)
-        of_weight, memory = torch.empty_like(weight), _sums(weight, ctx.tile)
+        of_weight, memory = torch.empty_like(weight), _memory(weight, ctx.tile)
         with bf16_products(of=weight.dtype):
             for words, part in _parts(weight, ctx.tile):
                 of_part = memory[: len(part)].zero_()
@@ -95,6 +107,68 @@ class _TokenLogProbs(torch.autograd.Function):
                     _add_product(of_part, by_logits.T, states[some])
                 of_weight[words] = of_part
         return of_states[: len(hidden)].to(hidden.dtype), of_weight, None, None
+
+
+class _TokenDivergences(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, hidden: Tensor, weight: Tensor, reference_hidden: Tensor, reference_weight: Tensor, tile: Tile
+    ) -> Tensor:
+        states, others = (_filled(_operand(x), tile) for x in (hidden, reference_hidden))
+        excess = states.new_zeros(len(states), dtype=_accumulator(weight.dtype))
+        ours, theirs = _Sums(excess), _Sums(excess)
+        with bf16_products(of=weight.dtype):
+            for _, part, other in _both_parts(weight, reference_weight, tile):
+                for some in _rows(states, tile):
+                    logits = _product(states[some], part.T, excess.dtype)
+                    reference = _product(others[some], other.T, excess.dtype)
+                    difference = reference - logits
+                    ours.add(some, logits)
+                    excess[some] *= theirs.add(some, reference)
+                    excess[some] += difference.mul_(reference).sum(1)  # `reference` is exp(logits - peak) by now
+        ctx.save_for_backward(hidden, weight, reference_hidden, reference_weight, ours.log(), theirs.log())
+        ctx.tile = tile
+        return (excess / theirs.total + ours.log() - theirs.log())[: len(hidden)]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        hidden, weight, reference_hidden, reference_weight, ours, theirs = ctx.saved_tensors
+        states, others = (_filled(_operand(x), ctx.tile) for x in (hidden, reference_hidden))
+        given, of_states = _filled(grad.to(ours.dtype), ctx.tile), torch.zeros_like(states, dtype=ours.dtype)
+        of_weight, memory = torch.empty_like(weight), _memory(weight, ctx.tile)
+        with bf16_products(of=weight.dtype):
+            for words, part, other in _both_parts(weight, reference_weight, ctx.tile):
+                of_part = memory[: len(part)].zero_()
+                for some in _rows(states, ctx.tile):
+                    # d KL(reference || policy) / d logits = softmax - the reference's
+                    by_logits = _product(states[some], part.T, ours.dtype).sub_(ours[some, None]).exp_()
+                    reference = _product(others[some], other.T, ours.dtype).sub_(theirs[some, None]).exp_()
+                    by_logits.sub_(reference).mul_(given[some, None])
+                    of_states[some] += _product(by_logits, part, ours.dtype)
+                    _add_product(of_part, by_logits.T, states[some])
+                of_weight[words] = of_part
+        return of_states[: len(hidden)].to(hidden.dtype), of_weight, None, None, None
+
+
+class _Sums:
+    """The running sum of exp(logits) of each token, over the parts of the vocabulary: exp(peak) * total."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.peak, self.total = torch.full_like(like, -torch.inf), torch.zeros_like(like)
+
+    def add(self, some: slice, logits: Tensor) -> Tensor:
+        """Takes a tile in, and leaves exp(logits - peak) in it; returns what sums with the peak before are to be
+        multiplied by, [tokens].
+        """
+        peak = torch.maximum(self.peak[some], logits.amax(1))
+        scale = (self.peak[some] - peak).exp_()
+        self.total[some] *= scale
+        self.total[some] += logits.sub_(peak[:, None]).exp_().sum(1)
+        self.peak[some] = peak
+        return scale
+
+    def log(self) -> Tensor:
+        return self.peak + self.total.log()
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -128,14 +202,19 @@ def _filled(x: Tensor, tile: Tile) -> Tensor:
 def _parts(weight: Tensor, tile: Tile) -> Iterator[tuple[slice, Tensor]]:
     """The weight by tiles' words; copies of them share their memory, so each is good until the next."""
     copies = _operand(weight[:0]).dtype != weight.dtype
-    memory = _sums(weight, tile) if copies else None
+    memory = _memory(weight, tile) if copies else None
     for start in range(0, len(weight), tile.words):
         words = slice(start, min(start + tile.words, len(weight)))
         part = weight[words]
         yield words, part if memory is None else memory[: len(part)].copy_(part)
 
 
-def _sums(weight: Tensor, tile: Tile) -> Tensor:
+def _both_parts(weight: Tensor, other: Tensor, tile: Tile) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    for (words, part), (_, counterpart) in zip(_parts(weight, tile), _parts(other, tile), strict=True):
+        yield words, part, counterpart
+
+
+def _memory(weight: Tensor, tile: Tile) -> Tensor:
     """Memory for one part of the weight, in the dtype of sums."""
     return weight.new_empty(min(tile.words, len(weight)), weight.shape[1], dtype=_accumulator(weight.dtype))
 

@@ -42,6 +42,8 @@ class ScoredPairs:
     `chosen_length`, `rejected_length`: tokens of the whole responses, T_w and T_l.
     `chosen_logprob`, `rejected_logprob`: the policy's mean log-prob of all tokens of a response, nats a token; None
     unless the loss asks for these positions.
+    `chosen_divergence`, `rejected_divergence`: KL(reference || policy), summed over all tokens of a response, nats;
+    None unless the loss asks for the reference's distributions.
     """
 
     ratios: SequenceLogRatios
@@ -49,6 +51,8 @@ class ScoredPairs:
     rejected_length: PerPair
     chosen_logprob: PerPair | None = None
     rejected_logprob: PerPair | None = None
+    chosen_divergence: PerPair | None = None
+    rejected_divergence: PerPair | None = None
 
 
 @dataclass(frozen=True)
@@ -187,6 +191,15 @@ def nca_pair(pairs: ScoredPairs, settings: LossSettings) -> PerPair:
     return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
 
 
+def tdpo(pairs: ScoredPairs, settings: LossSettings) -> PerPair:
+    """-log sigmoid(Delta - lambda * beta * (D_l - D_w)): TDPO2 (Zeng et al. 2024, arXiv 2404.11999), D a
+    response's KL(reference || policy) summed over its tokens; D_w carries no gradient, and lambda is the paper's alpha.
+    """
+    assert pairs.chosen_divergence is not None and pairs.rejected_divergence is not None, "asked for in LOSSES"
+    divergence = pairs.rejected_divergence - pairs.chosen_divergence.detach()
+    return -logsigmoid(settings.beta * (pairs.ratios.delta - settings.weight * divergence))
+
+
 @dataclass(frozen=True)
 class PreferenceLoss:
     """A loss and what it asks of the stages before it.
@@ -194,14 +207,15 @@ class PreferenceLoss:
     `function`: called with (ScoredPairs, LossSettings), and with Statistics where `statistics` says so.
     `settings`: the fields of LossSettings that it uses besides beta, with defaults; beta too, where that is not 0.1.
     `positions`: the tokens whose log-probs it reads: those of the `reduction`, all of the `chosen` besides, or `all`.
-    `reference`: what it needs of the reference: its token `log-probs`, or `nothing`.
+    `reference`: what it needs of the reference: its token `log-probs`, `nothing`, or besides the log-probs its
+    `distributions` over the vocabulary at all tokens, for which it must be resident where the policy is.
     `reductions`: the length reductions it can be combined with.
     """
 
     function: Callable[..., PerPair]
     settings: Mapping[str, float] = field(default_factory=dict)
     positions: Literal["reduction", "chosen", "all"] = "reduction"
-    reference: Literal["log-probs", "nothing"] = "log-probs"
+    reference: Literal["log-probs", "nothing", "distributions"] = "log-probs"
     reductions: tuple[str, ...] = tuple(REDUCTIONS)
     statistics: bool = False
 
@@ -226,13 +240,10 @@ LOSSES: dict[str, PreferenceLoss] = {
     "bco_pair": PreferenceLoss(bco_pair, statistics=True),
     "sppo_hard": PreferenceLoss(sppo_hard),
     "nca_pair": PreferenceLoss(nca_pair),
+    "tdpo": PreferenceLoss(tdpo, {"weight": 0.5}, reference="distributions"),
 }
 
-REFUSED = {
-    "tdpo": "needs the reference model's whole distribution at each token, and only its log-probs of the responses are "
-    "kept; choose another loss",
-    "ld_dpo": "is loss='sigmoid' with reduction='ld'",
-}
+REFUSED = {"ld_dpo": "is loss='sigmoid' with reduction='ld'"}
 """Names that somebody will look for, and why they are no losses here."""
 
 

@@ -57,9 +57,12 @@ class MemoryPlan:
         return self.states + self.activations + self.head
 
 
-def plan_memory(shape: Shape, trainer: TrainerConfig, tokens_per_row: int, device: str) -> MemoryPlan:
+def plan_memory(
+    shape: Shape, trainer: TrainerConfig, tokens_per_row: int, device: str, resident: bool = False
+) -> MemoryPlan:
     """Mixed-precision AdamW under ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054, section 3): bf16 weights, fp32
-    gradients, masters and two moments, the last three (at stage 3 all) divided over the ranks.
+    gradients, masters and two moments, the last three (at stage 3 all) divided over the ranks. A `resident` reference
+    is a second copy of the weights.
 
     Activations are those of a Llama layer for one row; with gradient checkpointing only the inputs of all layers and
     one whole layer. The head takes a tile of logits, and the fp32 gradient (on CPU also a copy) of its words.
@@ -74,24 +77,29 @@ def plan_memory(shape: Shape, trainer: TrainerConfig, tokens_per_row: int, devic
     head = 8 * min(tile.words, shape.vocabulary) * (tile.tokens + shape.hidden)
     kept = trainer.offload == "none"
     weights = 0 if trainer.offload == "parameters" else weights
+    weights += 2 * shape.parameters * resident
     return MemoryPlan(weights, 4 * each * kept, 12 * each * kept, activations, head)
 
 
-def check_memory(shape: Shape, trainer: TrainerConfig, tokens_per_row: int, device: str, available: int) -> None:
+def check_memory(
+    shape: Shape, trainer: TrainerConfig, tokens_per_row: int, device: str, available: int, resident: bool = False
+) -> None:
     """ConfigError when the trainer's states alone are more than `available` bytes.
 
     On CPU all ranks are taken to share it, on a GPU it is one rank's.
     """
     if device == "cpu":
         trainer = trainer.model_copy(update={"offload": "none"})  # it is the same memory
-    plan = plan_memory(shape, trainer, tokens_per_row, device)
+    plan = plan_memory(shape, trainer, tokens_per_row, device, resident)
     ranks = (trainer.workers or 1) if device == "cpu" else 1
     if ranks * plan.states <= available:
         return
     asked = f"trainer.workers={trainer.workers or 1} and trainer.zero_stage={trainer.zero_stage}"
     need, have = (f"{size / 2**30:.1f} GiB" for size in (ranks * plan.states, available))
     mend = "a smaller model.path" if device == "cpu" else "more trainer.workers"
-    if device != "cpu" and trainer.zero_stage == 2:
+    if resident:
+        mend += ", or model.lora, whose base is the reference"
+    elif device != "cpu" and trainer.zero_stage == 2:
         mend += ", or trainer.zero_stage=3"
     if device != "cpu" and trainer.offload == "none":
         mend += ", or trainer.offload=optimizer"
@@ -105,7 +113,8 @@ def check_memory(shape: Shape, trainer: TrainerConfig, tokens_per_row: int, devi
 def check_device(model: PretrainedConfig, config: RunConfig) -> None:
     """`check_memory` for a model's configuration and this machine."""
     shape = Shape.of(on_meta(model, config.model.lora))
-    check_memory(shape, config.trainer, config.row_budget.tokens_per_row, *device_memory())
+    resident = config.method.needs_distributions and config.model.lora is None
+    check_memory(shape, config.trainer, config.row_budget.tokens_per_row, *device_memory(), resident)
 
 
 def device_memory() -> tuple[str, int]:

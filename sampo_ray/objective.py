@@ -2,6 +2,7 @@
 DeepSpeed.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from sampo_ray.batching import Row, assemble
 from sampo_ray.config import MethodConfig, RunConfig
 from sampo_ray.losses import PreferenceLoss, ScoredPairs, Statistics, find_loss
-from sampo_ray.policy import Ask, every_token, pair_logprobs
+from sampo_ray.policy import Ask, Distributions, every_token, pair_divergences, pair_logprobs
 from sampo_ray.reduction import REDUCTIONS, MaskKey, Positions, reduce_pairs
 
 METRICS = (
@@ -31,8 +32,8 @@ METRICS = (
 nats. Of a loss without a reference s is a log-prob, and so are the two `logratio_per_token`.
 """
 
-WHOLE_SIDES = {"reduction": 0, "chosen": 1, "all": 2}
-"""Of how many sides (chosen, then rejected) a loss wants log-probs of all tokens, by its `positions`."""
+Reference = Callable[[Row, Tensor], Distributions]
+"""A reference that is resident where the policy is: (row, [asked] positions of states) to what it says comes next."""
 
 IDLE_PAIR = pa.table({name: [[0]] for name in ("prompt", "chosen", "rejected")})
 
@@ -92,42 +93,68 @@ def asked_of_reference(config: RunConfig, round: int) -> Ask:
 
 
 def row_losses(
-    policy: nn.Module, row: Row, pairs: pa.Table, method: MethodConfig, draw: Draw, before: Statistics
+    policy: nn.Module,
+    row: Row,
+    pairs: pa.Table,
+    method: MethodConfig,
+    draw: Draw,
+    before: Statistics,
+    reference: Reference | None = None,
 ) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " metrics"]]:
     """Losses of a row's pairs, at least one, and the sums over them of METRICS (detached, fp32).
 
-    `pairs` is a REFERENCE block, or a PAIRS block for a loss that needs no reference; `before` tells of earlier steps.
+    `pairs` is a REFERENCE block, or a PAIRS block for a loss that needs no stored log-probs; `before` tells of earlier
+    steps; `reference` must be there for a loss that asks for its distributions.
     """
-    scored = score_row(policy, row, pairs, method, draw)
+    scored = score_row(policy, row, pairs, method, draw, reference)
     losses = find_loss(method.loss)(scored, method.loss_settings, before)
     return losses, _sums(losses, scored, method.beta)
 
 
-def score_row(policy: nn.Module, row: Row, pairs: pa.Table, method: MethodConfig, draw: Draw) -> ScoredPairs:
+def score_row(
+    policy: nn.Module, row: Row, pairs: pa.Table, method: MethodConfig, draw: Draw, reference: Reference | None = None
+) -> ScoredPairs:
     """A row's pairs as the loss wants to see them."""
     loss, reduction = find_loss(method.loss), REDUCTIONS[method.reduction]
     lengths = [(pair.chosen, pair.rejected) for pair in row.segments]
     positions, reference_positions = row_positions(method, draw, pairs)
-    sides = pair_logprobs(policy, row, asked_positions(loss, positions, lengths))
+    asked = asked_positions(loss, positions, lengths)
+    divergences: list[Tensor] = []
+    if loss.reference == "distributions":
+        assert reference is not None, "checked where the learner begins a round"
+        sides, resident, by_token = pair_divergences(policy, reference, row, asked)
+        divergences = [torch.stack([each.sum() for each in side]) for side in by_token]
+    else:
+        sides = pair_logprobs(policy, row, asked)
     reduced = []
-    for side, logprobs in zip(("chosen", "rejected"), sides, strict=True):
-        kept = [_at(p, getattr(at, side)) for p, at in zip(logprobs, positions, strict=True)]
-        if loss.reference != "nothing":
+    for index, side in enumerate(("chosen", "rejected")):
+        kept = [_at(p, getattr(at, side)) for p, at in zip(sides[index], positions, strict=True)]
+        if loss.reference == "log-probs":
             stored = zip(kept, pairs.column(f"{side}_ref"), reference_positions, strict=True)
             kept = [p - torch.tensor(ref.values.to_numpy()[getattr(at, side)]).to(p) for p, ref, at in stored]
+        elif loss.reference == "distributions":
+            theirs = zip(kept, resident[index], positions, strict=True)
+            kept = [p - _at(ref, getattr(at, side)) for p, ref, at in theirs]
         reduced.append(kept)
     settings = {name: getattr(method, name) for name in reduction.settings}
     ratios = reduce_pairs(reduction, reduced[0], reduced[1], lengths, **settings)
-    whole = [torch.stack([p.mean() for p in logprobs]) for logprobs in sides[: WHOLE_SIDES[loss.positions]]]
+    whole = [torch.stack([p.mean() for p in logprobs]) for logprobs in sides[: whole_sides(loss)]]
+    named = dict(zip(("chosen_logprob", "rejected_logprob"), whole, strict=False))
+    named |= zip(("chosen_divergence", "rejected_divergence"), divergences, strict=False)
     tokens = torch.tensor(lengths).to(ratios.chosen)
-    return ScoredPairs(ratios, tokens[:, 0], tokens[:, 1], *whole)
+    return ScoredPairs(ratios, tokens[:, 0], tokens[:, 1], **named)
+
+
+def whole_sides(loss: PreferenceLoss) -> int:
+    """Of how many sides (chosen, then rejected) a loss wants numbers of all tokens."""
+    return 2 if loss.reference == "distributions" else {"reduction": 0, "chosen": 1, "all": 2}[loss.positions]
 
 
 def asked_positions(
     loss: PreferenceLoss, reduction: list[Positions], lengths: list[tuple[int, int]]
 ) -> list[Positions]:
     """The positions of each pair that the policy needs logits at: the reduction's, and whole responses if asked for."""
-    whole = WHOLE_SIDES[loss.positions]
+    whole = whole_sides(loss)
     return [
         Positions(np.arange(w) if whole > 0 else at.chosen, np.arange(r) if whole > 1 else at.rejected)
         for at, (w, r) in zip(reduction, lengths, strict=True)

@@ -13,9 +13,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from sampo_ray import attention, cpu
 from sampo_ray.batching import Row, RowBudget, Segments, assemble, lengths_of, plan_rows
 from sampo_ray.config import ConfigError, LoraConfig
-from sampo_ray.logprobs import TiledHead
+from sampo_ray.logprobs import TiledHead, token_divergences, token_logprobs
 from sampo_ray.lora import add_adapters
 from sampo_ray.reduction import Positions
+
+Distributions = tuple[Float[Tensor, "asked dim"], Float[Tensor, "vocabulary dim"]]
+"""Distributions over the next token: softmax(hidden states @ a head's weight^T)."""
 
 
 class Policy(nn.Module):
@@ -35,12 +38,36 @@ class Policy(nn.Module):
         segments: tuple[Segments, ...],
         states: Int64[Tensor, " asked"],
         targets: Int64[Tensor, " asked"],
-    ) -> Float[Tensor, " asked"]:
-        """Log-probabilities, fp32 nats, of `targets` given the hidden states at row positions `states`."""
-        hidden = self.model.get_decoder()(
-            input_ids=tokens[None], position_ids=positions[None], use_cache=False, segments=segments
-        ).last_hidden_state[0]
-        return self.model.get_output_embeddings()(hidden[states], targets)
+        reference: Distributions | None = None,
+    ) -> Float[Tensor, " asked"] | Float[Tensor, "2 asked"]:
+        """Log-probabilities, fp32 nats, of `targets` given the hidden states at row positions `states`.
+
+        With `reference`, the distributions of another policy there, KL(reference || policy) comes second.
+        """
+        head = self.model.get_output_embeddings()
+        hidden = self.hidden(tokens, positions, segments, states)
+        logprobs = head(hidden, targets)
+        if reference is None:
+            return logprobs
+        return torch.stack([logprobs, token_divergences(hidden, head.weight, *reference)])
+
+    def hidden(
+        self,
+        tokens: Int64[Tensor, " tokens"],
+        positions: Int64[Tensor, " tokens"],
+        segments: tuple[Segments, ...],
+        states: Int64[Tensor, " asked"],
+    ) -> Float[Tensor, "asked dim"]:
+        """The last hidden states at row positions `states`."""
+        decoder = self.model.get_decoder()
+        everything = decoder(input_ids=tokens[None], position_ids=positions[None], use_cache=False, segments=segments)
+        return everything.last_hidden_state[0][states]
+
+    @torch.no_grad()
+    def distributions(self, row: Row, states: Int64[Tensor, " asked"]) -> Distributions:
+        """What this policy says comes next at positions `states` of a row."""
+        hidden = self.hidden(row.tokens, row.positions, row.segments, states)
+        return hidden, self.model.get_output_embeddings().weight.detach()
 
 
 def check_architecture(model: PreTrainedModel) -> None:
@@ -106,17 +133,43 @@ def load_policy(
     return Policy(model).to(device)
 
 
-def pair_logprobs(
-    policy: nn.Module, row: Row, positions: list[Positions]
-) -> tuple[list[Float[Tensor, " kept_w"]], list[Float[Tensor, " kept_l"]]]:
-    """Log-probabilities of the asked token positions of each pair of a row, chosen and rejected, fp32 nats."""
+Sides = tuple[list[Float[Tensor, " kept_w"]], list[Float[Tensor, " kept_l"]]]
+"""Numbers of the asked token positions of each pair of a row, chosen and rejected, fp32."""
+
+
+def pair_logprobs(policy: nn.Module, row: Row, positions: list[Positions]) -> Sides:
+    """Log-probabilities of the asked token positions of each pair of a row, nats."""
+    states, targets, counts = _asked(row, positions)
+    return _sides(policy(row.tokens, row.positions, row.segments, states, targets), counts)
+
+
+def pair_divergences(
+    policy: nn.Module,
+    reference: Callable[[Row, Tensor], Distributions],
+    row: Row,
+    positions: list[Positions],
+) -> tuple[Sides, Sides, Sides]:
+    """Log-probabilities under the policy, under the reference, and KL(reference || policy), as `pair_logprobs`."""
+    states, targets, counts = _asked(row, positions)
+    theirs = reference(row, states)
+    logprobs, divergences = policy(row.tokens, row.positions, row.segments, states, targets, theirs)
+    under_reference = token_logprobs(*theirs, targets)
+    return _sides(logprobs, counts), _sides(under_reference, counts), _sides(divergences, counts)
+
+
+def _asked(row: Row, positions: list[Positions]) -> tuple[Tensor, Tensor, list[int]]:
+    """Row positions of the states that the asked tokens follow, those tokens, and how many there are of each side."""
     states, tokens, counts = [], [], []
     for pair, asked in zip(row.segments, positions, strict=True):
         states += [pair.chosen_states(asked.chosen), pair.rejected_states(asked.rejected)]
         tokens += [pair.chosen_start + asked.chosen, pair.rejected_start + asked.rejected]
         counts += [len(asked.chosen), len(asked.rejected)]
     where, what = (torch.from_numpy(np.concatenate(x)).to(row.tokens.device) for x in (states, tokens))
-    parts = policy(row.tokens, row.positions, row.segments, where, row.tokens[what]).split(counts)
+    return where, row.tokens[what], counts
+
+
+def _sides(values: Tensor, counts: list[int]) -> Sides:
+    parts = values.split(counts)
     return list(parts[0::2]), list(parts[1::2])
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from sampo_ray.batching import RowBudget, Step, lengths_of, plan_round
+from sampo_ray.batching import RowBudget, Step, assemble, lengths_of, plan_round
 from sampo_ray.config import RunConfig, TrainingError
 from sampo_ray.objective import METRICS
 from sampo_ray.policy import load_policy
@@ -73,7 +73,7 @@ def make(tiny_model, loss: str, reduction: str = "sum", lora: dict | None = None
         }
     )
     learner = Learner(load_policy(tiny_model, lora=config.model.lora), config, torch.device("cpu"))
-    learner.begin_round(0)
+    learner.begin_round(0, lambda: load_policy(tiny_model).requires_grad_(False))
     return learner
 
 
@@ -206,3 +206,15 @@ def test_adapters_that_were_saved_go_on_to_the_same_bits(alone, tiny_model, pair
     again.load(tmp_path, "state", 0, 2, learner.statistics)
     assert [again.optimize(step, pairs, 4) for step in steps[2:]] == expected
     assert all(torch.equal(a, b) for a, b in zip(masters(again), masters(learner), strict=True))
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 4}])
+def test_the_reference_beside_the_policy_stays_what_the_round_began_with(alone, tiny_model, pairs, lora):
+    learner, asked = make(tiny_model, "tdpo", lora=lora), pairs.select(["id", "prompt", "chosen", "rejected"])
+    begin, *rest = [learner.optimize(step, asked, 4) for step in plan(pairs)]
+    assert (begin["loss"], begin["margin"]) == (pytest.approx(math.log(2), abs=1e-6), 0.0)
+    assert all(result["margin"] != 0 and result["grad_norm"] > 0 for result in rest)
+    row = assemble(asked)
+    states = torch.arange(len(row.tokens))
+    ours, theirs = learner._reference(row, states), load_policy(tiny_model).distributions(row, states)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 from sampo_ray.batching import assemble
 from sampo_ray.config import ConfigError, MethodConfig
@@ -40,7 +41,7 @@ def sigma(x):
     return 1 / (1 + torch.exp(-x))
 
 
-def naive_loss(name, s_w, s_l, n_w, n_l, log_w, lengths, c, before):
+def naive_loss(name, s_w, s_l, n_w, n_l, log_w, lengths, c, before, divergences=()):
     """One pair's loss; log_w are the log-probs of all chosen tokens, c the settings."""
     log, b = torch.log, c.beta
     p = sigma(b * s_w - b * s_l)
@@ -71,6 +72,9 @@ def naive_loss(name, s_w, s_l, n_w, n_l, log_w, lengths, c, before):
         return -log(sigma(b * s_w - before.both)) - log(sigma(-(b * s_l - before.both)))
     if name == "sppo_hard":
         return (s_w - 0.5 / b) ** 2 + (s_l + 0.5 / b) ** 2
+    if name == "tdpo":
+        d_w, d_l = divergences
+        return -log(sigma(b * s_w - b * s_l - c.weight * (b * d_l - b * d_w.detach())))
     assert name == "nca_pair"
     return -log(sigma(b * s_w)) - 0.5 * log(sigma(-b * s_w)) - 0.5 * log(sigma(-b * s_l))
 
@@ -93,12 +97,19 @@ def family_loss(method, policy, reference, lengths, before):
     for i, (pair, ref) in enumerate(zip(policy, reference, strict=True)):
         at = reduction.positions(MaskKey(1, 0, 0, str(i)), *lengths[i])
         for side, p, r, kept in zip(sides, pair, ref, (at.chosen, at.rejected), strict=True):
-            side.append(p[kept] - r[kept] if loss.reference == "log-probs" else p[kept])
+            side.append(p[kept] if loss.reference == "nothing" else p[kept] - r[kept])
     alpha = {"alpha": method.alpha} if method.alpha is not None else {}
     ratios = reduce_pairs(reduction, *sides, lengths, **alpha)
     tokens = torch.tensor(lengths, dtype=torch.float64)
     chosen = torch.stack([pair[0].mean() for pair in policy])
-    return loss(ScoredPairs(ratios, tokens[:, 0], tokens[:, 1], chosen), method.loss_settings, before)
+    apart = [torch.stack(side) for side in zip(*map(made_up_divergences, policy, reference), strict=True)]
+    scored = ScoredPairs(ratios, tokens[:, 0], tokens[:, 1], chosen, None, *apart)
+    return loss(scored, method.loss_settings, before)
+
+
+def made_up_divergences(pair, reference):
+    """Some numbers that depend on the policy; the real ones are tested on a model."""
+    return [(p - r).square().sum() for p, r in zip(pair, reference, strict=True)]
 
 
 pair_lengths = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=4)
@@ -123,7 +134,8 @@ def test_a_loss_and_its_gradient_are_those_of_the_naive_formula(loss, reduction,
         free = loss in ("orpo", "simpo")
         w, r = ([a if free else a - b for a, b in zip(*side, strict=True)] for side in zip(pair, ref, strict=True))
         sequences = naive_reduction(reduction, w, r, sampled_positions(MaskKey(1, 0, 0, str(i)), len(w), len(r)))
-        naive.append(naive_loss(loss, *sequences, pair[0], lengths[i], method.loss_settings, before))
+        apart = made_up_divergences(pair, ref)
+        naive.append(naive_loss(loss, *sequences, pair[0], lengths[i], method.loss_settings, before, apart))
     torch.stack(naive).sum().backward()
     assert torch.allclose(ours, torch.stack(naive), rtol=1e-6, atol=1e-6)
     for mine, theirs in zip(gradients, [p.grad for pair in again for p in pair], strict=True):
@@ -179,7 +191,7 @@ def at_reference(loss: str, chosen: int, rejected: int) -> float:
 @pytest.mark.parametrize(("loss", "reduction"), [each for each in COMBINED if each[0] not in ("mix", "orpo", "simpo")])
 def test_policy_equal_to_reference_gives_delta_zero_exactly(policy, referenced, loss, reduction):
     pairs, row = referenced, assemble(referenced)
-    losses, sums = row_losses(policy, row, pairs, method_of(loss, reduction), DRAW, START)
+    losses, sums = row_losses(policy, row, pairs, method_of(loss, reduction), DRAW, START, policy.distributions)
     metrics = dict(zip(METRICS, (sums / len(pairs)).tolist(), strict=True))
     assert metrics["margin"] == 0.0 and metrics["chosen_reward"] == 0.0 and metrics["rejected_reward"] == 0.0
     assert losses.tolist() == pytest.approx([at_reference(loss, s.chosen, s.rejected) for s in row.segments], rel=1e-6)
@@ -213,6 +225,35 @@ def test_losses_without_a_reference_need_no_reference_log_probs_and_report_log_p
     assert metrics["margin"] == pytest.approx(method.beta * float((chosen - rejected).mean()), abs=1e-5)
     assert metrics["chosen_logratio_per_token"] == pytest.approx(float(chosen.mean()), abs=1e-5)
     assert metrics["accuracy"] == pytest.approx(float((chosen > rejected).double().mean()))
+
+
+def test_tdpo_compares_whole_distributions(tiny_model, policy, referenced):
+    other = load_policy(tiny_model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(3)
+    method, pairs = method_of("tdpo", "sum"), referenced.drop_columns(["chosen_ref", "rejected_ref"])
+    losses, _ = row_losses(policy, assemble(pairs), pairs, method, DRAW, START, other.distributions)
+    plain = [AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16) for _ in range(2)]
+    plain[1].load_state_dict(dict(other.model.named_parameters()), strict=False)
+
+    def of_answer(pair, side):
+        """s and D of an answer, from the logits of the plain models."""
+        ids = torch.tensor(pair["prompt"] + pair[side])
+        ours, theirs = (
+            model(ids[None]).logits[0, -len(pair[side]) - 1 : -1].float().log_softmax(-1) for model in plain
+        )
+        at = torch.tensor(pair[side])[:, None]
+        return (ours - theirs).gather(1, at).sum(), (theirs.exp() * (theirs - ours)).sum()
+
+    with torch.no_grad():
+        sides = [[of_answer(pair, side) for side in ("chosen", "rejected")] for pair in pairs.to_pylist()]
+    expected = [
+        float(naive_loss("tdpo", s_w, s_l, 0, 0, [], (), method.loss_settings, START, (d_w, d_l)))
+        for (s_w, d_w), (s_l, d_l) in sides
+    ]
+    assert max(float(d) for pair in sides for _, d in pair) > 1, "these models differ"
+    assert losses.tolist() == pytest.approx(expected, rel=0.03)
 
 
 @pytest.mark.parametrize(("positions", "sides"), [("reduction", 0), ("chosen", 1), ("all", 2)])
@@ -298,7 +339,7 @@ def test_steps_from_a_stored_checkpoint_have_the_bits_of_steps_without_a_stop(ti
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ("loss=tdpo", ["method.loss='tdpo'", "whole distribution"]),
+        ("loss=tdpo mask=independent", ["mask='independent'", "'tdpo'"]),
         ("loss=ld_dpo", ["method.loss='ld_dpo'", "reduction='ld'"]),
         ("loss=simpo reduction=sample", ["method.loss='simpo'", "reduction='sample'", "use reduction: mean"]),
         ("loss=orpo reduction=top_k", ["method.loss='orpo'", "reduction='top_k'", "use reduction: mean"]),

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from sampo_ray.batching import RowBudget, assemble
 from sampo_ray.config import MethodConfig
-from sampo_ray.logprobs import Tile, token_logprobs
+from sampo_ray.logprobs import Tile, token_divergences, token_logprobs
 from sampo_ray.losses import Statistics
 from sampo_ray.objective import Draw, Sampled, row_losses
 from sampo_ray.policy import load_policy, pair_logprobs, score_pairs
@@ -127,6 +127,25 @@ def test_token_logprobs_and_gradients_match_log_softmax_in_fp64(tokens, seed):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         naive = (h @ w.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
         out = token_logprobs(h, w, targets, Tile(16, 20)) if tiled else naive
+        (out * upstream).sum().backward()
+        results.append((out, h.grad, w.grad))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-10)
+
+
+@given(st.integers(1, 60), st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_token_divergences_and_gradients_are_those_of_the_formula_in_fp64(tokens, seed):
+    rng = torch.Generator().manual_seed(seed)
+    hidden, weight = (torch.randn(n, 8, generator=rng, dtype=torch.float64) for n in (tokens, 50))
+    reference = [torch.randn(n, 6, generator=rng, dtype=torch.float64) for n in (tokens, 50)]
+    upstream = torch.randn(tokens, generator=rng, dtype=torch.float64)
+    results = []
+    for tiled in (True, False):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        theirs, ours = (reference[0] @ reference[1].T).log_softmax(-1), (h @ w.T).log_softmax(-1)
+        naive = (theirs.exp() * (theirs - ours)).sum(-1)
+        out = token_divergences(h, w, *reference, Tile(16, 20)) if tiled else naive
         (out * upstream).sum().backward()
         results.append((out, h.grad, w.grad))
     for ours, theirs in zip(*results, strict=True):
