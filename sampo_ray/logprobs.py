@@ -6,8 +6,9 @@ the head's weight is read, and the gradient of it written, once. Tiles have a fi
 not depend on how many others are asked for.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -89,24 +90,18 @@ class _TokenLogProbs(torch.autograd.Function):
         return (picked - normalizer)[: len(hidden)]
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         hidden, weight, targets, normalizer = ctx.saved_tensors
         states, wanted, given = (_filled(x, ctx.tile) for x in (_operand(hidden), targets, grad.to(normalizer.dtype)))
-        of_states = torch.zeros_like(states, dtype=normalizer.dtype)
-        of_weight, memory = torch.empty_like(weight), _memory(weight, ctx.tile)
-        with bf16_products(of=weight.dtype):
-            for words, part in _parts(weight, ctx.tile):
-                of_part = memory[: len(part)].zero_()
-                for some in _rows(states, ctx.tile):
-                    # d log p(target) / d logits = onehot(target) - softmax
-                    by_logits = _product(states[some], part.T, normalizer.dtype)
-                    by_logits.sub_(normalizer[some, None]).exp_().mul_(-given[some, None])
-                    place, here = _places(wanted[some], words)
-                    by_logits.scatter_add_(1, place, (given[some] * here)[:, None])
-                    of_states[some] += _product(by_logits, part, normalizer.dtype)
-                    _add_product(of_part, by_logits.T, states[some])
-                of_weight[words] = of_part
-        return of_states[: len(hidden)].to(hidden.dtype), of_weight, None, None
+
+        def by_logits(some: slice, words: slice, part: Tensor) -> Tensor:
+            """d log p(target) / d logits = onehot(target) - softmax"""
+            tile = _product(states[some], part.T, normalizer.dtype)
+            tile.sub_(normalizer[some, None]).exp_().mul_(-given[some, None])
+            place, here = _places(wanted[some], words)
+            return tile.scatter_add_(1, place, (given[some] * here)[:, None])
+
+        return *_gradients(ctx, hidden, states, weight, _parts(weight, ctx.tile), by_logits), None, None
 
 
 class _TokenDivergences(torch.autograd.Function):
@@ -134,20 +129,41 @@ class _TokenDivergences(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         hidden, weight, reference_hidden, reference_weight, ours, theirs = ctx.saved_tensors
         states, others = (_filled(_operand(x), ctx.tile) for x in (hidden, reference_hidden))
-        given, of_states = _filled(grad.to(ours.dtype), ctx.tile), torch.zeros_like(states, dtype=ours.dtype)
-        of_weight, memory = torch.empty_like(weight), _memory(weight, ctx.tile)
-        with bf16_products(of=weight.dtype):
-            for words, part, other in _both_parts(weight, reference_weight, ctx.tile):
-                of_part = memory[: len(part)].zero_()
-                for some in _rows(states, ctx.tile):
-                    # d KL(reference || policy) / d logits = softmax - the reference's
-                    by_logits = _product(states[some], part.T, ours.dtype).sub_(ours[some, None]).exp_()
-                    reference = _product(others[some], other.T, ours.dtype).sub_(theirs[some, None]).exp_()
-                    by_logits.sub_(reference).mul_(given[some, None])
-                    of_states[some] += _product(by_logits, part, ours.dtype)
-                    _add_product(of_part, by_logits.T, states[some])
+        given = _filled(grad.to(ours.dtype), ctx.tile)
+
+        def by_logits(some: slice, words: slice, part: Tensor, other: Tensor) -> Tensor:
+            """d KL(reference || policy) / d logits = softmax - the reference's"""
+            tile = _product(states[some], part.T, ours.dtype).sub_(ours[some, None]).exp_()
+            reference = _product(others[some], other.T, ours.dtype).sub_(theirs[some, None]).exp_()
+            return tile.sub_(reference).mul_(given[some, None])
+
+        parts = _both_parts(weight, reference_weight, ctx.tile)
+        return *_gradients(ctx, hidden, states, weight, parts, by_logits), None, None, None
+
+
+def _gradients(  # type: ignore[no-untyped-def]
+    ctx,
+    hidden: Tensor,
+    states: Tensor,
+    weight: Tensor,
+    parts: Iterator[tuple[Any, ...]],
+    by_logits: Callable[..., Tensor],
+) -> tuple[Tensor, Tensor | None]:
+    """Those of hidden states and weight, from that of each tile of logits: by_logits(tokens, *part)."""
+    of_states = torch.zeros_like(states, dtype=_accumulator(weight.dtype))
+    of_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None  # the head may be frozen
+    memory = _memory(weight, ctx.tile)
+    with bf16_products(of=weight.dtype):
+        for words, part, *rest in parts:
+            of_part = memory[: len(part)].zero_()
+            for some in _rows(states, ctx.tile):
+                tile = by_logits(some, words, part, *rest)
+                of_states[some] += _product(tile, part, of_states.dtype)
+                if of_weight is not None:
+                    _add_product(of_part, tile.T, states[some])
+            if of_weight is not None:
                 of_weight[words] = of_part
-        return of_states[: len(hidden)].to(hidden.dtype), of_weight, None, None, None
+    return of_states[: len(hidden)].to(hidden.dtype), of_weight
 
 
 class _Sums:

@@ -162,6 +162,17 @@ def test_a_token_s_logprob_does_not_depend_on_how_many_are_asked_for():
     assert torch.equal(token_logprobs(hidden[some], weight, targets[some]), everything[some])
 
 
+def test_a_frozen_head_gets_no_gradient_and_changes_none():
+    rng = torch.Generator().manual_seed(0)
+    weight, targets = torch.randn(50, 8, generator=rng), torch.randint(50, (20,), generator=rng)
+    hidden = [torch.randn(20, 8, generator=rng).requires_grad_()]
+    hidden.append(hidden[0].detach().clone().requires_grad_())
+    for states, frozen in zip(hidden, (True, False), strict=True):
+        token_logprobs(states, weight.requires_grad_(not frozen), targets, Tile(16, 20)).sum().backward()
+        assert (weight.grad is None) == frozen
+    assert torch.equal(hidden[0].grad, hidden[1].grad)
+
+
 @pytest.fixture(scope="module")
 def policy(tiny_model):
     return load_policy(tiny_model)
