@@ -55,7 +55,7 @@ def segment_attention(
         mask = causal_lower_right(pair.rejected, pair.prompt + pair.rejected)
         outputs.append(scaled_dot_product_attention(queries[rejected], k, v, attn_mask=mask, scale=scaling))
     if fill:
-        outputs.append(torch.zeros_like(queries[-1]))
+        outputs.append(torch.zeros_like(values[-1]))  # of the outputs' width
     return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype), None
 
 

@@ -485,6 +485,11 @@ class RunConfig(Section):
                 f"method.loss={self.method.loss!r} keeps its reference whole on each rank, and trainer.zero_stage=3 "
                 "shards the policy because that is too much; use trainer.zero_stage=2"
             )
+        if self.method.needs_distributions and self.reference != ReferenceConfig():
+            raise ValueError(
+                f"method.loss={self.method.loss!r} has its reference beside the policy; drop reference.where and "
+                "reference.positions, which are for stored log-probs"
+            )
         workers = self.trainer.workers or 1
         if self.optim.batch_size % workers:
             raise ValueError(

@@ -56,15 +56,15 @@ def use_fp32_kernels(model: nn.Module) -> None:
 
 
 @contextmanager
-def bf16_products(of: torch.dtype) -> Iterator[None]:
-    """Within, fp32 matrix products round factors to bf16 and sum in fp32, where `of` is bf16 and the CPU has it.
+def bf16_products(of: Tensor) -> Iterator[None]:
+    """Within, fp32 matrix products round factors to bf16 and sum in fp32, where `of` is bf16 on a CPU that has it.
 
     A product of fp32 copies of bf16 numbers so keeps its fp32 sums, which a bf16 product rounds. (torch's CPU `mm` has
-    no `out_dtype`.) The setting is the process's: products of other threads meanwhile have it, too.
+    no `out_dtype`.) The setting is the process's: for one thread at a time.
     """
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
-    if of == torch.bfloat16 and has_bf16():
+    if of.device.type == "cpu" and of.dtype == torch.bfloat16 and has_bf16():
         settings.fp32_precision = "bf16"
     try:
         yield

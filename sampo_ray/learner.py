@@ -5,6 +5,7 @@ It knows neither Ray nor the run directory. torch.distributed must be initialise
 
 import contextlib
 import dataclasses
+import gc
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -118,7 +119,8 @@ class Learner:
                 if name in state:
                     state[name].zero_()
         self.round, self.step, self.statistics = round, 0, Statistics()
-        self._reference = None  # the last one goes before the next is loaded
+        self._reference = None
+        gc.collect()  # the last one goes before the next is loaded; a model is in cycles
         if self.config.method.needs_distributions and self.config.model.lora:
             self._reference = self._without_adapters
         elif self.config.method.needs_distributions:
@@ -126,8 +128,11 @@ class Learner:
             self._reference = reference().distributions
 
     def _without_adapters(self, row: Row, states: Tensor) -> Distributions:
+        self._engine.eval()
         with without_adapters(self.policy.model):
-            return self.policy.distributions(row, states)
+            found = self.policy.distributions(row, states)
+        self._engine.train()
+        return found
 
     def optimize(self, step: Step, pairs: pa.Table, steps: int) -> dict[str, Any]:
         """The round's next step of `steps`: mean loss over the pairs of the global batch, summed over rows and ranks.

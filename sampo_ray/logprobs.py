@@ -19,7 +19,7 @@ from sampo_ray.cpu import bf16_products
 
 @dataclass(frozen=True)
 class Tile:
-    """Shape of a tile of logits: enough tokens to keep the device busy, few enough words to stay below 64 MB."""
+    """Shape of a tile of logits: enough tokens to keep the device busy, few enough words for 64 MiB at most."""
 
     tokens: int
     words: int
@@ -77,7 +77,7 @@ class _TokenLogProbs(torch.autograd.Function):
         states, wanted = _filled(_operand(hidden), tile), _filled(targets, tile)
         picked = states.new_zeros(len(states), dtype=_accumulator(weight.dtype))
         sums = _Sums(picked)
-        with bf16_products(of=weight.dtype):
+        with bf16_products(of=weight):
             for words, part in _parts(weight, tile):
                 for some in _rows(states, tile):
                     logits = _product(states[some], part.T, picked.dtype)
@@ -112,7 +112,7 @@ class _TokenDivergences(torch.autograd.Function):
         states, others = (_filled(_operand(x), tile) for x in (hidden, reference_hidden))
         excess = states.new_zeros(len(states), dtype=_accumulator(weight.dtype))
         ours, theirs = _Sums(excess), _Sums(excess)
-        with bf16_products(of=weight.dtype):
+        with bf16_products(of=weight):
             for _, part, other in _both_parts(weight, reference_weight, tile):
                 for some in _rows(states, tile):
                     logits = _product(states[some], part.T, excess.dtype)
@@ -152,16 +152,16 @@ def _gradients(  # type: ignore[no-untyped-def]
     """Those of hidden states and weight, from that of each tile of logits: by_logits(tokens, *part)."""
     of_states = torch.zeros_like(states, dtype=_accumulator(weight.dtype))
     of_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None  # the head may be frozen
-    memory = _memory(weight, ctx.tile)
-    with bf16_products(of=weight.dtype):
+    memory = _memory(weight, ctx.tile) if of_weight is not None else None
+    with bf16_products(of=weight):
         for words, part, *rest in parts:
-            of_part = memory[: len(part)].zero_()
+            of_part = memory[: len(part)].zero_() if memory is not None else None
             for some in _rows(states, ctx.tile):
                 tile = by_logits(some, words, part, *rest)
                 of_states[some] += _product(tile, part, of_states.dtype)
-                if of_weight is not None:
+                if of_part is not None:
                     _add_product(of_part, tile.T, states[some])
-            if of_weight is not None:
+            if of_weight is not None and of_part is not None:
                 of_weight[words] = of_part
     return of_states[: len(hidden)].to(hidden.dtype), of_weight
 

@@ -42,8 +42,8 @@ class ScoredPairs:
     `chosen_length`, `rejected_length`: tokens of the whole responses, T_w and T_l.
     `chosen_logprob`, `rejected_logprob`: the policy's mean log-prob of all tokens of a response, nats a token; None
     unless the loss asks for these positions.
-    `chosen_divergence`, `rejected_divergence`: KL(reference || policy), summed over all tokens of a response, nats;
-    None unless the loss asks for the reference's distributions.
+    `chosen_divergence`, `rejected_divergence`: KL(reference || policy), summed over the tokens that the reduction
+    counts, nats; None unless the loss asks for the reference's distributions.
     """
 
     ratios: SequenceLogRatios
@@ -193,7 +193,8 @@ def nca_pair(pairs: ScoredPairs, settings: LossSettings) -> PerPair:
 
 def tdpo(pairs: ScoredPairs, settings: LossSettings) -> PerPair:
     """-log sigmoid(Delta - lambda * beta * (D_l - D_w)): TDPO2 (Zeng et al. 2024, arXiv 2404.11999), D a
-    response's KL(reference || policy) summed over its tokens; D_w carries no gradient, and lambda is the paper's alpha.
+    response's KL(reference || policy) summed over the reduction's tokens (all in the paper); D_w carries no gradient,
+    and lambda is the paper's alpha.
     """
     assert pairs.chosen_divergence is not None and pairs.rejected_divergence is not None, "asked for in LOSSES"
     divergence = pairs.rejected_divergence - pairs.chosen_divergence.detach()
@@ -208,7 +209,7 @@ class PreferenceLoss:
     `settings`: the fields of LossSettings that it uses besides beta, with defaults; beta too, where that is not 0.1.
     `positions`: the tokens whose log-probs it reads: those of the `reduction`, all of the `chosen` besides, or `all`.
     `reference`: what it needs of the reference: its token `log-probs`, `nothing`, or besides the log-probs its
-    `distributions` over the vocabulary at all tokens, for which it must be resident where the policy is.
+    `distributions` over the vocabulary, for which it must be resident where the policy is.
     `reductions`: the length reductions it can be combined with.
     """
 
@@ -240,7 +241,12 @@ LOSSES: dict[str, PreferenceLoss] = {
     "bco_pair": PreferenceLoss(bco_pair, statistics=True),
     "sppo_hard": PreferenceLoss(sppo_hard),
     "nca_pair": PreferenceLoss(nca_pair),
-    "tdpo": PreferenceLoss(tdpo, {"weight": 0.5}, reference="distributions"),
+    "tdpo": PreferenceLoss(
+        tdpo,
+        {"weight": 0.5},
+        reference="distributions",
+        reductions=tuple(name for name in REDUCTIONS if name != "mean"),  # log-ratios a token, and D a response
+    ),
 }
 
 REFUSED = {"ld_dpo": "is loss='sigmoid' with reduction='ld'"}

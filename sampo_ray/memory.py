@@ -65,7 +65,7 @@ def plan_memory(
     is a second copy of the weights.
 
     Activations are those of a Llama layer for one row; with gradient checkpointing only the inputs of all layers and
-    one whole layer. The head takes a tile of logits, and the fp32 gradient (on CPU also a copy) of its words.
+    one whole layer. The head takes its bf16 gradient, a tile of logits and that of its words in fp32, twice.
     """
     world = trainer.workers or 1
     each = -(-shape.trained // world)
@@ -74,7 +74,7 @@ def plan_memory(
     layer = tokens_per_row * (2 * (10 * shape.hidden + 4 * shape.intermediate) + 4 * 4 * shape.hidden)
     activations = shape.layers * inputs + layer if trainer.gradient_checkpointing else shape.layers * layer
     tile = Tile.of(torch.device(device))
-    head = 8 * min(tile.words, shape.vocabulary) * (tile.tokens + shape.hidden)
+    head = 2 * shape.vocabulary * shape.hidden + 8 * min(tile.words, shape.vocabulary) * (tile.tokens + shape.hidden)
     kept = trainer.offload == "none"
     weights = 0 if trainer.offload == "parameters" else weights
     weights += 2 * shape.parameters * resident

@@ -35,6 +35,9 @@ nats. Of a loss without a reference s is a log-prob, and so are the two `lograti
 Reference = Callable[[Row, Tensor], Distributions]
 """A reference that is resident where the policy is: (row, [asked] positions of states) to what it says comes next."""
 
+WHOLE_SIDES = {"reduction": 0, "chosen": 1, "all": 2}
+"""Of how many sides (chosen, then rejected) a loss wants log-probs of all tokens, by its `positions`."""
+
 IDLE_PAIR = pa.table({name: [[0]] for name in ("prompt", "chosen", "rejected")})
 
 
@@ -123,7 +126,9 @@ def score_row(
     if loss.reference == "distributions":
         assert reference is not None, "checked where the learner begins a round"
         sides, resident, by_token = pair_divergences(policy, reference, row, asked)
-        divergences = [torch.stack([each.sum() for each in side]) for side in by_token]
+        for side, values in zip(("chosen", "rejected"), by_token, strict=True):
+            counted = [_at(each, getattr(at, side)) for each, at in zip(values, positions, strict=True)]
+            divergences.append(torch.stack([each.sum() for each in counted]))
     else:
         sides = pair_logprobs(policy, row, asked)
     reduced = []
@@ -138,23 +143,18 @@ def score_row(
         reduced.append(kept)
     settings = {name: getattr(method, name) for name in reduction.settings}
     ratios = reduce_pairs(reduction, reduced[0], reduced[1], lengths, **settings)
-    whole = [torch.stack([p.mean() for p in logprobs]) for logprobs in sides[: whole_sides(loss)]]
+    whole = [torch.stack([p.mean() for p in logprobs]) for logprobs in sides[: WHOLE_SIDES[loss.positions]]]
     named = dict(zip(("chosen_logprob", "rejected_logprob"), whole, strict=False))
     named |= zip(("chosen_divergence", "rejected_divergence"), divergences, strict=False)
     tokens = torch.tensor(lengths).to(ratios.chosen)
     return ScoredPairs(ratios, tokens[:, 0], tokens[:, 1], **named)
 
 
-def whole_sides(loss: PreferenceLoss) -> int:
-    """Of how many sides (chosen, then rejected) a loss wants numbers of all tokens."""
-    return 2 if loss.reference == "distributions" else {"reduction": 0, "chosen": 1, "all": 2}[loss.positions]
-
-
 def asked_positions(
     loss: PreferenceLoss, reduction: list[Positions], lengths: list[tuple[int, int]]
 ) -> list[Positions]:
     """The positions of each pair that the policy needs logits at: the reduction's, and whole responses if asked for."""
-    whole = whole_sides(loss)
+    whole = WHOLE_SIDES[loss.positions]
     return [
         Positions(np.arange(w) if whole > 0 else at.chosen, np.arange(r) if whole > 1 else at.rejected)
         for at, (w, r) in zip(reduction, lengths, strict=True)

@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sampo_ray.attention import segment_attention
 from sampo_ray.batching import ROW_MULTIPLE, RowBudget, assemble, lengths_of, plan_round, plan_rows, steps_in_round
 from tests.conftest import random_pairs
 
@@ -82,3 +84,12 @@ def test_a_row_lays_pairs_end_to_end_with_positions_that_restart(count, seed):
         states = segment.rejected_states(np.arange(segment.rejected))
         assert states[0] == segment.chosen_states(np.arange(1))[0] == segment.chosen_start - 1
         assert (states[1:] == segment.rejected_start + np.arange(segment.rejected - 1)).all()
+
+
+def test_values_may_be_narrower_than_queries():
+    row = assemble(random_pairs(2))
+    fill = len(row.tokens) - row.segments[-1].end
+    query, key = (torch.randn(1, 2, len(row.tokens), 8) for _ in range(2))
+    value = torch.randn(1, 2, len(row.tokens), 4)
+    out, _ = segment_attention(torch.nn.Module(), query, key, value, None, segments=row.segments)
+    assert out.shape == (1, len(row.tokens), 2, 4) and fill and not out[:, -fill:].any()

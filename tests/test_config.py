@@ -25,6 +25,7 @@ ONLINE = ["rounds.mode=online", "data.prompts=p", "reward.function=f.py:f"]
         ("method.loss=sigmoit", ["method.loss='sigmoit'", "did you mean 'sigmoid'"]),
         ("method.reduction=median", ["method.reduction='median'", "did you mean 'mean'"]),
         ("method.loss=tdpo trainer.zero_stage=3", ["method.loss='tdpo'", "use trainer.zero_stage=2"]),
+        ("method.loss=tdpo reference.where=trainer", ["method.loss='tdpo'", "drop reference.where"]),
         ("method.reduction=sum method.mask=independent", ["method.mask='independent'", "sample"]),
         ("method.reduction=sum reference.positions=sampled", ["reference.positions=sampled", "positions=all"]),
         ("data.max_length=100 data.max_prompt_length=100", ["max_prompt_length=100", "max_length=100", "smaller"]),

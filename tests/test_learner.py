@@ -72,7 +72,8 @@ def make(tiny_model, loss: str, reduction: str = "sum", lora: dict | None = None
             "run": {"dir": "run"},
         }
     )
-    learner = Learner(load_policy(tiny_model, lora=config.model.lora), config, torch.device("cpu"))
+    policy = load_policy(tiny_model, config.trainer.gradient_checkpointing, lora=config.model.lora)
+    learner = Learner(policy, config, torch.device("cpu"))
     learner.begin_round(0, lambda: load_policy(tiny_model).requires_grad_(False))
     return learner
 
@@ -144,6 +145,7 @@ def test_too_many_such_steps_end_the_run_and_name_the_pairs(alone, tiny_model, p
         ("bco_pair", "sum"),
         ("simpo", "mean"),
         ("mix", "sum"),
+        ("tdpo", "sample"),
     ],
 )
 def test_what_was_saved_goes_on_to_the_same_bits(alone, tiny_model, pairs, tmp_path, loss, reduction):
@@ -196,13 +198,14 @@ def logprobs(pairs) -> np.ndarray:
     return np.concatenate(pairs["chosen_ref"].to_pylist() + pairs["rejected_ref"].to_pylist())
 
 
-def test_adapters_that_were_saved_go_on_to_the_same_bits(alone, tiny_model, pairs, tmp_path):
-    learner, steps = make(tiny_model, "sigmoid", "sample", lora={"rank": 4}), plan(pairs)
+@pytest.mark.parametrize("loss", ["sigmoid", "tdpo"])
+def test_adapters_that_were_saved_go_on_to_the_same_bits(alone, tiny_model, pairs, tmp_path, loss):
+    learner, steps = make(tiny_model, loss, "sample", lora={"rank": 4}), plan(pairs)
     for step in steps[:2]:
         learner.optimize(step, pairs, 4)
     learner.save(tmp_path, "state")
     expected = [learner.optimize(step, pairs, 4) for step in steps[2:]]
-    again = make(tiny_model, "sigmoid", "sample", lora={"rank": 4})
+    again = make(tiny_model, loss, "sample", lora={"rank": 4})
     again.load(tmp_path, "state", 0, 2, learner.statistics)
     assert [again.optimize(step, pairs, 4) for step in steps[2:]] == expected
     assert all(torch.equal(a, b) for a, b in zip(masters(again), masters(learner), strict=True))

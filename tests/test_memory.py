@@ -92,3 +92,11 @@ def test_a_model_that_can_never_fit_is_refused_with_the_mend():
     check_memory(LLAMA_8B, TrainerConfig(offload="optimizer"), 2048, "cuda", gpu // 2)
     with pytest.raises(ConfigError, match="134.6 GiB"):
         check_memory(LLAMA_8B, TrainerConfig(), 2048, "cpu", 64 << 30)
+
+
+def test_a_reference_beside_the_policy_is_a_copy_of_the_weights():
+    trainer = TrainerConfig(workers=8)
+    alone, beside = (plan_memory(LLAMA_8B, trainer, 2048, "cuda", resident=resident) for resident in (False, True))
+    assert beside.states - alone.states == 2 * LLAMA_8B.parameters
+    with pytest.raises(ConfigError, match=r"40\.0 GiB; use more trainer\.workers, or model\.lora, whose base"):
+        check_memory(LLAMA_8B, trainer, 2048, "cuda", 40 << 30, resident=True)
