@@ -210,7 +210,9 @@ def test_a_killed_engine_costs_only_what_was_not_stored(fleet, tiny_model, tmp_p
 def test_completions_drawn_ahead_are_older_than_their_round_by_no_more_than_one_and_say_so(fleet, tiny_model, tmp_path):
     from sampo_ray.iterate import iterate
 
-    run = new_run(tmp_path, tiny_model, "rollout.ahead=1", "rounds.count=3", "rollout.prompts=20")
+    # Four epochs: three steps of this model may be over before the first completion has begun.
+    overrides = ["rollout.ahead=1", "rounds.count=3", "rollout.prompts=20", "rounds.epochs=4"]
+    run = new_run(tmp_path, tiny_model, *overrides)
     iterate(run, fleet, QuietDisplay())
     for record, before in zip(run.manifest.rounds[1:], run.manifest.rounds, strict=False):
         drawn = stage(run, record.index, "completions")
