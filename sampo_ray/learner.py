@@ -22,11 +22,12 @@ from sampo_ray.batching import Row, Step, assemble
 from sampo_ray.config import OptimConfig, RunConfig, TrainingError
 from sampo_ray.lora import named_weights, without_adapters
 from sampo_ray.losses import Statistics
-from sampo_ray.objective import METRICS, Draw, Reference, idle_loss, row_losses
+from sampo_ray.objective import METRICS, Draw, idle_loss, row_losses
 from sampo_ray.policy import (
     Ask,
     Distributions,
     Policy,
+    Reference,
     Scores,
     batch_rows,
     every_token,
@@ -119,12 +120,12 @@ class Learner:
                 if name in state:
                     state[name].zero_()
         self.round, self.step, self.statistics = round, 0, Statistics()
-        self._reference = None
-        gc.collect()  # the last one goes before the next is loaded; a model is in cycles
         if self.config.method.needs_distributions and self.config.model.lora:
             self._reference = self._without_adapters
         elif self.config.method.needs_distributions:
             assert reference is not None, "a loss of distributions needs a reference"
+            self._reference = None
+            gc.collect()  # the last one goes before the next is loaded; a model is in cycles
             self._reference = reference().distributions
 
     def _without_adapters(self, row: Row, states: Tensor) -> Distributions:

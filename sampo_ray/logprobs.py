@@ -121,9 +121,10 @@ class _TokenDivergences(torch.autograd.Function):
                     ours.add(some, logits)
                     excess[some] *= theirs.add(some, reference)
                     excess[some] += difference.mul_(reference).sum(1)  # `reference` is exp(logits - peak) by now
-        ctx.save_for_backward(hidden, weight, reference_hidden, reference_weight, ours.log(), theirs.log())
+        normalizer, reference_normalizer = ours.log(), theirs.log()
+        ctx.save_for_backward(hidden, weight, reference_hidden, reference_weight, normalizer, reference_normalizer)
         ctx.tile = tile
-        return (excess / theirs.total + ours.log() - theirs.log())[: len(hidden)]
+        return (excess / theirs.total + normalizer - reference_normalizer)[: len(hidden)]
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]

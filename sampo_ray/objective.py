@@ -2,7 +2,6 @@
 DeepSpeed.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from sampo_ray.batching import Row, assemble
 from sampo_ray.config import MethodConfig, RunConfig
 from sampo_ray.losses import PreferenceLoss, ScoredPairs, Statistics, find_loss
-from sampo_ray.policy import Ask, Distributions, every_token, pair_divergences, pair_logprobs
+from sampo_ray.policy import Ask, Reference, every_token, pair_divergences, pair_logprobs
 from sampo_ray.reduction import REDUCTIONS, MaskKey, Positions, reduce_pairs
 
 METRICS = (
@@ -31,9 +30,6 @@ METRICS = (
 """Means over the pairs of a step. margin = beta * (s_w - s_l), accuracy = share with margin > 0, rewards in beta *
 nats. Of a loss without a reference s is a log-prob, and so are the two `logratio_per_token`.
 """
-
-Reference = Callable[[Row, Tensor], Distributions]
-"""A reference that is resident where the policy is: (row, [asked] positions of states) to what it says comes next."""
 
 WHOLE_SIDES = {"reduction": 0, "chosen": 1, "all": 2}
 """Of how many sides (chosen, then rejected) a loss wants log-probs of all tokens, by its `positions`."""
@@ -122,24 +118,21 @@ def score_row(
     lengths = [(pair.chosen, pair.rejected) for pair in row.segments]
     positions, reference_positions = row_positions(method, draw, pairs)
     asked = asked_positions(loss, positions, lengths)
-    divergences: list[Tensor] = []
     if loss.reference == "distributions":
         assert reference is not None, "checked where the learner begins a round"
         sides, resident, by_token = pair_divergences(policy, reference, row, asked)
-        for side, values in zip(("chosen", "rejected"), by_token, strict=True):
-            counted = [_at(each, getattr(at, side)) for each, at in zip(values, positions, strict=True)]
-            divergences.append(torch.stack([each.sum() for each in counted]))
     else:
         sides = pair_logprobs(policy, row, asked)
-    reduced = []
+    reduced, divergences = [], []
     for index, side in enumerate(("chosen", "rejected")):
-        kept = [_at(p, getattr(at, side)) for p, at in zip(sides[index], positions, strict=True)]
+        kept = _counted(sides[index], positions, side)
         if loss.reference == "log-probs":
             stored = zip(kept, pairs.column(f"{side}_ref"), reference_positions, strict=True)
             kept = [p - torch.tensor(ref.values.to_numpy()[getattr(at, side)]).to(p) for p, ref, at in stored]
         elif loss.reference == "distributions":
-            theirs = zip(kept, resident[index], positions, strict=True)
-            kept = [p - _at(ref, getattr(at, side)) for p, ref, at in theirs]
+            theirs = _counted(resident[index], positions, side)
+            kept = [p - ref for p, ref in zip(kept, theirs, strict=True)]
+            divergences.append(torch.stack([each.sum() for each in _counted(by_token[index], positions, side)]))
         reduced.append(kept)
     settings = {name: getattr(method, name) for name in reduction.settings}
     ratios = reduce_pairs(reduction, reduced[0], reduced[1], lengths, **settings)
@@ -161,8 +154,13 @@ def asked_positions(
     ]
 
 
-def _at(logprobs: Float[Tensor, " asked"], kept: np.ndarray) -> Float[Tensor, " kept"]:
-    return logprobs if len(logprobs) == len(kept) else logprobs[torch.from_numpy(kept).to(logprobs.device)]
+def _counted(values: list[Tensor], positions: list[Positions], side: str) -> list[Tensor]:
+    """Of each pair's numbers of asked tokens, one side's, those of the tokens that the reduction counts."""
+    return [_at(each, getattr(at, side)) for each, at in zip(values, positions, strict=True)]
+
+
+def _at(values: Float[Tensor, " asked"], kept: np.ndarray) -> Float[Tensor, " kept"]:
+    return values if len(values) == len(kept) else values[torch.from_numpy(kept).to(values.device)]
 
 
 def idle_loss(policy: nn.Module, device: torch.device) -> Tensor:

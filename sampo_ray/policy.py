@@ -20,6 +20,9 @@ from sampo_ray.reduction import Positions
 Distributions = tuple[Float[Tensor, "asked dim"], Float[Tensor, "vocabulary dim"]]
 """Distributions over the next token: softmax(hidden states @ a head's weight^T)."""
 
+Reference = Callable[[Row, Tensor], Distributions]
+"""A reference that is resident where the policy is: (row, [asked] positions of states) to what it says comes next."""
+
 
 class Policy(nn.Module):
     """A causal language model whose head is computed only where asked, over rows of segments."""
@@ -144,10 +147,7 @@ def pair_logprobs(policy: nn.Module, row: Row, positions: list[Positions]) -> Si
 
 
 def pair_divergences(
-    policy: nn.Module,
-    reference: Callable[[Row, Tensor], Distributions],
-    row: Row,
-    positions: list[Positions],
+    policy: nn.Module, reference: Reference, row: Row, positions: list[Positions]
 ) -> tuple[Sides, Sides, Sides]:
     """Log-probabilities under the policy, under the reference, and KL(reference || policy), as `pair_logprobs`."""
     states, targets, counts = _asked(row, positions)
