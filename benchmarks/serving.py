@@ -1,18 +1,27 @@
-"""The live endpoint against stock `ray.serve.llm`: same model, engine settings, requests and concurrency, over HTTP.
+"""The live endpoint against stock `ray.serve.llm` and, for information, `vllm serve`: over HTTP, with the same model,
+engine settings, requests and concurrency.
 
-Both run in one Ray Serve behind one proxy and take turns. Every request is a streamed chat.
+The first two run in one Ray Serve behind one proxy. All take turns. Every request is a streamed chat.
 """
 
 import asyncio
+import contextlib
+import os
 import statistics
+import subprocess
+import sys
 import time
+import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import _measure
 import _rig
 from _measure import Target
 
 TOKENS = 16
+START_S = 180.0
 CONCURRENCY = 32
 TARGETS = {
     "serving_throughput_vs_ray_serve_llm": Target(at_least=0.95),
@@ -46,13 +55,15 @@ def main() -> None:
         ours = start_endpoint("bench-endpoint", "bench-policy", "bench", rig.config)
         stock = start_stock(rig)
         share = max(1, args.requests // args.repeats)
-        sides = {
-            "ours": lambda turn: asyncio.run(load(ours, turn, share)),
-            "ray.serve.llm": lambda turn: asyncio.run(load(stock, turn, share)),
-        }
-        for url in (ours, stock):
-            asyncio.run(load(url, 99, 2 * CONCURRENCY))  # warm
-        results = _measure.take_turns(sides, args.repeats)
+        with vllm_serve(rig) as bare:
+            sides = {
+                "ours": lambda turn: asyncio.run(load(ours, turn, share)),
+                "ray.serve.llm": lambda turn: asyncio.run(load(stock, turn, share)),
+                "vllm serve": lambda turn: asyncio.run(load(bare, turn, share)),
+            }
+            for url in (ours, stock, bare):
+                asyncio.run(load(url, 99, 2 * CONCURRENCY))  # warm
+            results = _measure.take_turns(sides, args.repeats)
         stop_endpoint("bench-endpoint")
     count = f"{args.repeats} x {share} requests"
     rows = [("model", rig.label, "")]
@@ -99,6 +110,51 @@ def start_stock(rig: _rig.Rig) -> str:
     )
     serve.run(build_openai_app({"llm_configs": [config]}), name="stock", route_prefix="/stock")
     return f"http://{rig.config.host}:{rig.config.port}/stock"
+
+
+@contextlib.contextmanager
+def vllm_serve(rig: _rig.Rig) -> Iterator[str]:
+    """vLLM's own server with the same settings, in a process of its own; gives its URL."""
+    from sampo_ray.actors.policy_deployment import cpu_engine, cpu_environment
+    from sampo_ray.serve.endpoint import free_port
+
+    port = free_port("127.0.0.1")
+    settings = {
+        "tokenizer": str(rig.folder / "tokenizer"),
+        "served_model_name": "policy",
+        "host": "127.0.0.1",
+        "port": port,
+        "max_model_len": _rig.CONTEXT,
+        "generation_config": "vllm",
+        **cpu_engine(_rig.CONTEXT),
+    }
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", rig.model, *flags(settings)]
+    with subprocess.Popen(command, env={**os.environ, **cpu_environment()}, stdout=subprocess.DEVNULL) as process:
+        try:
+            deadline = time.monotonic() + START_S
+            while not answers(f"http://127.0.0.1:{port}/health"):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"vllm serve did not start within {START_S:.0f} s")
+                time.sleep(0.5)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+
+
+def flags(settings: dict[str, Any]) -> Iterator[str]:
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        yield f"--no-{flag}" if value is False else f"--{flag}"
+        if not isinstance(value, bool):
+            yield str(value)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 async def load(url: str, turn: int, requests: int) -> Turn:
