@@ -35,6 +35,11 @@ def adapter_ranks(state: Serving) -> dict[int, int]:
     return {version: min((r for r in RANKS if r >= rank), default=RANKS[-1]) for version, rank in largest.items()}
 
 
+def adapter_place(run: Place, name: str) -> Place:
+    """The folder of an adapter in a run directory: a user's by its name, a version of adapters alone by its number."""
+    return Place(version_folder(run.at("versions").url, int(name))) if name.isdecimal() else run.at("adapters", name)
+
+
 def pinned_app(apps: str, version: int, rank: int) -> str:
     """The name of the Serve application of a pinned version, in the fleet of that prefix."""
     return f"{pinned_prefix(apps)}{version}" + (f"-lora{rank}" if rank else "")
@@ -73,7 +78,7 @@ def _reconcile(apps: str, place: Place, run_id: str, ranks: dict[int, int], _bef
             source = Source(
                 pinned=WeightsId(run_id, version),
                 drain_s=config.serve.request_timeout_s,
-                adapters=place.at("adapters").url if rank else None,
+                adapters=place.url if rank else None,
                 max_rank=rank,
             )
             app = policy_deployment(

@@ -27,7 +27,9 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from sampo_ray.actors.adapters import merging
 from sampo_ray.actors.engine import PolicyEngine
+from sampo_ray.actors.pinned import adapter_place
 from sampo_ray.actors.receiving import Receiver
 from sampo_ray.actors.replica import Door, Event, State, after
 from sampo_ray.actors.weight_store import Channel, find_weight_store
@@ -86,7 +88,8 @@ class Source:
     drain_s: float = 300.0
     """With swap=wait: seconds that answers in flight may take to end."""
     adapters: str | None = None
-    """Folder (or URL) of LoRA adapters on the pinned version: asked for by `policy@NAME`, one is loaded when it is."""
+    """The run directory, if LoRA adapters are served on the pinned version: asked for by `policy@NAME` or, one that is
+    a version, `policy@N`, one is loaded when it is."""
     max_rank: int = 0
     transport: Literal["host", "ipc", "broadcast"] = "host"
     """How new weights come (actors/transport.py)."""
@@ -251,7 +254,7 @@ class PolicyServer(LLMServer):
                 yield item
 
     async def _answered(self, method: Any, request: Any, raw_request_info: Any) -> AsyncGenerator[Any, None]:
-        first, previous = self._held, ""
+        first, previous = self._held_for(request.model), ""
         request.cache_salt = f"{first.salt}/{request.cache_salt or ''}"
         key = request.request_id = os.urandom(16).hex()  # a user's may not be unique, and a request may come again
         spans = self._answers[key] = [{"version": first.id.version}]
@@ -270,15 +273,23 @@ class PolicyServer(LLMServer):
         finally:
             del self._answers[key]
 
-    async def _load_adapter(self, folder: str, model: str) -> None:
+    async def _load_adapter(self, run: str, model: str) -> None:
         """Makes the engine know the adapter that the model name `policy@NAME` means; at once if it does already."""
         async with self._adapting:
             if model in self._adapters:
                 return
-            path = await asyncio.to_thread(on_this_node, Place(folder).at(model.partition("@")[2]).url)
+            place = adapter_place(Place(run), model.partition("@")[2])
+            path = await asyncio.to_thread(on_this_node, place.url)
             known = DiskMultiplexConfig(model_id=model, local_path=path, lora_assigned_int_id=0, max_total_tokens=None)
             await self.engine.resolve_lora(known)
             self._adapters.add(model)
+
+    def _held_for(self, model: str) -> Held:
+        """What answers for a model name: the weights held, or a version of adapters alone on them."""
+        name = model.partition("@")[2]
+        if not self._source.adapters or not name.isdecimal():
+            return self._held
+        return replace(self._held, id=WeightsId(self._held.id.run, int(name)))
 
     def _note_swap(self, version: int) -> None:
         """Notes for each answer in flight how many tokens it has from the weights that go. The engine is paused."""
@@ -382,14 +393,18 @@ class PolicyServer(LLMServer):
     @contextlib.asynccontextmanager
     async def _at_hand(self, weights: Weights) -> AsyncGenerator[dict[str, Any], None]:
         """Gets weights, verified, to where the engine's workers can read them; gives the HostUpdate that says where."""
-        if self._receiver:
+        if self._receiver and weights.adapters is None:
             received = await self._receiver.receive(find_weight_store(self._source.store), weights)
             if received is not None:
                 yield received
                 return
         buckets = [await self._fetched(bucket) for bucket in weights.buckets]
         engine_computes = current_platform.is_cpu() and bool(self._client.output_processor.request_states)
-        async with in_thread(staged(buckets, SHARE_OF_A_CORE if engine_computes else 1.0)) as update:
+        how: list[Any] = [SHARE_OF_A_CORE if engine_computes else 1.0]
+        if weights.adapters is not None:
+            adapters = await self._fetched(weights.adapters)
+            how.append(await asyncio.to_thread(merging, adapters, weights.about["adapter"]["scaling"], *how))
+        async with in_thread(staged(buckets, *how)) as update:
             del buckets
             yield update
 

@@ -14,10 +14,11 @@ import torch.distributed as dist
 from ray.actor import ActorHandle
 from transformers import AutoConfig
 
+from sampo_ray.actors.adapters import about_adapters
 from sampo_ray.actors.blocks import part_place
 from sampo_ray.actors.exchange import Work
 from sampo_ray.actors.sending import start_sender
-from sampo_ray.actors.weight_store import find_weight_store, publish_version
+from sampo_ray.actors.weight_store import find_weight_store, publish_adapters, publish_version
 from sampo_ray.actors.weights import (
     WeightsError,
     checksum,
@@ -26,7 +27,7 @@ from sampo_ray.actors.weights import (
 )
 from sampo_ray.batching import plan_round
 from sampo_ray.config import TrainingError
-from sampo_ray.learner import Learner, drain
+from sampo_ray.learner import Learner, drain, write_universal
 from sampo_ray.memory import check_device
 from sampo_ray.objective import asked_of_reference
 from sampo_ray.policy import Policy, load_policy
@@ -102,8 +103,8 @@ class Rank:
         with Place(version_folder(self.place.at("versions").url, version)).on_disk() as base:
             if self.device.type == "cuda":
                 check_device(AutoConfig.from_pretrained(base), self.config)
-            seed = self.config.run.seed + work.round
-            policy = load_policy(base, self.config.trainer.gradient_checkpointing, lora=lora, seed=seed)
+            seed, flex = self.config.run.seed + work.round, self.config.model.flex
+            policy = load_policy(base, self.config.trainer.gradient_checkpointing, lora=lora, seed=seed, flex=flex)
         learner = Learner(policy, self.config, self.device)
         learner.begin_round(work.round, lambda: self._reference(work))
         return learner
@@ -111,7 +112,7 @@ class Rank:
     def _reference(self, work: Work) -> Policy:
         """What the round starts from, frozen."""
         with Place(version_folder(self.place.at("versions").url, work.start_version)).on_disk() as folder:
-            return load_policy(folder, device=str(self.device)).requires_grad_(False)
+            return load_policy(folder, device=str(self.device), flex=self.config.model.flex).requires_grad_(False)
 
     def _begin(self, work: Work) -> None:
         """The next round: with the same learner or, where it has adapters of its own, with another."""
@@ -167,31 +168,28 @@ class Rank:
             yield scored
 
     def _publish(self, work: Work, version: int, last: bool, metrics: dict[str, Any]) -> bool:
-        versions, shell = work.place.at("versions").url, version_folder(work.place.at("versions").url, 0)
-        if self.first:
-            about = {
-                "round": work.round,
-                "step": self.learner.step,
-                "parent": work.start_version,
-                "labels": labels_of(work.round, self.learner.step, last, work.config.rounds.count),
-                **lineage(work.config, read_manifest(self.place)),
-                "metrics": {name: value for name, value in metrics.items() if isinstance(value, float)},
-                "created": int(time.time()),
-            }
-            publish_version(
-                self.store,
-                work.run,
-                versions,
-                version,
-                self.learner.weights(),
-                shell,
-                last,
-                about,
-                timeout_s=PUBLISH_SECONDS,
-                sender=self.sender,
-            )
+        """Publishes the weights or, where there are adapters and the round goes on, these."""
+        lora, versions = None if last else work.config.model.lora, work.place.at("versions").url
+        weights: Iterator[Any] = self.learner.adapters() if lora else self.learner.weights()
+        if not self.first:
+            drain(weights)
+            return True
+        about: dict[str, Any] = {
+            "round": work.round,
+            "step": self.learner.step,
+            "parent": work.start_version,
+            "labels": labels_of(work.round, self.learner.step, last, work.config.rounds.count),
+            **lineage(work.config, read_manifest(self.place)),
+            "metrics": {name: value for name, value in metrics.items() if isinstance(value, float)},
+            "created": int(time.time()),
+        }
+        where = self.store, work.run, versions, version
+        if lora:
+            about["adapter"] = about_adapters(lora, work.start_version)
+            publish_adapters(*where, weights, lora, about, timeout_s=PUBLISH_SECONDS)
         else:
-            drain(self.learner.weights())
+            shell = version_folder(versions, 0)
+            publish_version(*where, weights, shell, last, about, timeout_s=PUBLISH_SECONDS, sender=self.sender)
         return True
 
     def _export(self, work: Work) -> None:
@@ -236,13 +234,24 @@ class Rank:
         checkpoint = found[0]
         if checkpoint is None or (self.config.model.lora and checkpoint.round != work.round):
             return
-        if checkpoint.world != self.learner.world:
-            raise TrainingError(
-                f"the checkpoint {checkpoint.path} was written by {checkpoint.world} ranks, this run has "
-                f"{self.learner.world}; resume with trainer.workers={checkpoint.world}"
-            )
+        standing = checkpoint.round, checkpoint.step, checkpoint.statistics
         with self.place.at(checkpoint.path).on_disk() as folder:
             for name, expected in checkpoint.files.items():
                 if checksum((folder / name).read_bytes()) != expected:
                     raise TrainingError(f"checkpoint {checkpoint.path}/{name} is damaged (its checksum does not match)")
-            self.learner.load(folder.parent, folder.name, checkpoint.round, checkpoint.step, checkpoint.statistics)
+            if checkpoint.world == self.learner.world:
+                self.learner.load(folder.parent, folder.name, *standing)
+                return
+            universal = self.place.at(f"{checkpoint.path}-universal")
+            if self.first:
+                logger.info("%s is of %d ranks, not %d", checkpoint.path, checkpoint.world, self.learner.world)
+                universal.remove()
+                with universal.draft() as scratch:
+                    write_universal(folder, scratch / "state")
+                    universal.take(scratch / "state")
+        dist.barrier()
+        with universal.on_disk() as folder:
+            self.learner.load(folder.parent, folder.name, *standing, universal=True)
+        dist.barrier()
+        if self.first:
+            universal.remove()

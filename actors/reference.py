@@ -39,19 +39,19 @@ class ReferenceWorker:
     ) -> pa.Table:
         """Scores a PAIRS block of a round with `version` of `run`; writes and returns a REFERENCE block."""
         with self._computing:
-            policy = self._load(WeightsId(run, version), versions_url)
+            policy = self._load(WeightsId(run, version), versions_url, config.model.flex)
             scored = score_pairs(policy, pairs, config.row_budget, asked_of_reference(config, round))
         Place(out).write_table(scored)
         return scored
 
-    def _load(self, wanted: WeightsId, versions_url: str) -> Policy:
+    def _load(self, wanted: WeightsId, versions_url: str, flex: bool) -> Policy:
         if self._held == wanted and self._policy is not None:
             return self._policy
         started = time.monotonic()
         if self._policy is None or self._held is None or self._held.run != wanted.run:
             with Place(versions_url).at("000000").on_disk() as base:
                 device = "cuda" if torch.cuda.is_available() else "cpu"
-                self._policy = load_policy(base, device=device).eval().requires_grad_(False)
+                self._policy = load_policy(base, device=device, flex=flex).eval().requires_grad_(False)
         self._held = None
         weights = ray.get(self._store.get.remote(wanted.run, wanted.version), timeout=STORE_SECONDS)
         parameters = dict(self._policy.model.named_parameters())

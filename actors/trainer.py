@@ -22,10 +22,9 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 5.0
 CALL_SECONDS = 60.0
 STOP_SECONDS = 120.0
-TRAIN_ENVIRONMENT = {
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
-}
+HEALTH_CHECK_SECONDS = 1
+START_SECONDS, ELASTIC_START_SECONDS = 600, 60
+"""That ranks may wait for their resources; a node that is gone is counted with for a while, and fewer ranks may do."""
 
 
 class Trainer:
@@ -42,9 +41,10 @@ class Trainer:
             self._start()
 
     def _start(self) -> None:
-        for name, value in TRAIN_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
         config = self._config
+        start = ELASTIC_START_SECONDS if config.min_workers else START_SECONDS
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(start))
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(HEALTH_CHECK_SECONDS))
         self._exchange = ray.remote(Exchange).options(num_cpus=0.1).remote()
         workers = config.workers or 1
         gpus = config.num_gpus or 0
@@ -54,7 +54,7 @@ class Trainer:
             train_rank,
             train_loop_config={"exchange": self._exchange, "store": self._store, "threads": threads},
             scaling_config=ScalingConfig(
-                num_workers=workers,
+                num_workers=(config.min_workers, workers) if config.min_workers else workers,
                 use_gpu=bool(gpus),
                 resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
             ),

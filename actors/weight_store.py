@@ -21,6 +21,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from sampo_ray import versions
+from sampo_ray.actors.adapters import write_adapters
 from sampo_ray.actors.gate import Verdict, check
 from sampo_ray.actors.pinned import Pinned, adapter_ranks
 from sampo_ray.actors.roll import Roll
@@ -39,7 +40,7 @@ from sampo_ray.actors.weights import (
     version_folder,
     write_version,
 )
-from sampo_ray.config import ServeConfig
+from sampo_ray.config import LoraConfig, ServeConfig
 from sampo_ray.runs import Place, read_serve_config
 from sampo_ray.versions import Serving
 
@@ -110,11 +111,10 @@ class WeightStore:
         async with self._lock:
             self._check_run(run_id)
             if self._training is None or version > self._training.id.version:
-                about = await asyncio.to_thread(self._about, version)
                 owned = tuple([await self._own(bucket) for bucket in buckets])
                 if offered:
                     await self._roll.offer(WeightsId(run_id, version))
-                self._training = Weights(WeightsId(run_id, version), about, owned, version)
+                self._training = await asyncio.to_thread(self._weights, version, owned)
                 await self._consider(version)
             elif version < self._training.id.version:
                 logger.warning("ignored version %d of run %s: %s is newer", version, run_id, self._training.id)
@@ -147,10 +147,7 @@ class WeightStore:
     async def get(self, run_id: str, version: int) -> Weights:
         """A version of the attached run: from memory when it is held, else from disk."""
         self._check_run(run_id)
-        for held in (self._training, self._live, self._reference):
-            if held and held.id.version == version:
-                return held
-        return await asyncio.to_thread(self._load, version)
+        return await asyncio.to_thread(self._held_or_loaded, version)
 
     async def serves(self, version: int | None) -> bool:
         """Whether the live policy serves this version (None: the newest), and goes on to serve what is published."""
@@ -256,8 +253,7 @@ class WeightStore:
         wanted, sequence = self._serving.live, self._serving.sequence
         if wanted is None or (self._live and (self._live.id.version, self._live.sequence) == (wanted, sequence)):
             return
-        held = [w for w in (self._training, self._live, self._reference) if w and w.id.version == wanted]
-        self._live = replace(held[0] if held else self._load(wanted), sequence=sequence)
+        self._live = replace(self._held_or_loaded(wanted), sequence=sequence)
 
     def _attend(self) -> None:
         """Sees to it that somebody follows serving.json, which others change as well."""
@@ -315,9 +311,23 @@ class WeightStore:
         here = replace(bucket, data=await bucket.data)
         return await asyncio.to_thread(own, here)
 
+    def _held_or_loaded(self, version: int) -> Weights:
+        held = [w for w in (self._training, self._live, self._reference) if w and w.id.version == version]
+        return held[0] if held else self._load(version)
+
     def _load(self, version: int) -> Weights:
         buckets = tuple(put(bucket) for bucket in read_version(version_folder(self._versions, version)))
-        return Weights(WeightsId(self._run, version), self._about(version), buckets, version)
+        return self._weights(version, buckets)
+
+    def _weights(self, version: int, buckets: tuple[Bucket, ...]) -> Weights:
+        """A version of these buckets, or of that with adapters and the buckets of the version they belong to."""
+        weights_id, about = WeightsId(self._run, version), self._about(version)
+        if "adapter" not in about:
+            return Weights(weights_id, about, buckets, version)
+        (adapters,) = buckets
+        base = self._held_or_loaded(about["adapter"]["base"])
+        self._reference = self._reference or base  # the next version asks for it again
+        return Weights(weights_id, about, base.buckets, version, adapters)
 
 
 def own(bucket: Bucket) -> Bucket:
@@ -365,3 +375,18 @@ def publish_version(
     if sender is not None and offered:
         sender.send(WeightsId(run_id, version), buckets)
     return live
+
+
+def publish_adapters(
+    store: ActorHandle,
+    run_id: str,
+    versions_url: str,
+    version: int,
+    weights: Iterable[tuple[str, Sequence[torch.Tensor]]],
+    config: LoraConfig,
+    about: dict[str, Any],
+    timeout_s: float = 300.0,
+) -> WeightsId | None:
+    """As `publish_version`, of adapters alone (`write_adapters`); they are small, and replicas fetch them."""
+    bucket = write_adapters(version_folder(versions_url, version), weights, config, {"version": version, **about}, put)
+    return ray.get(store.publish.remote(run_id, version, False, [bucket]), timeout=timeout_s)

@@ -9,7 +9,7 @@ The file lives on one node, so all workers of an engine must be on the replica's
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -164,9 +164,12 @@ def written(data: np.ndarray, file: Any, share: float) -> Iterator[np.ndarray]:
 
 
 @contextmanager
-def staged(buckets: Iterable[Bucket], share: float = 1.0) -> Iterator[dict[str, Any]]:
-    """Verifies buckets (their bytes fetched) and writes them into one file, in memory where there is room; yields the
-    HostUpdate. Works no more than `share` of the time. WeightsError for damaged bytes.
+def staged(
+    buckets: Iterable[Bucket], share: float = 1.0, change: Callable[[Bucket], Bucket] = lambda bucket: bucket
+) -> Iterator[dict[str, Any]]:
+    """Verifies buckets (their bytes fetched) and writes what `change` makes of them, at the same places, into one file,
+    in memory where there is room; yields the HostUpdate. Works no more than `share` of the time. WeightsError for
+    damaged bytes.
     """
     held = list(buckets)
     room = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 2 * sum(b.data.size for b in held)
@@ -174,7 +177,8 @@ def staged(buckets: Iterable[Bucket], share: float = 1.0) -> Iterator[dict[str, 
     with tempfile.NamedTemporaryFile(prefix="sampo-weights-", dir=SHARED_MEMORY if room else None) as file:
         for bucket, (start, _) in zip(held, places, strict=True):
             file.seek(start)
-            verify(bucket, written(bucket.data, file, share))
+            changed = change(bucket)
+            verify(changed, written(changed.data, file, share))
         file.flush()
         yield {"path": file.name, "nbytes": file.tell(), "tensors": [astuple(spec) for spec in specs]}
 

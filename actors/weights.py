@@ -1,6 +1,7 @@
 """Weights on their way from trainer to replicas: buckets of bytes, durable versions, and the store that hands them out.
 
-A *version* is a Hugging Face folder `versions/<number>/` (bf16 safetensors), complete once its `version.json` exists.
+A *version* is a Hugging Face folder `versions/<number>/` (bf16 safetensors), complete once its `version.json` exists;
+a LoRA run's versions within a round are folders of peft's instead (`adapters.py`).
 A *bucket* is one shard's tensors as a flat byte array with a checksum, in memory or in Ray's object store.
 The *store* (`weight_store.py`) is an actor that replicas long-poll; it only ever hands out versions that are durable.
 """
@@ -14,6 +15,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,8 @@ class Weights:
     buckets: tuple[Bucket, ...]
     sequence: int = 0
     """How many times what its channel hands out had changed before; orders answers even across a rollback."""
+    adapters: Bucket | None = None
+    """LoRA adapters that are yet to be merged into the buckets (`adapters.py`), which are those of another version."""
 
 
 def checksum(data: Any) -> str:
@@ -186,13 +190,23 @@ def write_version(
     complete version is never rewritten: then `tensors` is only drained (its iteration may be a collective) and the
     buckets are those on disk. `lm_head.weight` is left out when the config ties it to the embeddings.
     """
+    if is_complete(folder_url):
+        deque(tensors, maxlen=0)
+        return [keep(bucket) for bucket in read_version(folder_url)]
+    with drafted(folder_url, about) as draft:
+        shell = _copy_shell(shell_folder, draft)
+        if shell.get("tie_word_embeddings"):
+            tensors = ((key, tensor) for key, tensor in tensors if key != "lm_head.weight")
+        return _write_shards(draft, tensors, shell, bucket_bytes, keep)
+
+
+@contextmanager
+def drafted(folder_url: str, about: dict[str, Any]) -> Iterator[Path]:
+    """A folder for the files of a version that is not complete yet; afterwards they are in place, version.json last."""
     missing = {"version", "round", "step"} - about.keys()
     if missing:
         raise WeightsError(f"about lacks {', '.join(sorted(missing))}; version.json must say which weights these are")
     fs, folder = fsspec.core.url_to_fs(folder_url)
-    if fs.exists(f"{folder}/version.json"):
-        deque(tensors, maxlen=0)
-        return [keep(bucket) for bucket in read_version(folder_url)]
     parent, name = folder.rsplit("/", 1)
     local = isinstance(fs, LocalFileSystem)
     if local:
@@ -202,14 +216,10 @@ def write_version(
     with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=parent if local else None) as scratch:
         draft = Path(scratch) / name
         draft.mkdir()
-        shell = _copy_shell(shell_folder, draft)
-        if shell.get("tie_word_embeddings"):
-            tensors = ((key, tensor) for key, tensor in tensors if key != "lm_head.weight")
-        buckets = _write_shards(draft, tensors, shell, bucket_bytes, keep)
+        yield draft
         files = {path.name: checksum(path.read_bytes()) for path in sorted(draft.iterdir())}
         (draft / "version.json").write_text(json.dumps({**about, "files": files}, indent=1))
         _place(draft, fs, folder, local)
-    return buckets
 
 
 def _copy_shell(shell_folder: str, draft: Path) -> dict[str, Any]:
@@ -261,6 +271,11 @@ def _place(draft: Path, fs: Any, folder: str, local: bool) -> None:
         return
     for path in sorted(draft.iterdir(), key=lambda path: path.name == "version.json"):
         fs.put_file(str(path), f"{folder}/{path.name}")
+
+
+def is_complete(folder_url: str) -> bool:
+    fs, folder = fsspec.core.url_to_fs(folder_url)
+    return bool(fs.exists(f"{folder}/version.json"))
 
 
 def read_about(folder_url: str) -> dict[str, Any]:

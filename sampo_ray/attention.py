@@ -4,12 +4,15 @@ other.
 Registered with transformers as `sampo_segments`; the row's segments travel as the keyword argument `segments`. Each
 pair costs two calls, one causal over prompt and chosen, one of rejected over prompt and rejected. A call sees one pair
 only, so on CPU its bits do not depend on what else is in the row.
+
+On GPUs one kernel for the whole row, transformers' own FlexAttention, can do the same with `block_mask`.
 """
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -17,6 +20,8 @@ from sampo_ray import cpu
 from sampo_ray.batching import Segments
 
 NAME = "sampo_segments"
+FLEX = "flex_attention"
+"""transformers' name for PyTorch's FlexAttention (Dong et al. 2024, arXiv 2412.05496)."""
 
 
 def segment_attention(
@@ -57,6 +62,24 @@ def segment_attention(
     if fill:
         outputs.append(torch.zeros_like(values[-1]))  # of the outputs' width
     return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype), None
+
+
+def block_mask(segments: tuple[Segments, ...], tokens: int, device: torch.device) -> BlockMask:
+    """Which tokens of a row each of its tokens sees, for FlexAttention: the same as in `segment_attention`; the filler
+    sees itself.
+    """
+    pair, part = torch.full((tokens,), -1), torch.zeros(tokens, dtype=torch.int64)
+    for number, each in enumerate(segments):
+        pair[each.start : each.end] = number
+        part[each.chosen_start : each.rejected_start] = 1
+        part[each.rejected_start : each.end] = 2
+    pair, part = pair.to(device), part.to(device)
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        shared = (part[key] == 0) | (part[key] == part[query])
+        return (pair[query] == pair[key]) & (query >= key) & shared
+
+    return create_block_mask(sees, None, None, tokens, tokens, device=device)
 
 
 AttentionInterface.register(NAME, segment_attention)

@@ -146,8 +146,9 @@ def resumed_config(directory: str, overrides: list[str]) -> RunConfig:
     from sampo_ray.runs import open_run
 
     config = open_run(directory).config
+    ranks = ("workers", "min_workers", "num_cpus", "num_gpus", "checkpoint_every", "max_failures", "lifetime")
     for override in overrides:
-        if not override.startswith(("serve.", "fleet.", "trainer.max_failures", "trainer.lifetime", "run.trackers")):
+        if not override.startswith(("serve.", "fleet.", "run.trackers", *(f"trainer.{name}" for name in ranks))):
             raise ConfigError(f"override {override!r}: a run that is resumed keeps its method, data and sizes; drop it")
     return load_config(config.model_dump(), overrides) if overrides else config
 

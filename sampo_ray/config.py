@@ -67,6 +67,13 @@ class ModelConfig(Section):
     """Prompt format: the card's, Meta's, or the one the tokenizer brings."""
     lora: LoraConfig | None = None
     """Train adapters on a frozen model; they are merged into what is published. Default: train all weights."""
+    attention: Literal["segments", "flex"] = "segments"
+    """How trainer and reference compute attention: two calls a pair, or PyTorch's FlexAttention, one for a whole row,
+    which needs GPUs."""
+
+    @property
+    def flex(self) -> bool:
+        return self.attention == "flex"
 
 
 class DataConfig(Section):
@@ -234,6 +241,9 @@ class ReferenceConfig(Section):
 class TrainerConfig(Section):
     workers: int | None = Field(None, ge=1)
     """Data-parallel ranks. Default: one per GPU (cluster profile), one (laptop)."""
+    min_workers: int | None = Field(None, ge=1)
+    """Ranks that training goes on with, from its last checkpoint, when there is no room for all; once there is, all
+    train again. Default: it waits for room for all."""
     num_cpus: float | None = Field(None, ge=0)
     """Logical CPUs a rank asks Ray for."""
     num_gpus: float | None = Field(None, ge=0)
@@ -261,6 +271,17 @@ class TrainerConfig(Section):
         if self.offload == "parameters" and self.zero_stage != 3:
             raise ValueError(f"offload='parameters' needs zero_stage=3, not {self.zero_stage}; use offload='optimizer'")
         return self
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "TrainerConfig":
+        if self.workers is not None and self.fewest > self.workers:
+            raise ValueError(f"min_workers={self.min_workers} is more than workers={self.workers}; make it smaller")
+        return self
+
+    @property
+    def fewest(self) -> int:
+        """Ranks that must be able to hold the model."""
+        return self.min_workers or self.workers or 1
 
 
 class FleetConfig(Section):

@@ -6,7 +6,9 @@ It knows neither Ray nor the run directory. torch.distributed must be initialise
 import contextlib
 import dataclasses
 import gc
+import io
 import math
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -226,6 +228,14 @@ class Learner:
             with self._gathered(weight.parts):
                 yield name, weight.merged(lambda part: part.data).bfloat16()
 
+    def adapters(self) -> Iterator[tuple[str, list[Tensor]]]:
+        """The bf16 adapters: of each adapted weight its name, and A [rank, in] and B [out, rank]."""
+        for name, weight in named_weights(self.policy.model):
+            _, *parts = weight.parts
+            if parts:
+                with self._gathered(parts):
+                    yield name, [part.data.bfloat16() for part in parts]
+
     def masters(self) -> Iterator[tuple[str, Tensor]]:
         """The fp32 weights, parameter by parameter, each gathered from all ranks."""
         from deepspeed.utils import safe_get_full_fp32_param
@@ -251,10 +261,28 @@ class Learner:
         frozen = self.config.model.lora is not None
         self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=frozen)
 
-    def load(self, folder: Path, tag: str, round: int, step: int, statistics: Statistics) -> None:
-        """Goes back to what `save` wrote when it stood there."""
-        self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=self.config.model.lora is None)
+    def load(
+        self, folder: Path, tag: str, round: int, step: int, statistics: Statistics, universal: bool = False
+    ) -> None:
+        """Goes back to what `save` wrote when it stood there; `universal`: to what `write_universal` made of that."""
+        whole = self.config.model.lora is None
+        # DeepSpeed takes this from its settings, but other checkpoints of this engine are not universal.
+        self._engine._config.load_universal_checkpoint = universal
+        self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=whole)
+        self._engine._config.load_universal_checkpoint = False
         self.round, self.step, self.statistics = round, step, statistics
+
+
+def write_universal(checkpoint: Path, out: Path) -> None:
+    """Writes what all ranks saved in `checkpoint` as one that any number of ranks can load: masters and moments by
+    parameter (DeepSpeed's universal format; Lian et al. 2024, arXiv 2406.18820), the same bits.
+    """
+    from deepspeed.checkpoint import ds_to_universal
+
+    settings = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
+    folders = {"input_folder": str(checkpoint), "output_folder": str(out)}
+    with contextlib.redirect_stdout(io.StringIO()):
+        ds_to_universal.main(Namespace(**folders, **settings, inject_missing_state=True))
 
 
 def _which(pairs: list[str]) -> str:

@@ -1,7 +1,8 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685): low-rank adapters on the linear layers of a frozen model.
 
-Adapters live for a round. They start at zero on the round's reference, so that the policy *is* the reference there, and
-what is published, exported and begins the next round is the model with them merged in.
+Adapters live for a round. They start at zero on the round's reference, so that the policy *is* the reference there.
+Within the round they are published alone; what ends it, is exported and begins the next is the model with them merged
+in.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from sampo_ray.config import ConfigError, LoraConfig
 
 ADAPTER = "default"
 """peft's name for the only adapter there is."""
+SIDES = ("A", "B")
 
 
 def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
@@ -26,12 +28,20 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
     """
     import peft
 
-    targets = _targets(model, config)
-    settings = peft.LoraConfig(r=config.rank, lora_alpha=config.scaled_by, target_modules=targets, lora_dropout=0.0)
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        peft.inject_adapter_in_model(settings, model, ADAPTER)
+        peft.inject_adapter_in_model(peft.LoraConfig(**peft_settings(config, _targets(model, config))), model, ADAPTER)
+
+
+def peft_settings(config: LoraConfig, layers: list[str]) -> dict[str, Any]:
+    """peft's settings of adapters on these layers."""
+    return {"r": config.rank, "lora_alpha": config.scaled_by, "target_modules": layers, "lora_dropout": 0.0}
+
+
+def file_name(weight: str, side: str) -> str:
+    """What peft's files call the A or B that belongs to a weight (`model.layers.0.mlp.down_proj.weight`)."""
+    return f"base_model.model.{weight.removesuffix('.weight')}.lora_{side}.weight"
 
 
 @contextmanager
@@ -80,8 +90,13 @@ class Weight:
         """W + alpha/rank * B A, in fp32, of the `value` of each part; without an adapter just that of the parameter."""
         if self.layer is None:
             return value(self.parameter)
-        weight, a, b = (value(part).float() for part in self.parts)
-        return weight.addmm(b, a, alpha=self.layer.scaling[ADAPTER])
+        weight, a, b = map(value, self.parts)
+        return merged(weight, a, b, self.layer.scaling[ADAPTER])
+
+
+def merged(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """W + `scaling` B A, fp32, of W [out, in], A [rank, in] and B [out, rank]."""
+    return weight.float().addmm(b.float(), a.float(), alpha=scaling)
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Weight]]:

@@ -67,7 +67,7 @@ def plan_memory(
     Activations are those of a Llama layer for one row; with gradient checkpointing only the inputs of all layers and
     one whole layer. The head takes its bf16 gradient, a tile of logits and that of its words in fp32, twice.
     """
-    world = trainer.workers or 1
+    world = trainer.fewest
     each = -(-shape.trained // world)
     weights = 2 * (-(-shape.parameters // world) if trainer.zero_stage == 3 else shape.parameters)
     inputs = 2 * shape.hidden * tokens_per_row
@@ -91,12 +91,13 @@ def check_memory(
     if device == "cpu":
         trainer = trainer.model_copy(update={"offload": "none"})  # it is the same memory
     plan = plan_memory(shape, trainer, tokens_per_row, device, resident)
-    ranks = (trainer.workers or 1) if device == "cpu" else 1
+    ranks = trainer.fewest if device == "cpu" else 1
     if ranks * plan.states <= available:
         return
-    asked = f"trainer.workers={trainer.workers or 1} and trainer.zero_stage={trainer.zero_stage}"
+    count = "min_workers" if trainer.min_workers else "workers"
+    asked = f"trainer.{count}={trainer.fewest} and trainer.zero_stage={trainer.zero_stage}"
     need, have = (f"{size / 2**30:.1f} GiB" for size in (ranks * plan.states, available))
-    mend = "a smaller model.path" if device == "cpu" else "more trainer.workers"
+    mend = "a smaller model.path" if device == "cpu" else f"more trainer.{count}"
     if resident:
         mend += ", or model.lora, whose base is the reference"
     elif device != "cpu" and trainer.zero_stage == 2:

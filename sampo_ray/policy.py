@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -62,8 +63,10 @@ class Policy(nn.Module):
         states: Int64[Tensor, " asked"],
     ) -> Float[Tensor, "asked dim"]:
         """The last hidden states at row positions `states`."""
-        decoder = self.model.get_decoder()
-        everything = decoder(input_ids=tokens[None], position_ids=positions[None], use_cache=False, segments=segments)
+        decoder, sight = self.model.get_decoder(), dict[str, Any](segments=segments)
+        if self.model.config._attn_implementation == attention.FLEX:
+            sight = {"attention_mask": attention.block_mask(segments, len(tokens), tokens.device)}
+        everything = decoder(input_ids=tokens[None], position_ids=positions[None], use_cache=False, **sight)
         return everything.last_hidden_state[0][states]
 
     @torch.no_grad()
@@ -117,15 +120,20 @@ def load_policy(
     device: str = "cpu",
     lora: LoraConfig | None = None,
     seed: int = 0,
+    flex: bool = False,
 ) -> Policy:
-    """Loads a Hugging Face folder or hub name in bf16, safetensors only, for rows of segments.
+    """Loads a Hugging Face folder or hub name in bf16, safetensors only, for rows of segments; `flex`: whose attention
+    is FlexAttention.
 
     With `lora` all of it is frozen but new adapters (sampo_ray/lora.py), random by `seed`.
     Raises ConfigError naming `model.path` when it cannot be opened or its head is not a plain matrix.
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=torch.bfloat16, attn_implementation=attention.NAME, use_safetensors=True
+            str(path),
+            dtype=torch.bfloat16,
+            attn_implementation=attention.FLEX if flex else attention.NAME,
+            use_safetensors=True,
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path={str(path)!r} cannot be loaded: {str(error).splitlines()[0]}") from error

@@ -18,14 +18,16 @@ def resolve(config: RunConfig, resources: Mapping[str, float], cores: int) -> tu
     `cluster` where there are GPUs enough, else `laptop`, on which a recipe for GPUs runs with fewer workers and
     replicas.
 
-    Raises ConfigError when the cluster profile is asked for by name and there are too few GPUs, and for a transport of
-    weights that cannot work where the profile puts trainer and replicas.
+    Raises ConfigError when the cluster profile is asked for by name and there are too few GPUs, for an attention that
+    needs GPUs, and for a transport of weights that cannot work where the profile puts trainer and replicas.
     """
     gpus = int(resources.get("GPU", 0))
     auto = config.profile == "auto"
     profile: Resolved = ("cluster" if gpus >= CLUSTER_GPUS else "laptop") if auto else config.profile  # type: ignore[assignment]
     if profile == "cluster" and gpus < CLUSTER_GPUS:
         raise ConfigError(f"profile='cluster' needs {CLUSTER_GPUS} GPUs or more, Ray has {gpus}; use profile=laptop")
+    if config.model.flex and not gpus:
+        raise ConfigError("model.attention='flex' needs GPUs (on CPUs it has no backward pass); use segments")
     plan = _cluster(config, gpus) if profile == "cluster" else _laptop(config, gpus, (gpus or cores) if auto else None)
     _check_transport(config.publish.transport, plan["trainer"]["num_gpus"], plan["generators"]["num_gpus"])
     notes = [
@@ -49,14 +51,17 @@ def _laptop(config: RunConfig, gpus: int, at_most: int | None) -> dict[str, dict
     def fleet(asked: FleetConfig, cpus: float, share: float) -> dict[str, Any]:
         most = size(asked.max_replicas)
         least = min(1 if asked.min_replicas is None else asked.min_replicas, most)
+        cpus = cpus if asked.num_cpus is None else asked.num_cpus
         return {"num_gpus": share if gpus else 0, "num_cpus": cpus, "max_replicas": most, "min_replicas": least}
 
     fleets, engine = config.fleet, dict(config.fleet.generators.engine)
     if gpus:
         engine.setdefault("gpu_memory_utilization", 0.3)
     workers = math.gcd(size(config.trainer.workers or gpus or 1), config.optim.batch_size)
+    least = config.trainer.min_workers and min(config.trainer.min_workers, workers)
+    cpus = 0.5 if config.trainer.num_cpus is None else config.trainer.num_cpus
     return {
-        "trainer": {"workers": workers, "num_gpus": 0.5 if gpus else 0, "num_cpus": 0.5},
+        "trainer": {"workers": workers, "min_workers": least, "num_gpus": 0.5 if gpus else 0, "num_cpus": cpus},
         "generators": {**fleet(fleets.generators, 0.5, 0.3), "engine": engine},
         "references": fleet(fleets.references, 0.5, 0.1),
         "rewards": fleet(fleets.rewards, 0.1, 0.1 if config.reward.model else 0),
@@ -73,6 +78,7 @@ def _cluster(config: RunConfig, gpus: int) -> dict[str, dict[str, Any]]:
     scorers = config.reference_workers + bool(config.reward.model)
     left = max(1, gpus - sampling - live - min(scorers, 1))
     workers = config.trainer.workers or max(n for n in range(1, left + 1) if config.optim.batch_size % n == 0)
+    cpus = 1.0 if config.trainer.num_cpus is None else config.trainer.num_cpus
     share = 1.0 / max(scorers, 1)
 
     def fleet(asked: FleetConfig, each: float, most: int) -> dict[str, Any]:
@@ -83,7 +89,7 @@ def _cluster(config: RunConfig, gpus: int) -> dict[str, dict[str, Any]]:
         return {"num_gpus": each, "num_cpus": cpus, "min_replicas": least, "max_replicas": most}
 
     return {
-        "trainer": {"workers": workers, "num_gpus": 1.0, "num_cpus": 1.0},
+        "trainer": {"workers": workers, "num_gpus": 1.0, "num_cpus": cpus},
         "generators": fleet(fleets.generators, 1.0, sampling or live),
         "references": fleet(fleets.references, share, 1),
         "rewards": fleet(fleets.rewards, share if config.reward.model else 0, 1),

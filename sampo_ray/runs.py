@@ -160,14 +160,14 @@ class Place:
             Path(path).unlink(missing_ok=True)
 
     def take(self, folder: Path) -> None:
-        """Moves the files of a local folder here, next to what is there already."""
+        """Moves what is in a local folder here, next to what is there already."""
         fs, path = self._fs()
         fs.makedirs(path, exist_ok=True)
         for file in sorted(folder.iterdir()):
             if self.local:
                 os.replace(file, f"{path}/{file.name}")
             else:
-                fs.put_file(str(file), f"{path}/{file.name}")
+                fs.put(str(file), f"{path}/{file.name}", recursive=file.is_dir())
 
     @contextlib.contextmanager
     def draft(self) -> Iterator[Path]:

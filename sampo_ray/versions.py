@@ -48,6 +48,7 @@ class Serving(BaseModel):
     labels: dict[str, int] = Field(default_factory=dict)
     """Labels that users gave; those of rounds and steps are in each version's own record."""
     adapters: dict[str, Adapter] = Field(default_factory=dict)
+    """By name; a version of adapters alone that is pinned is here by its number."""
     refused: dict[int, str] = Field(default_factory=dict)
     """Versions that failed a check, with the reason."""
     passed: list[int] = Field(default_factory=list)
@@ -56,7 +57,12 @@ class Serving(BaseModel):
     def kept(self) -> set[int]:
         """Versions that retention must leave on disk."""
         live = () if self.live is None else (self.live,)
-        return {*live, *self.pinned, *self.labels.values(), *self.previous[-1:]}
+        return {*live, *self.pinned, *self.pinned_adapters, *self.labels.values(), *self.previous[-1:]}
+
+    @property
+    def pinned_adapters(self) -> set[int]:
+        """Versions of adapters alone that are served on the pinned one that they belong to."""
+        return {int(name) for name in self.adapters if name.isdecimal()}
 
 
 def labels_of(round: int, step: int, last: bool, rounds: int) -> list[str]:
@@ -129,12 +135,20 @@ def pin(state: Serving, version: int) -> Serving:
     return state.model_copy(update={"pinned": sorted({*state.pinned, version})})
 
 
+def pin_adapters(state: Serving, version: int, adapter: Mapping[str, Any]) -> Serving:
+    """The same for a version of adapters alone, with what its version.json says of them; its base is pinned, too."""
+    served = Adapter(base=adapter["base"], rank=adapter["rank"])
+    return pin(state, served.base).model_copy(update={"adapters": {**state.adapters, str(version): served}})
+
+
 def unpin(state: Serving, version: int) -> Serving:
+    if version in state.pinned_adapters:
+        return remove_adapter(state, str(version))
     if version not in state.pinned:
-        pinned = ", ".join(map(str, state.pinned)) or "none"
+        pinned = ", ".join(map(str, sorted({*state.pinned, *state.pinned_adapters}))) or "none"
         raise VersionError(f"version {version} is not pinned (pinned: {pinned})")
     if on_it := adapters_on(state, version):
-        raise VersionError(f"version {version} carries adapters ({', '.join(on_it)}); remove them first")
+        raise VersionError(f"version {version} carries adapters ({', '.join(on_it)}); unpin or remove them first")
     return state.model_copy(update={"pinned": [v for v in state.pinned if v != version]})
 
 
@@ -197,6 +211,8 @@ def commanded(
     version = find(name, labels)
     if verb == "label":
         return label(state, version, argument)
+    if verb == "pin" and "adapter" in abouts[version]:
+        return pin_adapters(state, version, abouts[version]["adapter"])
     return {"promote": promote, "pin": pin, "unpin": unpin}[verb](state, version)
 
 
@@ -249,7 +265,7 @@ def standing(state: Serving, version: int) -> str:
     """`live`, `pinned`, `refused`, `candidate` (not checked yet) or `kept`."""
     if version == state.live:
         return "live"
-    if version in state.pinned:
+    if version in state.pinned or version in state.pinned_adapters:
         return "pinned"
     if version in state.refused:
         return "refused"

@@ -84,6 +84,8 @@ def add_adapter(run: str, folder: str, name: str, base: str) -> None:
     place, abouts, follow = opened(run)
     state = read_serving(place, follow)
     adapter = Adapter(base=find(base, all_labels(state, abouts)), rank=rank_of(folder))
+    if "adapter" in abouts[adapter.base]:
+        raise VersionError(f"version {adapter.base} is adapters itself; name a version that is a whole model")
     adapt(state, name, adapter)  # refused before anything is copied
     target = place.at("adapters", name)
     if target.names():
@@ -128,7 +130,7 @@ def command(run: str, verb: str, version: str = "", argument: str = "") -> None:
     state = edit_serving(place, lambda now: commanded(now, abouts, verb, version, argument), follow)
     held = ", held there" if state.held else f", following {state.follow}"
     live = "nothing" if state.live is None else f"version {state.live}"
-    pinned = ", ".join(map(str, state.pinned)) or "none"
+    pinned = ", ".join(map(str, sorted({*state.pinned, *state.pinned_adapters}))) or "none"
     typer.echo(f"live: {live}{held}; pinned: {pinned}")
 
 

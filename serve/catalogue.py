@@ -92,7 +92,7 @@ class Catalogue:
         state = await self.state()
         serving, labels = state["serving"], {v["version"]: v["labels"] for v in state["versions"]}
         ranks = adapter_ranks(serving)
-        if base == MODEL and name in serving.adapters:
+        if base == MODEL and name in serving.adapters and not name.isdecimal():
             version = serving.adapters[name].base
             return Target(pinned_app(state["apps"], version, ranks[version]), f"{MODEL}@{name}", version)
         try:
@@ -101,8 +101,9 @@ class Catalogue:
             version = find(name, labels)
         except VersionError as error:
             raise _no_model(str(error), state) from None
-        if version in serving.pinned:
-            return Target(pinned_app(state["apps"], version, ranks[version]), f"{MODEL}@{version}", version)
+        held = serving.adapters[str(version)].base if version in serving.pinned_adapters else version
+        if held in serving.pinned:
+            return Target(pinned_app(state["apps"], held, ranks[held]), f"{MODEL}@{version}", version)
         if version == serving.live:
             return Target(self._policy_app, MODEL, version)
         raise _no_model(f"version {version} is kept but not pinned; an admin can pin it", state)
@@ -118,7 +119,7 @@ class Catalogue:
         adapters = [
             self._card(f"{MODEL}@{name}", {**by_version[adapter.base], "adapter": name, "state": "pinned"})
             for name, adapter in state["serving"].adapters.items()
-            if adapter.base in by_version
+            if adapter.base in by_version and not name.isdecimal()
         ]
         return [*live, *cards, *adapters]
 
@@ -151,12 +152,12 @@ class Catalogue:
 def served_names(state: dict[str, Any]) -> list[str]:
     """The model names that a request may use now, by number and by label."""
     serving = state["serving"]
-    served = {*serving.pinned, *([] if serving.live is None else [serving.live])}
+    served = {*serving.pinned, *serving.pinned_adapters, *([] if serving.live is None else [serving.live])}
     names = [MODEL]
     for entry in state["versions"]:
         if entry["version"] in served:
             names += [f"{MODEL}@{name}" for name in (entry["version"], *entry["labels"])]
-    return [*names, *(f"{MODEL}@{name}" for name in serving.adapters)]
+    return [*names, *(f"{MODEL}@{name}" for name in serving.adapters if not name.isdecimal())]
 
 
 def _no_model(reason: str, state: dict[str, Any]) -> ApiError:

@@ -5,10 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
 
-from sampo_ray.attention import segment_attention
+from sampo_ray.attention import block_mask, segment_attention
 from sampo_ray.batching import ROW_MULTIPLE, RowBudget, assemble, lengths_of, plan_round, plan_rows, steps_in_round
 from tests.conftest import random_pairs
 
@@ -84,6 +85,20 @@ def test_a_row_lays_pairs_end_to_end_with_positions_that_restart(count, seed):
         states = segment.rejected_states(np.arange(segment.rejected))
         assert states[0] == segment.chosen_states(np.arange(1))[0] == segment.chosen_start - 1
         assert (states[1:] == segment.rejected_start + np.arange(segment.rejected - 1)).all()
+
+
+@given(st.integers(1, 4), st.integers(0, 9))
+@settings(max_examples=20)
+def test_flex_attention_sees_what_the_calls_for_each_pair_see(count, seed):
+    row = assemble(random_pairs(count, seed))
+    tokens, end = len(row.tokens), row.segments[-1].end
+    mask, every = block_mask(row.segments, tokens, torch.device("cpu")), torch.arange(tokens)
+    sees = mask.mask_mod(torch.tensor(0), torch.tensor(0), every[:, None], every[None])
+    assert mask.shape == (1, 1, tokens, tokens) and sees.any(1).all(), "an empty line would be no number"
+    query, key, value = torch.randn(3, 1, 2, tokens, 8, generator=torch.Generator().manual_seed(seed))
+    ours, _ = segment_attention(torch.nn.Module(), query, key, value, None, segments=row.segments)
+    theirs = scaled_dot_product_attention(query, key, value, attn_mask=sees).transpose(1, 2)
+    torch.testing.assert_close(ours[:, :end], theirs[:, :end])
 
 
 def test_values_may_be_narrower_than_queries():

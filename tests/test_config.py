@@ -30,6 +30,7 @@ ONLINE = ["rounds.mode=online", "data.prompts=p", "reward.function=f.py:f"]
         ("method.reduction=sum reference.positions=sampled", ["reference.positions=sampled", "positions=all"]),
         ("data.max_length=100 data.max_prompt_length=100", ["max_prompt_length=100", "max_length=100", "smaller"]),
         ("trainer.workers=3", ["optim.batch_size=128", "trainer.workers=3", "126"]),
+        ("trainer.workers=2 trainer.min_workers=4", ["min_workers=4", "workers=2", "smaller"]),
         ("trainer.tokens_per_row=64", ["trainer.tokens_per_row=64", "data.max_length=8192"]),
         ("data.train=null", ["data.train is missing"]),
         ("rounds.mode=online", ["data.prompts is missing"]),
@@ -108,8 +109,10 @@ def config(*overrides: str) -> RunConfig:
 
 
 def test_without_gpus_auto_is_a_laptop_and_a_recipe_for_gpus_runs_smaller():
-    resolved, notes = resolve(config("trainer.workers=8", "fleet.generators.max_replicas=4"), {"CPU": 16}, cores=2)
+    sizes = "trainer.workers=8", "trainer.min_workers=4", "trainer.num_cpus=2", "fleet.generators.max_replicas=4"
+    resolved, notes = resolve(config(*sizes), {"CPU": 16}, cores=2)
     assert resolved.profile == "laptop"
+    assert (resolved.trainer.min_workers, resolved.trainer.num_cpus) == (2, 2.0)
     assert (resolved.trainer.workers, resolved.fleet.generators.max_replicas) == (2, 2)
     assert resolved.trainer.num_gpus == resolved.fleet.generators.num_gpus == 0
     assert any("trainer.workers: 8 -> 2" in note for note in notes)
@@ -169,3 +172,10 @@ def test_a_transport_that_can_work_is_taken(transport, gpus):
 def test_a_cluster_of_too_few_gpus_is_refused():
     with pytest.raises(ConfigError, match="needs 4 GPUs or more, Ray has 1"):
         resolve(config("profile=cluster"), {"GPU": 1}, cores=8)
+
+
+def test_flex_attention_is_for_gpus():
+    asked = config("model.attention=flex")
+    with pytest.raises(ConfigError, match="model.attention='flex' needs GPUs.*use segments"):
+        resolve(asked, {"CPU": 8}, cores=8)
+    assert resolve(asked, {"GPU": 1}, cores=8)[0].model.flex

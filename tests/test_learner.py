@@ -1,16 +1,24 @@
 """The training core by itself: DeepSpeed in this process, one rank, no Ray."""
 
 import math
+import os
 from collections.abc import Iterator
 
 import numpy as np
+import peft
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
 
+from sampo_ray.actors.adapters import about_adapters, merging, write_adapters
+from sampo_ray.actors.weights import unpack, write_version
 from sampo_ray.batching import RowBudget, Step, assemble, lengths_of, plan_round
 from sampo_ray.config import RunConfig, TrainingError
+from sampo_ray.learner import write_universal
 from sampo_ray.objective import METRICS
 from sampo_ray.policy import load_policy
 
@@ -162,6 +170,44 @@ def test_what_was_saved_goes_on_to_the_same_bits(alone, tiny_model, pairs, tmp_p
     assert all(torch.equal(a, b) for a, b in zip(masters(again), masters(learner), strict=True))
 
 
+@pytest.mark.parametrize(("zero_stage", "lora"), [(2, None), (3, None), (2, {"rank": 4})])
+def test_what_two_ranks_saved_goes_on_with_one(alone, tiny_model, pairs, tmp_path, zero_stage, lora):
+    mp.spawn(_two_ranks, (tiny_model, pairs, tmp_path, zero_stage, lora), nprocs=2)
+    theirs = torch.load(tmp_path / "masters.pt")
+    write_universal(tmp_path / "state", tmp_path / "universal")
+    learner = make(tiny_model, "sigmoid", lora=lora, zero_stage=zero_stage)
+    learner.load(tmp_path, "universal", 0, 2, learner.statistics, universal=True)
+    assert all(torch.equal(a, b) for a, b in zip(masters(learner), theirs["saved"], strict=True))
+    for step, expected in zip(plan(pairs)[2:], theirs["results"], strict=True):
+        result = learner.optimize(step, pairs, 4)
+        assert result["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+        assert result["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-2)
+    # Adam's steps have the size of the learning rate (1e-3), also where a gradient is all but rounding.
+    apart = torch.cat([(a - b).abs().flatten() for a, b in zip(masters(learner), theirs["end"], strict=True)])
+    assert apart.mean() < 2e-5 and apart.max() < 2e-3
+
+    learner.save(tmp_path, "again")
+    expected = masters(learner)
+    learner = make(tiny_model, "sigmoid", lora=lora, zero_stage=zero_stage)
+    learner.load(tmp_path, "again", 0, 4, learner.statistics)  # no trace of the universal one
+    assert all(torch.equal(a, b) for a, b in zip(masters(learner), expected, strict=True))
+
+
+def _two_ranks(rank, tiny_model, pairs, folder, zero_stage, lora):
+    """Trains on the four steps and saves after two; `masters.pt` has the results beyond, and masters then and after."""
+    os.environ["LOCAL_RANK"] = str(rank)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    learner = make(tiny_model, "sigmoid", lora=lora, zero_stage=zero_stage)
+    steps = list(plan_round(lengths_of(pairs), RowBudget(2, 256, 2), epochs=1, seed=0, round=0))
+    for step in steps[:2]:
+        learner.optimize(step, pairs, 4)
+    learner.save(folder, "state")
+    saved, results = masters(learner), [learner.optimize(step, pairs, 4) for step in steps[2:]]
+    torch.save({"saved": saved, "results": results, "end": masters(learner)}, folder / "masters.pt")
+    dist.destroy_process_group()
+
+
 @pytest.mark.parametrize(
     ("zero_stage", "offload"), [(2, "optimizer"), (3, "none"), (3, "optimizer"), (3, "parameters")]
 )
@@ -196,6 +242,31 @@ def test_adapters_begin_at_the_reference_and_what_is_given_out_has_them_merged_i
 
 def logprobs(pairs) -> np.ndarray:
     return np.concatenate(pairs["chosen_ref"].to_pylist() + pairs["rejected_ref"].to_pylist())
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_adapters_alone_make_the_merged_weights_of_their_base(alone, tiny_model, pairs, tmp_path, zero_stage):
+    learner = make(tiny_model, "sigmoid", lora={"rank": 4}, zero_stage=zero_stage)
+    for step in plan(pairs):
+        learner.optimize(step, pairs, 4)
+    lora, folder, base = learner.config.model.lora, str(tmp_path / "000004"), str(tmp_path / "000000")
+    about = {"version": 4, "round": 0, "step": 4, "adapter": about_adapters(lora, 0)}
+    adapters = write_adapters(folder, learner.adapters(), lora, about)
+    again = write_adapters(folder, iter(()), lora, about)
+    assert_close(dict(unpack(again)), dict(unpack(adapters)), msg="what is complete is not written again")
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    buckets = write_version(base, plain.state_dict().items(), str(tiny_model), {"version": 0, "round": 0, "step": 0})
+    merge = merging(adapters, about["adapter"]["scaling"])
+    merged = {name: weight for bucket in buckets for name, weight in unpack(merge(bucket))}
+    assert_close({name: merged[name] for name, _ in learner.weights()}, dict(learner.weights()), rtol=0, atol=0)
+    assert sum(a.nbytes for a in adapters.specs) < sum(spec.nbytes for bucket in buckets for spec in bucket.specs) / 2
+
+    ids, loaded = torch.arange(5, 30)[None], peft.PeftModel.from_pretrained(plain, folder)
+    theirs = loaded(ids).logits
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    assert (plain(ids).logits - theirs).abs().max() > 0.01
+    plain.load_state_dict(merged, strict=False)
+    assert_close(plain(ids).logits, theirs, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "tdpo"])

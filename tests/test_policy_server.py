@@ -23,140 +23,31 @@ from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionReq
 from transformers import AutoTokenizer
 
 from sampo_ray.actors import broadcast, policy_server
+from sampo_ray.actors.adapters import about_adapters, merging
 from sampo_ray.actors.policy_deployment import policy_deployment
-from sampo_ray.actors.policy_server import (
-    Held,
-    Origin,
-    PolicyServer,
-    Source,
-    sampling_params,
-    tokens_by_choice,
-    versions_chunk,
-)
-from sampo_ray.actors.replica import Door, Event, State, after
+from sampo_ray.actors.policy_server import Held, Origin, PolicyServer, Source
+from sampo_ray.actors.replica import Door, State
 from sampo_ray.actors.roll import Member
 from sampo_ray.actors.sending import Sender, start_sender
 from sampo_ray.actors.transport import digest
-from sampo_ray.actors.weight_store import publish_version, start_weight_store
+from sampo_ray.actors.weight_store import publish_adapters, publish_version, start_weight_store
 from sampo_ray.actors.weights import (
     Weights,
     WeightsError,
     WeightsId,
     joined,
     put,
+    read_version,
+    unpack,
     version_folder,
     write_version,
 )
 from sampo_ray.chat import ChatFormat
-from sampo_ray.config import GeneratorsConfig
+from sampo_ray.config import GeneratorsConfig, LoraConfig
 from sampo_ray.tiny import tiny_llama
 from tests.conftest import assert_greedy
 
 LONG = "What is two plus three? The answer is five. " * 14  # more than one block of the prefix cache (128 tokens)
-
-
-def test_a_draw_is_seeded_by_run_seed_prompt_and_sample_alone() -> None:
-    def seed(*key: Any) -> int:
-        return sampling_params(0.8, 0.95, 8, *key, end_of_turn_id=4).seed
-
-    assert seed(0, "a", 0) == seed(0, "a", 0)
-    assert len({seed(0, "a", 0), seed(1, "a", 0), seed(0, "b", 0), seed(0, "a", 1)}) == 4
-    assert sampling_params(0.0, 0.95, 8, 0, "a", 0, end_of_turn_id=4).seed is None
-
-
-def test_a_door_closes_once_nobody_is_inside_and_lets_in_who_came_meanwhile() -> None:
-    async def main() -> None:
-        door, said, end = Door(), list[str](), asyncio.Event()
-
-        async def answer(name: str, until: asyncio.Event | None = None) -> None:
-            async with door.inside():
-                said.append(f"{name} begins")
-                if until:
-                    await until.wait()
-                said.append(f"{name} ends")
-
-        async def swap() -> None:
-            async with door.closed():
-                said.append("swap")
-
-        first = asyncio.create_task(answer("first", end))
-        await asyncio.sleep(0)
-        swapping = asyncio.create_task(swap())
-        await asyncio.sleep(0)
-        second = asyncio.create_task(answer("second"))
-        await asyncio.sleep(0.01)
-        end.set()
-        await asyncio.gather(first, swapping, second)
-        assert said == ["first begins", "first ends", "swap", "second begins", "second ends"]
-
-    asyncio.run(main())
-
-
-def test_after_a_swap_that_failed_nobody_is_let_in() -> None:
-    async def main() -> None:
-        door = Door()
-        with pytest.raises(RuntimeError):
-            async with door.closed():
-                raise RuntimeError("half-way")
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.05), door.inside():
-                pass
-
-    asyncio.run(main())
-
-
-def test_the_chunk_that_names_a_version_continues_the_stream_it_is_in() -> None:
-    previous = (
-        'data: {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "policy", "choices": [{}]}\n\n'
-    )
-    spans = [{"version": 10}, {"version": 20, "from_tokens": [5]}]
-    chunk = versions_chunk(previous, spans)
-    assert chunk.endswith("\n\n")
-    header = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "policy"}
-    assert json.loads(chunk.removeprefix("data: ")) == {**header, "choices": [], "policy_versions": spans}
-
-
-def test_tokens_are_counted_by_choice_over_prompts_and_samples() -> None:
-    emitted = [("chatcmpl-abc", 1, 2, 7), ("chatcmpl-other", 0, 1, 9)]
-    assert tokens_by_choice("abc", emitted) == [None, 7]
-    assert tokens_by_choice("abc", [("cmpl-abc-1", 0, 2, 3), ("cmpl-abc-0", 1, 2, 4)]) == [None, 4, 3]
-    assert tokens_by_choice("abc", []) == []
-
-
-def test_a_replica_goes_through_its_states_and_no_others() -> None:
-    state = State.STARTING
-    for event, expected in (
-        (Event.ENGINE_UP, State.STALE),
-        (Event.LOAD, State.LOADING),
-        (Event.LOADED, State.READY),
-        (Event.LOAD, State.LOADING),
-        (Event.LOADED, State.READY),
-        (Event.DRAIN, State.DRAINING),
-    ):
-        state = after(state, event)
-        assert state == expected
-    allowed = {(s, e) for s in State for e in Event if _goes(s, e)}
-    assert {s for s, e in allowed if e == Event.FAIL} == set(State), "any replica may die"
-    for state, event in [
-        (State.STALE, Event.LOADED),
-        (State.LOADING, Event.ENGINE_UP),
-        (State.LOADING, Event.LOAD),
-        (State.LOADING, Event.DRAIN),
-        (State.DRAINING, Event.LOAD),
-        (State.DEAD, Event.ENGINE_UP),
-        (State.DEAD, Event.LOADED),
-        (State.READY, Event.ENGINE_UP),
-    ]:
-        assert (state, event) not in allowed
-    assert len(allowed) == 6 + len(State)
-
-
-def _goes(state: State, event: Event) -> bool:
-    try:
-        after(state, event)
-    except ValueError:
-        return False
-    return True
 
 
 def test_vllm_has_the_engine_calls_that_a_swap_is_made_of() -> None:
@@ -244,6 +135,28 @@ class Policy:
             time.sleep(0.01)
         sender.wait()
         return self.version
+
+    def adapt(self, seed: int) -> str:
+        """Publishes adapters on the version that is live; returns a folder of the model that has them merged in."""
+        base, self.version = self.version, self.version + 10
+        lora, draws = LoraConfig(rank=2), torch.Generator().manual_seed(seed)
+        about = {"round": 0, "step": self.version, "adapter": about_adapters(lora, base)}
+        adapted = [
+            (name, [0.2 * torch.randn(shape, generator=draws) for shape in ((2, w.shape[1]), (w.shape[0], 2))])
+            for name, w in weights(self.shell, 0)
+            if "_proj" in name
+        ]
+        publish_adapters(self.store, "run", self.versions, self.version, adapted, lora, about, timeout_s=60)
+        while self.held()["version"] != self.version:
+            time.sleep(0.01)
+        (adapters,) = read_version(version_folder(self.versions, self.version))
+        merge = merging(adapters, about["adapter"]["scaling"])
+        merged = [
+            pair for bucket in read_version(version_folder(self.versions, base)) for pair in unpack(merge(bucket))
+        ]
+        folder = version_folder(f"{self.versions}-merged", self.version)
+        write_version(folder, merged, self.shell, {"version": self.version, "round": 0, "step": 0})
+        return folder
 
     def held(self) -> dict[str, Any]:
         return self.handle.weights.remote().result(timeout_s=60)
@@ -349,6 +262,18 @@ def test_new_weights_answer_and_going_back_gives_the_first_answers_again(policy:
     policy.publish(seed=1)
     assert policy.generate()["completion"].to_pylist() == first["completion"].to_pylist()
     assert first["completion"].to_pylist() != second["completion"].to_pylist()
+
+
+@pytest.mark.slow
+def test_adapters_answer_merged_into_the_weights_that_they_belong_to(policy: Policy) -> None:
+    policy.publish(seed=1)
+    before = policy.generate()
+    folder = policy.adapt(seed=4)
+    adapted = policy.generate()
+    assert_greedy(adapted, folder)
+    assert adapted["completion"].to_pylist() != before["completion"].to_pylist()
+    policy.publish(seed=1)
+    assert policy.generate()["completion"].to_pylist() == before["completion"].to_pylist()
 
 
 @pytest.mark.slow

@@ -317,6 +317,29 @@ def fleet_shares(fleet, version: int) -> bool:
     return fleet.generators(version) is fleet.shared_policy
 
 
+def test_within_its_rounds_a_run_with_adapters_publishes_these_alone(fleet, tiny_model, tmp_path):
+    from sampo_ray.actors.weights import complete_versions, read_about, version_folder
+    from sampo_ray.iterate import iterate
+
+    run = new_run(tmp_path, tiny_model, "model.lora.rank=4", "rounds.count=1", "optim.batch_size=2")
+    iterate(run, fleet, QuietDisplay())
+    versions = {v: read_about(version_folder(run.versions.url, v)) for v in complete_versions(run.versions.url)}
+    last, adapters = run.manifest.rounds[0].steps, [v for v, about in versions.items() if "adapter" in about]
+    assert versions.keys() - set(adapters) == {0, last} and adapters[-1] == last - 1
+    assert versions[last - 1]["adapter"]["base"] == 0
+    assert set(versions[last - 1]["files"]) == {"adapter_model.safetensors", "adapter_config.json"}
+
+    admin(fleet.endpoint, "promote", version=str(last - 1))
+    live = ask(fleet.endpoint, "policy")
+    assert admin(fleet.endpoint, "pin", version=f"round-1/step-{last - 1}")["pinned"] == [0, last - 1]
+    pinned = ask(fleet.endpoint, f"policy@{last - 1}")  # the adapters on a replica of their base
+    for answer in (live, pinned):
+        assert (answer.status_code, answer.headers["x-policy-version"]) == (200, str(last - 1)), answer.text
+    base, final = ask(fleet.endpoint, "policy@base"), ask(fleet.endpoint, "policy@final")
+    assert (base.headers["x-policy-version"], final.status_code) == ("0", 404)
+    assert {"policy@0", f"policy@{last - 1}"} <= set(models(fleet.endpoint))
+
+
 def test_a_version_that_fails_its_checks_is_listed_and_never_goes_live(fleet, tiny_model, tmp_path):
     from sampo_ray.iterate import iterate
     from sampo_ray.versions import read_serving

@@ -136,6 +136,19 @@ def test_adapters_are_served_on_the_version_they_were_made_for():
     assert versions.unpin(versions.remove_adapter(state, "tune"), 8).pinned == []
 
 
+def test_a_version_of_adapters_alone_is_pinned_on_its_base():
+    abouts = {**ABOUTS, 5: {**ABOUTS[5], "adapter": {"base": 0, "rank": 4, "scaling": 2.0}}}
+    state = versions.commanded(published(Serving()), abouts, "pin", "5")
+    assert (state.pinned, state.pinned_adapters, adapter_ranks(state)) == ([0], {5}, {0: 8})
+    assert state.kept() >= {0, 5} and versions.standing(state, 5) == versions.standing(state, 0) == "pinned"
+    with pytest.raises(VersionError, match="version 0 carries adapters .5."):
+        versions.unpin(state, 0)
+    with pytest.raises(VersionError, match=r"version 8 is not pinned \(pinned: 0, 5\)"):
+        versions.unpin(state, 8)
+    state = versions.commanded(state, abouts, "unpin", "5")
+    assert (state.adapters, versions.unpin(state, 0).pinned) == ({}, [])
+
+
 def test_only_adapters_that_can_be_served_are_taken(tmp_path):
     (tmp_path / "adapter_model.safetensors").touch()
     with pytest.raises(ConfigError, match="adapter_config.json is missing"):

@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from sampo_ray.actors.weight_store import find_weight_store, publish_version, start_weight_store
+from sampo_ray.actors.adapters import about_adapters, merging
+from sampo_ray.actors.weight_store import find_weight_store, publish_adapters, publish_version, start_weight_store
 from sampo_ray.actors.weights import (
+    Weights,
     WeightsError,
     WeightsId,
     complete_versions,
@@ -26,6 +28,7 @@ from sampo_ray.actors.weights import (
     version_folder,
     write_version,
 )
+from sampo_ray.config import LoraConfig
 from sampo_ray.tiny import tiny_llama, tiny_tokenizer
 
 ABOUT = {"version": 0, "round": 0, "step": 0}
@@ -213,6 +216,29 @@ def test_the_reference_stays_in_memory_and_older_versions_come_from_disk(run: Ru
     assert run.value(run.call("get", run.name, 10)) == 10.0
     with pytest.raises(WeightsError, match="not a complete version"):
         run.call("get", run.name, 20)
+
+
+@pytest.mark.slow
+def test_adapters_are_handed_out_with_the_weights_that_they_belong_to(run: Run) -> None:
+    lora, name = LoraConfig(rank=1), "layer.weight"
+    about = {"round": 0, "step": 5, "adapter": about_adapters(lora, 10)}
+
+    def value(weights: Weights) -> list[list[float]]:
+        merge = merging(fetch(weights.adapters, 30), weights.about["adapter"]["scaling"])
+        (bucket,) = weights.buckets
+        return dict(unpack(merge(fetch(bucket, 30))))["layer.weight"].tolist()
+
+    where = run.store, run.name, run.versions
+    publish_version(*where, 10, [(name, torch.ones(2, 2).bfloat16())], run.shell, True, ABOUT, timeout_s=60)
+    parts = [torch.tensor([[1.0, 2.0]]).bfloat16(), torch.tensor([[1.0], [0.0]]).bfloat16()]
+    assert publish_adapters(*where, 15, [(name, parts)], lora, about, timeout_s=60).version == 15
+    weights = run.call("wait", WeightsId(run.name, 10), 30)
+    assert weights.id.version == 15 and value(weights) == [[3.0, 5.0], [1.0, 1.0]]
+    assert run.call("get", run.name, 10).adapters is None
+    ray.kill(run.store, no_restart=False)
+    assert value(run.call("wait", WeightsId(run.name, 10), 30)) == [[3.0, 5.0], [1.0, 1.0]]
+    publish_version(*where, 20, [(name, torch.zeros(2, 2))], run.shell, True, ABOUT, timeout_s=60)
+    assert run.call("wait", weights.id, 30).adapters is None
 
 
 @pytest.mark.slow
