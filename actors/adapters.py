@@ -1,6 +1,6 @@
 """Adapters as a version: what a LoRA run publishes within its rounds, and how a replica makes weights of it.
 
-Such a version is a folder in peft's format. Its version.json says, as `adapter`, which version it belongs to (`base`:
+Such a version is a folder in peft's format. Its version.json says, as `adapters`, which version it belongs to (`base`:
 the one that its round began with), the `rank` and the `scaling`. The store hands it out as the base's buckets, which
 are in the object store anyway, and one more with the adapters, some hundredths of their bytes. A replica merges them as
 the trainer would (`sampo_ray/lora.py`), before its engine pauses.
@@ -15,13 +15,24 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from sampo_ray.actors.weights import Bucket, checksum, drafted, flat, is_complete, read_version, rest, unpack
+from sampo_ray.actors.weights import (
+    Bucket,
+    checksum,
+    drafted,
+    flat,
+    is_complete,
+    read_version,
+    rest,
+    unpack,
+    verify,
+    views,
+)
 from sampo_ray.config import LoraConfig
 from sampo_ray.lora import SIDES, file_name, merged, peft_settings
 
 
 def about_adapters(config: LoraConfig, base: int) -> dict[str, Any]:
-    """What version.json says of adapters, as `adapter`."""
+    """What version.json says of adapters, as `adapters`."""
     return {"base": base, "rank": config.rank, "scaling": config.scaled_by / config.rank}
 
 
@@ -53,18 +64,23 @@ def write_adapters(
 def merging(adapters: Bucket, scaling: float, share: float = 1.0) -> Callable[[Bucket], Bucket]:
     """A function that merges adapters into a bucket of their base; works no more than `share` of the time.
 
-    It and what it returns raise WeightsError for damaged bytes.
+    Both raise WeightsError for damaged bytes.
     """
     parts = dict(unpack(adapters))
 
     def merge(bucket: Bucket) -> Bucket:
+        adapted = [spec for spec in bucket.specs if file_name(spec.name, "A") in parts]
+        if not adapted:
+            return bucket
+        begun = time.perf_counter()
+        verify(bucket)
         data = bucket.data.copy()
-        for spec, (name, weight) in zip(bucket.specs, unpack(bucket), strict=True):
+        rest(begun, share)
+        for spec, (name, weight) in zip(adapted, views(adapted, flat(bucket.data)), strict=True):
             begun = time.perf_counter()
-            a, b = (parts.get(file_name(name, side)) for side in SIDES)
-            if a is not None and b is not None:
-                new = merged(weight, a, b, scaling).to(weight.dtype)
-                flat(data)[spec.offset : spec.offset + spec.nbytes] = new.view(torch.uint8).flatten()
+            a, b = (parts[file_name(name, side)] for side in SIDES)
+            new = merged(weight, a, b, scaling).to(weight.dtype)
+            flat(data)[spec.offset : spec.offset + spec.nbytes] = new.view(torch.uint8).flatten()
             rest(begun, share)
         return replace(bucket, data=data, checksum=checksum(data))
 

@@ -403,7 +403,7 @@ class PolicyServer(LLMServer):
         how: list[Any] = [SHARE_OF_A_CORE if engine_computes else 1.0]
         if weights.adapters is not None:
             adapters = await self._fetched(weights.adapters)
-            how.append(await asyncio.to_thread(merging, adapters, weights.about["adapter"]["scaling"], *how))
+            how.append(await asyncio.to_thread(merging, adapters, weights.about["adapters"]["scaling"], *how))
         async with in_thread(staged(buckets, *how)) as update:
             del buckets
             yield update

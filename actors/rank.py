@@ -185,7 +185,7 @@ class Rank:
         }
         where = self.store, work.run, versions, version
         if lora:
-            about["adapter"] = about_adapters(lora, work.start_version)
+            about["adapters"] = about_adapters(lora, work.start_version)
             publish_adapters(*where, weights, lora, about, timeout_s=PUBLISH_SECONDS)
         else:
             shell = version_folder(versions, 0)
@@ -239,13 +239,14 @@ class Rank:
             for name, expected in checkpoint.files.items():
                 if checksum((folder / name).read_bytes()) != expected:
                     raise TrainingError(f"checkpoint {checkpoint.path}/{name} is damaged (its checksum does not match)")
+            universal = self.place.at(f"{checkpoint.path}-universal")
+            if self.first:
+                universal.remove()  # of ranks that died over it
             if checkpoint.world == self.learner.world:
                 self.learner.load(folder.parent, folder.name, *standing)
                 return
-            universal = self.place.at(f"{checkpoint.path}-universal")
             if self.first:
                 logger.info("%s is of %d ranks, not %d", checkpoint.path, checkpoint.world, self.learner.world)
-                universal.remove()
                 with universal.draft() as scratch:
                     write_universal(folder, scratch / "state")
                     universal.take(scratch / "state")

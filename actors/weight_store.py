@@ -96,6 +96,7 @@ class WeightStore:
             await asyncio.to_thread(self._remember, state)
             await asyncio.to_thread(self._recover)
             await self._notify()
+            await asyncio.to_thread(self._pinned.become, self._place, self._run, adapter_ranks(self._serving))
         self._attend()
         return self._live.id if self._live else None
 
@@ -322,11 +323,12 @@ class WeightStore:
     def _weights(self, version: int, buckets: tuple[Bucket, ...]) -> Weights:
         """A version of these buckets, or of that with adapters and the buckets of the version they belong to."""
         weights_id, about = WeightsId(self._run, version), self._about(version)
-        if "adapter" not in about:
+        if "adapters" not in about:
             return Weights(weights_id, about, buckets, version)
         (adapters,) = buckets
-        base = self._held_or_loaded(about["adapter"]["base"])
-        self._reference = self._reference or base  # the next version asks for it again
+        base = self._held_or_loaded(about["adapters"]["base"])
+        if self._reference is None or self._reference.id.version < base.id.version:
+            self._reference = base  # the next version asks for it again
         return Weights(weights_id, about, base.buckets, version, adapters)
 
 

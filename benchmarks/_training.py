@@ -1,4 +1,6 @@
-"""What the benchmarks of the train step share: models, pairs, a process for each turn, and its memory."""
+"""What the benchmarks of the train step share: models, pairs, a process for each turn, its memory and its FLOPs. They
+run on the GPU where there is one.
+"""
 
 import ctypes
 import gc
@@ -6,6 +8,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,17 +18,28 @@ import _measure
 import _rig
 import pyarrow as pa
 
-MAX_LENGTH = 512
 PAIRS_A_STEP = 8
-ROW = 4096
-"""Tokens of a row of ours: as `trainer.tokens_per_row` is by default."""
 VOCABULARY = 128_256
+LLAMA_1B: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 131_072,
+    "tie_word_embeddings": True,
+}
+"""Shape of Llama-3.2-1B."""
 
 
 def options(description: str, sides: Sequence[str]) -> ArgumentParser:
     parser = _measure.options(description, requests=48, repeats=3)
     parser.add_argument("--data", type=Path, help="preference pairs, JSON lines; default: made up")
-    parser.add_argument("--models", default="given,vocab128k", help="given (needs --model), vocab128k, or both")
+    parser.add_argument("--models", default="given,vocab128k", help="of given (needs --model), vocab128k and llama1b")
+    parser.add_argument("--max-length", type=int, default=512, help="tokens of prompt and answer at most")
+    parser.add_argument("--attention", choices=("segments", "flex"), default="segments", help="of our sides")
     parser.add_argument("--side", choices=sides, help="measures one side once and prints its figures")
     return parser
 
@@ -48,15 +62,16 @@ def run(
     with _rig.scratch() as folder:
         for model in models(args, folder):
             compare(model, args, folder, rows, ratios)
-    title = f"{name.replace('_', ' ')}, pairs of at most {MAX_LENGTH} tokens a side"
+    title = f"{name.replace('_', ' ')}, pairs of at most {args.max_length} tokens a side"
     _measure.show(title, ("what", "value", "count"), rows)
     _measure.report(name, ratios, {ratio: target_of(ratio) for ratio in ratios})
 
 
 def models(args: Namespace, folder: Path) -> list[tuple[str, str]]:
-    """Folder and name of each model to measure with; without `--model` vocab128k alone."""
-    kinds = args.models.split(",") if args.model else ["vocab128k"]
-    return [vocab128k(folder) if kind == "vocab128k" else _rig.model_folder(args.model, folder) for kind in kinds]
+    """Folder and name of each model to measure with; `given` only with `--model`."""
+    made = {"vocab128k": vocab128k, "llama1b": llama1b}
+    kinds = [kind for kind in args.models.split(",") if kind in made or args.model]
+    return [made[kind](folder) if kind in made else _rig.model_folder(args.model, folder) for kind in kinds]
 
 
 def vocab128k(folder: Path) -> tuple[str, str]:
@@ -73,13 +88,27 @@ def vocab128k(folder: Path) -> tuple[str, str]:
     return str(folder / "vocab128k"), "vocab128k"
 
 
-def made_up(path: Path, count: int) -> Path:
-    """Pairs of random words; lengths log-normal, medians about those of UltraFeedback (130, 240 and 200 words)."""
+def llama1b(folder: Path) -> tuple[str, str]:
+    """A random model of Llama-3.2-1B's shape."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from sampo_ray.chat import ChatFormat
+
+    path, _ = _rig.model_folder(None, folder)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_1B), dtype=torch.bfloat16)
+    model.save_pretrained(folder / "llama1b")
+    ChatFormat.load(path, "llama3").save(folder / "llama1b")
+    return str(folder / "llama1b"), "llama1b"
+
+
+def made_up(path: Path, count: int, scale: float) -> Path:
+    """Pairs of random words; lengths log-normal, medians `scale` times those of UltraFeedback (130, 240 and 200)."""
     draw = random.Random(0)
     words = [*_rig.TOPICS, *_rig.FORMS, *_rig.READERS]
 
     def text(median: int) -> str:
-        return " ".join(draw.choices(words, k=max(4, round(median * draw.lognormvariate(0, 0.7)))))
+        return " ".join(draw.choices(words, k=max(4, round(scale * median * draw.lognormvariate(0, 0.7)))))
 
     with path.open("w") as file:
         for index in range(count):
@@ -88,28 +117,79 @@ def made_up(path: Path, count: int) -> Path:
     return path
 
 
-def tokens_of(model: str, data: Path, count: int) -> pa.Table:
-    """The first pairs of a file, tokenized as a run does it."""
+def config_of(args: Namespace, reduction: str) -> Any:
+    """The configuration of a run of this model, these data and lengths."""
+    from sampo_ray.config import RunConfig
+
+    return RunConfig.model_validate(
+        {
+            "model": {"path": str(args.model), "attention": args.attention},
+            "data": {"train": str(args.data), "max_length": args.max_length},
+            "method": {"reduction": reduction},
+            "optim": {"batch_size": PAIRS_A_STEP, "learning_rate": 1e-6},
+            "run": {"dir": "unused"},
+        }
+    )
+
+
+def tokens_of(args: Namespace, config: Any) -> pa.Table:
+    """The first pairs of the file, tokenized as a run does it."""
     from sampo_ray.chat import ChatFormat
-    from sampo_ray.config import DataConfig
     from sampo_ray.preferences import Counts, tokenized_pairs
 
-    settings = DataConfig(train=str(data), max_length=MAX_LENGTH)
-    blocks = tokenized_pairs(str(data), ChatFormat.load(model, "tokenizer"), settings, Counts())
-    return pa.concat_tables(blocks).slice(0, count)
+    blocks = tokenized_pairs(str(args.data), ChatFormat.load(str(args.model), "tokenizer"), config.data, Counts())
+    return pa.concat_tables(blocks).slice(0, args.requests)
+
+
+def device() -> Any:
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def now() -> float:
+    """Seconds (time.perf_counter) at which all that was asked of the GPU is done."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def useful_flops(config: Any, pairs: pa.Table) -> float:
+    """Floating-point operations that a step over these pairs cannot do without: each prompt once, the head at the
+    tokens that SamPO's masks keep, nothing computed again. A backward pass is two forward ones.
+    """
+    from transformers import AutoConfig
+
+    from sampo_ray.batching import lengths_of
+    from sampo_ray.policy import on_meta
+
+    model = on_meta(AutoConfig.from_pretrained(config.model.path))
+    shape = model.config
+    linear = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2)
+    head = shape.vocab_size * shape.hidden_size
+    attention = 2 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim
+    total = 0.0
+    for prompt, chosen, rejected in lengths_of(pairs).tolist():
+        tokens, first = prompt + chosen + rejected, prompt + chosen
+        seen = (first * (first + 1) + rejected * (rejected + 1)) / 2 + rejected * prompt
+        total += 6 * (linear * tokens + head * 2 * min(chosen, rejected) + attention * seen)
+    return total
 
 
 def turns(
     script: str, sides: Sequence[str], model: tuple[str, str], args: Namespace, folder: Path, extra: Sequence[str] = ()
 ) -> tuple[dict[str, list[dict[str, float]]], int]:
     """The sides' figures, each turn measured in a new process, and how many pairs a turn had."""
-    data = args.data or made_up(folder / "pairs.jsonl", 2 * args.requests)
+    data = args.data or made_up(folder / "pairs.jsonl", 2 * args.requests, args.max_length / 512)
     pairs = max(PAIRS_A_STEP, args.requests // args.repeats // PAIRS_A_STEP * PAIRS_A_STEP)
     path, label = model
 
     def side(name: str) -> Callable[[int], dict[str, float]]:
         def turn(_: int) -> dict[str, float]:
             how = ["--side", name, "--model", path, "--data", str(data), "--requests", str(pairs), *extra]
+            how += ["--max-length", str(args.max_length), "--attention", args.attention]
             done = subprocess.run([sys.executable, script, *how], stdout=subprocess.PIPE, text=True, check=True)
             result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
             _measure.note(f"  {label}, {name}: {result}")
@@ -125,19 +205,30 @@ def over(a: list[dict[str, float]], b: list[dict[str, float]], field: str) -> li
 
 
 class Memory:
-    """The largest resident set inside the block beyond that at its begin, bytes (Linux)."""
+    """The most memory inside the block beyond that at its begin, bytes: allocated on the GPU or, where there is none,
+    resident (Linux).
+    """
 
     beyond = 0
 
     def __enter__(self) -> "Memory":
+        import torch
+
         gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+            return self
         ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not hide what comes
         self._before = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.beyond = resident("VmHWM") - self._before
+        import torch
+
+        most = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident("VmHWM")
+        self.beyond = most - self._before
 
 
 def resident(field: str) -> int:

@@ -4,7 +4,6 @@ Without packing each pair is a row of its own; without prompt sharing each answe
 sampled head logits are computed at all tokens of the answers; without tiles the logits of a row are there at once.
 """
 
-import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import _measure
 import _training
 from _measure import Target
-from _training import PAIRS_A_STEP, ROW, Memory, over
+from _training import PAIRS_A_STEP, Memory, now, over
 
 SIDES = ("all", "no_packing", "no_prompt_sharing", "no_sampled_head", "no_tiles")
 NAMES = ("packing", "prompt_sharing", "sampled_head", "tiles")
@@ -47,10 +46,10 @@ def one_turn(args: Namespace) -> dict[str, float]:
     from sampo_ray.batching import RowBudget
     from sampo_ray.policy import batch_rows, load_policy
 
-    model, side = str(args.model), args.side
-    policy = load_policy(model, gradient_checkpointing=True).train()
-    pairs = _training.tokens_of(model, args.data, args.requests)
-    budget = RowBudget(PAIRS_A_STEP, 1 if side == "no_packing" else ROW)
+    side, config = args.side, _training.config_of(args, "sample")
+    policy = load_policy(args.model, True, str(_training.device()), flex=config.model.flex).train()
+    pairs = _training.tokens_of(args, config)
+    budget = RowBudget(PAIRS_A_STEP, 1 if side == "no_packing" else config.row_budget.tokens_per_row)
     rows = [row for batch in batch_rows(pairs, budget) for row in batch if len(row)]
     for parameter in policy.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -58,10 +57,10 @@ def one_turn(args: Namespace) -> dict[str, float]:
         policy.model.set_output_embeddings(whole_head(policy.model.get_output_embeddings().weight))
     passes(policy, pairs, rows[0], side)
     with Memory() as memory:
-        begun = time.perf_counter()
+        begun = now()
         for row in rows:
             passes(policy, pairs, row, side)
-        seconds = time.perf_counter() - begun
+        seconds = now() - begun
     return {"pairs_per_s": len(pairs) / seconds, "step_mb": memory.beyond / 1e6}
 
 
@@ -75,7 +74,7 @@ def passes(policy: Any, pairs: Any, indices: Any, side: str) -> None:
     from sampo_ray.reduction import REDUCTIONS, MaskKey, Positions
 
     mine = pairs.take(pa.array(indices))
-    row = unshared(mine) if side == "no_prompt_sharing" else assemble(mine)
+    row = (unshared(mine) if side == "no_prompt_sharing" else assemble(mine)).to(_training.device())
     lengths = [(len(pair["chosen"]), len(pair["rejected"])) for pair in mine.to_pylist()]
     kept = [
         REDUCTIONS["sample"].positions(MaskKey(0, 0, 0, str(i)), *both)

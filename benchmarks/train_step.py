@@ -2,12 +2,13 @@
 
 TRL must be installed or on PYTHONPATH. Against its defaults, which compute the reference within the step, ours counts
 the seconds of its reference stage, too; against its best settings, which compute it beforehand, neither does.
+
+On a GPU: `--models llama1b --max-length 8192 --attention flex --peak 989` (TFLOP/s of an H100's dense bf16).
 """
 
 import json
 import os
 import tempfile
-import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import _measure
 import _training
 from _measure import Target
-from _training import MAX_LENGTH, PAIRS_A_STEP, Memory, over
+from _training import PAIRS_A_STEP, Memory, now, over
 
 SIDES = ("ours_sampo", "ours_dpo", "trl_default", "trl_best")
 TRL_BEST: dict[str, Any] = {
@@ -36,6 +37,7 @@ TARGETS = {
 def main() -> None:
     parser = _training.options(__doc__.splitlines()[0], SIDES)
     parser.add_argument("--flags", default="{}", help="TRL settings on top of its side's, as JSON")
+    parser.add_argument("--peak", type=float, help="TFLOP/s that the device can do: shows how much of it is used")
     _training.run("train_step", parser, one_turn, compare, lambda ratio: TARGETS[ratio.split("/")[0]])
 
 
@@ -50,6 +52,9 @@ def compare(
             ("  the reference's seconds included", _measure.spread([t["with_reference"] for t in turns], 2), count),
             ("  memory of a step, MB", _measure.spread([turn["step_mb"] for turn in turns]), count),
         ]
+        if args.peak and name.startswith("ours"):
+            used = [turn["useful_tflops"] / args.peak for turn in turns]
+            rows.append(("  model FLOPs utilisation", _measure.spread(used, 3), count))
     ours, dpo, default, best = (found[name] for name in SIDES)
     ratios |= {
         f"pairs_per_s_vs_trl_default/{label}": over(ours, default, "with_reference"),
@@ -62,52 +67,44 @@ def compare(
 def one_turn(args: Namespace) -> dict[str, float]:
     """Seconds and memory of one side, after a step that warms it up."""
     if args.side.startswith("ours"):
-        return ours(str(args.model), args.data, args.requests, "sample" if args.side == "ours_sampo" else "sum")
+        return ours(args, "sample" if args.side == "ours_sampo" else "sum")
     settings = {} if args.side == "trl_default" else TRL_BEST
-    return trl(str(args.model), args.data, args.requests, {**settings, **json.loads(args.flags)})
+    return trl(args, {**settings, **json.loads(args.flags)})
 
 
-def ours(model: str, data: Path, count: int, reduction: str) -> dict[str, float]:
-    import torch
+def ours(args: Namespace, reduction: str) -> dict[str, float]:
     import torch.distributed as dist
 
     from sampo_ray.batching import lengths_of, plan_round
-    from sampo_ray.config import RunConfig
     from sampo_ray.learner import Learner
     from sampo_ray.policy import load_policy, score_pairs
 
     os.environ["LOCAL_RANK"] = "0"  # DeepSpeed insists
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    config = RunConfig.model_validate(
-        {
-            "model": {"path": model},
-            "data": {"train": str(data), "max_length": MAX_LENGTH},
-            "method": {"reduction": reduction},
-            "optim": {"batch_size": PAIRS_A_STEP, "learning_rate": 1e-6},
-            "run": {"dir": "unused"},
-        }
-    )
-    pairs, budget = _training.tokens_of(model, data, count), config.row_budget
-    reference = load_policy(model).requires_grad_(False)
+    device = _training.device()
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    config = _training.config_of(args, reduction)
+    flex, pairs, budget = config.model.flex, _training.tokens_of(args, config), config.row_budget
+    reference = load_policy(args.model, device=str(device), flex=flex).requires_grad_(False)
     score_pairs(reference, pairs.slice(0, 2), budget)
-    begun = time.perf_counter()
+    begun = now()
     pairs = score_pairs(reference, pairs, budget)
-    reference_s = time.perf_counter() - begun
+    reference_s = now() - begun
     del reference
-    policy = load_policy(model, config.trainer.gradient_checkpointing)
-    learner = Learner(policy, config, torch.device("cpu"))
+    learner = Learner(load_policy(args.model, config.trainer.gradient_checkpointing, flex=flex), config, device)
     learner.begin_round(0)
     steps = list(plan_round(lengths_of(pairs), budget, epochs=1, seed=0, round=0))
     learner.optimize(steps[0], pairs, len(steps))
     with Memory() as memory:
-        begun = time.perf_counter()
+        begun = now()
         for step in steps:
             learner.optimize(step, pairs, len(steps))
-        train_s = time.perf_counter() - begun
-    return figures(len(pairs), train_s, reference_s, memory)
+        train_s = now() - begun
+    useful = _training.useful_flops(config, pairs) / train_s / 1e12
+    return figures(len(pairs), train_s, reference_s, memory) | {"useful_tflops": useful}
 
 
-def trl(model: str, data: Path, count: int, settings: dict[str, Any]) -> dict[str, float]:
+def trl(args: Namespace, settings: dict[str, Any]) -> dict[str, float]:
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
@@ -122,10 +119,10 @@ def trl(model: str, data: Path, count: int, settings: dict[str, Any]) -> dict[st
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 1:
                 self.memory.__enter__()
-                self.begun = time.perf_counter()
+                self.begun = now()
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.seconds = time.perf_counter() - self.begun
+            self.seconds = now() - self.begun
             self.memory.__exit__()
 
     records = [
@@ -134,32 +131,32 @@ def trl(model: str, data: Path, count: int, settings: dict[str, Any]) -> dict[st
             "chosen": [{"role": "assistant", "content": row.chosen}],
             "rejected": [{"role": "assistant", "content": row.rejected}],
         }
-        for row, _ in zip(read_rows(str(data), "pairs", Counts()), range(count), strict=False)
+        for row, _ in zip(read_rows(str(args.data), "pairs", Counts()), range(args.requests), strict=False)
     ]
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         config = DPOConfig(
             **{
                 "output_dir": folder,
-                "max_length": MAX_LENGTH,
+                "max_length": args.max_length,
                 "max_steps": 1 + len(records) // PAIRS_A_STEP,
                 "per_device_train_batch_size": PAIRS_A_STEP,
                 "save_strategy": "no",
                 "report_to": "none",
                 "disable_tqdm": True,
-                "use_cpu": True,
+                "use_cpu": _training.device().type == "cpu",
                 **settings,
             }
         )
-        begun = time.perf_counter()
+        begun = now()
         trainer = DPOTrainer(
-            model=model,
+            model=str(args.model),
             args=config,
             train_dataset=Dataset.from_list(records),
-            processing_class=AutoTokenizer.from_pretrained(model),
+            processing_class=AutoTokenizer.from_pretrained(args.model),
             callbacks=[clock],
         )
-        reference_s = time.perf_counter() - begun if config.precompute_ref_log_probs else 0.0
+        reference_s = now() - begun if config.precompute_ref_log_probs else 0.0
         trainer.train()
     return figures(len(records), clock.seconds, reference_s, clock.memory)
 

@@ -79,7 +79,8 @@ def block_mask(segments: tuple[Segments, ...], tokens: int, device: torch.device
         shared = (part[key] == 0) | (part[key] == part[query])
         return (pair[query] == pair[key]) & (query >= key) & shared
 
-    return create_block_mask(sees, None, None, tokens, tokens, device=device)
+    compiled = device.type != "cpu"  # else there is a whole mask in between
+    return create_block_mask(sees, None, None, tokens, tokens, device=device, _compile=compiled)
 
 
 AttentionInterface.register(NAME, segment_attention)

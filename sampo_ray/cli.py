@@ -141,14 +141,28 @@ def serving_only(overrides: list[str] | None) -> list[str]:
     return overrides or []
 
 
+HOW_IT_TRAINS = (
+    "serve.",
+    "fleet.",
+    "run.trackers",
+    "model.attention",
+    "trainer.workers",
+    "trainer.min_workers",
+    "trainer.num_cpus",
+    "trainer.checkpoint_every",
+    "trainer.max_failures",
+    "trainer.lifetime",
+)
+"""What a run that is resumed may change."""
+
+
 def resumed_config(directory: str, overrides: list[str]) -> RunConfig:
     """The configuration that a run was begun with, plus overrides of how (not what) it trains."""
     from sampo_ray.runs import open_run
 
     config = open_run(directory).config
-    ranks = ("workers", "min_workers", "num_cpus", "num_gpus", "checkpoint_every", "max_failures", "lifetime")
     for override in overrides:
-        if not override.startswith(("serve.", "fleet.", "run.trackers", *(f"trainer.{name}" for name in ranks))):
+        if not override.startswith(HOW_IT_TRAINS):
             raise ConfigError(f"override {override!r}: a run that is resumed keeps its method, data and sizes; drop it")
     return load_config(config.model_dump(), overrides) if overrides else config
 

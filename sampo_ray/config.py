@@ -48,7 +48,7 @@ def _keys_from_environment() -> tuple[SecretStr, ...]:
 
 
 class LoraConfig(Section):
-    rank: int = Field(16, ge=1)
+    rank: int = Field(16, ge=1, le=512)
     """Rank of the adapters."""
     alpha: int | None = Field(None, ge=1)
     """Adapters count `alpha` / `rank`. Default: twice `rank`."""
@@ -66,7 +66,7 @@ class ModelConfig(Section):
     template: Literal["llama3-sampo", "llama3", "tokenizer"] = "llama3-sampo"
     """Prompt format: the card's, Meta's, or the one the tokenizer brings."""
     lora: LoraConfig | None = None
-    """Train adapters on a frozen model; they are merged into what is published. Default: train all weights."""
+    """Train adapters on a frozen model; a round ends with them merged in. Default: train all weights."""
     attention: Literal["segments", "flex"] = "segments"
     """How trainer and reference compute attention: two calls a pair, or PyTorch's FlexAttention, one for a whole row,
     which needs GPUs."""
@@ -242,8 +242,8 @@ class TrainerConfig(Section):
     workers: int | None = Field(None, ge=1)
     """Data-parallel ranks. Default: one per GPU (cluster profile), one (laptop)."""
     min_workers: int | None = Field(None, ge=1)
-    """Ranks that training goes on with, from its last checkpoint, when there is no room for all; once there is, all
-    train again. Default: it waits for room for all."""
+    """Ranks that training goes on with, from its last checkpoint, when nodes are gone; once they are back, all train
+    again. Ray counts what nodes have, replicas on them or not. Default: it waits for room for all."""
     num_cpus: float | None = Field(None, ge=0)
     """Logical CPUs a rank asks Ray for."""
     num_gpus: float | None = Field(None, ge=0)

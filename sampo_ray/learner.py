@@ -270,6 +270,9 @@ class Learner:
         self._engine._config.load_universal_checkpoint = universal
         self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=whole)
         self._engine._config.load_universal_checkpoint = False
+        if universal:  # DeepSpeed leaves the count of steps on the host, and one tensor for all parameters
+            for parameter, state in self._engine.optimizer.optimizer.state.items():
+                state["step"] = state["step"].to(parameter.device, copy=True)
         self.round, self.step, self.statistics = round, step, statistics
 
 

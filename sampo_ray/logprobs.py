@@ -43,19 +43,22 @@ def token_logprobs(
     return _TokenLogProbs.apply(hidden, weight, targets, tile or Tile.of(hidden.device))
 
 
-def token_divergences(
+def token_comparisons(
     hidden: Float[Tensor, "tokens dim"],
     weight: Float[Tensor, "vocabulary dim"],
     reference_hidden: Float[Tensor, "tokens reference_dim"],
     reference_weight: Float[Tensor, "vocabulary reference_dim"],
+    targets: Int64[Tensor, " tokens"],
     tile: Tile | None = None,
-) -> Float[Tensor, " tokens"]:
-    """KL(reference || policy) over the whole vocabulary at each token, nats, in fp32 (fp64 for fp64 inputs).
+) -> Float[Tensor, "3 tokens"]:
+    """Log-probs of the targets under the policy, as `token_logprobs`, and under a reference, and KL(reference ||
+    policy) over the whole vocabulary at each token, nats; in one walk over the tiles.
 
-    The reference's distribution is softmax(reference_hidden @ reference_weight^T); differentiable in the policy's
-    `hidden` and `weight`, and exactly 0 where both are the reference's.
+    The reference's distribution is softmax(reference_hidden @ reference_weight^T). Differentiable in the policy's
+    `hidden` and `weight`; the divergence is exactly 0 where both are the reference's.
     """
-    return _TokenDivergences.apply(hidden, weight, reference_hidden, reference_weight, tile or Tile.of(hidden.device))
+    tile = tile or Tile.of(hidden.device)
+    return torch.stack(_TokenComparisons.apply(hidden, weight, reference_hidden, reference_weight, targets, tile))
 
 
 class TiledHead(nn.Module):
@@ -104,42 +107,62 @@ class _TokenLogProbs(torch.autograd.Function):
         return *_gradients(ctx, hidden, states, weight, _parts(weight, ctx.tile), by_logits), None, None
 
 
-class _TokenDivergences(torch.autograd.Function):
+class _TokenComparisons(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, hidden: Tensor, weight: Tensor, reference_hidden: Tensor, reference_weight: Tensor, tile: Tile
-    ) -> Tensor:
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        reference_hidden: Tensor,
+        reference_weight: Tensor,
+        targets: Tensor,
+        tile: Tile,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         states, others = (_filled(_operand(x), tile) for x in (hidden, reference_hidden))
-        excess = states.new_zeros(len(states), dtype=_accumulator(weight.dtype))
-        ours, theirs = _Sums(excess), _Sums(excess)
+        wanted = _filled(targets, tile)
+        excess, picked, others_picked = states.new_zeros(3, len(states), dtype=_accumulator(weight.dtype))
+        sums, reference_sums = _Sums(excess), _Sums(excess)
         with bf16_products(of=weight):
-            for _, part, other in _both_parts(weight, reference_weight, tile):
+            for words, part, other in _both_parts(weight, reference_weight, tile):
                 for some in _rows(states, tile):
                     logits = _product(states[some], part.T, excess.dtype)
                     reference = _product(others[some], other.T, excess.dtype)
+                    place, here = _places(wanted[some], words)
+                    picked[some] += logits.gather(1, place)[:, 0] * here
+                    others_picked[some] += reference.gather(1, place)[:, 0] * here
                     difference = reference - logits
-                    ours.add(some, logits)
-                    excess[some] *= theirs.add(some, reference)
+                    sums.add(some, logits)
+                    excess[some] *= reference_sums.add(some, reference)
                     excess[some] += difference.mul_(reference).sum(1)  # `reference` is exp(logits - peak) by now
-        normalizer, reference_normalizer = ours.log(), theirs.log()
-        ctx.save_for_backward(hidden, weight, reference_hidden, reference_weight, normalizer, reference_normalizer)
+        normalizer, reference_normalizer = sums.log(), reference_sums.log()
+        tensors = hidden, weight, reference_hidden, reference_weight, targets, normalizer, reference_normalizer
+        ctx.save_for_backward(*tensors)
         ctx.tile = tile
-        return (excess / theirs.total + normalizer - reference_normalizer)[: len(hidden)]
+        divergences = excess / reference_sums.total + normalizer - reference_normalizer
+        found = picked - normalizer, others_picked - reference_normalizer, divergences
+        ours, theirs, divergences = (each[: len(hidden)] for each in found)
+        ctx.mark_non_differentiable(theirs)
+        return ours, theirs, divergences
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        hidden, weight, reference_hidden, reference_weight, ours, theirs = ctx.saved_tensors
+    def backward(  # type: ignore[no-untyped-def]
+        ctx, of_logprobs: Tensor, _: Tensor, of_divergences: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, reference_hidden, reference_weight, targets, ours, theirs = ctx.saved_tensors
         states, others = (_filled(_operand(x), ctx.tile) for x in (hidden, reference_hidden))
-        given = _filled(grad.to(ours.dtype), ctx.tile)
+        wanted = _filled(targets, ctx.tile)
+        by_logprob, by_divergence = (_filled(x.to(ours.dtype), ctx.tile) for x in (of_logprobs, of_divergences))
 
         def by_logits(some: slice, words: slice, part: Tensor, other: Tensor) -> Tensor:
-            """d KL(reference || policy) / d logits = softmax - the reference's"""
+            """d log p(target) = onehot(target) - softmax; d KL(reference || policy) = softmax - the reference's"""
             tile = _product(states[some], part.T, ours.dtype).sub_(ours[some, None]).exp_()
             reference = _product(others[some], other.T, ours.dtype).sub_(theirs[some, None]).exp_()
-            return tile.sub_(reference).mul_(given[some, None])
+            tile.mul_((by_divergence - by_logprob)[some, None]).sub_(reference.mul_(by_divergence[some, None]))
+            place, here = _places(wanted[some], words)
+            return tile.scatter_add_(1, place, (by_logprob[some] * here)[:, None])
 
         parts = _both_parts(weight, reference_weight, ctx.tile)
-        return *_gradients(ctx, hidden, states, weight, parts, by_logits), None, None, None
+        return *_gradients(ctx, hidden, states, weight, parts, by_logits), None, None, None, None
 
 
 def _gradients(  # type: ignore[no-untyped-def]

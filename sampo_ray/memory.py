@@ -88,8 +88,8 @@ def check_memory(
 
     On CPU all ranks are taken to share it, on a GPU it is one rank's.
     """
-    if device == "cpu":
-        trainer = trainer.model_copy(update={"offload": "none"})  # it is the same memory
+    if device == "cpu":  # all of it is the same memory
+        trainer = trainer.model_copy(update={"offload": "none", "min_workers": None})
     plan = plan_memory(shape, trainer, tokens_per_row, device, resident)
     ranks = trainer.fewest if device == "cpu" else 1
     if ranks * plan.states <= available:

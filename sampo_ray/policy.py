@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from sampo_ray import attention, cpu
 from sampo_ray.batching import Row, RowBudget, Segments, assemble, lengths_of, plan_rows
 from sampo_ray.config import ConfigError, LoraConfig
-from sampo_ray.logprobs import TiledHead, token_divergences, token_logprobs
+from sampo_ray.logprobs import TiledHead, token_comparisons
 from sampo_ray.lora import add_adapters
 from sampo_ray.reduction import Positions
 
@@ -43,17 +43,17 @@ class Policy(nn.Module):
         states: Int64[Tensor, " asked"],
         targets: Int64[Tensor, " asked"],
         reference: Distributions | None = None,
-    ) -> Float[Tensor, " asked"] | Float[Tensor, "2 asked"]:
+    ) -> Float[Tensor, " asked"] | Float[Tensor, "3 asked"]:
         """Log-probabilities, fp32 nats, of `targets` given the hidden states at row positions `states`.
 
-        With `reference`, the distributions of another policy there, KL(reference || policy) comes second.
+        With `reference`, the distributions of another policy there, its log-probabilities come second, and
+        KL(reference || policy) third.
         """
         head = self.model.get_output_embeddings()
         hidden = self.hidden(tokens, positions, segments, states)
-        logprobs = head(hidden, targets)
         if reference is None:
-            return logprobs
-        return torch.stack([logprobs, token_divergences(hidden, head.weight, *reference)])
+            return head(hidden, targets)
+        return token_comparisons(hidden, head.weight, *reference, targets)
 
     def hidden(
         self,
@@ -159,10 +159,9 @@ def pair_divergences(
 ) -> tuple[Sides, Sides, Sides]:
     """Log-probabilities under the policy, under the reference, and KL(reference || policy), as `pair_logprobs`."""
     states, targets, counts = _asked(row, positions)
-    theirs = reference(row, states)
-    logprobs, divergences = policy(row.tokens, row.positions, row.segments, states, targets, theirs)
-    under_reference = token_logprobs(*theirs, targets)
-    return _sides(logprobs, counts), _sides(under_reference, counts), _sides(divergences, counts)
+    compared = policy(row.tokens, row.positions, row.segments, states, targets, reference(row, states))
+    ours, theirs, divergences = (_sides(each, counts) for each in compared)
+    return ours, theirs, divergences
 
 
 def _asked(row: Row, positions: list[Positions]) -> tuple[Tensor, Tensor, list[int]]:

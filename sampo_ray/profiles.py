@@ -4,30 +4,30 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from sampo_ray.config import ConfigError, FleetConfig, RunConfig
+from sampo_ray.config import ConfigError, FleetConfig, RunConfig, TrainerConfig
 
 Resolved = Literal["laptop", "cluster"]
 CLUSTER_GPUS = 4
 """Trainer, reference, generators and live policy each have GPUs of their own from this many on."""
+SMALL_ACTORS_CPUS, TASK_CPUS = 0.3, 0.5
+"""Logical CPUs that weight store, exchange and endpoint ask Ray for together, and the largest task beside them."""
 
 
 def resolve(config: RunConfig, resources: Mapping[str, float], cores: int) -> tuple[RunConfig, list[str]]:
-    """The configuration with every open size filled in, and notes on what was made smaller than asked for.
+    """The configuration with every open size filled in, and notes on what was made smaller than asked for or may wait.
 
     `resources` are those of the Ray cluster (CPU, GPU), `cores` the real cores of this machine. `auto` becomes
     `cluster` where there are GPUs enough, else `laptop`, on which a recipe for GPUs runs with fewer workers and
     replicas.
 
-    Raises ConfigError when the cluster profile is asked for by name and there are too few GPUs, for an attention that
-    needs GPUs, and for a transport of weights that cannot work where the profile puts trainer and replicas.
+    Raises ConfigError when the cluster profile is asked for by name and there are too few GPUs, and for a transport of
+    weights that cannot work where the profile puts trainer and replicas.
     """
     gpus = int(resources.get("GPU", 0))
     auto = config.profile == "auto"
     profile: Resolved = ("cluster" if gpus >= CLUSTER_GPUS else "laptop") if auto else config.profile  # type: ignore[assignment]
     if profile == "cluster" and gpus < CLUSTER_GPUS:
         raise ConfigError(f"profile='cluster' needs {CLUSTER_GPUS} GPUs or more, Ray has {gpus}; use profile=laptop")
-    if config.model.flex and not gpus:
-        raise ConfigError("model.attention='flex' needs GPUs (on CPUs it has no backward pass); use segments")
     plan = _cluster(config, gpus) if profile == "cluster" else _laptop(config, gpus, (gpus or cores) if auto else None)
     _check_transport(config.publish.transport, plan["trainer"]["num_gpus"], plan["generators"]["num_gpus"])
     notes = [
@@ -39,7 +39,24 @@ def resolve(config: RunConfig, resources: Mapping[str, float], cores: int) -> tu
     tree["trainer"] |= plan["trainer"]
     for fleet in ("generators", "references", "rewards"):
         tree["fleet"][fleet] |= plan[fleet]
-    return RunConfig.model_validate(tree), notes
+    resolved = RunConfig.model_validate(tree)
+    asked, cpus = _cpus(resolved), resources.get("CPU", math.inf)
+    if asked + TASK_CPUS > cpus:
+        notes.append(
+            f"this run's actors ask Ray for {asked:.1f} CPUs and its tasks for {TASK_CPUS} more, Ray has {cpus:g}: it "
+            "will wait for nodes; if none come, start Ray with more --num-cpus, or lower trainer.num_cpus"
+        )
+    return resolved, notes
+
+
+def _cpus(config: RunConfig) -> float:
+    """Logical CPUs that the actors of a run ask for, a fleet that scales from zero with one replica."""
+    fleets, trainer = config.fleet, config.trainer
+    used = [fleets.references] * config.reference_workers + [fleets.rewards] * config.online
+    uses = config.online + config.serve.enabled
+    used += [fleets.generators] * (uses if config.profile == "cluster" else min(uses, 1))  # a laptop's are for both
+    replicas = sum(max(1, fleet.autoscaling["min_replicas"]) * (fleet.num_cpus or 0) for fleet in used)
+    return SMALL_ACTORS_CPUS + (trainer.workers or 1) * (trainer.num_cpus or 0) + replicas
 
 
 def _laptop(config: RunConfig, gpus: int, at_most: int | None) -> dict[str, dict[str, Any]]:
@@ -58,10 +75,8 @@ def _laptop(config: RunConfig, gpus: int, at_most: int | None) -> dict[str, dict
     if gpus:
         engine.setdefault("gpu_memory_utilization", 0.3)
     workers = math.gcd(size(config.trainer.workers or gpus or 1), config.optim.batch_size)
-    least = config.trainer.min_workers and min(config.trainer.min_workers, workers)
-    cpus = 0.5 if config.trainer.num_cpus is None else config.trainer.num_cpus
     return {
-        "trainer": {"workers": workers, "min_workers": least, "num_gpus": 0.5 if gpus else 0, "num_cpus": cpus},
+        "trainer": _ranks(config.trainer, workers, 0.5 if gpus else 0, 0.5),
         "generators": {**fleet(fleets.generators, 0.5, 0.3), "engine": engine},
         "references": fleet(fleets.references, 0.5, 0.1),
         "rewards": fleet(fleets.rewards, 0.1, 0.1 if config.reward.model else 0),
@@ -78,7 +93,6 @@ def _cluster(config: RunConfig, gpus: int) -> dict[str, dict[str, Any]]:
     scorers = config.reference_workers + bool(config.reward.model)
     left = max(1, gpus - sampling - live - min(scorers, 1))
     workers = config.trainer.workers or max(n for n in range(1, left + 1) if config.optim.batch_size % n == 0)
-    cpus = 1.0 if config.trainer.num_cpus is None else config.trainer.num_cpus
     share = 1.0 / max(scorers, 1)
 
     def fleet(asked: FleetConfig, each: float, most: int) -> dict[str, Any]:
@@ -89,11 +103,18 @@ def _cluster(config: RunConfig, gpus: int) -> dict[str, dict[str, Any]]:
         return {"num_gpus": each, "num_cpus": cpus, "min_replicas": least, "max_replicas": most}
 
     return {
-        "trainer": {"workers": workers, "num_gpus": 1.0, "num_cpus": cpus},
+        "trainer": _ranks(config.trainer, workers, 1.0, 1.0),
         "generators": fleet(fleets.generators, 1.0, sampling or live),
         "references": fleet(fleets.references, share, 1),
         "rewards": fleet(fleets.rewards, share if config.reward.model else 0, 1),
     }
+
+
+def _ranks(asked: TrainerConfig, workers: int, gpus: float, cpus: float) -> dict[str, Any]:
+    """So many ranks, with as many GPUs each, and CPUs where the configuration does not say."""
+    least = None if asked.min_workers is None else min(asked.min_workers, workers)
+    cpus = cpus if asked.num_cpus is None else asked.num_cpus
+    return {"workers": workers, "min_workers": least, "num_gpus": gpus, "num_cpus": cpus}
 
 
 def _check_transport(transport: str, trainer: float, replica: float) -> None:
@@ -120,5 +141,5 @@ def _changes(config: RunConfig, plan: Mapping[str, Mapping[str, Any]]) -> list[t
         (f"{'' if part == 'trainer' else 'fleet.'}{part}.{name}", getattr(asked[part], name), value)
         for part, values in plan.items()
         for name, value in values.items()
-        if name in ("workers", "min_replicas", "max_replicas") and getattr(asked[part], name) != value
+        if name in ("workers", "min_workers", "min_replicas", "max_replicas") and getattr(asked[part], name) != value
     ]

@@ -6,7 +6,7 @@ Layout under `run.dir` (a local path or any fsspec URL):
     status.json                                    what the run does now, or did last
     tokenizer/                                     with the run's chat template
     data/        rounds/<k>/<stage>/               blocks as Parquet parts, a part is complete once it is there
-    versions/<step>/                               published bf16 weights, each a Hugging Face folder
+    versions/<step>/                               published bf16 weights, Hugging Face folders; or adapters, peft's
     feedback/                                      answers that are kept for it, and votes
     checkpoints/<round>-<step>/                    trainer state; complete once the manifest names it
     exports/round-<k>/                             Hugging Face folders made from the fp32 masters

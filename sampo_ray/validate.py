@@ -54,7 +54,13 @@ def check(config: RunConfig) -> None:
 
 
 def check_fit(config: RunConfig) -> None:
-    """ConfigError when a resolved configuration cannot be trained on this machine, if it is trained on this one."""
+    """ConfigError when a resolved configuration cannot be trained with what it was resolved for: without GPUs, or on
+    this machine, if it is trained on this one.
+    """
+    if config.model.flex and not config.trainer.num_gpus:
+        raise ConfigError(
+            "model.attention='flex' needs GPUs, since it has no backward pass on CPUs; use model.attention=segments"
+        )
     if config.profile != "laptop":
         return
     check_device(AutoConfig.from_pretrained(config.model.path), config)

@@ -27,7 +27,9 @@ class VersionError(ValueError):
 
 
 class Adapter(BaseModel):
-    """A LoRA adapter (peft) in `adapters/<name>/`, served by replicas of the version that it was made for."""
+    """A LoRA adapter (peft) in `adapters/<name>/`, or a version of adapters alone, served by replicas of the version
+    that it belongs to.
+    """
 
     base: int
     rank: int
@@ -135,9 +137,9 @@ def pin(state: Serving, version: int) -> Serving:
     return state.model_copy(update={"pinned": sorted({*state.pinned, version})})
 
 
-def pin_adapters(state: Serving, version: int, adapter: Mapping[str, Any]) -> Serving:
+def pin_adapters(state: Serving, version: int, adapters: Mapping[str, Any]) -> Serving:
     """The same for a version of adapters alone, with what its version.json says of them; its base is pinned, too."""
-    served = Adapter(base=adapter["base"], rank=adapter["rank"])
+    served = Adapter(base=adapters["base"], rank=adapters["rank"])
     return pin(state, served.base).model_copy(update={"adapters": {**state.adapters, str(version): served}})
 
 
@@ -167,7 +169,8 @@ def adapt(state: Serving, name: str, adapter: Adapter) -> Serving:
 
 def remove_adapter(state: Serving, name: str) -> Serving:
     if name not in state.adapters:
-        raise VersionError(f"there is no adapter {name!r}; there is {', '.join(state.adapters) or 'none'}")
+        known = ", ".join(name for name in state.adapters if not name.isdecimal())
+        raise VersionError(f"there is no adapter {name!r}; there is {known or 'none'}")
     return state.model_copy(update={"adapters": {n: a for n, a in state.adapters.items() if n != name}})
 
 
@@ -211,8 +214,8 @@ def commanded(
     version = find(name, labels)
     if verb == "label":
         return label(state, version, argument)
-    if verb == "pin" and "adapter" in abouts[version]:
-        return pin_adapters(state, version, abouts[version]["adapter"])
+    if verb == "pin" and "adapters" in abouts[version]:
+        return pin_adapters(state, version, abouts[version]["adapters"])
     return {"promote": promote, "pin": pin, "unpin": unpin}[verb](state, version)
 
 

@@ -84,7 +84,7 @@ def add_adapter(run: str, folder: str, name: str, base: str) -> None:
     place, abouts, follow = opened(run)
     state = read_serving(place, follow)
     adapter = Adapter(base=find(base, all_labels(state, abouts)), rank=rank_of(folder))
-    if "adapter" in abouts[adapter.base]:
+    if "adapters" in abouts[adapter.base]:
         raise VersionError(f"version {adapter.base} is adapters itself; name a version that is a whole model")
     adapt(state, name, adapter)  # refused before anything is copied
     target = place.at("adapters", name)

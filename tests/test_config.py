@@ -10,6 +10,7 @@ from sampo_ray.losses import LOSSES
 from sampo_ray.profiles import resolve
 from sampo_ray.recipe import load_config
 from sampo_ray.runs import dump_config
+from sampo_ray.validate import check_fit
 
 MINIMAL = {"model": {"path": "m"}, "data": {"train": "d"}, "run": {"dir": "r"}}
 ONLINE = ["rounds.mode=online", "data.prompts=p", "reward.function=f.py:f"]
@@ -119,8 +120,13 @@ def test_without_gpus_auto_is_a_laptop_and_a_recipe_for_gpus_runs_smaller():
 
 
 def test_a_laptop_asked_for_by_name_is_as_large_as_asked():
-    resolved, notes = resolve(config("profile=laptop", "trainer.workers=4"), {"CPU": 2}, cores=2)
+    resolved, notes = resolve(config("profile=laptop", "trainer.workers=4"), {"CPU": 4}, cores=2)
     assert resolved.trainer.workers == 4 and not notes
+
+
+def test_a_run_that_ray_has_no_room_for_says_so():
+    _, (note,) = resolve(config("profile=laptop", "trainer.workers=4"), {"CPU": 3.5}, cores=2)
+    assert "ask Ray for 3.3 CPUs and its tasks for 0.5 more, Ray has 3.5" in note and "trainer.num_cpus" in note
 
 
 @given(st.integers(1, 64), st.booleans(), st.booleans(), st.sampled_from([8, 64, 128]))
@@ -176,6 +182,6 @@ def test_a_cluster_of_too_few_gpus_is_refused():
 
 def test_flex_attention_is_for_gpus():
     asked = config("model.attention=flex")
-    with pytest.raises(ConfigError, match="model.attention='flex' needs GPUs.*use segments"):
-        resolve(asked, {"CPU": 8}, cores=8)
-    assert resolve(asked, {"GPU": 1}, cores=8)[0].model.flex
+    with pytest.raises(ConfigError, match="model.attention='flex' needs GPUs.*use model.attention=segments"):
+        check_fit(resolve(asked, {"CPU": 8}, cores=8)[0])
+    check_fit(resolve(asked, {"GPU": 8}, cores=8)[0])

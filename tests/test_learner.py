@@ -250,13 +250,13 @@ def test_adapters_alone_make_the_merged_weights_of_their_base(alone, tiny_model,
     for step in plan(pairs):
         learner.optimize(step, pairs, 4)
     lora, folder, base = learner.config.model.lora, str(tmp_path / "000004"), str(tmp_path / "000000")
-    about = {"version": 4, "round": 0, "step": 4, "adapter": about_adapters(lora, 0)}
+    about = {"version": 4, "round": 0, "step": 4, "adapters": about_adapters(lora, 0)}
     adapters = write_adapters(folder, learner.adapters(), lora, about)
     again = write_adapters(folder, iter(()), lora, about)
     assert_close(dict(unpack(again)), dict(unpack(adapters)), msg="what is complete is not written again")
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
     buckets = write_version(base, plain.state_dict().items(), str(tiny_model), {"version": 0, "round": 0, "step": 0})
-    merge = merging(adapters, about["adapter"]["scaling"])
+    merge = merging(adapters, about["adapters"]["scaling"])
     merged = {name: weight for bucket in buckets for name, weight in unpack(merge(bucket))}
     assert_close({name: merged[name] for name, _ in learner.weights()}, dict(learner.weights()), rtol=0, atol=0)
     assert sum(a.nbytes for a in adapters.specs) < sum(spec.nbytes for bucket in buckets for spec in bucket.specs) / 2

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from sampo_ray.batching import RowBudget, assemble
 from sampo_ray.config import MethodConfig
-from sampo_ray.logprobs import Tile, token_divergences, token_logprobs
+from sampo_ray.logprobs import Tile, token_comparisons, token_logprobs
 from sampo_ray.losses import Statistics
 from sampo_ray.objective import Draw, Sampled, row_losses
 from sampo_ray.policy import load_policy, pair_logprobs, score_pairs
@@ -135,21 +135,32 @@ def test_token_logprobs_and_gradients_match_log_softmax_in_fp64(tokens, seed):
 
 @given(st.integers(1, 60), st.integers(0, 99))
 @settings(max_examples=20, deadline=None)
-def test_token_divergences_and_gradients_are_those_of_the_formula_in_fp64(tokens, seed):
+def test_token_comparisons_and_gradients_are_those_of_the_formulas_in_fp64(tokens, seed):
     rng = torch.Generator().manual_seed(seed)
     hidden, weight = (torch.randn(n, 8, generator=rng, dtype=torch.float64) for n in (tokens, 50))
     reference = [torch.randn(n, 6, generator=rng, dtype=torch.float64) for n in (tokens, 50)]
-    upstream = torch.randn(tokens, generator=rng, dtype=torch.float64)
+    targets = torch.randint(50, (tokens,), generator=rng)
+    upstream = torch.randn(3, tokens, generator=rng, dtype=torch.float64)
     results = []
     for tiled in (True, False):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         theirs, ours = (reference[0] @ reference[1].T).log_softmax(-1), (h @ w.T).log_softmax(-1)
-        naive = (theirs.exp() * (theirs - ours)).sum(-1)
-        out = token_divergences(h, w, *reference, Tile(16, 20)) if tiled else naive
+        picked = (each.gather(1, targets[:, None])[:, 0] for each in (ours, theirs))
+        naive = torch.stack([*picked, (theirs.exp() * (theirs - ours)).sum(-1)])
+        out = token_comparisons(h, w, *reference, targets, Tile(16, 20)) if tiled else naive
         (out * upstream).sum().backward()
         results.append((out, h.grad, w.grad))
     for ours, theirs in zip(*results, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-10)
+
+
+def test_a_policy_compared_with_itself_has_the_bits_of_its_logprobs_and_no_divergence():
+    rng = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 64, generator=rng).bfloat16() for n in (30, 512))
+    targets = torch.randint(512, (30,), generator=rng)
+    ours, theirs, divergences = token_comparisons(hidden, weight, hidden, weight, targets)
+    assert torch.equal(ours, theirs) and torch.equal(ours, token_logprobs(hidden, weight, targets))
+    assert not divergences.any()
 
 
 def test_a_token_s_logprob_does_not_depend_on_how_many_are_asked_for():

@@ -140,7 +140,7 @@ class Policy:
         """Publishes adapters on the version that is live; returns a folder of the model that has them merged in."""
         base, self.version = self.version, self.version + 10
         lora, draws = LoraConfig(rank=2), torch.Generator().manual_seed(seed)
-        about = {"round": 0, "step": self.version, "adapter": about_adapters(lora, base)}
+        about = {"round": 0, "step": self.version, "adapters": about_adapters(lora, base)}
         adapted = [
             (name, [0.2 * torch.randn(shape, generator=draws) for shape in ((2, w.shape[1]), (w.shape[0], 2))])
             for name, w in weights(self.shell, 0)
@@ -150,7 +150,7 @@ class Policy:
         while self.held()["version"] != self.version:
             time.sleep(0.01)
         (adapters,) = read_version(version_folder(self.versions, self.version))
-        merge = merging(adapters, about["adapter"]["scaling"])
+        merge = merging(adapters, about["adapters"]["scaling"])
         merged = [
             pair for bucket in read_version(version_folder(self.versions, base)) for pair in unpack(merge(bucket))
         ]

@@ -137,7 +137,7 @@ def test_adapters_are_served_on_the_version_they_were_made_for():
 
 
 def test_a_version_of_adapters_alone_is_pinned_on_its_base():
-    abouts = {**ABOUTS, 5: {**ABOUTS[5], "adapter": {"base": 0, "rank": 4, "scaling": 2.0}}}
+    abouts = {**ABOUTS, 5: {**ABOUTS[5], "adapters": {"base": 0, "rank": 4, "scaling": 2.0}}}
     state = versions.commanded(published(Serving()), abouts, "pin", "5")
     assert (state.pinned, state.pinned_adapters, adapter_ranks(state)) == ([0], {5}, {0: 8})
     assert state.kept() >= {0, 5} and versions.standing(state, 5) == versions.standing(state, 0) == "pinned"

@@ -221,10 +221,10 @@ def test_the_reference_stays_in_memory_and_older_versions_come_from_disk(run: Ru
 @pytest.mark.slow
 def test_adapters_are_handed_out_with_the_weights_that_they_belong_to(run: Run) -> None:
     lora, name = LoraConfig(rank=1), "layer.weight"
-    about = {"round": 0, "step": 5, "adapter": about_adapters(lora, 10)}
+    about = {"round": 0, "step": 5, "adapters": about_adapters(lora, 10)}
 
     def value(weights: Weights) -> list[list[float]]:
-        merge = merging(fetch(weights.adapters, 30), weights.about["adapter"]["scaling"])
+        merge = merging(fetch(weights.adapters, 30), weights.about["adapters"]["scaling"])
         (bucket,) = weights.buckets
         return dict(unpack(merge(fetch(bucket, 30))))["layer.weight"].tolist()
 
