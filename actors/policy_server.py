@@ -400,11 +400,11 @@ class PolicyServer(LLMServer):
                 return
         buckets = [await self._fetched(bucket) for bucket in weights.buckets]
         engine_computes = current_platform.is_cpu() and bool(self._client.output_processor.request_states)
-        how: list[Any] = [SHARE_OF_A_CORE if engine_computes else 1.0]
+        share, merge = SHARE_OF_A_CORE if engine_computes else 1.0, None
         if weights.adapters is not None:
-            adapters = await self._fetched(weights.adapters)
-            how.append(await asyncio.to_thread(merging, adapters, weights.about["adapters"]["scaling"], *how))
-        async with in_thread(staged(buckets, *how)) as update:
+            adapters, scaling = await self._fetched(weights.adapters), weights.about["adapters"]["scaling"]
+            merge = await asyncio.to_thread(merging, adapters, scaling, share)
+        async with in_thread(staged(buckets, share, merge)) as update:
             del buckets
             yield update
 

@@ -165,7 +165,7 @@ def written(data: np.ndarray, file: Any, share: float) -> Iterator[np.ndarray]:
 
 @contextmanager
 def staged(
-    buckets: Iterable[Bucket], share: float = 1.0, change: Callable[[Bucket], Bucket] = lambda bucket: bucket
+    buckets: Iterable[Bucket], share: float = 1.0, change: Callable[[Bucket], Bucket] | None = None
 ) -> Iterator[dict[str, Any]]:
     """Verifies buckets (their bytes fetched) and writes what `change` makes of them, at the same places, into one file,
     in memory where there is room; yields the HostUpdate. Works no more than `share` of the time. WeightsError for
@@ -177,7 +177,7 @@ def staged(
     with tempfile.NamedTemporaryFile(prefix="sampo-weights-", dir=SHARED_MEMORY if room else None) as file:
         for bucket, (start, _) in zip(held, places, strict=True):
             file.seek(start)
-            changed = change(bucket)
+            changed = change(bucket) if change else bucket
             verify(changed, written(changed.data, file, share))
         file.flush()
         yield {"path": file.name, "nbytes": file.tell(), "tensors": [astuple(spec) for spec in specs]}

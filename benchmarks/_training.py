@@ -78,14 +78,10 @@ def vocab128k(folder: Path) -> tuple[str, str]:
     """A small random Llama with as many tokens as Llama 3 has."""
     from transformers import AutoModelForCausalLM
 
-    from sampo_ray.chat import ChatFormat
-
     path, _ = _rig.model_folder(None, folder)
     model = AutoModelForCausalLM.from_pretrained(path)
     model.resize_token_embeddings(VOCABULARY)
-    model.save_pretrained(folder / "vocab128k")
-    ChatFormat.load(path, "llama3").save(folder / "vocab128k")
-    return str(folder / "vocab128k"), "vocab128k"
+    return saved(model, path, folder / "vocab128k")
 
 
 def llama1b(folder: Path) -> tuple[str, str]:
@@ -93,13 +89,18 @@ def llama1b(folder: Path) -> tuple[str, str]:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from sampo_ray.chat import ChatFormat
-
     path, _ = _rig.model_folder(None, folder)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_1B), dtype=torch.bfloat16)
-    model.save_pretrained(folder / "llama1b")
-    ChatFormat.load(path, "llama3").save(folder / "llama1b")
-    return str(folder / "llama1b"), "llama1b"
+    return saved(model, path, folder / "llama1b")
+
+
+def saved(model: Any, tokenizer: str, folder: Path) -> tuple[str, str]:
+    """Folder and name of a model with that tokenizer."""
+    from sampo_ray.chat import ChatFormat
+
+    model.save_pretrained(folder)
+    ChatFormat.load(tokenizer, "llama3").save(folder)
+    return str(folder), folder.name
 
 
 def made_up(path: Path, count: int, scale: float) -> Path:

@@ -59,12 +59,22 @@ class Serving(BaseModel):
     def kept(self) -> set[int]:
         """Versions that retention must leave on disk."""
         live = () if self.live is None else (self.live,)
-        return {*live, *self.pinned, *self.pinned_adapters, *self.labels.values(), *self.previous[-1:]}
+        return {*live, *self.all_pinned, *self.labels.values(), *self.previous[-1:]}
 
     @property
     def pinned_adapters(self) -> set[int]:
         """Versions of adapters alone that are served on the pinned one that they belong to."""
         return {int(name) for name in self.adapters if name.isdecimal()}
+
+    @property
+    def all_pinned(self) -> list[int]:
+        """Versions that are served beside the live one, whole or as adapters."""
+        return sorted({*self.pinned, *self.pinned_adapters})
+
+    @property
+    def named_adapters(self) -> dict[str, Adapter]:
+        """The adapters of users."""
+        return {name: adapter for name, adapter in self.adapters.items() if not name.isdecimal()}
 
 
 def labels_of(round: int, step: int, last: bool, rounds: int) -> list[str]:
@@ -147,7 +157,7 @@ def unpin(state: Serving, version: int) -> Serving:
     if version in state.pinned_adapters:
         return remove_adapter(state, str(version))
     if version not in state.pinned:
-        pinned = ", ".join(map(str, sorted({*state.pinned, *state.pinned_adapters}))) or "none"
+        pinned = ", ".join(map(str, state.all_pinned)) or "none"
         raise VersionError(f"version {version} is not pinned (pinned: {pinned})")
     if on_it := adapters_on(state, version):
         raise VersionError(f"version {version} carries adapters ({', '.join(on_it)}); unpin or remove them first")
@@ -169,8 +179,7 @@ def adapt(state: Serving, name: str, adapter: Adapter) -> Serving:
 
 def remove_adapter(state: Serving, name: str) -> Serving:
     if name not in state.adapters:
-        known = ", ".join(name for name in state.adapters if not name.isdecimal())
-        raise VersionError(f"there is no adapter {name!r}; there is {known or 'none'}")
+        raise VersionError(f"there is no adapter {name!r}; there is {', '.join(state.named_adapters) or 'none'}")
     return state.model_copy(update={"adapters": {n: a for n, a in state.adapters.items() if n != name}})
 
 
@@ -268,7 +277,7 @@ def standing(state: Serving, version: int) -> str:
     """`live`, `pinned`, `refused`, `candidate` (not checked yet) or `kept`."""
     if version == state.live:
         return "live"
-    if version in state.pinned or version in state.pinned_adapters:
+    if version in state.all_pinned:
         return "pinned"
     if version in state.refused:
         return "refused"

@@ -130,7 +130,7 @@ def command(run: str, verb: str, version: str = "", argument: str = "") -> None:
     state = edit_serving(place, lambda now: commanded(now, abouts, verb, version, argument), follow)
     held = ", held there" if state.held else f", following {state.follow}"
     live = "nothing" if state.live is None else f"version {state.live}"
-    pinned = ", ".join(map(str, sorted({*state.pinned, *state.pinned_adapters}))) or "none"
+    pinned = ", ".join(map(str, state.all_pinned)) or "none"
     typer.echo(f"live: {live}{held}; pinned: {pinned}")
 
 

@@ -76,6 +76,6 @@ ADMIN_ROUTES: dict[str, Any] = {
 def _view(state: dict[str, Any]) -> dict[str, Any]:
     serving = state["serving"]
     served = {name: getattr(serving, name) for name in ("follow", "held", "live")}
-    served["pinned"] = sorted({*serving.pinned, *serving.pinned_adapters})
     previous = serving.previous[-1] if serving.previous else None
-    return {"run": state["run"], **served, "previous": previous, "versions": state["versions"]}
+    pinned, versions = serving.all_pinned, state["versions"]
+    return {"run": state["run"], **served, "pinned": pinned, "previous": previous, "versions": versions}

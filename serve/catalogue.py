@@ -92,8 +92,8 @@ class Catalogue:
         state = await self.state()
         serving, labels = state["serving"], {v["version"]: v["labels"] for v in state["versions"]}
         ranks = adapter_ranks(serving)
-        if base == MODEL and name in serving.adapters and not name.isdecimal():
-            version = serving.adapters[name].base
+        if base == MODEL and name in serving.named_adapters:
+            version = serving.named_adapters[name].base
             return Target(pinned_app(state["apps"], version, ranks[version]), f"{MODEL}@{name}", version)
         try:
             if base != MODEL:
@@ -118,8 +118,8 @@ class Catalogue:
         by_version = {card["metadata"]["version"]: card["metadata"] for card in cards}
         adapters = [
             self._card(f"{MODEL}@{name}", {**by_version[adapter.base], "adapter": name, "state": "pinned"})
-            for name, adapter in state["serving"].adapters.items()
-            if adapter.base in by_version and not name.isdecimal()
+            for name, adapter in state["serving"].named_adapters.items()
+            if adapter.base in by_version
         ]
         return [*live, *cards, *adapters]
 
@@ -152,12 +152,12 @@ class Catalogue:
 def served_names(state: dict[str, Any]) -> list[str]:
     """The model names that a request may use now, by number and by label."""
     serving = state["serving"]
-    served = {*serving.pinned, *serving.pinned_adapters, *([] if serving.live is None else [serving.live])}
+    served = {*serving.all_pinned, *([] if serving.live is None else [serving.live])}
     names = [MODEL]
     for entry in state["versions"]:
         if entry["version"] in served:
             names += [f"{MODEL}@{name}" for name in (entry["version"], *entry["labels"])]
-    return [*names, *(f"{MODEL}@{name}" for name in serving.adapters if not name.isdecimal())]
+    return [*names, *(f"{MODEL}@{name}" for name in serving.named_adapters)]
 
 
 def _no_model(reason: str, state: dict[str, Any]) -> ApiError:
