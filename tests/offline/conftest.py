@@ -32,10 +32,15 @@ def recipe(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def submitted(cluster: "Cluster", recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The run directory of a job on the cluster that nobody disturbed, and what was said of it."""
     folder = tmp_path_factory.mktemp("runs") / "submitted"
-    command = [sys.executable, "-m", "sampo_ray.cli", "submit", str(recipe), "--address", cluster.address]
-    done = subprocess.run([*command, f"run.dir={folder}"], env=cluster.env, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder, done.stdout
+    said = finish(cluster.submit(recipe, f"run.dir={folder}"))
+    return folder, said
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """What it said; it must end well."""
+    output, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, output
+    return output
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,27 @@ class Cluster:
     address: str
     env: dict[str, str]
     """For processes that belong to the cluster and for those that talk to it: it asks for a token, as Ray advises."""
+
+    def start_node(self, *options: str) -> None:
+        """As a user does. Jobs are taken by a node's agent, whose usual port another Ray on this machine may have."""
+        size = ["--num-cpus=4", "--object-store-memory=200000000", f"--dashboard-agent-listen-port={free_ports(1)[0]}"]
+        subprocess.run(
+            ["ray", "start", "--disable-usage-stats", *size, *options], env=self.env, check=True, timeout=240
+        )
+
+    def join(self) -> None:
+        """One more node."""
+        address = (Path(self.env[MARK]) / "ray_current_cluster").read_text().strip()
+        self.start_node(f"--address={address}")
+
+    def raylets(self) -> list[psutil.Process]:
+        """Of the nodes, the head's first."""
+        found = [process for process in members(self.env[MARK]) if process.name() == "raylet"]
+        return sorted(found, key=psutil.Process.create_time)
+
+    def submit(self, recipe: Path, *overrides: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "sampo_ray.cli", "submit", str(recipe), "--address", self.address, *overrides]
+        return subprocess.Popen(command, env=self.env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     def follower(self, command: str, folder: Path, log: Path) -> subprocess.Popen[bytes]:
         """A process that submits `command` and follows it, writing to `log`."""
@@ -77,21 +103,16 @@ class Cluster:
 @pytest.fixture(scope="package")
 def cluster() -> Iterator[Cluster]:
     """A cluster of two nodes on this machine, started as a user does."""
-    gcs, dashboard, ray_client, *agents = free_ports(5)
+    gcs, dashboard, ray_client = free_ports(3)
     scratch = tempfile.mkdtemp(prefix="ray-")  # short: socket paths have a limit
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     env |= {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", MARK: scratch}
     env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     running = Cluster(f"http://127.0.0.1:{dashboard}", env)
-    start = ["ray", "start", "--disable-usage-stats", "--num-cpus=4", "--object-store-memory=200000000"]
-    # Jobs are taken by a node's agent, whose usual port another Ray on this machine may have.
-    agent_ports = [f"--dashboard-agent-listen-port={port}" for port in agents]
-    head = [f"--temp-dir={scratch}", "--head", f"--port={gcs}", f"--ray-client-server-port={ray_client}"]
-    head += [f"--dashboard-port={dashboard}", agent_ports[0]]
+    ports = [f"--port={gcs}", f"--ray-client-server-port={ray_client}", f"--dashboard-port={dashboard}"]
     try:
-        subprocess.run([*start, *head], env=env, check=True, timeout=240)
-        address = (Path(scratch) / "ray_current_cluster").read_text().strip()
-        subprocess.run([*start, agent_ports[1], f"--address={address}"], env=env, check=True, timeout=240)
+        running.start_node("--head", f"--temp-dir={scratch}", *ports)
+        running.join()
         wait_until(running.ready, "job server", 120)
         yield running
     finally:
@@ -100,15 +121,21 @@ def cluster() -> Iterator[Cluster]:
 
 
 MARK = "SAMPO_TEST_CLUSTER"
-"""Every process of the test's cluster inherits this, so that it can be found; `ray stop` would end other people's."""
+"""Every process of the test's cluster inherits this (the scratch folder's name), so that it can be found; `ray stop`
+would end other people's.
+"""
 
 
 def stop(scratch: str) -> None:
-    processes = [process for process in psutil.process_iter() if mark_of(process) == scratch]
+    processes = members(scratch)
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(processes, timeout=20)
+
+
+def members(scratch: str) -> list[psutil.Process]:
+    return [process for process in psutil.process_iter() if mark_of(process) == scratch]
 
 
 def mark_of(process: psutil.Process) -> str | None:

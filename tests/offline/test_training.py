@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from sampo_ray.cli import app
 
-from .conftest import STEPS
+from .conftest import STEPS, Cluster, finish
 
 pytestmark = pytest.mark.slow
 
@@ -31,12 +31,6 @@ pytestmark = pytest.mark.slow
 def start(*arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "sampo_ray.cli", "train", *map(str, arguments)]
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, output
-    return output
 
 
 @pytest.fixture(scope="package")
@@ -62,6 +56,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def same_bits(a: Path, b: Path) -> bool:
     ours, theirs = weights(a), weights(b)
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def ranks_under(parent: psutil.Process) -> list[psutil.Process]:
+    return [p for p in parent.children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
 
 
 def await_steps(steps: int, run: Path, process: subprocess.Popen) -> None:
@@ -130,9 +128,7 @@ def test_a_run_that_lost_a_rank_and_then_its_driver_ends_in_the_same_bits(undist
     """
     run = tmp_path / "run"
     process = after(3, run, recipe, f"run.dir={run}", "reference.where=trainer")
-    ranks = [
-        p for p in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())
-    ]
+    ranks = ranks_under(psutil.Process(process.pid))
     assert len(ranks) == 2
     ranks[0].send_signal(signal.SIGKILL)
     await_steps(STEPS + 5, run, process)
@@ -150,6 +146,20 @@ def test_a_run_that_lost_a_rank_and_then_its_driver_ends_in_the_same_bits(undist
     theirs, ours = (pq.read_table(folder / "rounds" / "1" / "reference" / scored.name) for folder in (undisturbed, run))
     assert ours.equals(theirs)
     assert "is finished" in CliRunner().invoke(app, ["train", "--resume", str(run)]).output
+
+
+def test_a_job_that_lost_a_node_ends_in_the_same_bits(cluster: Cluster, undisturbed, recipe, tmp_path):
+    """kill -9 of the raylet, and with it of all that runs on the node, which comes back."""
+    run = tmp_path / "run"
+    job = cluster.submit(recipe, f"run.dir={run}", "trainer.num_cpus=3")  # no room for both ranks on one node
+    await_steps(3, run, job)
+    _, second = cluster.raylets()
+    assert len(ranks_under(second)) == 1
+    second.kill()
+    cluster.join()
+    finish(job)
+    assert same_bits(run / "exports" / "round-2", undisturbed / "exports" / "round-2")
+    assert facts(run) == facts(undisturbed)
 
 
 @pytest.mark.parametrize(
