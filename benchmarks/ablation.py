@@ -97,15 +97,18 @@ def passes(policy: Any, pairs: Any, indices: Any, side: str) -> None:
 
 
 def unshared(pairs: Any) -> Any:
-    """The row of the same pairs with each answer behind a prompt of its own; `chosen` of two segments are a pair's."""
+    """The row of the same pairs with each answer behind a prompt of its own; `chosen` of two segments are a pair's.
+
+    The prompts differ in their first tokens: the same would be there once.
+    """
     import pyarrow as pa
 
     from sampo_ray.batching import assemble
 
     answers = [
-        {"prompt": pair["prompt"], "chosen": pair[side], "rejected": []}
-        for pair in pairs.to_pylist()
-        for side in ("chosen", "rejected")
+        {"prompt": [2 * place + half, *pair["prompt"][1:]], "chosen": pair[side], "rejected": []}
+        for place, pair in enumerate(pairs.to_pylist())
+        for half, side in enumerate(("chosen", "rejected"))
     ]
     return assemble(pa.Table.from_pylist(answers, pairs.select(["prompt", "chosen", "rejected"]).schema))
 

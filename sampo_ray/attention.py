@@ -1,5 +1,5 @@
-"""Attention over rows of segments: chosen and rejected share one prompt, and pairs that share a row never see each
-other.
+"""Attention over rows of segments: chosen and rejected share one prompt, pairs with the same prompt share it, too, and
+else pairs of a row never see each other.
 
 Registered with transformers as `sampo_segments`; the row's segments travel as the keyword argument `segments`. Each
 pair costs two calls, one causal over prompt and chosen, one of rejected over prompt and rejected. A call sees one pair
@@ -48,14 +48,24 @@ def segment_attention(
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
     # Split, not sliced: the gradient of a slice is a tensor of the whole row's size, that of a split a part of one.
-    lengths = [length for pair in segments for length in (pair.prompt, pair.chosen, pair.rejected)]
+    lengths = list[int]()
+    parts = []  # of each pair, which are its prompt, chosen and rejected
+    prompts = dict[int, int]()
+    for pair in segments:
+        if not pair.shares_prompt:
+            prompts[pair.prompt_start] = len(lengths)
+            lengths.append(pair.prompt)
+        parts.append((prompts[pair.prompt_start], len(lengths), len(lengths) + 1))
+        lengths += [pair.chosen, pair.rejected]
     fill = query.shape[2] - sum(lengths)
     queries, keys, values = (x.split([*lengths, fill], dim=2) for x in (query, key, value))
     outputs = []
-    for first, pair in zip(range(0, len(lengths), 3), segments, strict=True):
-        prompt, chosen, rejected = first, first + 1, first + 2
+    for pair, (prompt, chosen, rejected) in zip(segments, parts, strict=True):
         q, k, v = (torch.cat([x[prompt], x[chosen]], dim=2) for x in (queries, keys, values))
-        outputs.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling))
+        seen = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+        # A shared prompt is looked from once more, and that dropped: other calls than that of a pair alone round as
+        # they like, and attention from a prompt is the least of its costs.
+        outputs.append(seen[:, :, pair.prompt :] if pair.shares_prompt else seen)
         k, v = (torch.cat([x[prompt], x[rejected]], dim=2) for x in (keys, values))
         mask = causal_lower_right(pair.rejected, pair.prompt + pair.rejected)
         outputs.append(scaled_dot_product_attention(queries[rejected], k, v, attn_mask=mask, scale=scaling))
@@ -68,16 +78,17 @@ def block_mask(segments: tuple[Segments, ...], tokens: int, device: torch.device
     """Which tokens of a row each of its tokens sees, for FlexAttention: the same as in `segment_attention`; the filler
     sees itself.
     """
-    pair, part = torch.full((tokens,), -1), torch.zeros(tokens, dtype=torch.int64)
-    for number, each in enumerate(segments):
-        pair[each.start : each.end] = number
-        part[each.chosen_start : each.rejected_start] = 1
-        part[each.rejected_start : each.end] = 2
-    pair, part = pair.to(device), part.to(device)
+    prompt, response = torch.full((tokens,), -1), torch.zeros(tokens, dtype=torch.int64)  # where they begin
+    for each in segments:
+        prompt[each.prompt_start :][: each.prompt] = each.prompt_start
+        prompt[each.chosen_start : each.end] = each.prompt_start
+        response[each.chosen_start : each.rejected_start] = each.chosen_start
+        response[each.rejected_start : each.end] = each.rejected_start
+    prompt, response = prompt.to(device), response.to(device)
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        shared = (part[key] == 0) | (part[key] == part[query])
-        return (pair[query] == pair[key]) & (query >= key) & shared
+        along = (response[key] == 0) | (response[key] == response[query])
+        return (prompt[query] == prompt[key]) & (query >= key) & along
 
     compiled = device.type != "cpu"  # else there is a whole mask in between
     return create_block_mask(sees, None, None, tokens, tokens, device=device, _compile=compiled)

@@ -96,20 +96,25 @@ def _spread(items: list[tuple[int, int]], count: int, room: int) -> list[tuple[i
 
 @dataclass(frozen=True)
 class Segments:
-    """Where one pair lies in a row: its prompt, computed once, then chosen, then rejected; both see the prompt."""
+    """Where one pair lies in a row: chosen, then rejected, and the prompt that both see.
 
-    start: int
+    The prompt, computed once, is just before them, or with an earlier pair of the row that has the same.
+    """
+
+    prompt_start: int
     prompt: int
+    chosen_start: int
     chosen: int
     rejected: int
 
     @property
-    def chosen_start(self) -> int:
-        return self.start + self.prompt
+    def shares_prompt(self) -> bool:
+        """Whether the prompt lies with an earlier pair."""
+        return self.prompt_start + self.prompt < self.chosen_start
 
     @property
     def rejected_start(self) -> int:
-        return self.start + self.prompt + self.chosen
+        return self.chosen_start + self.chosen
 
     @property
     def end(self) -> int:
@@ -117,18 +122,22 @@ class Segments:
 
     def chosen_states(self, tokens: Int64[np.ndarray, " kept"]) -> Int64[np.ndarray, " kept"]:
         """Row positions of the hidden states that predict the given tokens of the chosen response."""
-        return self.chosen_start - 1 + tokens
+        return self._states(self.chosen_start, tokens)
 
     def rejected_states(self, tokens: Int64[np.ndarray, " kept"]) -> Int64[np.ndarray, " kept"]:
-        """As `chosen_states`; the first rejected token, too, is predicted by the last token of the prompt."""
-        return np.where(tokens == 0, self.chosen_start - 1, self.rejected_start - 1 + tokens)
+        """As `chosen_states`, of the rejected response."""
+        return self._states(self.rejected_start, tokens)
+
+    def _states(self, start: int, tokens: Int64[np.ndarray, " kept"]) -> Int64[np.ndarray, " kept"]:
+        # The first token of both is predicted by the last one of the prompt.
+        return np.where(tokens == 0, self.prompt_start + self.prompt - 1, start - 1 + tokens)
 
 
 @dataclass(frozen=True)
 class Row:
     """A micro-batch: pairs end to end in one row of tokens, without padding but at the very end.
 
-    `positions` start again at 0 with each pair, and at the prompt's end with each rejected response.
+    `positions` are those in prompt and response: each prompt begins at 0, each response where its prompt ended.
     """
 
     tokens: Int64[Tensor, " tokens"]
@@ -140,19 +149,24 @@ class Row:
 
 
 def assemble(pairs: pa.Table) -> Row:
-    """Lays the pairs of a PAIRS block into one row, filled up to a multiple of ROW_MULTIPLE tokens."""
-    tokens, positions, segments, at = [], [], [], 0
+    """Lays the pairs of a PAIRS block into one row, filled up to a multiple of ROW_MULTIPLE tokens.
+
+    A prompt that several of them have is there once.
+    """
+    tokens, positions, segments = list[int](), list[int](), []
+    known: dict[tuple[int, ...], int] = {}
     columns = (pairs.column(name).to_pylist() for name in ("prompt", "chosen", "rejected"))
     for prompt, chosen, rejected in zip(*columns, strict=True):
-        pair = Segments(at, len(prompt), len(chosen), len(rejected))
-        tokens += [*prompt, *chosen, *rejected]
-        positions += [*range(len(prompt) + len(chosen)), *range(len(prompt), len(prompt) + len(rejected))]
-        segments.append(pair)
-        at = pair.end
-    fill = -at % ROW_MULTIPLE
-    tokens += [0] * fill
-    positions += [0] * fill
-    return Row(torch.tensor(tokens), torch.tensor(positions), tuple(segments))
+        at = len(tokens)
+        if (start := known.setdefault(tuple(prompt), at)) == at:
+            tokens += prompt
+            positions += range(len(prompt))
+        segments.append(Segments(start, len(prompt), len(tokens), len(chosen), len(rejected)))
+        for response in (chosen, rejected):
+            tokens += response
+            positions += range(len(prompt), len(prompt) + len(response))
+    fill = [0] * (-len(tokens) % ROW_MULTIPLE)
+    return Row(torch.tensor(tokens + fill), torch.tensor(positions + fill), tuple(segments))
 
 
 def lengths_of(pairs: pa.Table) -> Lengths:

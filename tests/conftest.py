@@ -49,19 +49,20 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def random_pairs(count: int, seed: int = 0, longest: int = 40, vocabulary: int = 256) -> pa.Table:
-    """A PAIRS-shaped block of random tokens, prompts and responses of 1 to `longest` tokens."""
+def random_pairs(
+    count: int, seed: int = 0, longest: int = 40, vocabulary: int = 256, prompts: int | None = None
+) -> pa.Table:
+    """A PAIRS-shaped block of random tokens, prompts and responses of 1 to `longest` tokens; `prompts`: so many
+    different prompts, which take turns.
+    """
     rng = np.random.default_rng(seed)
 
-    def sequences() -> list[list[int]]:
-        return [rng.integers(5, vocabulary, rng.integers(1, longest + 1)).tolist() for _ in range(count)]
+    def sequences(different: int = count) -> pa.Array:
+        found = [rng.integers(5, vocabulary, rng.integers(1, longest + 1)).tolist() for _ in range(different)]
+        return pa.array([found[i % different] for i in range(count)], pa.list_(pa.int32()))
 
-    return pa.table(
-        {
-            "id": [f"pair-{i}" for i in range(count)],
-            **{name: pa.array(sequences(), pa.list_(pa.int32())) for name in ("prompt", "chosen", "rejected")},
-        }
-    )
+    columns = {"prompt": sequences(prompts or count), "chosen": sequences(), "rejected": sequences()}
+    return pa.table({"id": [f"pair-{i}" for i in range(count)], **columns})
 
 
 def with_reference(policy: Any, pairs: pa.Table) -> pa.Table:

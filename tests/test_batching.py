@@ -71,26 +71,35 @@ def test_hardly_a_token_slot_is_paid_for_in_vain(world, tokens):
     assert useful / paid > 0.97
 
 
-@given(st.integers(1, 12), st.integers(0, 50))
-def test_a_row_lays_pairs_end_to_end_with_positions_that_restart(count, seed):
-    pairs = random_pairs(count, seed)
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 50))
+def test_a_row_lays_pairs_end_to_end_each_prompt_once_and_each_token_where_its_text_has_it(count, prompts, seed):
+    pairs = random_pairs(count, seed, prompts=prompts)
     row = assemble(pairs)
-    assert len(row.tokens) % ROW_MULTIPLE == 0
+    tokens, positions = row.tokens.tolist(), row.positions.tolist()
+    assert len(tokens) % ROW_MULTIPLE == 0
     assert lengths_of(pairs).tolist() == [[s.prompt, s.chosen, s.rejected] for s in row.segments]
-    for segment, pair in zip(row.segments, pairs.to_pylist(), strict=True):
-        tokens, positions = row.tokens.tolist(), row.positions.tolist()
-        assert tokens[segment.start : segment.end] == pair["prompt"] + pair["chosen"] + pair["rejected"]
-        assert positions[segment.start : segment.rejected_start] == list(range(segment.prompt + segment.chosen))
-        assert positions[segment.rejected_start] == segment.prompt
-        states = segment.rejected_states(np.arange(segment.rejected))
-        assert states[0] == segment.chosen_states(np.arange(1))[0] == segment.chosen_start - 1
-        assert (states[1:] == segment.rejected_start + np.arange(segment.rejected - 1)).all()
+    used = 0
+    for at, pair in zip(row.segments, pairs.to_pylist(), strict=True):
+        assert at.shares_prompt == (at.prompt_start < used)
+        used += at.chosen + at.rejected + (0 if at.shares_prompt else at.prompt)
+        prompt = slice(at.prompt_start, at.prompt_start + at.prompt)
+        assert (tokens[prompt], positions[prompt]) == (pair["prompt"], list(range(at.prompt)))
+        assert tokens[at.chosen_start : at.end] == pair["chosen"] + pair["rejected"]
+        for start, length, states in (
+            (at.chosen_start, at.chosen, at.chosen_states),
+            (at.rejected_start, at.rejected, at.rejected_states),
+        ):
+            assert positions[start : start + length] == list(range(at.prompt, at.prompt + length))
+            assert states(np.arange(length)).tolist() == [prompt.stop - 1, *range(start, start + length - 1)]
+    assert used == row.segments[-1].end and not any(tokens[used:])
+    distinct = {tuple(pair) for pair in pairs["prompt"].to_pylist()}
+    assert sum(not at.shares_prompt for at in row.segments) == len(distinct)
 
 
-@given(st.integers(1, 4), st.integers(0, 9))
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 9))
 @settings(max_examples=20)
-def test_flex_attention_sees_what_the_calls_for_each_pair_see(count, seed):
-    row = assemble(random_pairs(count, seed))
+def test_flex_attention_sees_what_the_calls_for_each_pair_see(count, prompts, seed):
+    row = assemble(random_pairs(count, seed, prompts=prompts))
     tokens, end = len(row.tokens), row.segments[-1].end
     mask, every = block_mask(row.segments, tokens, torch.device("cpu")), torch.arange(tokens)
     sees = mask.mask_mod(torch.tensor(0), torch.tensor(0), every[:, None], every[None])

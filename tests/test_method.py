@@ -203,8 +203,9 @@ def test_a_row_s_logprobs_are_those_of_the_plain_model(policy, tiny_model):
             assert torch.allclose(ours, expected, atol=0.05), "bf16 against fp32"
 
 
-def test_a_pair_s_loss_does_not_depend_on_what_shares_its_row(policy):
-    pairs = with_reference(policy, random_pairs(8, seed=5))
+@pytest.mark.parametrize("prompts", [8, 3])
+def test_a_pair_s_loss_does_not_depend_on_what_shares_its_row_or_its_prompt(policy, prompts):
+    pairs = with_reference(policy, random_pairs(8, seed=5, prompts=prompts))
     ref = pa.array(
         [[x - 0.1 * i for i, x in enumerate(r)] for r in pairs["chosen_ref"].to_pylist()], pa.list_(pa.float32())
     )
@@ -234,9 +235,11 @@ def test_a_reference_that_is_asked_for_sampled_tokens_has_their_bits(policy):
 
 @pytest.mark.parametrize("loss", ["sigmoid", "mix", "simpo"])
 def test_the_gradient_is_that_of_a_naive_computation(tiny_model, loss):
-    """fp64: packed rows, shared prompts and sampled positions against one padded sequence at a time and log_softmax."""
+    """fp64: packed rows, prompts shared within and across pairs, and sampled positions, against one padded sequence at
+    a time and log_softmax.
+    """
     policy = load_policy(tiny_model).double()
-    pairs = with_reference(load_policy(tiny_model), random_pairs(4, seed=7))
+    pairs = with_reference(load_policy(tiny_model), random_pairs(4, seed=7, prompts=3))
     method = MethodConfig(loss=loss, beta=0.3)
     losses, _ = row_losses(policy, assemble(pairs), pairs, method, DRAW, Statistics())
     losses.mean().backward()
