@@ -5,6 +5,7 @@ import gc
 import logging
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -21,7 +22,7 @@ from sampo_ray.actors.sending import start_sender
 from sampo_ray.actors.weight_store import find_weight_store, publish_adapters, publish_version
 from sampo_ray.actors.weights import (
     WeightsError,
-    checksum,
+    checksum_of_file,
     version_folder,
     write_version,
 )
@@ -74,6 +75,8 @@ def train_rank(settings: dict[str, Any]) -> None:
                 continue
             number, work = taken
             if rank is None or rank.run != work.run:
+                rank = None
+                gc.collect()  # DeepSpeed's engine is in cycles, and two may be too much
                 rank = Rank(work, find_weight_store(mine.store))
             for step, result in rank.train(work):
                 if dist.get_rank() == 0:
@@ -118,7 +121,7 @@ class Rank:
         """The next round: with the same learner or, where it has adapters of its own, with another."""
         if self.config.model.lora:
             del self.learner
-            gc.collect()  # DeepSpeed's engine is in cycles, and two may be too much
+            gc.collect()
             self.learner = self._load(work)
         else:
             self.learner.begin_round(work.round, lambda: self._reference(work))
@@ -213,7 +216,7 @@ class Rank:
         dist.barrier()
         with target.draft() as scratch:
             learner.save(scratch, "state")
-            mine = {path.name: checksum(path.read_bytes()) for path in (scratch / "state").iterdir()}
+            mine = {path.name: checksum_of_file(path) for path in (scratch / "state").iterdir()}
             target.take(scratch / "state")
         everyone: list[dict[str, str]] = [{} for _ in range(learner.world)]
         dist.all_gather_object(everyone, mine)
@@ -228,31 +231,65 @@ class Rank:
         ).model_dump()
 
     def _restore(self, work: Work) -> None:
-        """Goes to where the manifest's checkpoint stands; rank 0 reads it for all, so that all agree."""
-        found = [read_manifest(self.place).checkpoint if self.first else None]
+        """Goes to where the newest checkpoint stands or, if that is damaged, the one before."""
+        found = [self._checkpoints(work) if self.first else []]
         dist.broadcast_object_list(found)
-        checkpoint = found[0]
-        if checkpoint is None or (self.config.model.lora and checkpoint.round != work.round):
-            return
-        standing = checkpoint.round, checkpoint.step, checkpoint.statistics
-        with self.place.at(checkpoint.path).on_disk() as folder:
-            for name, expected in checkpoint.files.items():
-                if checksum((folder / name).read_bytes()) != expected:
-                    raise TrainingError(f"checkpoint {checkpoint.path}/{name} is damaged (its checksum does not match)")
-            universal = self.place.at(f"{checkpoint.path}-universal")
-            if self.first:
-                universal.remove()  # of ranks that died over it
-            if checkpoint.world == self.learner.world:
-                self.learner.load(folder.parent, folder.name, *standing)
+        damaged = list[str]()
+        for checkpoint in found[0]:
+            if self.config.model.lora and checkpoint.round != work.round:
                 return
-            if self.first:
-                logger.info("%s is of %d ranks, not %d", checkpoint.path, checkpoint.world, self.learner.world)
-                with universal.draft() as scratch:
-                    write_universal(folder, scratch / "state")
-                    universal.take(scratch / "state")
+            with self.place.at(checkpoint.path).on_disk() as folder:
+                if files := self._damaged(folder, checkpoint):
+                    damaged += files
+                    continue
+                if damaged and self.first:
+                    logger.warning("%s is damaged; training goes on from %s", damaged[0], checkpoint.path)
+                self._go_to(checkpoint, folder)
+                return
+        if damaged:
+            raise TrainingError(
+                f"{damaged[0]} is damaged (its checksum does not match), and there is no other checkpoint to go on from"
+            )
+
+    def _checkpoints(self, work: Work) -> list[Checkpoint]:
+        """Those from which a round can go on or begin, the newest first."""
+        manifest = read_manifest(self.place)
+        self.place.at("checkpoints").clear_drafts()
+
+        def fits(checkpoint: Checkpoint) -> bool:
+            ends = checkpoint.step == manifest.rounds[checkpoint.round].steps
+            return checkpoint.round == work.round or (ends and checkpoint.round == work.round - 1)
+
+        return [each for each in (manifest.checkpoint, manifest.earlier) if each and fits(each)]
+
+    def _damaged(self, folder: Path, checkpoint: Checkpoint) -> list[str]:
+        """Files that are not what was written; each rank looks at some, and knows of all."""
+        mine = [
+            f"{checkpoint.path}/{name}"
+            for name in sorted(checkpoint.files)[dist.get_rank() :: dist.get_world_size()]
+            if not (folder / name).is_file() or checksum_of_file(folder / name) != checkpoint.files[name]
+        ]
+        everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, mine)
+        return [name for some in everyone for name in some]
+
+    def _go_to(self, checkpoint: Checkpoint, folder: Path) -> None:
+        """Loads what is in a checkpoint's folder, whatever number of ranks wrote it."""
+        standing = checkpoint.round, checkpoint.step, checkpoint.statistics
+        universal = self.place.at(f"{checkpoint.path}-universal")
+        if self.first:
+            universal.remove()  # of ranks that died over it
+        if checkpoint.world == self.learner.world:
+            self.learner.load(folder.parent, folder.name, *standing)
+            return
+        if self.first:
+            logger.info("%s is of %d ranks, not %d", checkpoint.path, checkpoint.world, self.learner.world)
+            with universal.draft() as scratch:
+                write_universal(folder, scratch / "state")
+                universal.take(scratch / "state")
         dist.barrier()
-        with universal.on_disk() as folder:
-            self.learner.load(folder.parent, folder.name, *standing, universal=True)
+        with universal.on_disk() as merged:
+            self.learner.load(merged.parent, merged.name, *standing, universal=True)
         dist.barrier()
         if self.first:
             universal.remove()

@@ -29,6 +29,7 @@ from fsspec.implementations.local import LocalFileSystem
 from safetensors.torch import load, save_file
 
 BUCKET_BYTES = 64 << 20
+PIECE_BYTES = 16 << 20
 ALIGNMENT = 64
 SHELL_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 
@@ -88,6 +89,12 @@ class Weights:
 def checksum(data: Any) -> str:
     """Checksum of a bytes-like object; against damage, not against malice."""
     return checksum_of([data])
+
+
+def checksum_of_file(path: Path) -> str:
+    """The checksum of a file's bytes, of which a few are in memory at a time."""
+    with path.open("rb") as file:
+        return checksum_of(iter(lambda: file.read(PIECE_BYTES), b""))
 
 
 def checksum_of(pieces: Iterable[Any]) -> str:

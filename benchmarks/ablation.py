@@ -124,7 +124,7 @@ def whole_head(weight: Any) -> Any:
             self.weight = weight
 
         def forward(self, hidden: Any, targets: Any) -> Any:
-            logits = hidden.float() @ self.weight.float().T
+            logits = (hidden @ self.weight.T).float()
             return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
     return WholeHead()

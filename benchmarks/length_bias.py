@@ -244,21 +244,25 @@ def report(args: Namespace) -> None:
     pairs = f"{args.pairs} pairs, batches of {BATCH}, learning rate {LEARNING_RATE}, beta {BETA}, {args.model.name}"
     lines = [
         f"{pairs}. Margins: summed log-ratios of held-out pairs, chosen minus rejected, nats. In brackets: lowest and"
-        " highest of the seeds; for slopes and differences 95 % intervals over held-out pairs, seeds averaged.",
+        " highest of the seeds; for slopes and differences 95 % intervals over held-out pairs, seeds averaged. The last"
+        " two columns are of training: how much the mean margin of a batch (nats) varies over the steps, and the mean"
+        " norm of the gradient before it is clipped.",
         "",
         "| trained on | method | seeds | margin, chosen longer | margin, chosen shorter | accuracy, longer "
-        "| accuracy, shorter | slope, nats a token | answer tokens |",
-        f"|{' --- |' * 9}",
+        "| accuracy, shorter | slope, nats a token | answer tokens | batches' margins, SD | gradient norm |",
+        f"|{' --- |' * 11}",
     ]
     if "base" in cells:
-        lines.append(f"| nothing | | | | | | | | {statistics.mean(cells['base']['answers']):.0f} |")
+        lines.append(f"| nothing | | | | | | | | {statistics.mean(cells['base']['answers']):.0f} | | |")
     order = [(subset, method) for subset in SUBSETS for method in METHODS if (subset, method) in groups]
     for subset, method in order:
         group = groups[subset, method]
         ends = [cell["curve"][-1] for cell in group]
         held_out = [seeds([end[f"{kind}/{what}"] for end in ends]) for what in ("margin", "accuracy") for kind in KINDS]
         tokens = seeds([statistics.mean(cell["answers"]) for cell in group], 0)
-        row = [subset, method, str(len(group)), *held_out, slope(*of_pairs(group)), tokens]
+        batches = seeds([statistics.stdev(step["margin"] / BETA for step in cell["steps"]) for cell in group])
+        norms = seeds([statistics.mean(step["grad_norm"] for step in cell["steps"]) for cell in group], 1)
+        row = [subset, method, str(len(group)), *held_out, slope(*of_pairs(group)), tokens, batches, norms]
         lines.append(f"| {' | '.join(row)} |")
     lines += ["", "| trained on | difference | margin, chosen longer | margin, chosen shorter | slope, nats a token |"]
     lines.append(f"|{' --- |' * 5}")

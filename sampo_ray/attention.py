@@ -19,6 +19,9 @@ from transformers import AttentionInterface
 from sampo_ray import cpu
 from sampo_ray.batching import Segments
 
+# cuDNN's kernels make a plan for every new pair of lengths, and their backward pass is never deterministic.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 NAME = "sampo_segments"
 FLEX = "flex_attention"
 """transformers' name for PyTorch's FlexAttention (Dong et al. 2024, arXiv 2412.05496)."""
@@ -74,20 +77,29 @@ def segment_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype), None
 
 
+def allow_flex_shapes() -> None:
+    """As many compiled kernels of FlexAttention as rows, scoring and adapters need. More are an error: where none is
+    compiled it makes whole matrices of scores.
+    """
+    torch._dynamo.config.recompile_limit = 32
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+
 def block_mask(segments: tuple[Segments, ...], tokens: int, device: torch.device) -> BlockMask:
     """Which tokens of a row each of its tokens sees, for FlexAttention: the same as in `segment_attention`; the filler
     sees itself.
     """
-    prompt, response = torch.full((tokens,), -1), torch.zeros(tokens, dtype=torch.int64)  # where they begin
+    begins = torch.full((2, tokens), -1, dtype=torch.int32)
+    prompt, response = begins  # of each token
     for each in segments:
         prompt[each.prompt_start :][: each.prompt] = each.prompt_start
         prompt[each.chosen_start : each.end] = each.prompt_start
         response[each.chosen_start : each.rejected_start] = each.chosen_start
         response[each.rejected_start : each.end] = each.rejected_start
-    prompt, response = prompt.to(device), response.to(device)
+    prompt, response = begins.to(device)
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        along = (response[key] == 0) | (response[key] == response[query])
+        along = (response[key] == -1) | (response[key] == response[query])
         return (prompt[query] == prompt[key]) & (query >= key) & along
 
     compiled = device.type != "cpu"  # else there is a whole mask in between

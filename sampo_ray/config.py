@@ -517,9 +517,9 @@ class RunConfig(Section):
                 f"optim.batch_size={self.optim.batch_size} does not divide over trainer.workers={workers}; "
                 f"use {max(1, self.optim.batch_size // workers) * workers}"
             )
-        if self.trainer.tokens_per_row is not None and self.trainer.tokens_per_row < self.data.max_length:
+        if self.trainer.tokens_per_row is not None and self.trainer.tokens_per_row < 2 * self.data.max_length:
             raise ValueError(
-                f"trainer.tokens_per_row={self.trainer.tokens_per_row} is less than data.max_length="
-                f"{self.data.max_length}; use at least that, {2 * self.data.max_length} holds any pair"
+                f"trainer.tokens_per_row={self.trainer.tokens_per_row} does not hold the longest pair, two answers of "
+                f"up to data.max_length={self.data.max_length}; use {2 * self.data.max_length} or more"
             )
         return self

@@ -44,6 +44,8 @@ class _Linear(torch.autograd.Function):
 
 
 def _forward(self: nn.Linear, x: Tensor) -> Tensor:
+    if not wants_fp32(x):  # the model has gone to a GPU
+        return nn.functional.linear(x, self.weight, self.bias)
     y = _Linear.apply(x, self.weight)
     return y if self.bias is None else y + self.bias
 

@@ -77,6 +77,7 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW, on the host as well: nothing to compile
         "zero_optimization": zero,
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # waits for the GPU in each forward
     }
 
 

@@ -245,7 +245,7 @@ LOSSES: dict[str, PreferenceLoss] = {
         tdpo,
         {"weight": 0.5},
         reference="distributions",
-        reductions=tuple(name for name in REDUCTIONS if name != "mean"),  # log-ratios a token, and D a response
+        reductions=("sum", "sample"),  # D is a sum over the tokens that they count
     ),
 }
 

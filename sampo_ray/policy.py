@@ -25,6 +25,10 @@ Reference = Callable[[Row, Tensor], Distributions]
 """A reference that is resident where the policy is: (row, [asked] positions of states) to what it says comes next."""
 
 
+OTHER_HEADS = ("classifier_", "summary_")
+"""How names of settings begin that are not of the language model."""
+
+
 class Policy(nn.Module):
     """A causal language model whose head is computed only where asked, over rows of segments."""
 
@@ -93,10 +97,10 @@ def check_architecture(model: PreTrainedModel) -> None:
     if not model.is_backend_compatible() or kinds or getattr(config, "attn_logit_softcapping", None):
         how = " and ".join(sorted(kinds)) or "an attention of its own"
         raise ConfigError(f"model.path: {name} has {how}; only full attention over rows of pairs is supported")
-    if getattr(config, "attention_dropout", 0.0):
-        raise ConfigError(
-            f"model.path: attention_dropout={config.attention_dropout} in its config.json is not supported; set it to 0"
-        )
+    for field, value in config.to_dict().items():
+        noise = any(each in field for each in ("drop", "jitter")) and not field.startswith(OTHER_HEADS)
+        if noise and isinstance(value, float) and value > 0:
+            raise ConfigError(f"model.path: {field}={value} in its config.json is not supported; set it to 0")
 
 
 def on_meta(config: PretrainedConfig, lora: LoraConfig | None = None) -> PreTrainedModel:
@@ -109,6 +113,8 @@ def on_meta(config: PretrainedConfig, lora: LoraConfig | None = None) -> PreTrai
             model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
     except ValueError as error:
         raise ConfigError(f"model.path: not a causal language model: {str(error).splitlines()[0]}") from None
+    except KeyError:  # it looks in a table of its own
+        raise ConfigError(f"model.path: {config.model_type} models have an attention of their own") from None
     if lora is not None:
         add_adapters(model, lora, seed=0)
     return model
@@ -137,8 +143,12 @@ def load_policy(
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path={str(path)!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if flex:
+        attention.allow_flex_shapes()
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": False}
+        )
     if lora is not None:
         add_adapters(model, lora, seed)
     return Policy(model).to(device)
@@ -218,7 +228,8 @@ def row_logprobs(policy: nn.Module, pairs: pa.Table, indices: np.ndarray, ask: A
     """Log-probs of the pairs that make up a row."""
     mine = pairs.take(pa.array(indices))
     row, asked = assemble(mine).to(next(policy.parameters()).device), ask(mine)
-    chosen, rejected = pair_logprobs(policy, row, asked)
+    states, targets, counts = _asked(row, asked)
+    chosen, rejected = _sides(policy(row.tokens, row.positions, row.segments, states, targets).cpu(), counts)
     scores = {}
     for index, pair, at, w, r in zip(indices, row.segments, asked, chosen, rejected, strict=True):
         scores[int(index)] = _spread(w, at.chosen, pair.chosen), _spread(r, at.rejected, pair.rejected)
@@ -227,7 +238,7 @@ def row_logprobs(policy: nn.Module, pairs: pa.Table, indices: np.ndarray, ask: A
 
 def _spread(logprobs: Tensor, positions: np.ndarray, length: int) -> np.ndarray:
     every = np.full(length, np.nan, np.float32)
-    every[positions] = logprobs.cpu().numpy()
+    every[positions] = logprobs.numpy()
     return every
 
 

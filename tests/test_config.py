@@ -32,7 +32,7 @@ ONLINE = ["rounds.mode=online", "data.prompts=p", "reward.function=f.py:f"]
         ("data.max_length=100 data.max_prompt_length=100", ["max_prompt_length=100", "max_length=100", "smaller"]),
         ("trainer.workers=3", ["optim.batch_size=128", "trainer.workers=3", "126"]),
         ("trainer.workers=2 trainer.min_workers=4", ["min_workers=4", "workers=2", "smaller"]),
-        ("trainer.tokens_per_row=64", ["trainer.tokens_per_row=64", "data.max_length=8192"]),
+        ("trainer.tokens_per_row=8192", ["trainer.tokens_per_row=8192", "data.max_length=8192", "16384"]),
         ("data.train=null", ["data.train is missing"]),
         ("rounds.mode=online", ["data.prompts is missing"]),
         ("serve.host=0.0.0.0", ["serve.host='0.0.0.0'", "api_keys", "serve.keys_file", "serve.open=true"]),

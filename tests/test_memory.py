@@ -9,6 +9,7 @@ from transformers import AutoConfig
 from sampo_ray.config import ConfigError, LoraConfig, TrainerConfig
 from sampo_ray.memory import Shape, check_memory, plan_memory
 from sampo_ray.policy import check_architecture, on_meta
+from sampo_ray.validate import check_rope
 
 LLAMA_8B = Shape(
     parameters=8_030_261_248, trained=8_030_261_248, layers=32, hidden=4096, intermediate=14336, vocabulary=128_256
@@ -34,12 +35,24 @@ def test_models_with_full_attention_and_a_plain_head_are_supported(kind):
         ("Mistral", {"sliding_window": 128}, "MistralForCausalLM has sliding_attention"),
         ("Gemma2", {}, "changes its logits"),
         ("Phi", {}, "head with a bias"),
-        ("Llama", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
+        ("Llama", {"attention_dropout": 0.1}, "attention_dropout=0.1.*set it to 0"),
+        ("GPT2", {"attn_pdrop": 0.0}, "resid_pdrop=0.1.*set it to 0"),
+        ("Falcon", {"alibi": False}, "an attention of their own"),
     ],
 )
 def test_others_are_refused_by_name(kind, fields, words):
     with pytest.raises(ConfigError, match=rf"model\.path.*{words}"):
         check_architecture(meta(kind, **fields))
+
+
+def test_positions_for_which_longrope_is_another_model_are_refused():
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16, "factor": 4.0}
+    rope |= {"rope_theta": 1e4, "original_max_position_embeddings": 512}
+    model = transformers.LlamaConfig(**SMALL, max_position_embeddings=2048, rope_parameters=rope)
+    check_rope(model, 512)
+    check_rope(transformers.LlamaConfig(**SMALL), 2048)
+    with pytest.raises(ConfigError, match=r"data\.max_length=513 is more than the 512 positions"):
+        check_rope(model, 513)
 
 
 def test_what_is_no_causal_model_is_refused():

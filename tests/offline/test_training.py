@@ -58,6 +58,16 @@ def same_bits(a: Path, b: Path) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def damage(run: Path) -> None:
+    """Changes a byte of the last checkpoint, and leaves what a rank does that dies while it writes one."""
+    newest = json.loads((run / "manifest.json").read_text())["checkpoint"]
+    file = run / newest["path"] / sorted(newest["files"])[0]
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    (run / "checkpoints" / ".draft-left" / "state").mkdir(parents=True)
+
+
 def ranks_under(parent: psutil.Process) -> list[psutil.Process]:
     return [p for p in parent.children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
 
@@ -111,7 +121,8 @@ def test_a_run_leaves_what_the_next_person_needs(undisturbed):
         assert all(tokens == logprobs > 0 for tokens, logprobs in counts)
     versions = sorted(int(name) for name in os.listdir(undisturbed / "versions"))
     assert versions == [0, STEPS, 2 * STEPS - 2, 2 * STEPS - 1, 2 * STEPS], "base, ends of rounds, and the last two"
-    assert len(os.listdir(undisturbed / "checkpoints")) == 1
+    kept = [f"checkpoints/{name}" for name in os.listdir(undisturbed / "checkpoints")]
+    assert sorted(kept) == [manifest["earlier"]["path"], manifest["checkpoint"]["path"]]
 
 
 def test_an_export_loads_as_any_model_does(undisturbed, tiny_model):
@@ -123,8 +134,8 @@ def test_an_export_loads_as_any_model_does(undisturbed, tiny_model):
 
 
 def test_a_run_that_lost_a_rank_and_then_its_driver_ends_in_the_same_bits(undisturbed, recipe, tmp_path, after):
-    """Nor does it matter that the other was a job on a cluster, who computes the reference, or whether ranks live for
-    the run or for a round.
+    """Nor does it matter that the other was a job on a cluster, who computes the reference, whether ranks live for the
+    run or for a round, or that the last checkpoint is damaged.
     """
     run = tmp_path / "run"
     process = after(3, run, recipe, f"run.dir={run}", "reference.where=trainer")
@@ -137,10 +148,12 @@ def test_a_run_that_lost_a_rank_and_then_its_driver_ends_in_the_same_bits(undist
     assert "in use by another process" in second.output and second.exit_code == 1
     process.kill()
     process.wait(30)
+    damage(run)
     scored = run / "rounds" / "1" / "reference" / "part-00000.parquet"
     before = scored.stat().st_mtime_ns
     finish(start("--resume", run, "trainer.lifetime=round"))
     assert scored.stat().st_mtime_ns == before, "nothing stored is scored twice"
+    assert not list((run / "checkpoints").glob(".*"))
     assert same_bits(run / "exports" / "round-2", undisturbed / "exports" / "round-2")
     assert facts(run) == facts(undisturbed)
     theirs, ours = (pq.read_table(folder / "rounds" / "1" / "reference" / scored.name) for folder in (undisturbed, run))
