@@ -40,6 +40,7 @@ def options(description: str, sides: Sequence[str]) -> ArgumentParser:
     parser.add_argument("--models", default="given,vocab128k", help="of given (needs --model), vocab128k and llama1b")
     parser.add_argument("--max-length", type=int, default=512, help="tokens of prompt and answer at most")
     parser.add_argument("--attention", choices=("segments", "flex"), default="segments", help="of our sides")
+    parser.add_argument("--keep-activations", action="store_true", help="no gradient checkpointing on our sides")
     parser.add_argument("--side", choices=sides, help="measures one side once and prints its figures")
     return parser
 
@@ -126,6 +127,7 @@ def config_of(args: Namespace, reduction: str) -> Any:
         {
             "model": {"path": str(args.model), "attention": args.attention},
             "data": {"train": str(args.data), "max_length": args.max_length},
+            "trainer": {"gradient_checkpointing": not args.keep_activations},
             "method": {"reduction": reduction},
             "optim": {"batch_size": PAIRS_A_STEP, "learning_rate": 1e-6},
             "run": {"dir": "unused"},
@@ -146,6 +148,11 @@ def device() -> Any:
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def warming(turns: list[Any]) -> list[Any]:
+    """Those to do once before any is measured: all on a GPU, where each new shape may mean a new kernel."""
+    return turns if device().type == "cuda" else turns[:1]
 
 
 def now() -> float:
@@ -191,6 +198,7 @@ def turns(
         def turn(_: int) -> dict[str, float]:
             how = ["--side", name, "--model", path, "--data", str(data), "--requests", str(pairs), *extra]
             how += ["--max-length", str(args.max_length), "--attention", args.attention]
+            how += ["--keep-activations"] if args.keep_activations else []
             done = subprocess.run([sys.executable, script, *how], stdout=subprocess.PIPE, text=True, check=True)
             result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
             _measure.note(f"  {label}, {name}: {result}")

@@ -47,7 +47,7 @@ def one_turn(args: Namespace) -> dict[str, float]:
     from sampo_ray.policy import batch_rows, load_policy
 
     side, config = args.side, _training.config_of(args, "sample")
-    policy = load_policy(args.model, True, str(_training.device()), flex=config.model.flex).train()
+    policy = load_policy(args.model, not args.keep_activations, str(_training.device()), flex=config.model.flex).train()
     pairs = _training.tokens_of(args, config)
     budget = RowBudget(PAIRS_A_STEP, 1 if side == "no_packing" else config.row_budget.tokens_per_row)
     rows = [row for batch in batch_rows(pairs, budget) for row in batch if len(row)]
@@ -55,7 +55,8 @@ def one_turn(args: Namespace) -> dict[str, float]:
         parameter.grad = torch.zeros_like(parameter)
     if side == "no_tiles":
         policy.model.set_output_embeddings(whole_head(policy.model.get_output_embeddings().weight))
-    passes(policy, pairs, rows[0], side)
+    for row in _training.warming(rows):
+        passes(policy, pairs, row, side)
     with Memory() as memory:
         begun = now()
         for row in rows:

@@ -86,7 +86,7 @@ def ours(args: Namespace, reduction: str) -> dict[str, float]:
     config = _training.config_of(args, reduction)
     flex, pairs, budget = config.model.flex, _training.tokens_of(args, config), config.row_budget
     reference = load_policy(args.model, device=str(device), flex=flex).requires_grad_(False)
-    score_pairs(reference, pairs.slice(0, 2), budget)
+    score_pairs(reference, pairs if device.type == "cuda" else pairs.slice(0, 2), budget)
     begun = now()
     pairs = score_pairs(reference, pairs, budget)
     reference_s = now() - begun
@@ -94,7 +94,8 @@ def ours(args: Namespace, reduction: str) -> dict[str, float]:
     learner = Learner(load_policy(args.model, config.trainer.gradient_checkpointing, flex=flex), config, device)
     learner.begin_round(0)
     steps = list(plan_round(lengths_of(pairs), budget, epochs=1, seed=0, round=0))
-    learner.optimize(steps[0], pairs, len(steps))
+    for step in _training.warming(steps):
+        learner.optimize(step, pairs, len(steps))
     with Memory() as memory:
         begun = now()
         for step in steps:

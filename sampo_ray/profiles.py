@@ -76,7 +76,8 @@ def _laptop(config: RunConfig, gpus: int, at_most: int | None) -> dict[str, dict
         engine.setdefault("gpu_memory_utilization", 0.3)
     workers = math.gcd(size(config.trainer.workers or gpus or 1), config.optim.batch_size)
     return {
-        "trainer": _ranks(config.trainer, workers, 0.5 if gpus else 0, 0.5),
+        # Of two halves Ray may make one GPU, on which two ranks cannot be.
+        "trainer": _ranks(config.trainer, workers, (0.5 if workers == 1 else 0.51) if gpus else 0, 0.5),
         "generators": {**fleet(fleets.generators, 0.5, 0.3), "engine": engine},
         "references": fleet(fleets.references, 0.5, 0.1),
         "rewards": fleet(fleets.rewards, 0.1, 0.1 if config.reward.model else 0),

@@ -1,11 +1,10 @@
-"""The family of losses: each against an independent, naive computation of its published formula, and against TRL's
-value where TRL is installed and has it; what the configuration refuses; and batch statistics from step to step.
+"""The family of losses: each against an independent, naive computation of its published formula; what the configuration
+refuses; and batch statistics from step to step.
 """
 
 import math
 import sys
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
@@ -418,92 +417,3 @@ def test_a_loss_of_the_user_s_own_is_named_by_where_it_is(own_losses, policy, re
     assert method.weight == 3.0 and torch.allclose(losses, -3 * mean_logprobs(pairs)[0].float(), atol=1e-4)
     with pytest.raises(ValueError, match="not one number for each pair"):
         row_losses(policy, row, pairs, MethodConfig(loss="own_losses:one_number"), DRAW, START)
-
-
-# --- TRL, which the project does not need
-
-
-class Recorded(torch.nn.Module):
-    """A model for TRL's trainer that answers with given token log-probs."""
-
-    is_gradient_checkpointing = False
-
-    def __init__(self, logprobs: torch.Tensor) -> None:
-        super().__init__()
-        self.logprobs = logprobs
-
-    def forward(self, **_):
-        like = torch.zeros_like(self.logprobs)
-        others = dict.fromkeys(("entropy", "mean_logits", "log_sum_sq_probs"), like)
-        return SimpleNamespace(log_probs=self.logprobs, is_top1=like.bool(), **others)
-
-
-def trl_s_value(loss_types, loss_weights, policy, reference, lengths, **settings) -> float:
-    from collections import defaultdict
-
-    from trl import DPOTrainer
-
-    longest = max(max(pair) for pair in lengths)
-
-    def padded(tokens):
-        rows = [pair[side].detach() for side in (0, 1) for pair in tokens]
-        return torch.stack([torch.nn.functional.pad(row, (0, longest - len(row))) for row in rows])
-
-    completion = padded([[torch.ones(n) for n in pair] for pair in lengths])
-    prompt = torch.zeros(len(completion), 1)
-    inputs = {
-        "input_ids": torch.zeros(len(completion), longest + 1, dtype=torch.long),
-        "attention_mask": torch.cat([1 - prompt, completion], 1),
-        "completion_mask": torch.cat([prompt, completion], 1).long(),
-    }
-    model = Recorded(padded(policy))
-    stub = SimpleNamespace(
-        model=model,
-        ref_model=Recorded(padded(reference)),
-        accelerator=SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x),
-        args=SimpleNamespace(gradient_checkpointing_kwargs=None),
-        loss_types=loss_types,
-        loss_weights=loss_weights,
-        aux_loss_enabled=False,
-        precompute_ref_logps=False,
-        use_weighting=False,
-        f_divergence_type="reverse_kl",
-        _metrics={"train": defaultdict(list)},
-        _total_train_tokens=0,
-        _tp_size=1,
-        **{"beta": 0.1, "label_smoothing": 0.1, "ld_alpha": None, **settings},
-    )
-    return float(DPOTrainer._compute_loss(stub, model, inputs, False))
-
-
-@pytest.mark.parametrize(
-    ("loss", "reduction", "theirs"),
-    [(name, "sum", [name]) for name in ("sigmoid", "robust", "hinge", "ipo", "nca_pair", "sppo_hard", "bco_pair")]
-    + [("sigmoid", "ld", ["sigmoid"]), ("sigmoid", "mean", ["sigmoid_norm"]), ("mix", "sum", ["sigmoid", "sft"])],
-)
-def test_trl_has_the_same_value(loss, reduction, theirs):
-    pytest.importorskip("trl")
-    lengths = [(7, 12), (7, 3), (7, 9)]  # its sft term is a mean over the batch's tokens, ours over a pair's
-    policy, reference = random_tokens(lengths, 5)
-    more = {"ld_alpha": ALPHA} if reduction == "ld" else {}
-    expected = trl_s_value(theirs, [1.0] * len(theirs), policy, reference, lengths, **more)
-    ours = family_loss(method_of(loss, reduction), policy, reference, lengths, START)
-    assert ours.mean().item() == pytest.approx(expected, rel=1e-6)
-
-
-def test_trl_has_the_same_value_without_a_reference():
-    pytest.importorskip("trl")
-    from trl.experimental.cpo import CPOTrainer
-    from trl.experimental.orpo import ORPOTrainer
-
-    lengths = [(7, 12), (4, 3)]
-    policy, _ = random_tokens(lengths, 5)
-    means = [torch.stack([pair[side].mean() for pair in policy]).detach() for side in (0, 1)]
-    cpu = SimpleNamespace(device="cpu")
-    cpo = SimpleNamespace(alpha=0.0, beta=2.5, simpo_gamma=1.4, label_smoothing=0.0, loss_type="simpo", accelerator=cpu)
-    theirs = CPOTrainer.cpo_loss(cpo, *means)[0]
-    ours = family_loss(method_of("simpo", "mean"), policy, policy, lengths, START)
-    assert torch.allclose(ours, theirs, rtol=1e-6)
-    theirs = -means[0] - ORPOTrainer.odds_ratio_loss(SimpleNamespace(beta=0.1, accelerator=cpu), *means)[0]
-    ours = family_loss(method_of("orpo", "mean"), policy, policy, lengths, START)
-    assert torch.allclose(ours, theirs.double(), rtol=1e-5)

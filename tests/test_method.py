@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from sampo_ray.batching import RowBudget, assemble
@@ -171,6 +173,32 @@ def test_a_token_s_logprob_does_not_depend_on_how_many_are_asked_for():
     everything = token_logprobs(hidden, weight, targets)
     some = torch.tensor([0, 3, 64, 65, 130, 299])
     assert torch.equal(token_logprobs(hidden[some], weight, targets[some]), everything[some])
+
+
+class Largest(TorchDispatchMode):
+    """Numbers of the largest tensor that any operation returned."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.numbers = max([self.numbers, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+        return out
+
+
+@pytest.mark.parametrize("compared", [False, True])
+def test_nothing_is_ever_as_large_as_tokens_times_vocabulary(compared):
+    rng = torch.Generator().manual_seed(0)
+    tokens, words, tile = 600, 20_000, Tile(128, 1024)
+    hidden, weight = (torch.randn(n, 16, generator=rng).bfloat16().requires_grad_() for n in (tokens, words))
+    targets = torch.randint(words, (tokens,), generator=rng)
+    with Largest() as largest:
+        if compared:
+            out = token_comparisons(hidden, weight, hidden.detach(), weight.detach(), targets, tile)
+        else:
+            out = token_logprobs(hidden, weight, targets, tile)
+        out.sum().backward()
+    assert tile.tokens * tile.words <= largest.numbers <= max(tile.tokens * tile.words, weight.numel())
 
 
 def test_a_frozen_head_gets_no_gradient_and_changes_none():
