@@ -34,7 +34,8 @@ nats. Of a loss without a reference s is a log-prob, and so are the two `lograti
 WHOLE_SIDES = {"reduction": 0, "chosen": 1, "all": 2}
 """Of how many sides (chosen, then rejected) a loss wants log-probs of all tokens, by its `positions`."""
 
-IDLE_PAIR = pa.table({name: [[0]] for name in ("prompt", "chosen", "rejected")})
+SIDES = ("chosen", "rejected")
+IDLE_PAIR = pa.table({name: [[0]] for name in ("prompt", *SIDES)})
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def row_positions(method: MethodConfig, draw: Draw, pairs: pa.Table) -> tuple[li
     """
     reduction = REDUCTIONS[method.reduction]
     policy, reference = [], []
-    columns = (pairs.column(name) for name in ("id", "chosen", "rejected"))
+    columns = (pairs.column(name) for name in ("id", *SIDES))
     for pair, chosen, rejected in zip(*columns, strict=True):
         key = MaskKey(draw.seed, draw.round, draw.epoch, pair.as_py())
         lengths = len(chosen.values), len(rejected.values)
@@ -118,17 +119,20 @@ def score_row(
     lengths = [(pair.chosen, pair.rejected) for pair in row.segments]
     positions, reference_positions = row_positions(method, draw, pairs)
     asked = asked_positions(loss, positions, lengths)
+    # What the device is to be told goes there first: later the copies would wait for the forward pass.
+    tokens, stored = torch.tensor(lengths).to(row.tokens.device), []
+    if loss.reference == "log-probs":
+        stored = [_stored(pairs, reference_positions, side, row.tokens.device) for side in SIDES]
     if loss.reference == "distributions":
         assert reference is not None, "checked where the learner begins a round"
         sides, resident, by_token = pair_divergences(policy, reference, row, asked)
     else:
         sides = pair_logprobs(policy, row, asked)
     reduced, divergences = [], []
-    for index, side in enumerate(("chosen", "rejected")):
+    for index, side in enumerate(SIDES):
         kept = _counted(sides[index], positions, side)
         if loss.reference == "log-probs":
-            stored = zip(kept, pairs.column(f"{side}_ref"), reference_positions, strict=True)
-            kept = [p - torch.tensor(ref.values.to_numpy()[getattr(at, side)]).to(p) for p, ref, at in stored]
+            kept = [p - ref.to(p) for p, ref in zip(kept, stored[index], strict=True)]
         elif loss.reference == "distributions":
             theirs = _counted(resident[index], positions, side)
             kept = [p - ref for p, ref in zip(kept, theirs, strict=True)]
@@ -139,7 +143,7 @@ def score_row(
     whole = [torch.stack([p.mean() for p in logprobs]) for logprobs in sides[: WHOLE_SIDES[loss.positions]]]
     named = dict(zip(("chosen_logprob", "rejected_logprob"), whole, strict=False))
     named |= zip(("chosen_divergence", "rejected_divergence"), divergences, strict=False)
-    tokens = torch.tensor(lengths).to(ratios.chosen)
+    tokens = tokens.to(ratios.chosen)
     return ScoredPairs(ratios, tokens[:, 0], tokens[:, 1], **named)
 
 
@@ -152,6 +156,13 @@ def asked_positions(
         Positions(np.arange(w) if whole > 0 else at.chosen, np.arange(r) if whole > 1 else at.rejected)
         for at, (w, r) in zip(reduction, lengths, strict=True)
     ]
+
+
+def _stored(pairs: pa.Table, positions: list[Positions], side: str, device: torch.device) -> list[Tensor]:
+    """The reference's log-probs at those positions of each pair; in one copy to the device."""
+    columns = zip(pairs.column(f"{side}_ref"), positions, strict=True)
+    kept = [logprobs.values.to_numpy()[getattr(at, side)] for logprobs, at in columns]
+    return list(torch.from_numpy(np.concatenate(kept)).to(device).split([len(each) for each in kept]))
 
 
 def _counted(values: list[Tensor], positions: list[Positions], side: str) -> list[Tensor]:
