@@ -40,9 +40,11 @@ def adapter_place(run: Place, name: str) -> Place:
     return Place(version_folder(run.at("versions").url, int(name))) if name.isdecimal() else run.at("adapters", name)
 
 
-def pinned_app(apps: str, version: int, rank: int) -> str:
-    """The name of the Serve application of a pinned version, in the fleet of that prefix."""
-    return f"{pinned_prefix(apps)}{version}" + (f"-lora{rank}" if rank else "")
+def pinned_app(apps: str, run_id: str, version: int, rank: int) -> str:
+    """The name of the Serve application of a run's pinned version, in the fleet of that prefix, which may see several
+    runs: the last one's application may still be there.
+    """
+    return f"{pinned_prefix(apps)}{run_id}-{version}" + (f"-lora{rank}" if rank else "")
 
 
 def pinned_prefix(apps: str) -> str:
@@ -67,7 +69,7 @@ def _reconcile(apps: str, place: Place, run_id: str, ranks: dict[int, int], _bef
     from sampo_ray.actors.policy_deployment import policy_deployment
     from sampo_ray.actors.policy_server import Source  # brings vLLM in
 
-    names = {pinned_app(apps, version, rank): (version, rank) for version, rank in ranks.items()}
+    names = {pinned_app(apps, run_id, version, rank): (version, rank) for version, rank in ranks.items()}
     delete_pinned(apps, keep=list(names))
     config = open_run(place.url).config
     settings = config.fleet.generators.model_copy(update={"min_replicas": 0, "max_replicas": 1})

@@ -122,7 +122,7 @@ def test_the_sequence_grows_with_every_change_of_what_is_live_and_only_then(comm
 def test_adapters_are_served_on_the_version_they_were_made_for():
     state = versions.adapt(published(Serving()), "tune", Adapter(base=8, rank=12))
     assert state.pinned == [8] and adapter_ranks(versions.pin(state, 0)) == {0: 0, 8: 16}
-    assert pinned_app("f", 8, 16) == "f-pinned-8-lora16" and pinned_app("f", 0, 0) == "f-pinned-0"
+    assert pinned_app("f", "r1", 8, 16) == "f-pinned-r1-8-lora16" and pinned_app("f", "r1", 0, 0) == "f-pinned-r1-0"
     with pytest.raises(VersionError, match="carries adapters .tune."):
         versions.unpin(state, 8)
     for refused in (
