@@ -23,12 +23,13 @@ from sampo_ray.actors.weight_store import find_weight_store, publish_adapters, p
 from sampo_ray.actors.weights import (
     WeightsError,
     checksum_of_file,
+    checksums,
     version_folder,
     write_version,
 )
 from sampo_ray.batching import plan_round
 from sampo_ray.config import TrainingError
-from sampo_ray.learner import Learner, drain, write_universal
+from sampo_ray.learner import Learner, drain, of_all_ranks, write_universal
 from sampo_ray.memory import check_device
 from sampo_ray.objective import asked_of_reference
 from sampo_ray.policy import Policy, load_policy
@@ -216,11 +217,9 @@ class Rank:
         dist.barrier()
         with target.draft() as scratch:
             learner.save(scratch, "state")
-            mine = {path.name: checksum_of_file(path) for path in (scratch / "state").iterdir()}
+            mine = checksums(scratch / "state")
             target.take(scratch / "state")
-        everyone: list[dict[str, str]] = [{} for _ in range(learner.world)]
-        dist.all_gather_object(everyone, mine)
-        files = {name: sum for files in everyone for name, sum in files.items()}
+        files = {name: sum for files in of_all_ranks(mine) for name, sum in files.items()}
         return Checkpoint(
             path=f"checkpoints/{work.round}-{learner.step:06d}",
             round=work.round,
@@ -232,6 +231,8 @@ class Rank:
 
     def _restore(self, work: Work) -> None:
         """Goes to where the newest checkpoint stands or, if that is damaged, the one before."""
+        if self.first:
+            self.place.at("checkpoints").clear_drafts()  # of ranks that died over them
         found = [self._checkpoints(work) if self.first else []]
         dist.broadcast_object_list(found)
         damaged = list[str]()
@@ -254,7 +255,6 @@ class Rank:
     def _checkpoints(self, work: Work) -> list[Checkpoint]:
         """Those from which a round can go on or begin, the newest first."""
         manifest = read_manifest(self.place)
-        self.place.at("checkpoints").clear_drafts()
 
         def fits(checkpoint: Checkpoint) -> bool:
             ends = checkpoint.step == manifest.rounds[checkpoint.round].steps
@@ -266,12 +266,10 @@ class Rank:
         """Files that are not what was written; each rank looks at some, and knows of all."""
         mine = [
             f"{checkpoint.path}/{name}"
-            for name in sorted(checkpoint.files)[dist.get_rank() :: dist.get_world_size()]
+            for name in sorted(checkpoint.files)[self.learner.rank :: self.learner.world]
             if not (folder / name).is_file() or checksum_of_file(folder / name) != checkpoint.files[name]
         ]
-        everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, mine)
-        return [name for some in everyone for name in some]
+        return [name for some in of_all_ranks(mine) for name in some]
 
     def _go_to(self, checkpoint: Checkpoint, folder: Path) -> None:
         """Loads what is in a checkpoint's folder, whatever number of ranks wrote it."""

@@ -97,6 +97,11 @@ def checksum_of_file(path: Path) -> str:
         return checksum_of(iter(lambda: file.read(PIECE_BYTES), b""))
 
 
+def checksums(folder: Path) -> dict[str, str]:
+    """Of the files in a folder, by name."""
+    return {path.name: checksum_of_file(path) for path in sorted(folder.iterdir())}
+
+
 def checksum_of(pieces: Iterable[Any]) -> str:
     """The checksum of all pieces, one after the other."""
     state = xxhash.xxh3_128()
@@ -224,7 +229,7 @@ def drafted(folder_url: str, about: dict[str, Any]) -> Iterator[Path]:
         draft = Path(scratch) / name
         draft.mkdir()
         yield draft
-        files = {path.name: checksum(path.read_bytes()) for path in sorted(draft.iterdir())}
+        files = checksums(draft)
         (draft / "version.json").write_text(json.dumps({**about, "files": files}, indent=1))
         _place(draft, fs, folder, local)
 

@@ -12,7 +12,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import torch
@@ -36,6 +36,8 @@ from sampo_ray.policy import (
     row_logprobs,
     with_logprobs,
 )
+
+T = TypeVar("T")
 
 NAMED_PAIRS = 10
 """Pairs that an error names at most."""
@@ -179,9 +181,7 @@ class Learner:
                     else:
                         idle_loss(self._engine, self.device)  # under ZeRO-3 a forward gathers weights from all ranks
         self._engine.train()
-        everyone: list[Scores] = [{} for _ in range(self.world)]
-        dist.all_gather_object(everyone, mine)
-        return with_logprobs(pairs, {place: scores for some in everyone for place, scores in some.items()})
+        return with_logprobs(pairs, {place: scores for some in of_all_ranks(mine) for place, scores in some.items()})
 
     def _accumulate(self, step: Step, pairs: pa.Table) -> tuple[Tensor, list[tuple[pa.Table, Tensor]]]:
         """This rank's rows forward and backward: the sums of METRICS, and each row's pairs and their losses."""
@@ -210,10 +210,8 @@ class Learner:
             for pair, loss in zip(pairs.column("id"), losses.tolist(), strict=True)
             if not math.isfinite(loss)
         ]
-        everyone: list[list[str]] = [[] for _ in range(self.world)]
-        dist.all_gather_object(everyone, mine)
         self._skipped += 1
-        self._not_finite |= dict.fromkeys(pair for some in everyone for pair in some)
+        self._not_finite |= dict.fromkeys(pair for some in of_all_ranks(mine) for pair in some)
         reason, allowed = _which(list(self._not_finite)), self.config.trainer.max_skipped
         if self._skipped > allowed:
             raise TrainingError(
@@ -294,6 +292,13 @@ def _which(pairs: list[str]) -> str:
         return "all losses were finite, but a gradient was not"
     named, more = ", ".join(pairs[:NAMED_PAIRS]), len(pairs) - NAMED_PAIRS
     return f"the loss is not finite of pair {named}" + (f" and {more} more" if more > 0 else "")
+
+
+def of_all_ranks(mine: T) -> list[T]:
+    """What each rank has to say, by rank; collective."""
+    everyone = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
 
 
 def drain(tensors: Iterator[Any]) -> None:

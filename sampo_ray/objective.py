@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sampo_ray.batching import Row, assemble
 from sampo_ray.config import MethodConfig, RunConfig
 from sampo_ray.losses import PreferenceLoss, ScoredPairs, Statistics, find_loss
-from sampo_ray.policy import Ask, Reference, every_token, pair_divergences, pair_logprobs
+from sampo_ray.policy import Ask, Reference, Sides, every_token, pair_divergences, pair_logprobs
 from sampo_ray.reduction import REDUCTIONS, MaskKey, Positions, reduce_pairs
 
 METRICS = (
@@ -120,24 +120,21 @@ def score_row(
     positions, reference_positions = row_positions(method, draw, pairs)
     asked = asked_positions(loss, positions, lengths)
     # What the device is to be told goes there first: later the copies would wait for the forward pass.
-    tokens, stored = torch.tensor(lengths).to(row.tokens.device), []
+    tokens = torch.tensor(lengths).to(row.tokens.device)
+    theirs, divergences = list[list[Tensor]](), list[Tensor]()
     if loss.reference == "log-probs":
-        stored = [_stored(pairs, reference_positions, side, row.tokens.device) for side in SIDES]
+        theirs = [_stored(pairs, reference_positions, side, row.tokens.device) for side in SIDES]
     if loss.reference == "distributions":
         assert reference is not None, "checked where the learner begins a round"
         sides, resident, by_token = pair_divergences(policy, reference, row, asked)
+        theirs = _counted(resident, positions)
+        divergences = [torch.stack([each.sum() for each in side]) for side in _counted(by_token, positions)]
     else:
         sides = pair_logprobs(policy, row, asked)
-    reduced, divergences = [], []
-    for index, side in enumerate(SIDES):
-        kept = _counted(sides[index], positions, side)
-        if loss.reference == "log-probs":
-            kept = [p - ref.to(p) for p, ref in zip(kept, stored[index], strict=True)]
-        elif loss.reference == "distributions":
-            theirs = _counted(resident[index], positions, side)
-            kept = [p - ref for p, ref in zip(kept, theirs, strict=True)]
-            divergences.append(torch.stack([each.sum() for each in _counted(by_token[index], positions, side)]))
-        reduced.append(kept)
+    reduced = _counted(sides, positions)
+    if theirs:
+        both = zip(reduced, theirs, strict=True)
+        reduced = [[p - ref.to(p) for p, ref in zip(*side, strict=True)] for side in both]
     settings = {name: getattr(method, name) for name in reduction.settings}
     ratios = reduce_pairs(reduction, reduced[0], reduced[1], lengths, **settings)
     whole = [torch.stack([p.mean() for p in logprobs]) for logprobs in sides[: WHOLE_SIDES[loss.positions]]]
@@ -165,9 +162,10 @@ def _stored(pairs: pa.Table, positions: list[Positions], side: str, device: torc
     return list(torch.from_numpy(np.concatenate(kept)).to(device).split([len(each) for each in kept]))
 
 
-def _counted(values: list[Tensor], positions: list[Positions], side: str) -> list[Tensor]:
-    """Of each pair's numbers of asked tokens, one side's, those of the tokens that the reduction counts."""
-    return [_at(each, getattr(at, side)) for each, at in zip(values, positions, strict=True)]
+def _counted(values: Sides, positions: list[Positions]) -> list[list[Tensor]]:
+    """Of both sides' numbers of asked tokens those of the tokens that the reduction counts."""
+    both = zip(values, SIDES, strict=True)
+    return [[_at(x, getattr(at, side)) for x, at in zip(each, positions, strict=True)] for each, side in both]
 
 
 def _at(values: Float[Tensor, " asked"], kept: np.ndarray) -> Float[Tensor, " kept"]:

@@ -160,8 +160,13 @@ Sides = tuple[list[Float[Tensor, " kept_w"]], list[Float[Tensor, " kept_l"]]]
 
 def pair_logprobs(policy: nn.Module, row: Row, positions: list[Positions]) -> Sides:
     """Log-probabilities of the asked token positions of each pair of a row, nats."""
+    return _sides(*_answers(policy, row, positions))
+
+
+def _answers(policy: nn.Module, row: Row, positions: list[Positions]) -> tuple[Float[Tensor, " asked"], list[int]]:
+    """Log-probabilities of the asked tokens, and how many there are of each side."""
     states, targets, counts = _asked(row, positions)
-    return _sides(policy(row.tokens, row.positions, row.segments, states, targets), counts)
+    return policy(row.tokens, row.positions, row.segments, states, targets), counts
 
 
 def pair_divergences(
@@ -228,8 +233,8 @@ def row_logprobs(policy: nn.Module, pairs: pa.Table, indices: np.ndarray, ask: A
     """Log-probs of the pairs that make up a row."""
     mine = pairs.take(pa.array(indices))
     row, asked = assemble(mine).to(next(policy.parameters()).device), ask(mine)
-    states, targets, counts = _asked(row, asked)
-    chosen, rejected = _sides(policy(row.tokens, row.positions, row.segments, states, targets).cpu(), counts)
+    logprobs, counts = _answers(policy, row, asked)
+    chosen, rejected = _sides(logprobs.cpu(), counts)  # in one copy
     scores = {}
     for index, pair, at, w, r in zip(indices, row.segments, asked, chosen, rejected, strict=True):
         scores[int(index)] = _spread(w, at.chosen, pair.chosen), _spread(r, at.rejected, pair.rejected)

@@ -240,12 +240,11 @@ class Round:
             self._prune_versions()
         if checkpoint:
             manifest, new = self.run.manifest, Checkpoint(**checkpoint)
-            if manifest.checkpoint and manifest.checkpoint.path == new.path:  # written again after a crash
-                manifest.checkpoint, replaced = new, None
-            else:
-                manifest.checkpoint, manifest.earlier, replaced = new, manifest.checkpoint, manifest.earlier
+            # After a crash it may be one of them that was written again.
+            others = [each for each in (manifest.checkpoint, manifest.earlier) if each and each.path != new.path]
+            manifest.checkpoint, manifest.earlier = new, next(iter(others), None)
             self.run.save()
-            if replaced and replaced.path != new.path:
+            for replaced in others[1:]:
                 self.run.place.at(replaced.path).remove()
 
     def commit(self) -> None:

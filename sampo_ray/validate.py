@@ -59,8 +59,8 @@ def check_rope(model: PretrainedConfig, max_length: int) -> None:
     `longrope` by the largest position of all.
     """
     settings = getattr(model, "rope_parameters", None) or {}
-    known = settings.get("original_max_position_embeddings"), getattr(model, "original_max_position_embeddings", None)
-    trained = next((positions for positions in known if positions), 0)
+    name = "original_max_position_embeddings"
+    trained = int(settings.get(name) or getattr(model, name, None) or 0)
     if settings.get("rope_type") == "longrope" and max_length > trained:
         raise ConfigError(
             f"data.max_length={max_length} is more than the {trained} positions up to which longrope is one model; "

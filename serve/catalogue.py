@@ -92,9 +92,13 @@ class Catalogue:
         state = await self.state()
         serving, labels = state["serving"], {v["version"]: v["labels"] for v in state["versions"]}
         ranks = adapter_ranks(serving)
+
+        def app_of(version: int) -> str:
+            return pinned_app(state["apps"], state["run"], version, ranks[version])
+
         if base == MODEL and name in serving.named_adapters:
             version = serving.named_adapters[name].base
-            return Target(pinned_app(state["apps"], state["run"], version, ranks[version]), f"{MODEL}@{name}", version)
+            return Target(app_of(version), f"{MODEL}@{name}", version)
         try:
             if base != MODEL:
                 raise VersionError("no model of that name")
@@ -103,7 +107,7 @@ class Catalogue:
             raise _no_model(str(error), state) from None
         held = serving.adapters[str(version)].base if version in serving.pinned_adapters else version
         if held in serving.pinned:
-            return Target(pinned_app(state["apps"], state["run"], held, ranks[held]), f"{MODEL}@{version}", version)
+            return Target(app_of(held), f"{MODEL}@{version}", version)
         if version == serving.live:
             return Target(self._policy_app, MODEL, version)
         raise _no_model(f"version {version} is kept but not pinned; an admin can pin it", state)

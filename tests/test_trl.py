@@ -122,11 +122,10 @@ def test_trl_s_kto_has_the_same_value_for_the_same_reference_point():
         _compute_kl_logps=lambda *_: torch.full((responses,), kl, dtype=torch.float64),
     )
     inputs = inputs_of(lengths) | {
-        "label": [True] * len(lengths) + [False] * len(lengths),
+        "label": torch.tensor([True] * len(lengths) + [False] * len(lengths)),
         "ref_logps": padded(reference, longest_of(lengths)).sum(1),
         "ref_KL_logps": torch.zeros(responses, dtype=torch.float64),
     }
-    inputs["label"] = torch.tensor(inputs["label"])
     expected = trl.KTOTrainer._compute_loss(stub, model, inputs, False)
     same = Statistics(chosen=beta * kl, rejected=beta * kl)
     ours = family_loss(method_of("kto_pair", "sum"), policy, reference, lengths, same)
