@@ -244,16 +244,16 @@ def report(args: Namespace) -> None:
     pairs = f"{args.pairs} pairs, batches of {BATCH}, learning rate {LEARNING_RATE}, beta {BETA}, {args.model.name}"
     lines = [
         f"{pairs}. Margins: summed log-ratios of held-out pairs, chosen minus rejected, nats. In brackets: lowest and"
-        " highest of the seeds; for slopes and differences 95 % intervals over held-out pairs, seeds averaged. The last"
-        " two columns are of training: how much the mean margin of a batch (nats) varies over the steps, and the mean"
-        " norm of the gradient before it is clipped.",
+        " highest of the seeds; of differences 95 % intervals over held-out pairs or prompts, seeds averaged. Slope: of"
+        " the margin on the tokens that chosen has more than rejected. Batches' margins, SD: how much the mean margin"
+        " of a batch varied over the steps of training; gradient norm: its mean before clipping.",
         "",
         "| trained on | method | seeds | margin, chosen longer | margin, chosen shorter | accuracy, longer "
-        "| accuracy, shorter | slope, nats a token | answer tokens | batches' margins, SD | gradient norm |",
-        f"|{' --- |' * 11}",
+        "| accuracy, shorter | answer tokens | batches' margins, SD | gradient norm |",
+        f"|{' --- |' * 10}",
     ]
     if "base" in cells:
-        lines.append(f"| nothing | | | | | | | | {statistics.mean(cells['base']['answers']):.0f} | | |")
+        lines.append(f"| nothing | | | | | | | {statistics.mean(cells['base']['answers']):.0f} | | |")
     order = [(subset, method) for subset in SUBSETS for method in METHODS if (subset, method) in groups]
     for subset, method in order:
         group = groups[subset, method]
@@ -262,16 +262,9 @@ def report(args: Namespace) -> None:
         tokens = seeds([statistics.mean(cell["answers"]) for cell in group], 0)
         batches = seeds([statistics.stdev(step["margin"] / BETA for step in cell["steps"]) for cell in group])
         norms = seeds([statistics.mean(step["grad_norm"] for step in cell["steps"]) for cell in group], 1)
-        row = [subset, method, str(len(group)), *held_out, slope(*of_pairs(group)), tokens, batches, norms]
+        row = [subset, method, str(len(group)), *held_out, tokens, batches, norms]
         lines.append(f"| {' | '.join(row)} |")
-    lines += ["", "| trained on | difference | margin, chosen longer | margin, chosen shorter | slope, nats a token |"]
-    lines.append(f"|{' --- |' * 5}")
-    for subset, a, b in ((s, *two) for s in SUBSETS for two in (("sampo", "dpo"), ("independent", "sampo"))):
-        if (subset, a) in groups and (subset, b) in groups:
-            (x, left), (_, right) = of_pairs(groups[subset, a]), of_pairs(groups[subset, b])
-            apart = left - right
-            kinds = [mean(apart[where]) for where in (x > 0, x < 0)]
-            lines.append(f"| {subset} | {a} - {b} | {' | '.join([*kinds, slope(x, apart)])} |")
+    lines += ["", *compared(groups, cells["base"]["answers"])] if "base" in cells else []
     (args.out / "table.md").write_text("\n".join([*lines, ""]))
     plot(args.out / "margins.svg", groups)
 
@@ -281,15 +274,36 @@ def seeds(values: Sequence[float], digits: int = 2) -> str:
     return f"{middle} ({low} to {high})"
 
 
-def of_pairs(group: list[Cell]) -> tuple[np.ndarray, np.ndarray]:
-    """Length differences of the held-out pairs, and their margins, averaged over seeds."""
+def compared(groups: dict[tuple[str, str], list[Cell]], answers_before: list[int]) -> list[str]:
+    """The table of what a training changed, and of what it changed more than another."""
+    lines = [
+        "| trained on | difference | margin, chosen longer | margin, chosen shorter | slope, nats a token "
+        "| answer tokens |",
+        f"|{' --- |' * 6}",
+    ]
+    made = {which: averaged(group) for which, group in groups.items()}
+    for (subset, _), (x, margins, _) in list(made.items()):
+        made[subset, "before"] = x, np.zeros_like(margins), np.array(answers_before)  # log-ratios to the model itself
+    two = (("dpo", "before"), ("sampo", "before"), ("sampo", "dpo"), ("independent", "sampo"))
+    for subset, a, b in ((subset, *methods) for subset in SUBSETS for methods in two):
+        if (subset, a) in made and (subset, b) in made:
+            (x, *left), (_, *right) = made[subset, a], made[subset, b]
+            margins, tokens = left[0] - right[0], left[1] - right[1]
+            kinds = [mean(margins[where]) for where in (x > 0, x < 0)]
+            lines.append(f"| {' | '.join([subset, f'{a} - {b}', *kinds, slope(x, margins), mean(tokens, 0)])} |")
+    return lines
+
+
+def averaged(group: list[Cell]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Length differences of the held-out pairs; averaged over seeds, their margins, and each answer's tokens."""
     margins = np.mean([[margin for _, margin in cell["pairs"]] for cell in group], axis=0)
-    return np.array([difference for difference, _ in group[0]["pairs"]], float), margins
+    tokens = np.mean([cell["answers"] for cell in group], axis=0)
+    return np.array([difference for difference, _ in group[0]["pairs"]], float), margins, tokens
 
 
-def mean(values: np.ndarray) -> str:
+def mean(values: np.ndarray, digits: int = 2) -> str:
     middle, error = values.mean(), 1.96 * values.std(ddof=1) / np.sqrt(len(values))
-    return f"{middle:.2f} ({middle - error:.2f} to {middle + error:.2f})"
+    return f"{middle:.{digits}f} ({middle - error:.{digits}f} to {middle + error:.{digits}f})"
 
 
 def slope(x: np.ndarray, y: np.ndarray) -> str:
@@ -317,7 +331,7 @@ def plot(path: Path, groups: dict[tuple[str, str], list[Cell]]) -> None:
                     steps = [at["step"] for at in group[0]["curve"]]
                     (line,) = axis.plot(steps, curves.mean(axis=0), label=method)
                     axis.fill_between(steps, curves.min(axis=0), curves.max(axis=0), alpha=0.2, color=line.get_color())
-    figure.legend(*axes[0][-1].get_legend_handles_labels(), fontsize=8, loc="upper right")
+    axes[0][-1].legend(fontsize=8, loc="lower right")
     axes[-1][0].set_xlabel("optimizer steps")
     axes[0][0].set_ylabel("margin, nats")
     figure.tight_layout()
