@@ -277,9 +277,9 @@ def seeds(values: Sequence[float], digits: int = 2) -> str:
 def compared(groups: dict[tuple[str, str], list[Cell]], answers_before: list[int]) -> list[str]:
     """The table of what a training changed, and of what it changed more than another."""
     lines = [
-        "| trained on | difference | margin, chosen longer | margin, chosen shorter | slope, nats a token "
+        "| trained on | difference | margin | margin, chosen longer | margin, chosen shorter | slope, nats a token "
         "| answer tokens |",
-        f"|{' --- |' * 6}",
+        f"|{' --- |' * 7}",
     ]
     made = {which: averaged(group) for which, group in groups.items()}
     for (subset, _), (x, margins, _) in list(made.items()):
@@ -287,10 +287,11 @@ def compared(groups: dict[tuple[str, str], list[Cell]], answers_before: list[int
     two = (("dpo", "before"), ("sampo", "before"), ("sampo", "dpo"), ("independent", "sampo"))
     for subset, a, b in ((subset, *methods) for subset in SUBSETS for methods in two):
         if (subset, a) in made and (subset, b) in made:
-            (x, *left), (_, *right) = made[subset, a], made[subset, b]
-            margins, tokens = left[0] - right[0], left[1] - right[1]
-            kinds = [mean(margins[where]) for where in (x > 0, x < 0)]
-            lines.append(f"| {' | '.join([subset, f'{a} - {b}', *kinds, slope(x, margins), mean(tokens, 0)])} |")
+            (x, margins, tokens), (_, other_margins, other_tokens) = made[subset, a], made[subset, b]
+            apart = margins - other_margins
+            kinds = [mean(pairs) for pairs in (apart, apart[x > 0], apart[x < 0])]
+            row = [subset, f"{a} - {b}", *kinds, slope(x, apart), mean(tokens - other_tokens, 0)]
+            lines.append(f"| {' | '.join(row)} |")
     return lines
 
 
