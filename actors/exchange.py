@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from sampo_ray.actors.blocks import Part
-from sampo_ray.config import RunConfig, TrainingError
+from sampo_ray.config import RunConfig
+from sampo_ray.errors import TrainingError
 from sampo_ray.runs import Place
 
 

@@ -28,11 +28,12 @@ from sampo_ray.actors.weights import (
     write_version,
 )
 from sampo_ray.batching import plan_round
-from sampo_ray.config import TrainingError
+from sampo_ray.errors import TrainingError
 from sampo_ray.learner import Learner, drain, of_all_ranks, write_universal
 from sampo_ray.memory import check_device
 from sampo_ray.objective import asked_of_reference
 from sampo_ray.policy import Policy, load_policy
+from sampo_ray.preferences import pairs_of, with_reference
 from sampo_ray.runs import Checkpoint, Place, lineage, read_manifest
 from sampo_ray.versions import labels_of
 
@@ -134,7 +135,7 @@ class Rank:
         learner, config = self.learner, work.config
         with_log_probs = config.method.needs_reference and not config.reference_workers
         tables = self._scored(work) if with_log_probs else (part.table() for part in work.parts)
-        pairs = pa.concat_tables(tables)
+        pairs = [pair for table in tables for pair in pairs_of(table)]
         budget = dataclasses.replace(config.row_budget, world=learner.world)
         seed, epochs = config.run.seed, config.rounds.epochs
         plan = plan_round(work.lengths, budget, epochs=epochs, seed=seed, round=work.round)
@@ -166,7 +167,8 @@ class Rank:
                 continue
             if self.learner.step:
                 raise TrainingError(f"{place.url} is gone, and the policy no longer is the reference that it came from")
-            scored = self.learner.score(part.table(), asked_of_reference(self.config, work.round))
+            block, ask = part.table(), asked_of_reference(self.config, work.round)
+            scored = with_reference(block, self.learner.score(pairs_of(block), ask))
             if self.first:
                 place.write_table(scored)
             yield scored

@@ -14,6 +14,7 @@ from sampo_ray.actors.weights import WeightsId, fetch, unpack
 from sampo_ray.config import FleetConfig, RunConfig
 from sampo_ray.objective import asked_of_reference
 from sampo_ray.policy import Policy, load_policy, score_pairs
+from sampo_ray.preferences import pairs_of, with_reference
 from sampo_ray.runs import Place
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,8 @@ class ReferenceWorker:
         """Scores a PAIRS block of a round with `version` of `run`; writes and returns a REFERENCE block."""
         with self._computing:
             policy = self._load(WeightsId(run, version), versions_url, config.model.flex)
-            scored = score_pairs(policy, pairs, config.row_budget, asked_of_reference(config, round))
+            ask = asked_of_reference(config, round)
+            scored = with_reference(pairs, score_pairs(policy, pairs_of(pairs), config.row_budget, ask))
         Place(out).write_table(scored)
         return scored
 

@@ -12,7 +12,7 @@ from sampo_ray.actors.blocks import Part, collect, is_lost, part_place, run_stag
 from sampo_ray.batching import Lengths, lengths_of
 from sampo_ray.config import DataConfig, RolloutConfig, RunConfig
 from sampo_ray.feedback import as_jsonl, pairs_from, read_votes
-from sampo_ray.preferences import Counts, DataError, best_against_worst, tokenized_pairs, tokenized_prompts
+from sampo_ray.preferences import Counts, DataError, best_against_worst, pairs_of, tokenized_pairs, tokenized_prompts
 from sampo_ray.runs import Place
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ def reference(
 
 @ray.remote(num_cpus=0.1)
 def _lengths(pairs: pa.Table) -> np.ndarray:
-    return lengths_of(pairs)
+    return lengths_of(pairs_of(pairs))
 
 
 def lengths(pairs: Sequence[Part]) -> Lengths:

@@ -14,7 +14,8 @@ from ray.train.torch import TorchTrainer
 
 from sampo_ray.actors.exchange import Exchange, Work
 from sampo_ray.actors.rank import train_rank
-from sampo_ray.config import TrainerConfig, TrainingError
+from sampo_ray.config import TrainerConfig
+from sampo_ray.errors import TrainingError
 from sampo_ray.runs import Place
 
 logger = logging.getLogger(__name__)

@@ -1,5 +1,7 @@
 """A policy application as a run has it, on a model of one's choice, for benchmarks to measure."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
@@ -8,9 +10,10 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 CONTEXT = 512
 RUN = "bench"
@@ -57,6 +60,8 @@ class Rig:
 
     def prompts(self, first: int, count: int) -> pa.Table:
         """A PROMPTS block."""
+        import pyarrow as pa
+
         turns = [messages(index) for index in range(first, first + count)]
         return pa.table(
             {
@@ -73,9 +78,8 @@ def quiet() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    from sampo_ray.cli import quiet_libraries
-
-    quiet_libraries()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "error")
 
 
 def model_folder(path: Path | None, folder: Path) -> tuple[str, str]:

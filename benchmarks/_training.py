@@ -1,22 +1,22 @@
 """What the benchmarks of the train step share: models, pairs, a process for each turn, its memory and its FLOPs. They
-run on the GPU where there is one.
+run on the GPU where there is one, and need torch and transformers alone.
 """
 
 import ctypes
 import gc
+import itertools
 import json
 import random
 import subprocess
 import sys
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import _measure
 import _rig
-import pyarrow as pa
 
 PAIRS_A_STEP = 8
 VOCABULARY = 128_256
@@ -104,7 +104,7 @@ def saved(model: Any, tokenizer: str, folder: Path) -> tuple[str, str]:
     return str(folder), folder.name
 
 
-def made_up(path: Path, count: int, scale: float) -> Path:
+def made_up(count: int, scale: float) -> Iterator[dict[str, str]]:
     """Pairs of random words; lengths log-normal, medians `scale` times those of UltraFeedback (130, 240 and 200)."""
     draw = random.Random(0)
     words = [*_rig.TOPICS, *_rig.FORMS, *_rig.READERS]
@@ -112,36 +112,42 @@ def made_up(path: Path, count: int, scale: float) -> Path:
     def text(median: int) -> str:
         return " ".join(draw.choices(words, k=max(4, round(scale * median * draw.lognormvariate(0, 0.7)))))
 
-    with path.open("w") as file:
-        for index in range(count):
-            record = {"id": f"pair-{index}", "prompt": text(130), "chosen": text(240), "rejected": text(200)}
-            file.write(json.dumps(record) + "\n")
-    return path
+    for _ in range(count):
+        yield {"prompt": text(130), "chosen": text(240), "rejected": text(200)}
 
 
-def config_of(args: Namespace, reduction: str) -> Any:
-    """The configuration of a run of this model, these data and lengths."""
-    from sampo_ray.config import RunConfig
+def texts_of(args: Namespace) -> Iterator[dict[str, Any]]:
+    """The first pairs as text, the prompt as a list of messages."""
+    if args.data is None:
+        for pair in made_up(args.requests, args.max_length / 512):
+            yield {**pair, "prompt": [{"role": "user", "content": pair["prompt"]}]}
+        return
+    from sampo_ray.preferences import Counts, read_rows
 
-    return RunConfig.model_validate(
-        {
-            "model": {"path": str(args.model), "attention": args.attention},
-            "data": {"train": str(args.data), "max_length": args.max_length},
-            "trainer": {"gradient_checkpointing": not args.keep_activations},
-            "method": {"reduction": reduction},
-            "optim": {"batch_size": PAIRS_A_STEP, "learning_rate": 1e-6},
-            "run": {"dir": "unused"},
-        }
-    )
+    for row in itertools.islice(read_rows(str(args.data), "pairs", Counts()), args.requests):
+        yield {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
 
 
-def tokens_of(args: Namespace, config: Any) -> pa.Table:
-    """The first pairs of the file, tokenized as a run does it."""
+def tokens_of(args: Namespace) -> list[Any]:
+    """The first pairs, tokenized and cut as a run does it."""
+    import numpy as np
+
+    from sampo_ray.batching import Pair
     from sampo_ray.chat import ChatFormat
-    from sampo_ray.preferences import Counts, tokenized_pairs
 
-    blocks = tokenized_pairs(str(args.data), ChatFormat.load(str(args.model), "tokenizer"), config.data, Counts())
-    return pa.concat_tables(blocks).slice(0, args.requests)
+    chat, longest, pairs = ChatFormat.load(str(args.model), "tokenizer"), args.max_length, []
+    for index, text in enumerate(texts_of(args)):
+        prompt = chat.prompt_ids(text["prompt"])[-(longest * 3 // 4) :]
+        answers = (chat.response_ids(text[side])[: longest - len(prompt)] for side in ("chosen", "rejected"))
+        pairs.append(Pair(str(index), *(np.array(ids, np.int32) for ids in (prompt, *answers))))
+    return pairs
+
+
+def budget_of(args: Namespace) -> Any:
+    """What a run on one rank plans its rows for."""
+    from sampo_ray.batching import RowBudget
+
+    return RowBudget(PAIRS_A_STEP, max(2 * args.max_length, 4096))
 
 
 def device() -> Any:
@@ -164,7 +170,7 @@ def now() -> float:
     return time.perf_counter()
 
 
-def useful_flops(config: Any, pairs: pa.Table) -> float:
+def useful_flops(path: str, pairs: list[Any]) -> float:
     """Floating-point operations that a step over these pairs cannot do without: each prompt once, the head at the
     tokens that SamPO's masks keep, nothing computed again. A backward pass is two forward ones.
     """
@@ -173,7 +179,7 @@ def useful_flops(config: Any, pairs: pa.Table) -> float:
     from sampo_ray.batching import lengths_of
     from sampo_ray.policy import on_meta
 
-    model = on_meta(AutoConfig.from_pretrained(config.model.path))
+    model = on_meta(AutoConfig.from_pretrained(path))
     shape = model.config
     linear = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2)
     head = shape.vocab_size * shape.hidden_size
@@ -190,13 +196,13 @@ def turns(
     script: str, sides: Sequence[str], model: tuple[str, str], args: Namespace, folder: Path, extra: Sequence[str] = ()
 ) -> tuple[dict[str, list[dict[str, float]]], int]:
     """The sides' figures, each turn measured in a new process, and how many pairs a turn had."""
-    data = args.data or made_up(folder / "pairs.jsonl", 2 * args.requests, args.max_length / 512)
     pairs = max(PAIRS_A_STEP, args.requests // args.repeats // PAIRS_A_STEP * PAIRS_A_STEP)
     path, label = model
 
     def side(name: str) -> Callable[[int], dict[str, float]]:
         def turn(_: int) -> dict[str, float]:
-            how = ["--side", name, "--model", path, "--data", str(data), "--requests", str(pairs), *extra]
+            how = ["--side", name, "--model", path, "--requests", str(pairs), *extra]
+            how += ["--data", str(args.data)] if args.data else []
             how += ["--max-length", str(args.max_length), "--attention", args.attention]
             how += ["--keep-activations"] if args.keep_activations else []
             done = subprocess.run([sys.executable, script, *how], stdout=subprocess.PIPE, text=True, check=True)

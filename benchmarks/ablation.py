@@ -46,43 +46,39 @@ def one_turn(args: Namespace) -> dict[str, float]:
     from sampo_ray.batching import RowBudget
     from sampo_ray.policy import batch_rows, load_policy
 
-    side, config = args.side, _training.config_of(args, "sample")
-    policy = load_policy(args.model, not args.keep_activations, str(_training.device()), flex=config.model.flex).train()
-    pairs = _training.tokens_of(args, config)
-    budget = RowBudget(PAIRS_A_STEP, 1 if side == "no_packing" else config.row_budget.tokens_per_row)
-    rows = [row for batch in batch_rows(pairs, budget) for row in batch if len(row)]
+    side, flex = args.side, args.attention == "flex"
+    policy = load_policy(args.model, not args.keep_activations, str(_training.device()), flex=flex).train()
+    pairs, budget = _training.tokens_of(args), _training.budget_of(args)
+    budget = RowBudget(PAIRS_A_STEP, 1) if side == "no_packing" else budget
+    rows = [[pairs[i] for i in row] for batch in batch_rows(pairs, budget) for row in batch if len(row)]
     for parameter in policy.parameters():
         parameter.grad = torch.zeros_like(parameter)
     if side == "no_tiles":
         policy.model.set_output_embeddings(whole_head(policy.model.get_output_embeddings().weight))
     for row in _training.warming(rows):
-        passes(policy, pairs, row, side)
+        passes(policy, row, side)
     with Memory() as memory:
         begun = now()
         for row in rows:
-            passes(policy, pairs, row, side)
+            passes(policy, row, side)
         seconds = now() - begun
     return {"pairs_per_s": len(pairs) / seconds, "step_mb": memory.beyond / 1e6}
 
 
-def passes(policy: Any, pairs: Any, indices: Any, side: str) -> None:
+def passes(policy: Any, pairs: list[Any], side: str) -> None:
     """A row forward and backward, with SamPO's loss and no reference: that costs nothing here."""
-    import pyarrow as pa
     import torch
 
     from sampo_ray.batching import assemble
-    from sampo_ray.policy import pair_logprobs
+    from sampo_ray.policy import every_token, pair_logprobs
     from sampo_ray.reduction import REDUCTIONS, MaskKey, Positions
 
-    mine = pairs.take(pa.array(indices))
-    row = (unshared(mine) if side == "no_prompt_sharing" else assemble(mine)).to(_training.device())
-    lengths = [(len(pair["chosen"]), len(pair["rejected"])) for pair in mine.to_pylist()]
+    row = (unshared(pairs) if side == "no_prompt_sharing" else assemble(pairs)).to(_training.device())
     kept = [
-        REDUCTIONS["sample"].positions(MaskKey(0, 0, 0, str(i)), *both)
-        for i, both in zip(indices, lengths, strict=True)
+        REDUCTIONS["sample"].positions(MaskKey(0, 0, 0, pair.id), len(pair.chosen), len(pair.rejected))
+        for pair in pairs
     ]
-    every = [Positions(torch.arange(w).numpy(), torch.arange(r).numpy()) for w, r in lengths]
-    asked = every if side == "no_sampled_head" else kept
+    asked = every_token(pairs) if side == "no_sampled_head" else kept
     if side == "no_prompt_sharing":
         nothing = asked[0].chosen[:0]
         halves = [Positions(tokens, nothing) for pair in asked for tokens in (pair.chosen, pair.rejected)]
@@ -97,21 +93,22 @@ def passes(policy: Any, pairs: Any, indices: Any, side: str) -> None:
     (-torch.nn.functional.logsigmoid(0.1 * margins)).sum().backward()
 
 
-def unshared(pairs: Any) -> Any:
+def unshared(pairs: list[Any]) -> Any:
     """The row of the same pairs with each answer behind a prompt of its own; `chosen` of two segments are a pair's.
 
     The prompts differ in their first tokens: the same would be there once.
     """
-    import pyarrow as pa
+    import numpy as np
 
-    from sampo_ray.batching import assemble
+    from sampo_ray.batching import Pair, assemble
 
-    answers = [
-        {"prompt": [2 * place + half, *pair["prompt"][1:]], "chosen": pair[side], "rejected": []}
-        for place, pair in enumerate(pairs.to_pylist())
-        for half, side in enumerate(("chosen", "rejected"))
-    ]
-    return assemble(pa.Table.from_pylist(answers, pairs.select(["prompt", "chosen", "rejected"]).schema))
+    answers = []
+    for pair in pairs:
+        for answer in (pair.chosen, pair.rejected):
+            prompt = pair.prompt.copy()
+            prompt[0] = len(answers)
+            answers.append(Pair("", prompt, answer, np.empty(0, np.int32)))
+    return assemble(answers)
 
 
 def whole_head(weight: Any) -> Any:

@@ -171,21 +171,19 @@ class Group:
 
     def log_ratios(self, after: Any, side: str) -> np.ndarray:
         """Summed over the answer, nats: the implicit reward in units of beta."""
-        new, old = (np.array([sum(each) for each in of[f"{side}_ref"].to_pylist()]) for of in (after, self.before))
+        new, old = (np.array([sum(getattr(pair, f"{side}_ref")) for pair in of]) for of in (after, self.before))
         return new - old
 
 
-def tokenized(path: Path, config: Any) -> Any:
-    import pyarrow as pa
-
+def tokenized(path: Path, config: Any) -> list[Any]:
     from sampo_ray.chat import ChatFormat
-    from sampo_ray.preferences import Counts, tokenized_pairs
+    from sampo_ray.preferences import Counts, pairs_of, tokenized_pairs
 
     chat = ChatFormat.load(str(config.model.path), "tokenizer")
-    return pa.concat_tables(tokenized_pairs(str(path), chat, config.data, Counts()))
+    return [pair for block in tokenized_pairs(str(path), chat, config.data, Counts()) for pair in pairs_of(block)]
 
 
-def differences(pairs: Any) -> np.ndarray:
+def differences(pairs: list[Any]) -> np.ndarray:
     """Tokens that chosen has more than rejected."""
     from sampo_ray.batching import lengths_of
 
@@ -193,18 +191,19 @@ def differences(pairs: Any) -> np.ndarray:
     return lengths[:, 1] - lengths[:, 2]
 
 
-def chosen_from(pairs: Any, subset: str, seed: int, count: int) -> Any:
+def chosen_from(pairs: list[Any], subset: str, seed: int, count: int) -> list[Any]:
     longer = differences(pairs)
     where = {"long": longer > 0, "short": longer < 0, "all": longer == longer}[subset]
     drawn = np.random.default_rng(seed).permutation(np.flatnonzero(where))[:count]
     if len(drawn) < count:
         sys.exit(f"{len(drawn)} training pairs are {subset}, of {count} asked for: give fewer --pairs, or more data")
-    return pairs.take(drawn)
+    return [pairs[index] for index in drawn]
 
 
-def of_each_kind(pairs: Any, count: int) -> Any:
+def of_each_kind(pairs: list[Any], count: int) -> list[Any]:
     longer = differences(pairs)
-    return pairs.take(np.concatenate([np.flatnonzero(longer > 0)[:count], np.flatnonzero(longer < 0)[:count]]))
+    kinds = np.flatnonzero(longer > 0)[:count], np.flatnonzero(longer < 0)[:count]
+    return [pairs[index] for index in np.concatenate(kinds)]
 
 
 def answers(args: Namespace, model: Path) -> list[int]:

@@ -10,6 +10,8 @@ import json
 import os
 import tempfile
 from argparse import Namespace
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import _training
 from _measure import Target
 from _training import PAIRS_A_STEP, Memory, now, over
 
+LEARNING_RATE = 1e-6
 SIDES = ("ours_sampo", "ours_dpo", "trl_default", "trl_best")
 TRL_BEST: dict[str, Any] = {
     "precompute_ref_log_probs": True,
@@ -73,44 +76,75 @@ def one_turn(args: Namespace) -> dict[str, float]:
 
 
 def ours(args: Namespace, reduction: str) -> dict[str, float]:
+    from sampo_ray.batching import lengths_of, plan_round
+    from sampo_ray.policy import load_policy, score_pairs
+
+    device, flex = _training.device(), args.attention == "flex"
+    pairs, budget = _training.tokens_of(args), _training.budget_of(args)
+    reference = load_policy(args.model, device=str(device), flex=flex).requires_grad_(False)
+    score_pairs(reference, pairs if device.type == "cuda" else pairs[:2], budget)
+    begun = now()
+    pairs = score_pairs(reference, pairs, budget)
+    reference_s = now() - begun
+    del reference
+    steps = list(plan_round(lengths_of(pairs), budget, epochs=1, seed=0, round=0))
+    policy = load_policy(args.model, not args.keep_activations, flex=flex).train()
+    with_deepspeed = find_spec("deepspeed") is not None
+    optimize = (learner_of if with_deepspeed else alone)(args, policy.to(device), reduction)
+    for step in _training.warming(steps):
+        optimize(step, pairs, len(steps))
+    with Memory() as memory:
+        begun = now()
+        for step in steps:
+            optimize(step, pairs, len(steps))
+        train_s = now() - begun
+    useful = _training.useful_flops(args.model, pairs) / train_s / 1e12
+    return figures(len(pairs), train_s, reference_s, memory) | {"useful_tflops": useful}
+
+
+def learner_of(args: Namespace, policy: Any, reduction: str) -> Callable[[Any, list[Any], int], Any]:
+    """The step of a run."""
     import torch.distributed as dist
 
-    from sampo_ray.batching import lengths_of, plan_round
+    from sampo_ray.config import RunConfig
     from sampo_ray.learner import Learner
-    from sampo_ray.policy import load_policy, score_pairs
 
     os.environ["LOCAL_RANK"] = "0"  # DeepSpeed insists
     device = _training.device()
     backend = "gloo" if device.type == "cpu" else "nccl"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    config = _training.config_of(args, reduction)
-    flex, pairs, budget = config.model.flex, _training.tokens_of(args, config), config.row_budget
-    reference = load_policy(args.model, device=str(device), flex=flex).requires_grad_(False)
-    score_pairs(reference, pairs if device.type == "cuda" else pairs.slice(0, 2), budget)
-    begun = now()
-    pairs = score_pairs(reference, pairs, budget)
-    reference_s = now() - begun
-    del reference
-    learner = Learner(load_policy(args.model, config.trainer.gradient_checkpointing, flex=flex), config, device)
+    tree = {
+        "model": {"path": str(args.model), "attention": args.attention},
+        "data": {"train": "unused", "max_length": args.max_length},
+        "method": {"reduction": reduction},
+        "optim": {"batch_size": PAIRS_A_STEP, "learning_rate": LEARNING_RATE},
+        "run": {"dir": "unused"},
+    }
+    learner = Learner(policy, RunConfig.model_validate(tree), device)
     learner.begin_round(0)
-    steps = list(plan_round(lengths_of(pairs), budget, epochs=1, seed=0, round=0))
-    for step in _training.warming(steps):
-        learner.optimize(step, pairs, len(steps))
-    with Memory() as memory:
-        begun = now()
-        for step in steps:
-            learner.optimize(step, pairs, len(steps))
-        train_s = now() - begun
-    useful = _training.useful_flops(config, pairs) / train_s / 1e12
-    return figures(len(pairs), train_s, reference_s, memory) | {"useful_tflops": useful}
+    return learner.optimize
+
+
+def alone(args: Namespace, policy: Any, reduction: str) -> Callable[[Any, list[Any], int], Any]:
+    """The same step where there is no DeepSpeed."""
+    from sampo_ray.losses import LOSSES, LossSettings, Objective, Statistics
+    from sampo_ray.objective import Draw
+    from sampo_ray.reduction import REDUCTIONS
+    from sampo_ray.step import MasterWeights, train_step
+
+    weights = MasterWeights(policy)
+    objective, before = Objective(LOSSES["sigmoid"], LossSettings(0.1), REDUCTIONS[reduction]), Statistics()
+
+    def optimize(step: Any, pairs: list[Any], steps: int) -> None:
+        train_step(policy, weights, step, pairs, objective, Draw(0, 0, 0), before, LEARNING_RATE)
+
+    return optimize
 
 
 def trl(args: Namespace, settings: dict[str, Any]) -> dict[str, float]:
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
-
-    from sampo_ray.preferences import Counts, read_rows
 
     class Clock(TrainerCallback):
         """Watches all steps but the first, which warms up."""
@@ -127,12 +161,9 @@ def trl(args: Namespace, settings: dict[str, Any]) -> dict[str, float]:
             self.memory.__exit__()
 
     records = [
-        {
-            "prompt": row.prompt,
-            "chosen": [{"role": "assistant", "content": row.chosen}],
-            "rejected": [{"role": "assistant", "content": row.rejected}],
-        }
-        for row, _ in zip(read_rows(str(args.data), "pairs", Counts()), range(args.requests), strict=False)
+        {"prompt": text["prompt"]}
+        | {side: [{"role": "assistant", "content": text[side]}] for side in ("chosen", "rejected")}
+        for text in _training.texts_of(args)
     ]
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:

@@ -20,7 +20,8 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from rich.console import Console
 
 import sampo_ray
-from sampo_ray.config import ConfigError, RunConfig
+from sampo_ray.config import RunConfig
+from sampo_ray.errors import ConfigError
 from sampo_ray.recipe import load_config
 
 REQUEST_SECONDS = 30.0

@@ -8,8 +8,11 @@ only, so on CPU its bits do not depend on what else is in the row.
 On GPUs one kernel for the whole row, transformers' own FlexAttention, can do the same with `block_mask`.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
@@ -18,6 +21,9 @@ from transformers import AttentionInterface
 
 from sampo_ray import cpu
 from sampo_ray.batching import Segments
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 # cuDNN's kernels make a plan for every new pair of lengths, and their backward pass is never deterministic.
 torch.backends.cuda.enable_cudnn_sdp(False)

@@ -4,22 +4,40 @@ The plan of a round is a pure function of (lengths, budget, seed, round), so eve
 restarted one finds its place.
 """
 
+from __future__ import annotations
+
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
-from jaxtyping import Int64
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float32, Int32, Int64
 
 # Rows are filled up to a multiple of this many tokens: matrix kernels take other paths for a few rows, and so round
 # differently.
 ROW_MULTIPLE = 64
 
-Lengths = Int64[np.ndarray, "pairs 3"]
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A prompt with a chosen and a rejected response, in tokens; once there is a reference, with its log-probs of the
+    responses' tokens, nats (NaN where not asked for).
+    """
+
+    id: str
+    prompt: Int32[np.ndarray, " prompt"]
+    chosen: Int32[np.ndarray, " chosen"]
+    rejected: Int32[np.ndarray, " rejected"]
+    chosen_ref: Float32[np.ndarray, " chosen"] | None = None
+    rejected_ref: Float32[np.ndarray, " rejected"] | None = None
+
+
+Lengths: TypeAlias = "Int64[np.ndarray, 'pairs 3']"
 """Tokens of prompt, chosen and rejected."""
 
 
@@ -144,32 +162,34 @@ class Row:
     positions: Int64[Tensor, " tokens"]
     segments: tuple[Segments, ...]
 
-    def to(self, device: torch.device | str) -> "Row":
+    def to(self, device: torch.device | str) -> Row:
         return Row(self.tokens.to(device), self.positions.to(device), self.segments)
 
 
-def assemble(pairs: pa.Table) -> Row:
-    """Lays the pairs of a PAIRS block into one row, filled up to a multiple of ROW_MULTIPLE tokens.
+def assemble(pairs: Sequence[Pair]) -> Row:
+    """Lays pairs into one row, filled up to a multiple of ROW_MULTIPLE tokens.
 
     A prompt that several of them have is there once.
     """
-    tokens, positions, segments = list[int](), list[int](), []
-    known: dict[tuple[int, ...], int] = {}
-    columns = (pairs.column(name).to_pylist() for name in ("prompt", "chosen", "rejected"))
-    for prompt, chosen, rejected in zip(*columns, strict=True):
-        at = len(tokens)
-        if (start := known.setdefault(tuple(prompt), at)) == at:
-            tokens += prompt
-            positions += range(len(prompt))
-        segments.append(Segments(start, len(prompt), len(tokens), len(chosen), len(rejected)))
-        for response in (chosen, rejected):
-            tokens += response
-            positions += range(len(prompt), len(prompt) + len(response))
-    fill = [0] * (-len(tokens) % ROW_MULTIPLE)
-    return Row(torch.tensor(tokens + fill), torch.tensor(positions + fill), tuple(segments))
+    tokens, positions, segments, end = list[np.ndarray](), list[np.ndarray](), list[Segments](), 0
+    known: dict[bytes, int] = {}
+    for pair in pairs:
+        prompt = len(pair.prompt)
+        if (start := known.setdefault(pair.prompt.tobytes(), end)) == end:
+            tokens.append(pair.prompt)
+            positions.append(np.arange(prompt))
+            end += prompt
+        segments.append(Segments(start, prompt, end, len(pair.chosen), len(pair.rejected)))
+        end = segments[-1].end
+        for response in (pair.chosen, pair.rejected):
+            tokens.append(response)
+            positions.append(np.arange(prompt, prompt + len(response)))
+    fill = np.zeros(-end % ROW_MULTIPLE, np.int64)
+    laid, at = (torch.from_numpy(np.concatenate([*parts, fill]).astype(np.int64)) for parts in (tokens, positions))
+    return Row(laid, at, tuple(segments))
 
 
-def lengths_of(pairs: pa.Table) -> Lengths:
-    """[pairs, 3] token counts of a PAIRS block."""
-    columns = (pc.list_value_length(pairs.column(name)) for name in ("prompt", "chosen", "rejected"))
-    return np.stack([column.to_numpy().astype(np.int64) for column in columns], axis=1)
+def lengths_of(pairs: Sequence[Pair]) -> Lengths:
+    """[pairs, 3] token counts."""
+    counts = [(len(pair.prompt), len(pair.chosen), len(pair.rejected)) for pair in pairs]
+    return np.array(counts, np.int64).reshape(-1, 3)

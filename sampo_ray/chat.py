@@ -16,7 +16,7 @@ import jinja2
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from sampo_ray.config import ConfigError
+from sampo_ray.errors import ConfigError
 
 Message = dict[str, str]
 """One turn: {"role": "system" | "user" | "assistant", "content": text}."""

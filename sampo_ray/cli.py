@@ -15,7 +15,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from sampo_ray.config import ConfigError, RunConfig, TrainingError
+from sampo_ray.config import RunConfig
+from sampo_ray.errors import ConfigError, TrainingError
 from sampo_ray.keys_cli import app as keys_app
 from sampo_ray.recipe import load_config
 from sampo_ray.versions_cli import add_commands

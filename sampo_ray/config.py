@@ -13,16 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from sampo_ray.batching import RowBudget
-from sampo_ray.losses import LOSSES, REFUSED, LossSettings, find_loss
+from sampo_ray.losses import LOSSES, REFUSED, LossSettings, Objective, find_loss
 from sampo_ray.reduction import REDUCTIONS
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot run; the message names field, value and mend."""
-
-
-class TrainingError(RuntimeError):
-    """Training that cannot go on, and would fail again in the same way if it were tried again."""
 
 
 class Section(BaseModel):
@@ -141,8 +133,15 @@ class MethodConfig(Section):
         return find_loss(self.loss).reference == "distributions"
 
     @property
-    def loss_settings(self) -> LossSettings:
-        return LossSettings(self.beta, self.label_smoothing or 0.0, self.weight or 0.0, self.margin or 0.0)
+    def objective(self) -> Objective:
+        reduction = REDUCTIONS[self.reduction]
+        return Objective(
+            find_loss(self.loss),
+            LossSettings(self.beta, self.label_smoothing or 0.0, self.weight or 0.0, self.margin or 0.0),
+            reduction,
+            {name: getattr(self, name) for name in reduction.settings},
+            self.mask == "shared",
+        )
 
     @model_validator(mode="before")
     @classmethod

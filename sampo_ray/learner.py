@@ -3,28 +3,29 @@
 It knows neither Ray nor the run directory. torch.distributed must be initialised; all methods are collective.
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import gc
 import io
 import math
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import pyarrow as pa
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from sampo_ray.batching import Row, Step, assemble
-from sampo_ray.config import OptimConfig, RunConfig, TrainingError
+from sampo_ray.batching import Pair, Row, Step
+from sampo_ray.errors import TrainingError
 from sampo_ray.lora import named_weights, without_adapters
 from sampo_ray.losses import Statistics
-from sampo_ray.objective import METRICS, Draw, idle_loss, row_losses
+from sampo_ray.objective import METRICS, Draw, accumulate, idle_loss
 from sampo_ray.policy import (
     Ask,
     Distributions,
@@ -36,6 +37,9 @@ from sampo_ray.policy import (
     row_logprobs,
     with_logprobs,
 )
+
+if TYPE_CHECKING:
+    from sampo_ray.config import OptimConfig, RunConfig
 
 T = TypeVar("T")
 
@@ -91,7 +95,7 @@ class Learner:
 
         # Without this DeepSpeed compiles a shared-memory extension, for minutes, that gloo runs do not use.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        self.config, self.device = config, device
+        self.config, self.device, self.objective = config, device, config.method.objective
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         optim = config.optim
         adamw = torch.optim.AdamW(
@@ -140,14 +144,24 @@ class Learner:
         self._engine.train()
         return found
 
-    def optimize(self, step: Step, pairs: pa.Table, steps: int) -> dict[str, Any]:
+    def optimize(self, step: Step, pairs: Sequence[Pair], steps: int) -> dict[str, Any]:
         """The round's next step of `steps`: mean loss over the pairs of the global batch, summed over rows and ranks.
 
         `pairs` are all of the round's. Returns METRICS, `learning_rate`, `grad_norm` and `skipped`: 0, or how many
         steps in a row had a loss or gradient that is not finite and so changed nothing. Such a step has a `reason`
         instead of METRICS. TrainingError, naming pairs, when there are more of them than `trainer.max_skipped`.
         """
-        sums, rows = self._accumulate(step, pairs)
+        sums, rows = accumulate(
+            self._engine,
+            step.rows[self.rank],
+            pairs,
+            self.objective,
+            Draw(self.config.run.seed, self.round, step.epoch),
+            self.statistics,
+            self.world / step.pairs,
+            self._reference,
+            self._engine.backward,
+        )
         dist.all_reduce(sums)
         metrics = dict(zip(METRICS, (sums / step.pairs).tolist(), strict=True))
         if not math.isfinite(metrics["loss"]):
@@ -165,10 +179,10 @@ class Learner:
         norm = self._engine.get_global_grad_norm()
         return metrics | {"learning_rate": rate, "grad_norm": float(norm) if norm is not None else None, "skipped": 0.0}
 
-    def score(self, pairs: pa.Table, ask: Ask = every_token) -> pa.Table:
-        """A PAIRS block with the policy's own log-probs as its reference: at a round's start they are.
+    def score(self, pairs: Sequence[Pair], ask: Ask = every_token) -> list[Pair]:
+        """The pairs with the policy's own log-probs as their reference's: at a round's start they are.
 
-        The block begins with a whole global batch. Each rank computes its own rows, in the shapes of the first epoch.
+        They begin with a whole global batch. Each rank computes its own rows, in the shapes of the first epoch.
         """
         budget = dataclasses.replace(self.config.row_budget, world=self.world)
         mine: Scores = {}
@@ -183,31 +197,12 @@ class Learner:
         self._engine.train()
         return with_logprobs(pairs, {place: scores for some in of_all_ranks(mine) for place, scores in some.items()})
 
-    def _accumulate(self, step: Step, pairs: pa.Table) -> tuple[Tensor, list[tuple[pa.Table, Tensor]]]:
-        """This rank's rows forward and backward: the sums of METRICS, and each row's pairs and their losses."""
-        draw = Draw(self.config.run.seed, self.round, step.epoch)
-        sums, rows = torch.zeros(len(METRICS), device=self.device), []
-        for indices in step.rows[self.rank]:
-            if len(indices):
-                mine = pairs.take(pa.array(indices))
-                row = assemble(mine).to(self.device)
-                losses, row_sums = row_losses(
-                    self._engine, row, mine, self.config.method, draw, self.statistics, self._reference
-                )
-                sums += row_sums
-                rows.append((mine, losses.detach()))
-                loss = losses.sum() * (self.world / step.pairs)
-            else:
-                loss = idle_loss(self._engine, self.device)
-            self._engine.backward(loss)
-        return sums, rows
-
-    def _skip(self, rows: list[tuple[pa.Table, Tensor]]) -> dict[str, Any]:
+    def _skip(self, rows: list[tuple[list[Pair], Tensor]]) -> dict[str, Any]:
         """Counts a discarded step and says why it was."""
         mine = [
-            str(pair)
+            pair.id
             for pairs, losses in rows
-            for pair, loss in zip(pairs.column("id"), losses.tolist(), strict=True)
+            for pair, loss in zip(pairs, losses.tolist(), strict=True)
             if not math.isfinite(loss)
         ]
         self._skipped += 1

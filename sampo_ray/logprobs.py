@@ -6,15 +6,19 @@ the head's weight is read, and the gradient of it written, once. Tiles have a fi
 not depend on how many others are asked for.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from sampo_ray.cpu import bf16_products
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int64
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Tile:
     words: int
 
     @classmethod
-    def of(cls, device: torch.device) -> "Tile":
+    def of(cls, device: torch.device) -> Tile:
         return cls(128, 8192) if device.type == "cpu" else cls(1024, 16384)
 
 

@@ -5,16 +5,21 @@ Within the round they are published alone; what ends it, is exported and begins 
 in.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sampo_ray.config import ConfigError, LoraConfig
+from sampo_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sampo_ray.config import LoraConfig
 
 ADAPTER = "default"
 """peft's name for the only adapter there is."""

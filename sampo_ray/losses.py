@@ -7,21 +7,25 @@ In the docstrings s_w and s_l are sequence log-ratios under the run's reduction,
 Delta = r_w - r_l.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from sampo_ray.reduction import REDUCTIONS, SequenceLogRatios
+from sampo_ray.reduction import REDUCTIONS, Reduction, SequenceLogRatios
 
-PerPair = Float[Tensor, " pairs"]
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+PerPair: TypeAlias = "Float[Tensor, ' pairs']"
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Statistics:
     both: float = 0.0
     pairs: int = 0
 
-    def after(self, metrics: Mapping[str, float], pairs: int) -> "Statistics":
+    def after(self, metrics: Mapping[str, float], pairs: int) -> Statistics:
         """The statistics once a step of `pairs` pairs with these mean metrics is done."""
         chosen, rejected, total = metrics["chosen_reward"], metrics["rejected_reward"], self.pairs + pairs
         both = self.both + ((chosen + rejected) / 2 - self.both) * pairs / total
@@ -248,6 +252,22 @@ LOSSES: dict[str, PreferenceLoss] = {
         reductions=("sum", "sample"),  # D is a sum over the tokens that they count
     ),
 }
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What training minimises: a loss of the sequence log-ratios that a length reduction makes.
+
+    `reduced_with`: the reduction's own settings. `shared_mask`: whether the policy and its reference are summed over
+    the same token positions (Eq. 10 of the paper), or over two draws, as in the authors' code.
+    """
+
+    loss: PreferenceLoss
+    settings: LossSettings
+    reduction: Reduction
+    reduced_with: Mapping[str, float] = field(default_factory=dict)
+    shared_mask: bool = True
+
 
 REFUSED = {"ld_dpo": "is loss='sigmoid' with reduction='ld'"}
 """Names that somebody will look for, and why they are no losses here."""

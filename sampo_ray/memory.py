@@ -1,13 +1,19 @@
 """How much memory training takes, from a model's shape alone: for planners, and to refuse what can never fit."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sampo_ray.config import ConfigError, RunConfig, TrainerConfig
+from sampo_ray.errors import ConfigError
 from sampo_ray.logprobs import Tile
 from sampo_ray.policy import on_meta
+
+if TYPE_CHECKING:
+    from sampo_ray.config import RunConfig, TrainerConfig
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class Shape:
     vocabulary: int
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> "Shape":
+    def of(cls, model: PreTrainedModel) -> Shape:
         """`model` may be on the meta device."""
         config: PretrainedConfig = model.config.get_text_config()
         hidden = config.hidden_size

@@ -2,19 +2,25 @@
 DeepSpeed.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from sampo_ray.batching import Row, assemble
-from sampo_ray.config import MethodConfig, RunConfig
-from sampo_ray.losses import PreferenceLoss, ScoredPairs, Statistics, find_loss
+from sampo_ray.batching import Pair, Row, assemble
+from sampo_ray.losses import Objective, PreferenceLoss, ScoredPairs, Statistics
 from sampo_ray.policy import Ask, Reference, Sides, every_token, pair_divergences, pair_logprobs
-from sampo_ray.reduction import REDUCTIONS, MaskKey, Positions, reduce_pairs
+from sampo_ray.reduction import MaskKey, Positions, reduce_pairs
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int64
+
+    from sampo_ray.config import RunConfig
 
 METRICS = (
     "loss",
@@ -35,7 +41,7 @@ WHOLE_SIDES = {"reduction": 0, "chosen": 1, "all": 2}
 """Of how many sides (chosen, then rejected) a loss wants log-probs of all tokens, by its `positions`."""
 
 SIDES = ("chosen", "rejected")
-IDLE_PAIR = pa.table({name: [[0]] for name in ("prompt", *SIDES)})
+IDLE_PAIR = Pair("", *[np.zeros(1, np.int32)] * 3)
 
 
 @dataclass(frozen=True)
@@ -47,20 +53,15 @@ class Draw:
     epoch: int
 
 
-def row_positions(method: MethodConfig, draw: Draw, pairs: pa.Table) -> tuple[list[Positions], list[Positions]]:
-    """The token positions of each pair that the policy, and that the reference, is summed over.
-
-    They are the same (one mask, Eq. 10) unless `method.mask` is `independent`, which draws again for
-    the reference as the authors' code does.
-    """
-    reduction = REDUCTIONS[method.reduction]
+def row_positions(objective: Objective, draw: Draw, pairs: Sequence[Pair]) -> tuple[list[Positions], list[Positions]]:
+    """The token positions of each pair that the policy, and that the reference, is summed over."""
+    positions = objective.reduction.positions
     policy, reference = [], []
-    columns = (pairs.column(name) for name in ("id", *SIDES))
-    for pair, chosen, rejected in zip(*columns, strict=True):
-        key = MaskKey(draw.seed, draw.round, draw.epoch, pair.as_py())
-        lengths = len(chosen.values), len(rejected.values)
-        policy.append(reduction.positions(key, *lengths))
-        reference.append(reduction.positions(key, *lengths, stream=1) if method.mask == "independent" else policy[-1])
+    for pair in pairs:
+        key = MaskKey(draw.seed, draw.round, draw.epoch, pair.id)
+        lengths = len(pair.chosen), len(pair.rejected)
+        policy.append(positions(key, *lengths))
+        reference.append(policy[-1] if objective.shared_mask else positions(key, *lengths, stream=1))
     return policy, reference
 
 
@@ -68,14 +69,14 @@ def row_positions(method: MethodConfig, draw: Draw, pairs: pa.Table) -> tuple[li
 class Sampled:
     """Asks for the tokens that a round's masks keep in any of its epochs (an `Ask`)."""
 
-    method: MethodConfig
+    objective: Objective
     seed: int
     round: int
     epochs: int
 
-    def __call__(self, pairs: pa.Table) -> list[Positions]:
+    def __call__(self, pairs: Sequence[Pair]) -> list[Positions]:
         draws = [Draw(self.seed, self.round, epoch) for epoch in range(self.epochs)]
-        kept = zip(*(row_positions(self.method, draw, pairs)[1] for draw in draws), strict=True)
+        kept = zip(*(row_positions(self.objective, draw, pairs)[1] for draw in draws), strict=True)
         return [
             Positions(
                 np.unique(np.concatenate([at.chosen for at in epochs])),
@@ -89,35 +90,70 @@ def asked_of_reference(config: RunConfig, round: int) -> Ask:
     """Of which tokens the round's reference gives log-probs."""
     if config.reference.positions == "all":
         return every_token
-    return Sampled(config.method, config.run.seed, round, config.rounds.epochs)
+    return Sampled(config.method.objective, config.run.seed, round, config.rounds.epochs)
 
 
 def row_losses(
     policy: nn.Module,
     row: Row,
-    pairs: pa.Table,
-    method: MethodConfig,
+    pairs: Sequence[Pair],
+    objective: Objective,
     draw: Draw,
     before: Statistics,
     reference: Reference | None = None,
 ) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " metrics"]]:
     """Losses of a row's pairs, at least one, and the sums over them of METRICS (detached, fp32).
 
-    `pairs` is a REFERENCE block, or a PAIRS block for a loss that needs no stored log-probs; `before` tells of earlier
-    steps; `reference` must be there for a loss that asks for its distributions.
+    For a loss that needs stored log-probs the pairs have some; `before` tells of earlier steps; `reference` must be
+    there for a loss that asks for its distributions.
     """
-    scored = score_row(policy, row, pairs, method, draw, reference)
-    losses = find_loss(method.loss)(scored, method.loss_settings, before)
-    return losses, _sums(losses, scored, method.beta)
+    scored = score_row(policy, row, pairs, objective, draw, reference)
+    losses = objective.loss(scored, objective.settings, before)
+    return losses, _sums(losses, scored, objective.settings.beta)
+
+
+def accumulate(
+    policy: nn.Module,
+    rows: Sequence[Int64[np.ndarray, " pairs"]],
+    pairs: Sequence[Pair],
+    objective: Objective,
+    draw: Draw,
+    before: Statistics,
+    weight: float,
+    reference: Reference | None = None,
+    backward: Callable[[Tensor], object] = Tensor.backward,
+) -> tuple[Float[Tensor, " metrics"], list[tuple[list[Pair], Tensor]]]:
+    """Rows forward and backward: adds to the gradients that of `weight` times the sum of the losses of their pairs.
+
+    Returns the sums of METRICS, and each row's pairs with their losses. `rows` are indices into `pairs`; an empty one,
+    that only other ranks have, adds zeros.
+    """
+    device = next(policy.parameters()).device
+    sums, done = torch.zeros(len(METRICS), device=device), []
+    for indices in rows:
+        if len(indices):
+            mine = [pairs[index] for index in indices]
+            losses, row_sums = row_losses(policy, assemble(mine).to(device), mine, objective, draw, before, reference)
+            sums += row_sums
+            done.append((mine, losses.detach()))
+            backward(losses.sum() * weight)
+        else:
+            backward(idle_loss(policy, device))
+    return sums, done
 
 
 def score_row(
-    policy: nn.Module, row: Row, pairs: pa.Table, method: MethodConfig, draw: Draw, reference: Reference | None = None
+    policy: nn.Module,
+    row: Row,
+    pairs: Sequence[Pair],
+    objective: Objective,
+    draw: Draw,
+    reference: Reference | None = None,
 ) -> ScoredPairs:
     """A row's pairs as the loss wants to see them."""
-    loss, reduction = find_loss(method.loss), REDUCTIONS[method.reduction]
+    loss = objective.loss
     lengths = [(pair.chosen, pair.rejected) for pair in row.segments]
-    positions, reference_positions = row_positions(method, draw, pairs)
+    positions, reference_positions = row_positions(objective, draw, pairs)
     asked = asked_positions(loss, positions, lengths)
     # What the device is to be told goes there first: later the copies would wait for the forward pass.
     tokens = torch.tensor(lengths).to(row.tokens.device)
@@ -135,8 +171,7 @@ def score_row(
     if theirs:
         both = zip(reduced, theirs, strict=True)
         reduced = [[p - ref.to(p) for p, ref in zip(*side, strict=True)] for side in both]
-    settings = {name: getattr(method, name) for name in reduction.settings}
-    ratios = reduce_pairs(reduction, reduced[0], reduced[1], lengths, **settings)
+    ratios = reduce_pairs(objective.reduction, reduced[0], reduced[1], lengths, **objective.reduced_with)
     whole = [torch.stack([p.mean() for p in logprobs]) for logprobs in sides[: WHOLE_SIDES[loss.positions]]]
     named = dict(zip(("chosen_logprob", "rejected_logprob"), whole, strict=False))
     named |= zip(("chosen_divergence", "rejected_divergence"), divergences, strict=False)
@@ -155,10 +190,9 @@ def asked_positions(
     ]
 
 
-def _stored(pairs: pa.Table, positions: list[Positions], side: str, device: torch.device) -> list[Tensor]:
+def _stored(pairs: Sequence[Pair], positions: list[Positions], side: str, device: torch.device) -> list[Tensor]:
     """The reference's log-probs at those positions of each pair; in one copy to the device."""
-    columns = zip(pairs.column(f"{side}_ref"), positions, strict=True)
-    kept = [logprobs.values.to_numpy()[getattr(at, side)] for logprobs, at in columns]
+    kept = [getattr(pair, f"{side}_ref")[getattr(at, side)] for pair, at in zip(pairs, positions, strict=True)]
     return list(torch.from_numpy(np.concatenate(kept)).to(device).split([len(each) for each in kept]))
 
 
@@ -177,7 +211,7 @@ def idle_loss(policy: nn.Module, device: torch.device) -> Tensor:
 
     A parameter without a gradient would take no part in the reduction, and the ranks would mismatch.
     """
-    row = assemble(IDLE_PAIR).to(device)
+    row = assemble([IDLE_PAIR]).to(device)
     chosen, _ = pair_logprobs(policy, row, [Positions(np.zeros(1, np.int64), np.zeros(1, np.int64))])
     return chosen[0].sum() * 0.0
 

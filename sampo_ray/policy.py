@@ -1,27 +1,33 @@
 """The model as trainer and reference worker see it: a row of pairs in, log-probabilities of chosen tokens out."""
 
-from collections.abc import Callable, Iterator
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import pyarrow as pa
 import torch
-from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sampo_ray import attention, cpu
-from sampo_ray.batching import Row, RowBudget, Segments, assemble, lengths_of, plan_rows
-from sampo_ray.config import ConfigError, LoraConfig
+from sampo_ray.batching import Pair, Row, RowBudget, Segments, assemble, lengths_of, plan_rows
+from sampo_ray.errors import ConfigError
 from sampo_ray.logprobs import TiledHead, token_comparisons
 from sampo_ray.lora import add_adapters
 from sampo_ray.reduction import Positions
 
-Distributions = tuple[Float[Tensor, "asked dim"], Float[Tensor, "vocabulary dim"]]
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int64
+
+    from sampo_ray.config import LoraConfig
+
+Distributions: TypeAlias = "tuple[Float[Tensor, 'asked dim'], Float[Tensor, 'vocabulary dim']]"
 """Distributions over the next token: softmax(hidden states @ a head's weight^T)."""
 
-Reference = Callable[[Row, Tensor], Distributions]
+Reference: TypeAlias = "Callable[[Row, Tensor], Distributions]"
 """A reference that is resident where the policy is: (row, [asked] positions of states) to what it says comes next."""
 
 
@@ -154,7 +160,7 @@ def load_policy(
     return Policy(model).to(device)
 
 
-Sides = tuple[list[Float[Tensor, " kept_w"]], list[Float[Tensor, " kept_l"]]]
+Sides: TypeAlias = "tuple[list[Float[Tensor, ' kept_w']], list[Float[Tensor, ' kept_l']]]"
 """Numbers of the asked token positions of each pair of a row, chosen and rejected, fp32."""
 
 
@@ -195,23 +201,22 @@ def _sides(values: Tensor, counts: list[int]) -> Sides:
     return list(parts[0::2]), list(parts[1::2])
 
 
-Ask = Callable[[pa.Table], list[Positions]]
-"""Of which response tokens of each pair of a PAIRS block log-probs are wanted."""
+Ask = Callable[[Sequence[Pair]], list[Positions]]
+"""Of which response tokens of each pair log-probs are wanted."""
 
 Scores = dict[int, tuple[np.ndarray, np.ndarray]]
 """By a pair's place: log-probs of its response tokens, chosen and rejected, fp32 nats; NaN where not asked for."""
 
 
-def every_token(pairs: pa.Table) -> list[Positions]:
-    return [Positions(np.arange(chosen), np.arange(rejected)) for _, chosen, rejected in lengths_of(pairs)]
+def every_token(pairs: Sequence[Pair]) -> list[Positions]:
+    return [Positions(np.arange(len(pair.chosen)), np.arange(len(pair.rejected))) for pair in pairs]
 
 
-def score_pairs(policy: Policy, pairs: pa.Table, budget: RowBudget, ask: Ask = every_token) -> pa.Table:
-    """A PAIRS block with `chosen_ref` and `rejected_ref` added: log-probs of response tokens, fp32 nats; NaN where not
-    asked for.
+def score_pairs(policy: Policy, pairs: Sequence[Pair], budget: RowBudget, ask: Ask = every_token) -> list[Pair]:
+    """The pairs with a policy's log-probs as those of their reference.
 
-    The block's pairs are in training order and begin with a whole global batch, so the rows are those that the trainer
-    will plan for its first epoch, and on every device policy and reference run through the same shapes.
+    They are in training order and begin with a whole global batch, so the rows are those that the trainer will plan for
+    its first epoch, and on every device policy and reference run through the same shapes.
     """
     scores: Scores = {}
     for rows in batch_rows(pairs, budget):
@@ -221,17 +226,17 @@ def score_pairs(policy: Policy, pairs: pa.Table, budget: RowBudget, ask: Ask = e
     return with_logprobs(pairs, scores)
 
 
-def batch_rows(pairs: pa.Table, budget: RowBudget) -> Iterator[list[np.ndarray]]:
-    """The rows of each global batch of a PAIRS block, as the first epoch has them; see `plan_rows`."""
+def batch_rows(pairs: Sequence[Pair], budget: RowBudget) -> Iterator[list[np.ndarray]]:
+    """The rows of each global batch, as the first epoch has them; see `plan_rows`."""
     lengths = lengths_of(pairs)
     for start in range(0, len(pairs), budget.batch_size):
         yield plan_rows(np.arange(start, min(start + budget.batch_size, len(pairs))), lengths, budget)
 
 
 @torch.no_grad()
-def row_logprobs(policy: nn.Module, pairs: pa.Table, indices: np.ndarray, ask: Ask) -> Scores:
+def row_logprobs(policy: nn.Module, pairs: Sequence[Pair], indices: np.ndarray, ask: Ask) -> Scores:
     """Log-probs of the pairs that make up a row."""
-    mine = pairs.take(pa.array(indices))
+    mine = [pairs[index] for index in indices]
     row, asked = assemble(mine).to(next(policy.parameters()).device), ask(mine)
     logprobs, counts = _answers(policy, row, asked)
     chosen, rejected = _sides(logprobs.cpu(), counts)  # in one copy
@@ -247,9 +252,10 @@ def _spread(logprobs: Tensor, positions: np.ndarray, length: int) -> np.ndarray:
     return every
 
 
-def with_logprobs(pairs: pa.Table, scores: Scores) -> pa.Table:
-    """A REFERENCE block of a PAIRS block."""
-    for side, name in enumerate(("chosen_ref", "rejected_ref")):
-        column = [scores[index][side] for index in range(len(pairs))]
-        pairs = pairs.append_column(name, pa.array(column, pa.list_(pa.float32())))
-    return pairs
+def with_logprobs(pairs: Sequence[Pair], scores: Scores) -> list[Pair]:
+    """The pairs with what a reference says of them."""
+    sides = (scores[index] for index in range(len(pairs)))
+    return [
+        replace(pair, chosen_ref=chosen, rejected_ref=rejected)
+        for pair, (chosen, rejected) in zip(pairs, sides, strict=True)
+    ]

@@ -10,8 +10,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import pyarrow as pa
 
+from sampo_ray.batching import Pair
 from sampo_ray.config import DataConfig
 from sampo_ray.sources import DataError, Record, fingerprint, read_records
 
@@ -31,13 +33,16 @@ __all__ = [
     "check_source",
     "cut_prompt",
     "fingerprint",
+    "pairs_of",
     "read_rows",
     "tokenized_pairs",
     "tokenized_prompts",
+    "with_reference",
 ]
 
 _TOKENS = pa.list_(pa.int32())
 _LOGPROBS = pa.list_(pa.float32())
+_REFERENCES = ("chosen_ref", "rejected_ref")
 
 PROMPTS = pa.schema(
     {
@@ -70,7 +75,7 @@ PAIRS = pa.schema(
         "rejected_reward": pa.float64(),
     }
 )
-REFERENCE = pa.schema([*PAIRS, ("chosen_ref", _LOGPROBS), ("rejected_ref", _LOGPROBS)])  # per token, nats
+REFERENCE = pa.schema([*PAIRS, *((name, _LOGPROBS) for name in _REFERENCES)])  # per token, nats
 
 Kind = Literal["pairs", "prompts"]
 
@@ -215,6 +220,29 @@ def best_against_worst(scores: pa.Table) -> tuple[pa.Table, Counter[str]]:
     chosen, rejected = scores.take(best), scores.take(worst)
     columns = [chosen["id"], chosen["prompt"], chosen["completion"], rejected["completion"]]
     return pa.table([*columns, chosen["reward"], rejected["reward"]], schema=PAIRS), counts
+
+
+def pairs_of(block: pa.Table) -> list[Pair]:
+    """The pairs of a PAIRS or REFERENCE block; their arrays are views of it."""
+    names = [name for name in ("prompt", "chosen", "rejected", *_REFERENCES) if name in block.column_names]
+    pairs = list[Pair]()
+    for batch in block.to_batches():
+        columns = {name: _arrays(batch.column(name)) for name in names}
+        rows = (dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True))
+        pairs += [Pair(id=id, **row) for id, row in zip(batch.column("id").to_pylist(), rows, strict=True)]
+    return pairs
+
+
+def with_reference(block: pa.Table, pairs: Sequence[Pair]) -> pa.Table:
+    """A PAIRS block as a REFERENCE block, with what the same pairs say of their reference."""
+    for name in _REFERENCES:
+        block = block.append_column(name, pa.array([getattr(pair, name) for pair in pairs], _LOGPROBS))
+    return block
+
+
+def _arrays(lists: pa.ListArray) -> list[np.ndarray]:
+    values = lists.values.to_numpy()
+    return [values[begin:end] for begin, end in itertools.pairwise(lists.offsets.to_pylist())]
 
 
 def _pick(scored: list[int], samples: Sequence[tuple[str, int, float, str, str]]) -> tuple[int, int] | str:

@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from sampo_ray.config import ConfigError, FleetConfig, RunConfig, TrainerConfig
+from sampo_ray.config import FleetConfig, RunConfig, TrainerConfig
+from sampo_ray.errors import ConfigError
 
 Resolved = Literal["laptop", "cluster"]
 CLUSTER_GPUS = 4

@@ -7,7 +7,8 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 
-from sampo_ray.config import ConfigError, RunConfig, nearest
+from sampo_ray.config import RunConfig, nearest
+from sampo_ray.errors import ConfigError
 
 
 def load_config(recipe: str | Path | dict[str, Any], overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:

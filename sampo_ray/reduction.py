@@ -5,14 +5,19 @@ chosen and rejected are down-sampled to the same number of tokens, so that the i
 length (Lu et al., EMNLP 2024, arXiv 2406.10957, Eq. 10).
 """
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int64
 
 
 @dataclass(frozen=True)

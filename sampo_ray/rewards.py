@@ -22,7 +22,8 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from sampo_ray.chat import Message
-from sampo_ray.config import ConfigError, RewardConfig
+from sampo_ray.config import RewardConfig
+from sampo_ray.errors import ConfigError
 from sampo_ray.preferences import cut_prompt
 
 RewardFunction = Callable[..., Sequence[float]]

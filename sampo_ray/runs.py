@@ -38,7 +38,8 @@ import yaml
 from fsspec.implementations.local import LocalFileSystem
 from pydantic import BaseModel, Field
 
-from sampo_ray.config import ConfigError, RunConfig, ServeConfig
+from sampo_ray.config import RunConfig, ServeConfig
+from sampo_ray.errors import ConfigError
 from sampo_ray.losses import Statistics
 from sampo_ray.recipe import load_config
 

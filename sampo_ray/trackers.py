@@ -9,7 +9,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from sampo_ray.config import ConfigError, RunConfig
+from sampo_ray.config import RunConfig
+from sampo_ray.errors import ConfigError
 from sampo_ray.runs import Place
 
 Log = Callable[[Mapping[str, float], int], None]

@@ -5,7 +5,8 @@ import warnings
 from transformers import AutoConfig, PretrainedConfig
 
 from sampo_ray.chat import ChatFormat
-from sampo_ray.config import ConfigError, RunConfig
+from sampo_ray.config import RunConfig
+from sampo_ray.errors import ConfigError
 from sampo_ray.keys import KeysError, is_json, parse
 from sampo_ray.memory import check_device
 from sampo_ray.policy import check_architecture, on_meta

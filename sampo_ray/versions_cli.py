@@ -109,7 +109,7 @@ def remove_adapter(run: str, name: str) -> None:
 
 def rank_of(folder: str) -> int:
     """The rank of a LoRA adapter in peft's format; ConfigError when it is none that could be served."""
-    from sampo_ray.config import ConfigError
+    from sampo_ray.errors import ConfigError
     from sampo_ray.runs import Place, absolute
 
     place = Place(absolute(folder))
@@ -156,7 +156,7 @@ def show(run: str) -> None:
 def opened(run: str) -> tuple[Any, dict[int, dict[str, Any]], Any]:
     """A run's place, its versions on disk with what their version.json says, and what its live policy follows."""
     from sampo_ray.actors.weights import complete_versions, read_about, version_folder
-    from sampo_ray.config import ConfigError
+    from sampo_ray.errors import ConfigError
     from sampo_ray.runs import Place, absolute, read_serve_config
 
     place = Place(absolute(run))

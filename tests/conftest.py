@@ -12,6 +12,8 @@ import pytest
 import yaml
 from hypothesis import settings
 
+from sampo_ray.batching import Pair
+
 settings.register_profile("default", deadline=None)  # a busy machine is no failure
 settings.load_profile("default")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -51,22 +53,22 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def random_pairs(
     count: int, seed: int = 0, longest: int = 40, vocabulary: int = 256, prompts: int | None = None
-) -> pa.Table:
-    """A PAIRS-shaped block of random tokens, prompts and responses of 1 to `longest` tokens; `prompts`: so many
-    different prompts, which take turns.
+) -> list[Pair]:
+    """Pairs of random tokens, prompts and responses of 1 to `longest` tokens; `prompts`: so many different prompts,
+    which take turns.
     """
     rng = np.random.default_rng(seed)
 
-    def sequences(different: int = count) -> pa.Array:
-        found = [rng.integers(5, vocabulary, rng.integers(1, longest + 1)).tolist() for _ in range(different)]
-        return pa.array([found[i % different] for i in range(count)], pa.list_(pa.int32()))
+    def sequences(different: int = count) -> list[np.ndarray]:
+        found = [rng.integers(5, vocabulary, rng.integers(1, longest + 1)) for _ in range(different)]
+        return [found[i % different].astype(np.int32) for i in range(count)]
 
-    columns = {"prompt": sequences(prompts or count), "chosen": sequences(), "rejected": sequences()}
-    return pa.table({"id": [f"pair-{i}" for i in range(count)], **columns})
+    sides = zip(sequences(prompts or count), sequences(), sequences(), strict=True)
+    return [Pair(f"pair-{i}", *each) for i, each in enumerate(sides)]
 
 
-def with_reference(policy: Any, pairs: pa.Table) -> pa.Table:
-    """Adds the policy's own log-probs of each pair, scored alone, as the reference."""
+def with_reference(policy: Any, pairs: list[Pair]) -> list[Pair]:
+    """The pairs with the policy's own log-probs, each scored alone, as their reference's."""
     from sampo_ray.batching import RowBudget
     from sampo_ray.policy import score_pairs
 

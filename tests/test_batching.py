@@ -79,12 +79,12 @@ def test_a_row_lays_pairs_end_to_end_each_prompt_once_and_each_token_where_its_t
     assert len(tokens) % ROW_MULTIPLE == 0
     assert lengths_of(pairs).tolist() == [[s.prompt, s.chosen, s.rejected] for s in row.segments]
     used = 0
-    for at, pair in zip(row.segments, pairs.to_pylist(), strict=True):
+    for at, pair in zip(row.segments, pairs, strict=True):
         assert at.shares_prompt == (at.prompt_start < used)
         used += at.chosen + at.rejected + (0 if at.shares_prompt else at.prompt)
         prompt = slice(at.prompt_start, at.prompt_start + at.prompt)
-        assert (tokens[prompt], positions[prompt]) == (pair["prompt"], list(range(at.prompt)))
-        assert tokens[at.chosen_start : at.end] == pair["chosen"] + pair["rejected"]
+        assert (tokens[prompt], positions[prompt]) == (pair.prompt.tolist(), list(range(at.prompt)))
+        assert tokens[at.chosen_start : at.end] == [*pair.chosen, *pair.rejected]
         for start, length, states in (
             (at.chosen_start, at.chosen, at.chosen_states),
             (at.rejected_start, at.rejected, at.rejected_states),
@@ -92,7 +92,7 @@ def test_a_row_lays_pairs_end_to_end_each_prompt_once_and_each_token_where_its_t
             assert positions[start : start + length] == list(range(at.prompt, at.prompt + length))
             assert states(np.arange(length)).tolist() == [prompt.stop - 1, *range(start, start + length - 1)]
     assert used == row.segments[-1].end and not any(tokens[used:])
-    distinct = {tuple(pair) for pair in pairs["prompt"].to_pylist()}
+    distinct = {tuple(pair.prompt) for pair in pairs}
     assert sum(not at.shares_prompt for at in row.segments) == len(distinct)
 
 

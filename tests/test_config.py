@@ -5,7 +5,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sampo_ray.config import ConfigError, RunConfig
+from sampo_ray.config import RunConfig
+from sampo_ray.errors import ConfigError
 from sampo_ray.losses import LOSSES
 from sampo_ray.profiles import resolve
 from sampo_ray.recipe import load_config

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from sampo_ray.config import ConfigError
 from sampo_ray.display import SECONDS_BETWEEN_LINES, LiveDisplay, PlainDisplay, duration, open_display
+from sampo_ray.errors import ConfigError
 from sampo_ray.recipe import load_config
 from sampo_ray.runs import Place
 from sampo_ray.trackers import TRACKERS, check_trackers, open_trackers

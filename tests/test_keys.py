@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from sampo_ray.cli import app
-from sampo_ray.config import ConfigError
+from sampo_ray.errors import ConfigError
 from sampo_ray.keys import Key, KeysError, digest, new_key, parse, render
 from sampo_ray.validate import check_keys_file
 

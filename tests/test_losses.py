@@ -2,20 +2,21 @@
 refuses; and batch statistics from step to step.
 """
 
+import dataclasses
 import math
 import sys
 from collections.abc import Callable
 
-import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from sampo_ray.batching import assemble
-from sampo_ray.config import ConfigError, MethodConfig
-from sampo_ray.losses import LOSSES, LossSettings, PreferenceLoss, ScoredPairs, Statistics
+from sampo_ray.batching import Pair, assemble
+from sampo_ray.config import MethodConfig
+from sampo_ray.errors import ConfigError
+from sampo_ray.losses import LOSSES, LossSettings, Objective, PreferenceLoss, ScoredPairs, Statistics
 from sampo_ray.objective import METRICS, Draw, row_losses, row_positions
 from sampo_ray.policy import Policy, load_policy
 from sampo_ray.recipe import load_config
@@ -29,8 +30,9 @@ START = Statistics()
 COMBINED = [(loss, reduction) for loss in LOSSES for reduction in LOSSES[loss].reductions]
 
 
-def method_of(loss: str, reduction: str | None = None, **settings: float) -> MethodConfig:
-    return MethodConfig(loss=loss, reduction=reduction, alpha=ALPHA if reduction == "ld" else None, **settings)
+def method_of(loss: str, reduction: str | None = None, **settings: float) -> Objective:
+    alpha = ALPHA if reduction == "ld" else None
+    return MethodConfig(loss=loss, reduction=reduction, alpha=alpha, **settings).objective
 
 
 # --- the losses, in fp64, pair by pair and token by token as their papers write them
@@ -91,19 +93,18 @@ def random_tokens(lengths, seed):
 
 def family_loss(method, policy, reference, lengths, before):
     """Ours, from token log-probs: as the trainer does it, but without a model."""
-    loss, reduction = LOSSES[method.loss], REDUCTIONS[method.reduction]
+    loss, reduction = method.loss, method.reduction
     sides = ([], [])
     for i, (pair, ref) in enumerate(zip(policy, reference, strict=True)):
         at = reduction.positions(MaskKey(1, 0, 0, str(i)), *lengths[i])
         for side, p, r, kept in zip(sides, pair, ref, (at.chosen, at.rejected), strict=True):
             side.append(p[kept] if loss.reference == "nothing" else p[kept] - r[kept])
-    alpha = {"alpha": method.alpha} if method.alpha is not None else {}
-    ratios = reduce_pairs(reduction, *sides, lengths, **alpha)
+    ratios = reduce_pairs(reduction, *sides, lengths, **method.reduced_with)
     tokens = torch.tensor(lengths, dtype=torch.float64)
     chosen = torch.stack([pair[0].mean() for pair in policy])
     apart = [torch.stack(side) for side in zip(*map(made_up_divergences, policy, reference), strict=True)]
     scored = ScoredPairs(ratios, tokens[:, 0], tokens[:, 1], chosen, None, *apart)
-    return loss(scored, method.loss_settings, before)
+    return loss(scored, method.settings, before)
 
 
 def made_up_divergences(pair, reference):
@@ -134,7 +135,7 @@ def test_a_loss_and_its_gradient_are_those_of_the_naive_formula(loss, reduction,
         w, r = ([a if free else a - b for a, b in zip(*side, strict=True)] for side in zip(pair, ref, strict=True))
         sequences = naive_reduction(reduction, w, r, sampled_positions(MaskKey(1, 0, 0, str(i)), len(w), len(r)))
         apart = made_up_divergences(pair, ref)
-        naive.append(naive_loss(loss, *sequences, pair[0], lengths[i], method.loss_settings, before, apart))
+        naive.append(naive_loss(loss, *sequences, pair[0], lengths[i], method.settings, before, apart))
     torch.stack(naive).sum().backward()
     assert torch.allclose(ours, torch.stack(naive), rtol=1e-6, atol=1e-6)
     for mine, theirs in zip(gradients, [p.grad for pair in again for p in pair], strict=True):
@@ -168,7 +169,7 @@ def policy(tiny_model) -> Policy:
 
 
 @pytest.fixture(scope="module")
-def referenced(policy) -> pa.Table:
+def referenced(policy) -> list[Pair]:
     """Pairs whose reference is the policy itself."""
     return with_reference(policy, random_pairs(6, seed=2, longest=60))
 
@@ -196,10 +197,14 @@ def test_policy_equal_to_reference_gives_delta_zero_exactly(policy, referenced, 
     assert losses.tolist() == pytest.approx([at_reference(loss, s.chosen, s.rejected) for s in row.segments], rel=1e-6)
 
 
-def mean_logprobs(pairs: pa.Table) -> list[torch.Tensor]:
+def without_reference(pairs: list[Pair]) -> list[Pair]:
+    return [dataclasses.replace(pair, chosen_ref=None, rejected_ref=None) for pair in pairs]
+
+
+def mean_logprobs(pairs: list[Pair]) -> list[torch.Tensor]:
     """Of chosen and rejected, a token, under the reference."""
-    sides = (pairs[f"{side}_ref"].to_pylist() for side in ("chosen", "rejected"))
-    return [torch.tensor([sum(x) / len(x) for x in side], dtype=torch.float64) for side in sides]
+    sides = [pair.chosen_ref for pair in pairs], [pair.rejected_ref for pair in pairs]
+    return [torch.tensor([x.mean() for x in side], dtype=torch.float64) for side in sides]
 
 
 @pytest.mark.parametrize("reduction", ["sum", "sample"])
@@ -212,16 +217,16 @@ def test_mix_adds_the_likelihood_of_all_chosen_tokens_whatever_the_reduction(pol
 
 @pytest.mark.parametrize("loss", ["orpo", "simpo"])
 def test_losses_without_a_reference_need_no_reference_log_probs_and_report_log_probs(policy, referenced, loss):
-    pairs = referenced.drop_columns(["chosen_ref", "rejected_ref"])
+    pairs = without_reference(referenced)
     method = method_of(loss)
     losses, sums = row_losses(policy, assemble(pairs), pairs, method, DRAW, START)
     chosen, rejected = mean_logprobs(referenced)
     expected = [
-        naive_loss(loss, w, r, 1, 1, [], (), method.loss_settings, START) for w, r in zip(chosen, rejected, strict=True)
+        naive_loss(loss, w, r, 1, 1, [], (), method.settings, START) for w, r in zip(chosen, rejected, strict=True)
     ]
     assert losses.tolist() == pytest.approx([float(x) for x in expected], rel=1e-4)
     metrics = dict(zip(METRICS, (sums / len(pairs)).tolist(), strict=True))
-    assert metrics["margin"] == pytest.approx(method.beta * float((chosen - rejected).mean()), abs=1e-5)
+    assert metrics["margin"] == pytest.approx(method.settings.beta * float((chosen - rejected).mean()), abs=1e-5)
     assert metrics["chosen_logratio_per_token"] == pytest.approx(float(chosen.mean()), abs=1e-5)
     assert metrics["accuracy"] == pytest.approx(float((chosen > rejected).double().mean()))
 
@@ -231,28 +236,27 @@ def test_tdpo_compares_whole_distributions(tiny_model, policy, referenced):
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(3)
-    method, pairs = method_of("tdpo", "sum"), referenced.drop_columns(["chosen_ref", "rejected_ref"])
+    method, pairs = method_of("tdpo", "sum"), without_reference(referenced)
     losses, _ = row_losses(policy, assemble(pairs), pairs, method, DRAW, START, other.distributions)
     plain = [AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16) for _ in range(2)]
     plain[1].load_state_dict(dict(other.model.named_parameters()), strict=False)
 
     def of_answer(pair, side):
         """s and D of an answer, from the logits of the plain models."""
-        ids = torch.tensor(pair["prompt"] + pair[side])
-        ours, theirs = (
-            model(ids[None]).logits[0, -len(pair[side]) - 1 : -1].float().log_softmax(-1) for model in plain
-        )
-        at = torch.tensor(pair[side])[:, None]
+        answer = torch.tensor(getattr(pair, side)).long()
+        ids = torch.cat([torch.tensor(pair.prompt), answer])
+        ours, theirs = (model(ids[None]).logits[0, -len(answer) - 1 : -1].float().log_softmax(-1) for model in plain)
+        at = answer[:, None]
         return (ours - theirs).gather(1, at).sum(), (theirs.exp() * (theirs - ours)).sum()
 
     with torch.no_grad():
-        sides = [[of_answer(pair, side) for side in ("chosen", "rejected")] for pair in pairs.to_pylist()]
+        sides = [[of_answer(pair, side) for side in ("chosen", "rejected")] for pair in pairs]
     expected = [
-        float(naive_loss("tdpo", s_w, s_l, 0, 0, [], (), method.loss_settings, START, (d_w, d_l)))
+        float(naive_loss("tdpo", s_w, s_l, 0, 0, [], (), method.settings, START, (d_w, d_l)))
         for (s_w, d_w), (s_l, d_l) in sides
     ]
     without = [
-        float(naive_loss("sigmoid", s_w, s_l, 0, 0, [], (), LossSettings(method.beta), START))
+        float(naive_loss("sigmoid", s_w, s_l, 0, 0, [], (), LossSettings(method.settings.beta), START))
         for (s_w, _), (s_l, _) in sides
     ]
     assert max(abs(a / b - 1) for a, b in zip(expected, without, strict=True)) > 0.3, "the divergences matter"
@@ -270,7 +274,7 @@ def test_logits_are_computed_only_at_the_positions_that_the_loss_asks_for(
         return LOSSES["sigmoid"].function(pairs, settings)
 
     monkeypatch.setitem(LOSSES, "watched", PreferenceLoss(watched, positions=positions))
-    pairs, row, method = referenced, assemble(referenced), MethodConfig(loss="watched")
+    pairs, row, method = referenced, assemble(referenced), method_of("watched")
     asked = []
     hook = policy.register_forward_pre_hook(lambda module, arguments: asked.append(len(arguments[3])))
     losses, _ = row_losses(policy, row, pairs, method, DRAW, START)
@@ -319,7 +323,7 @@ def test_steps_from_a_stored_checkpoint_have_the_bits_of_steps_without_a_stop(ti
         learner, statistics, seen = load_policy(tiny_model), START, []
         optimizer = torch.optim.SGD(learner.parameters(), lr=0.5)
         for step in range(4):
-            mine = pairs.slice(4 * (step % 2), 4)
+            mine = pairs[4 * (step % 2) :][:4]
             losses, sums = row_losses(learner, assemble(mine), mine, method, DRAW, statistics)
             losses.mean().backward()
             optimizer.step()
@@ -380,7 +384,7 @@ def test_defaults_are_those_of_the_loss_and_survive_being_written():
     for name in LOSSES:
         method = MethodConfig(loss=name)
         assert MethodConfig.model_validate(method.model_dump()) == method
-    assert MethodConfig(loss="simpo", beta=2, margin=0).loss_settings == LossSettings(beta=2.0)
+    assert MethodConfig(loss="simpo", beta=2, margin=0).objective.settings == LossSettings(beta=2.0)
 
 
 OWN = """
@@ -410,10 +414,10 @@ def own_losses(tmp_path, monkeypatch):
 
 def test_a_loss_of_the_user_s_own_is_named_by_where_it_is(own_losses, policy, referenced):
     pairs, row = referenced, assemble(referenced)
-    losses, _ = row_losses(policy, row, pairs, MethodConfig(loss="own_losses:mine"), DRAW, START)
+    losses, _ = row_losses(policy, row, pairs, method_of("own_losses:mine"), DRAW, START)
     assert losses.tolist() == [0.0] * 6
-    method = MethodConfig(loss="own_losses:weighted")
+    method = method_of("own_losses:weighted")
     losses, _ = row_losses(policy, row, pairs, method, DRAW, START)
-    assert method.weight == 3.0 and torch.allclose(losses, -3 * mean_logprobs(pairs)[0].float(), atol=1e-4)
+    assert method.settings.weight == 3.0 and torch.allclose(losses, -3 * mean_logprobs(pairs)[0].float(), atol=1e-4)
     with pytest.raises(ValueError, match="not one number for each pair"):
-        row_losses(policy, row, pairs, MethodConfig(loss="own_losses:one_number"), DRAW, START)
+        row_losses(policy, row, pairs, method_of("own_losses:one_number"), DRAW, START)

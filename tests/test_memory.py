@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from sampo_ray.config import ConfigError, LoraConfig, TrainerConfig
+from sampo_ray.config import LoraConfig, TrainerConfig
+from sampo_ray.errors import ConfigError
 from sampo_ray.memory import Shape, check_memory, plan_memory
 from sampo_ray.policy import check_architecture, on_meta
 from sampo_ray.validate import check_rope

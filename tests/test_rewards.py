@@ -7,7 +7,8 @@ import torch
 
 from sampo_ray.actors.reward import RewardWorker, build_reward_app
 from sampo_ray.chat import ChatFormat
-from sampo_ray.config import ConfigError, FleetConfig, RewardConfig
+from sampo_ray.config import FleetConfig, RewardConfig
+from sampo_ray.errors import ConfigError
 from sampo_ray.preferences import SCORES
 from sampo_ray.rewards import (
     RewardError,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sampo_ray.config import ConfigError
+from sampo_ray.errors import ConfigError
 from sampo_ray.recipe import load_config
 from sampo_ray.runs import Checkpoint, Manifest, Place, RoundRecord, create_run, exclusive, open_run
 

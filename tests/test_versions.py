@@ -12,7 +12,8 @@ from sampo_ray import versions
 from sampo_ray.actors.gate import Probe, judge, win_rate
 from sampo_ray.actors.pinned import adapter_ranks, pinned_app
 from sampo_ray.actors.weights import version_folder
-from sampo_ray.config import ConfigError, GatesConfig, ServeConfig
+from sampo_ray.config import GatesConfig, ServeConfig
+from sampo_ray.errors import ConfigError
 from sampo_ray.recipe import load_config
 from sampo_ray.runs import Place, create_run, lineage, read_serve_config
 from sampo_ray.versions import Adapter, Serving, VersionError

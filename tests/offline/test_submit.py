@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from sampo_ray.cluster import submit as job
-from sampo_ray.config import ConfigError
+from sampo_ray.errors import ConfigError
 from sampo_ray.recipe import load_config
 
 from .conftest import Cluster, wait_until
