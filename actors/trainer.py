@@ -24,7 +24,9 @@ POLL_SECONDS = 5.0
 CALL_SECONDS = 60.0
 STOP_SECONDS = 120.0
 HEALTH_CHECK_SECONDS = 1
-START_SECONDS, ELASTIC_START_SECONDS = 600, 60
+START_SECONDS = 600
+ELASTIC_SECONDS = 30
+"""How long all ranks are waited for before fewer train, and how often it is looked whether there is room for more."""
 """That ranks may wait for their resources; a node that is gone is counted with for a while, and fewer ranks may do."""
 
 
@@ -43,7 +45,7 @@ class Trainer:
 
     def _start(self) -> None:
         config = self._config
-        start = ELASTIC_START_SECONDS if config.min_workers else START_SECONDS
+        start = ELASTIC_SECONDS if config.min_workers else START_SECONDS
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(start))
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(HEALTH_CHECK_SECONDS))
         self._exchange = ray.remote(Exchange).options(num_cpus=0.1).remote()
@@ -58,6 +60,7 @@ class Trainer:
                 num_workers=(config.min_workers, workers) if config.min_workers else workers,
                 use_gpu=bool(gpus),
                 resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
+                elastic_resize_monitor_interval_s=ELASTIC_SECONDS,
             ),
             # A name of its own each time: Ray must not find state of an earlier driver, our manifest is the truth.
             run_config=RunConfig(

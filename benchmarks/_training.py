@@ -49,7 +49,7 @@ def run(
     name: str,
     parser: ArgumentParser,
     one_turn: Callable[[Namespace], dict[str, float]],
-    compare: Callable[[tuple[str, str], Namespace, Path, list[Any], dict[str, list[float]]], None],
+    compare: Callable[[tuple[str, str], Namespace, list[Any], dict[str, list[float]]], None],
     target_of: Callable[[str], _measure.Target],
 ) -> None:
     """Measures one side once (`--side`), or compares the sides on each model and reports all."""
@@ -62,7 +62,7 @@ def run(
     ratios: dict[str, list[float]] = {}
     with _rig.scratch() as folder:
         for model in models(args, folder):
-            compare(model, args, folder, rows, ratios)
+            compare(model, args, rows, ratios)
     title = f"{name.replace('_', ' ')}, pairs of at most {args.max_length} tokens a side"
     _measure.show(title, ("what", "value", "count"), rows)
     _measure.report(name, ratios, {ratio: target_of(ratio) for ratio in ratios})
@@ -150,6 +150,11 @@ def budget_of(args: Namespace) -> Any:
     return RowBudget(PAIRS_A_STEP, max(2 * args.max_length, 4096))
 
 
+def checkpointing(args: Namespace) -> Any:
+    """Gradient checkpointing as a run has it here, or none."""
+    return not args.keep_activations and (True if args.attention == "flex" else "selective")
+
+
 def device() -> Any:
     import torch
 
@@ -193,7 +198,7 @@ def useful_flops(path: str, pairs: list[Any]) -> float:
 
 
 def turns(
-    script: str, sides: Sequence[str], model: tuple[str, str], args: Namespace, folder: Path, extra: Sequence[str] = ()
+    script: str, sides: Sequence[str], model: tuple[str, str], args: Namespace, extra: Sequence[str] = ()
 ) -> tuple[dict[str, list[dict[str, float]]], int]:
     """The sides' figures, each turn measured in a new process, and how many pairs a turn had."""
     pairs = max(PAIRS_A_STEP, args.requests // args.repeats // PAIRS_A_STEP * PAIRS_A_STEP)

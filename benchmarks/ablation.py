@@ -5,7 +5,6 @@ sampled head logits are computed at all tokens of the answers; without tiles the
 """
 
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 import _measure
@@ -25,10 +24,8 @@ def target_of(ratio: str) -> Target:
     return Target(at_most=1.0) if "memory" in ratio else Target(at_least=1.0)
 
 
-def compare(
-    model: tuple[str, str], args: Namespace, folder: Path, rows: list[Any], ratios: dict[str, list[float]]
-) -> None:
-    found, pairs = _training.turns(__file__, SIDES, model, args, folder)
+def compare(model: tuple[str, str], args: Namespace, rows: list[Any], ratios: dict[str, list[float]]) -> None:
+    found, pairs = _training.turns(__file__, SIDES, model, args)
     label, count = model[1], f"{args.repeats} x {pairs} pairs"
     for name, turns in found.items():
         rows += [
@@ -47,7 +44,7 @@ def one_turn(args: Namespace) -> dict[str, float]:
     from sampo_ray.policy import batch_rows, load_policy
 
     side, flex = args.side, args.attention == "flex"
-    policy = load_policy(args.model, not args.keep_activations, str(_training.device()), flex=flex).train()
+    policy = load_policy(args.model, _training.checkpointing(args), str(_training.device()), flex=flex).train()
     pairs, budget = _training.tokens_of(args), _training.budget_of(args)
     budget = RowBudget(PAIRS_A_STEP, 1) if side == "no_packing" else budget
     rows = [[pairs[i] for i in row] for batch in batch_rows(pairs, budget) for row in batch if len(row)]

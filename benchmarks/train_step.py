@@ -1,6 +1,7 @@
 """The train step against TRL's DPOTrainer: pairs per second, and memory beyond weights, masters and moments.
 
-TRL must be installed or on PYTHONPATH. Against its defaults, which compute the reference within the step, ours counts
+Torch and transformers will do: without DeepSpeed ours is the step of sampo_ray/step.py instead of that of a run, and
+without TRL it is compared with nobody. Against TRL's defaults, which compute the reference within the step, ours counts
 the seconds of its reference stage, too; against its best settings, which compute it beforehand, neither does.
 
 On a GPU: `--models llama1b --max-length 8192 --attention flex --peak 989` (TFLOP/s of an H100's dense bf16).
@@ -12,7 +13,6 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import _measure
@@ -21,7 +21,9 @@ from _measure import Target
 from _training import PAIRS_A_STEP, Memory, now, over
 
 LEARNING_RATE = 1e-6
-SIDES = ("ours_sampo", "ours_dpo", "trl_default", "trl_best")
+SIDES = ("ours", "trl_default", "trl_best")
+Optimize = Callable[[Any, list[Any], Any], None]
+"""A step over pairs towards an objective."""
 TRL_BEST: dict[str, Any] = {
     "precompute_ref_log_probs": True,
     "gradient_checkpointing": False,
@@ -44,10 +46,9 @@ def main() -> None:
     _training.run("train_step", parser, one_turn, compare, lambda ratio: TARGETS[ratio.split("/")[0]])
 
 
-def compare(
-    model: tuple[str, str], args: Namespace, folder: Path, rows: list[Any], ratios: dict[str, list[float]]
-) -> None:
-    found, pairs = _training.turns(__file__, SIDES, model, args, folder, ["--flags", args.flags])
+def compare(model: tuple[str, str], args: Namespace, rows: list[Any], ratios: dict[str, list[float]]) -> None:
+    sides = SIDES if find_spec("trl") else SIDES[:1]
+    found, pairs = _training.turns(__file__, sides, model, args, ["--flags", args.flags])
     label, count = model[1], f"{args.repeats} x {pairs} pairs"
     for name, turns in found.items():
         rows += [
@@ -55,31 +56,38 @@ def compare(
             ("  the reference's seconds included", _measure.spread([t["with_reference"] for t in turns], 2), count),
             ("  memory of a step, MB", _measure.spread([turn["step_mb"] for turn in turns]), count),
         ]
-        if args.peak and name.startswith("ours"):
-            used = [turn["useful_tflops"] / args.peak for turn in turns]
-            rows.append(("  model FLOPs utilisation", _measure.spread(used, 3), count))
-    ours, dpo, default, best = (found[name] for name in SIDES)
-    ratios |= {
-        f"pairs_per_s_vs_trl_default/{label}": over(ours, default, "with_reference"),
-        f"pairs_per_s_vs_trl_best/{label}": over(ours, best, "pairs_per_s"),
-        f"step_memory_vs_trl_best/{label}": over(ours, best, "step_mb"),
-        f"sampo_vs_own_dpo/{label}": over(ours, dpo, "pairs_per_s"),
-    }
+    ours, useful = found["ours"], [turn["useful_tflops"] for turn in found["ours"]]
+    rows.append((f"{label}, ours: useful TFLOP/s", _measure.spread(useful, 3), count))
+    if args.peak:
+        rows.append(("  model FLOPs utilisation", _measure.spread([each / args.peak for each in useful], 3), count))
+    ratios[f"sampo_vs_own_dpo/{label}"] = [turn["pairs_per_s"] / turn["dpo_pairs_per_s"] for turn in ours]
+    if len(sides) > 1:
+        default, best = found["trl_default"], found["trl_best"]
+        ratios |= {
+            f"pairs_per_s_vs_trl_default/{label}": over(ours, default, "with_reference"),
+            f"pairs_per_s_vs_trl_best/{label}": over(ours, best, "pairs_per_s"),
+            f"step_memory_vs_trl_best/{label}": over(ours, best, "step_mb"),
+        }
 
 
 def one_turn(args: Namespace) -> dict[str, float]:
     """Seconds and memory of one side, after a step that warms it up."""
-    if args.side.startswith("ours"):
-        return ours(args, "sample" if args.side == "ours_sampo" else "sum")
+    if args.side == "ours":
+        return ours(args)
     settings = {} if args.side == "trl_default" else TRL_BEST
     return trl(args, {**settings, **json.loads(args.flags)})
 
 
-def ours(args: Namespace, reduction: str) -> dict[str, float]:
+def ours(args: Namespace) -> dict[str, float]:
+    """Steps of SamPO and of DPO by turns, of one policy."""
+    from sampo_ray import cpu
     from sampo_ray.batching import lengths_of, plan_round
+    from sampo_ray.losses import LOSSES, LossSettings, Objective
     from sampo_ray.policy import load_policy, score_pairs
+    from sampo_ray.reduction import REDUCTIONS
 
     device, flex = _training.device(), args.attention == "flex"
+    cpu.give_back_large_blocks()
     pairs, budget = _training.tokens_of(args), _training.budget_of(args)
     reference = load_policy(args.model, device=str(device), flex=flex).requires_grad_(False)
     score_pairs(reference, pairs if device.type == "cuda" else pairs[:2], budget)
@@ -88,21 +96,26 @@ def ours(args: Namespace, reduction: str) -> dict[str, float]:
     reference_s = now() - begun
     del reference
     steps = list(plan_round(lengths_of(pairs), budget, epochs=1, seed=0, round=0))
-    policy = load_policy(args.model, not args.keep_activations, flex=flex).train()
-    with_deepspeed = find_spec("deepspeed") is not None
-    optimize = (learner_of if with_deepspeed else alone)(args, policy.to(device), reduction)
+    policy = load_policy(args.model, _training.checkpointing(args), flex=flex).train().to(device)
+    optimize: Optimize = (with_deepspeed if find_spec("deepspeed") else alone)(args, policy)
+    sampo, dpo = (Objective(LOSSES["sigmoid"], LossSettings(0.1), REDUCTIONS[name]) for name in ("sample", "sum"))
     for step in _training.warming(steps):
-        optimize(step, pairs, len(steps))
+        optimize(step, pairs, sampo)
+        optimize(step, pairs, dpo)
+    seconds = {"sampo": 0.0, "dpo": 0.0}
     with Memory() as memory:
-        begun = now()
         for step in steps:
-            optimize(step, pairs, len(steps))
-        train_s = now() - begun
-    useful = _training.useful_flops(args.model, pairs) / train_s / 1e12
-    return figures(len(pairs), train_s, reference_s, memory) | {"useful_tflops": useful}
+            turns = [("sampo", sampo), ("dpo", dpo)]
+            for name, objective in turns if step.index % 2 else reversed(turns):
+                begun = now()
+                optimize(step, pairs, objective)
+                seconds[name] += now() - begun
+    useful = _training.useful_flops(args.model, pairs) / seconds["sampo"] / 1e12
+    more = {"dpo_pairs_per_s": len(pairs) / seconds["dpo"], "useful_tflops": useful}
+    return figures(len(pairs), seconds["sampo"], reference_s, memory) | more
 
 
-def learner_of(args: Namespace, policy: Any, reduction: str) -> Callable[[Any, list[Any], int], Any]:
+def with_deepspeed(args: Namespace, policy: Any) -> "Optimize":
     """The step of a run."""
     import torch.distributed as dist
 
@@ -116,27 +129,29 @@ def learner_of(args: Namespace, policy: Any, reduction: str) -> Callable[[Any, l
     tree = {
         "model": {"path": str(args.model), "attention": args.attention},
         "data": {"train": "unused", "max_length": args.max_length},
-        "method": {"reduction": reduction},
         "optim": {"batch_size": PAIRS_A_STEP, "learning_rate": LEARNING_RATE},
         "run": {"dir": "unused"},
     }
     learner = Learner(policy, RunConfig.model_validate(tree), device)
     learner.begin_round(0)
-    return learner.optimize
+
+    def optimize(step: Any, pairs: list[Any], objective: Any) -> None:
+        learner.objective = objective
+        learner.optimize(step, pairs, step.index)
+
+    return optimize
 
 
-def alone(args: Namespace, policy: Any, reduction: str) -> Callable[[Any, list[Any], int], Any]:
+def alone(args: Namespace, policy: Any) -> "Optimize":
     """The same step where there is no DeepSpeed."""
-    from sampo_ray.losses import LOSSES, LossSettings, Objective, Statistics
+    from sampo_ray.losses import Statistics
     from sampo_ray.objective import Draw
-    from sampo_ray.reduction import REDUCTIONS
     from sampo_ray.step import MasterWeights, train_step
 
     weights = MasterWeights(policy)
-    objective, before = Objective(LOSSES["sigmoid"], LossSettings(0.1), REDUCTIONS[reduction]), Statistics()
 
-    def optimize(step: Any, pairs: list[Any], steps: int) -> None:
-        train_step(policy, weights, step, pairs, objective, Draw(0, 0, 0), before, LEARNING_RATE)
+    def optimize(step: Any, pairs: list[Any], objective: Any) -> None:
+        train_step(policy, weights, step, pairs, objective, Draw(0, 0, 0), Statistics(), LEARNING_RATE)
 
     return optimize
 

@@ -10,7 +10,7 @@ On GPUs one kernel for the whole row, transformers' own FlexAttention, can do th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -33,6 +33,20 @@ FLEX = "flex_attention"
 """transformers' name for PyTorch's FlexAttention (Dong et al. 2024, arXiv 2412.05496)."""
 
 
+def sight(segments: tuple[Segments, ...], device: torch.device) -> dict[str, Any]:
+    """What `segment_attention` is told of a row, once for all layers.
+
+    The masks are of rejected over prompt and rejected. (On CPUs SDPA would make the same ones, in each call.)
+    """
+
+    def mask(pair: Segments) -> Tensor:
+        if device.type == "cpu":
+            return torch.ones(pair.rejected, pair.prompt + pair.rejected, dtype=torch.bool).tril(pair.prompt)
+        return causal_lower_right(pair.rejected, pair.prompt + pair.rejected)
+
+    return {"segments": segments, "masks": tuple(map(mask, segments))}
+
+
 def segment_attention(
     module: torch.nn.Module,
     query: Float[Tensor, "1 heads tokens dim"],
@@ -43,9 +57,11 @@ def segment_attention(
     dropout: float = 0.0,
     *,
     segments: tuple[Segments, ...],
+    masks: tuple[Tensor, ...],
     **kwargs: object,
 ) -> tuple[Float[Tensor, "1 tokens heads dim"], None]:
     """Attention of one row, [1, heads, tokens, dim] to [1, tokens, heads, dim]; tokens outside all segments get zeros.
+    `segments` and `masks` are those of `sight`.
 
     Raises ValueError for what it would silently get wrong: a mask, attention dropout, or a sliding window.
     """
@@ -69,14 +85,13 @@ def segment_attention(
     fill = query.shape[2] - sum(lengths)
     queries, keys, values = (x.split([*lengths, fill], dim=2) for x in (query, key, value))
     outputs = []
-    for pair, (prompt, chosen, rejected) in zip(segments, parts, strict=True):
+    for pair, mask, (prompt, chosen, rejected) in zip(segments, masks, parts, strict=True):
         q, k, v = (torch.cat([x[prompt], x[chosen]], dim=2) for x in (queries, keys, values))
         seen = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
         # A shared prompt is looked from once more, and that dropped: other calls than that of a pair alone round as
         # they like, and attention from a prompt is the least of its costs.
         outputs.append(seen[:, :, pair.prompt :] if pair.shares_prompt else seen)
         k, v = (torch.cat([x[prompt], x[rejected]], dim=2) for x in (keys, values))
-        mask = causal_lower_right(pair.rejected, pair.prompt + pair.rejected)
         outputs.append(scaled_dot_product_attention(queries[rejected], k, v, attn_mask=mask, scale=scaling))
     if fill:
         outputs.append(torch.zeros_like(values[-1]))  # of the outputs' width

@@ -256,8 +256,10 @@ class TrainerConfig(Section):
     micro-batch costs a pass over all gradients."""
     checkpoint_every: int = Field(50, ge=1)
     """Optimizer steps between checkpoints; the end of a round always has one."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass."""
+    gradient_checkpointing: bool | Literal["selective"] | None = None
+    """What of a layer is computed again in the backward pass: all but its input (true), nothing (false), or all but its
+    input, attention and the products that make it wider (selective), which costs memory and saves time.
+    Default: selective (laptop), true (cluster)."""
     lifetime: Literal["run", "round"] = "run"
     """`round`: ranks end with each round, and their GPUs are free until the next trains; the result is the same."""
     max_skipped: int = Field(3, ge=0)
@@ -495,6 +497,10 @@ class RunConfig(Section):
             raise ValueError("rounds.data=split is for offline rounds; online ones take rollout.prompts each")
         if self.serve.gates.min_win_rate is not None and not self.online:
             raise ValueError("serve.gates.min_win_rate needs a reward source: use rounds.mode=online, or drop it")
+        if self.model.flex and self.trainer.gradient_checkpointing == "selective":
+            raise ValueError(
+                "trainer.gradient_checkpointing=selective does not go with model.attention=flex; use true or false"
+            )
         if self.reference.positions == "sampled" and (self.method.reduction, self.method.mask) != ("sample", "shared"):
             raise ValueError(
                 "reference.positions=sampled needs method.reduction=sample and method.mask=shared, not "

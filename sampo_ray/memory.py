@@ -71,14 +71,18 @@ def plan_memory(
     is a second copy of the weights.
 
     Activations are those of a Llama layer for one row; with gradient checkpointing only the inputs of all layers and
-    one whole layer. The head takes its bf16 gradient, a tile of logits and that of its words in fp32, twice.
+    one whole layer, with the selective kind attention and the MLP's first products as well. The head takes its bf16
+    gradient, a tile of logits and that of its words in fp32, twice.
     """
     world = trainer.fewest
     each = -(-shape.trained // world)
     weights = 2 * (-(-shape.parameters // world) if trainer.zero_stage == 3 else shape.parameters)
     inputs = 2 * shape.hidden * tokens_per_row
     layer = tokens_per_row * (2 * (10 * shape.hidden + 4 * shape.intermediate) + 4 * 4 * shape.hidden)
-    activations = shape.layers * inputs + layer if trainer.gradient_checkpointing else shape.layers * layer
+    activations = shape.layers * layer
+    if recomputing := trainer.gradient_checkpointing:
+        dear = 2 * (shape.hidden + 2 * shape.intermediate) * tokens_per_row
+        activations = shape.layers * (inputs + dear * (recomputing == "selective")) + layer
     tile = Tile.of(torch.device(device))
     head = 2 * shape.vocabulary * shape.hidden + 8 * min(tile.words, shape.vocabulary) * (tile.tokens + shape.hidden)
     kept = trainer.offload == "none"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sampo_ray import attention, cpu
@@ -30,6 +32,13 @@ Distributions: TypeAlias = "tuple[Float[Tensor, 'asked dim'], Float[Tensor, 'voc
 Reference: TypeAlias = "Callable[[Row, Tensor], Distributions]"
 """A reference that is resident where the policy is: (row, [asked] positions of states) to what it says comes next."""
 
+
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+}
+"""What SDPA may turn out to be."""
 
 OTHER_HEADS = ("classifier_", "summary_")
 """How names of settings begin that are not of the language model."""
@@ -73,9 +82,11 @@ class Policy(nn.Module):
         states: Int64[Tensor, " asked"],
     ) -> Float[Tensor, "asked dim"]:
         """The last hidden states at row positions `states`."""
-        decoder, sight = self.model.get_decoder(), dict[str, Any](segments=segments)
+        decoder = self.model.get_decoder()
         if self.model.config._attn_implementation == attention.FLEX:
             sight = {"attention_mask": attention.block_mask(segments, len(tokens), tokens.device)}
+        else:
+            sight = attention.sight(segments, tokens.device)
         everything = decoder(input_ids=tokens[None], position_ids=positions[None], use_cache=False, **sight)
         return everything.last_hidden_state[0][states]
 
@@ -128,14 +139,14 @@ def on_meta(config: PretrainedConfig, lora: LoraConfig | None = None) -> PreTrai
 
 def load_policy(
     path: str | Path,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool | Literal["selective"] | None = None,
     device: str = "cpu",
     lora: LoraConfig | None = None,
     seed: int = 0,
     flex: bool = False,
 ) -> Policy:
     """Loads a Hugging Face folder or hub name in bf16, safetensors only, for rows of segments; `flex`: whose attention
-    is FlexAttention.
+    is FlexAttention. `gradient_checkpointing`: see TrainerConfig.
 
     With `lora` all of it is frozen but new adapters (sampo_ray/lora.py), random by `seed`.
     Raises ConfigError naming `model.path` when it cannot be opened or its head is not a plain matrix.
@@ -152,12 +163,19 @@ def load_policy(
     if flex:
         attention.allow_flex_shapes()
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": False}
-        )
+        how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        if gradient_checkpointing == "selective":
+            how["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_kept, model.config.hidden_size))
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     if lora is not None:
         add_adapters(model, lora, seed)
     return Policy(model).to(device)
+
+
+def _kept(width: int, _: object, op: object, *operands: Any, **__: object) -> CheckpointPolicy:
+    """What selective checkpointing does not compute again: attention, and what makes a layer's states wider."""
+    wider = op is torch.ops.aten.mm.default and width <= operands[1].shape[0] < operands[1].shape[1]
+    return CheckpointPolicy.MUST_SAVE if wider or op in ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 Sides: TypeAlias = "tuple[list[Float[Tensor, ' kept_w']], list[Float[Tensor, ' kept_l']]]"

@@ -78,7 +78,7 @@ def make(tiny_model, loss: str, reduction: str = "sum", lora: dict | None = None
             "data": {"train": "pairs.jsonl", "max_length": 128},
             "method": {"loss": f"tests.test_learner:{loss}" if loss in OURS else loss, "reduction": reduction},
             "optim": {"batch_size": 2, "learning_rate": 1e-3, "warmup_ratio": 0},
-            "trainer": trainer,
+            "trainer": {"gradient_checkpointing": True, **trainer},
             "run": {"dir": "run"},
         }
     )
@@ -131,6 +131,18 @@ def test_a_round_that_begins_has_the_bits_of_its_reference(alone, tiny_model, pa
     learner.optimize(plan(pairs)[0], pairs, 4)
     assert not np.array_equal(logprobs(learner.score(plain)), logprobs(pairs))
     learner.optimize(plan(pairs)[1], pairs, 4)  # and it still learns
+
+
+@pytest.mark.parametrize(("zero_stage", "lora"), [(2, None), (3, None), (2, {"rank": 4})])
+def test_what_is_computed_again_has_the_same_bits(alone, tiny_model, pairs, zero_stage, lora):
+    ends = []
+    for how in (False, True, "selective"):
+        learner = make(tiny_model, "sigmoid", lora=lora, zero_stage=zero_stage, gradient_checkpointing=how)
+        metrics = [learner.optimize(step, pairs, 4) for step in plan(pairs)[:2]]
+        ends.append((metrics, masters(learner)))
+    for metrics, weights in ends[1:]:
+        assert metrics == ends[0][0]
+        assert all(torch.equal(a, b) for a, b in zip(weights, ends[0][1], strict=True))
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])

@@ -69,7 +69,7 @@ def test_a_shape_is_read_off_a_model_without_weights(tiny_model):
     assert (shape.layers, shape.vocabulary) == (config.num_hidden_layers, config.vocab_size)
 
 
-@given(st.integers(1, 64), st.sampled_from([2, 3]), st.integers(16, 16384), st.booleans())
+@given(st.integers(1, 64), st.sampled_from([2, 3]), st.integers(16, 16384), st.sampled_from([True, False, "selective"]))
 def test_states_are_those_of_zero_and_more_ranks_never_need_more_each(world, stage, tokens, checkpointing):
     trainer = TrainerConfig(workers=world, zero_stage=stage, gradient_checkpointing=checkpointing)
     plan = plan_memory(LLAMA_8B, trainer, tokens, "cuda")

@@ -1,6 +1,7 @@
 """The method: positions, reductions, losses, log-probs and the objective, against independent computations."""
 
 import math
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,7 @@ from sampo_ray.config import MethodConfig
 from sampo_ray.logprobs import Tile, token_comparisons, token_logprobs
 from sampo_ray.losses import Statistics
 from sampo_ray.objective import Draw, Sampled, row_losses
-from sampo_ray.policy import load_policy, pair_logprobs, score_pairs
+from sampo_ray.policy import every_token, load_policy, pair_logprobs, score_pairs
 from sampo_ray.reduction import REDUCTIONS, MaskKey, all_positions, reduce_pairs, sampled_positions
 from tests.conftest import random_pairs, with_reference
 
@@ -240,6 +241,26 @@ def test_a_pair_s_loss_does_not_depend_on_what_shares_its_row_or_its_prompt(poli
     shuffled = [pairs[i] for i in (3, 1, 7, 0)]
     apart, _ = row_losses(policy, assemble(shuffled), shuffled, method, DRAW, Statistics())
     assert torch.equal(together[[3, 1, 7, 0]], apart)
+
+
+@pytest.mark.parametrize(("how", "again"), [(False, (0, 0)), (True, (1, 6)), ("selective", (0, 4))])
+def test_checkpointing_computes_again_what_it_should(tiny_model, how, again):
+    """Of a layer's seven products the last is never needed; selectively, attention, gate and up are kept."""
+    policy, pairs = load_policy(tiny_model, how).train(), random_pairs(1, longest=30)
+    row, layers, counts = assemble(pairs), policy.model.config.num_hidden_layers, Counter()
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            counts[op.overloadpacket._qualified_op_name] += 1
+            return op(*args, **(kwargs or {}))
+
+    logprobs, _ = pair_logprobs(policy, row, every_token(pairs))
+    hidden = logprobs[0].sum()
+    with Counting():
+        hidden.backward()
+    assert counts["aten::_scaled_dot_product_flash_attention_for_cpu"] == 2 * layers * again[0]
+    assert counts["aten::silu"] == layers * (how is not False)
+    assert counts["aten::mm"] == counts["aten::silu_backward"] * (2 * 7 + again[1]) + 2  # the head's
 
 
 def test_a_reference_that_is_asked_for_sampled_tokens_has_their_bits(policy):

@@ -1,5 +1,6 @@
 """What is shipped: distributions, pins, recipes, and the Makefile's first words."""
 
+import math
 import re
 import shutil
 import subprocess
@@ -30,6 +31,37 @@ def test_every_direct_dependency_is_pinned_within_its_bounds():
     direct = [Requirement(text) for text in [*project["dependencies"], *project["optional-dependencies"]["cpu"]]]
     for requirement in direct:
         assert requirement.specifier.contains(pins("cpu.txt")[canonicalize_name(requirement.name)]), requirement
+
+
+ALONE = """
+import sys
+for name in ("ray", "vllm", "deepspeed", "pyarrow", "pydantic", "jaxtyping", "peft", "typer", "rich", "datasets"):
+    sys.modules[name] = None
+import numpy as np
+from sampo_ray.batching import Pair, RowBudget, lengths_of, plan_round
+from sampo_ray.learner import Learner
+from sampo_ray.losses import LOSSES, LossSettings, Objective, Statistics
+from sampo_ray.objective import Draw
+from sampo_ray.policy import load_policy, score_pairs
+from sampo_ray.reduction import REDUCTIONS
+from sampo_ray.step import MasterWeights, train_step
+
+tokens, budget = np.arange(5, 25, dtype=np.int32), RowBudget(2, 256)
+pairs = [Pair(f"{i}", tokens[:4], tokens[i:9], tokens[i:]) for i in (4, 6)]
+pairs = score_pairs(load_policy(sys.argv[1]), pairs, budget)
+policy = load_policy(sys.argv[1], "selective").train()
+objective = Objective(LOSSES["sigmoid"], LossSettings(0.1), REDUCTIONS["sample"])
+[step] = plan_round(lengths_of(pairs), budget, epochs=1, seed=0, round=0)
+metrics, _ = train_step(policy, MasterWeights(policy), step, pairs, objective, Draw(0, 0, 0), Statistics(), 1e-4)
+print(metrics["loss"])
+"""
+
+
+@pytest.mark.slow
+def test_the_training_core_needs_torch_and_transformers_alone(tiny_model):
+    found = subprocess.run([sys.executable, "-c", ALONE, tiny_model], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert float(found.stdout) == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_gpu_and_cpu_machines_run_the_same_versions():

@@ -89,6 +89,11 @@ class Cluster:
             status = self.follower(command, folder, log).wait(timeout=240)
             return status, log.read_text()
 
+    def stop_jobs(self) -> None:
+        for job in self.request("GET", "/api/jobs/").json():
+            if job["status"] == "RUNNING":
+                self.request("POST", f"/api/jobs/{job['submission_id']}/stop").raise_for_status()
+
     def request(self, method: str, path: str) -> requests.Response:
         headers = {"Authorization": f"Bearer {self.env['RAY_AUTH_TOKEN']}"}
         return requests.request(method, f"{self.address}{path}", headers=headers, timeout=30)

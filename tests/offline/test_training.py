@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from sampo_ray.cli import app
 
-from .conftest import STEPS, Cluster, finish
+from .conftest import STEPS, Cluster, finish, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -173,6 +173,28 @@ def test_a_job_that_lost_a_node_ends_in_the_same_bits(cluster: Cluster, undistur
     finish(job)
     assert same_bits(run / "exports" / "round-2", undisturbed / "exports" / "round-2")
     assert facts(run) == facts(undisturbed)
+
+
+def test_a_job_goes_on_with_the_ranks_that_there_is_room_for(cluster: Cluster, recipe, tmp_path):
+    """One, once kill -9 of a raylet has taken the node of the other, and again two when it is back."""
+    run = tmp_path / "run"
+    settings = ["trainer.num_cpus=3", "trainer.min_workers=1", "rounds.epochs=200"]
+    job = cluster.submit(recipe, f"run.dir={run}", *settings)
+    try:
+        await_steps(3, run, job)
+        cluster.raylets()[1].kill()
+        wait_until(lambda: ranks_of_checkpoint(run) == 1, "step of one rank", 200)
+        cluster.join()
+        wait_until(lambda: ranks_of_checkpoint(run) == 2, "step of both ranks", 200)
+    finally:
+        cluster.stop_jobs()
+        job.wait(120)
+    steps = [line["step"] for line in metrics(run)]
+    assert steps == list(range(1, len(steps) + 1)), "none is missing, none is there twice"
+
+
+def ranks_of_checkpoint(run: Path) -> int:
+    return json.loads((run / "manifest.json").read_text())["checkpoint"]["world"]
 
 
 @pytest.mark.parametrize(
