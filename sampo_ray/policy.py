@@ -40,6 +40,9 @@ ATTENTION = {
 }
 """What SDPA may turn out to be."""
 
+PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+"""What a linear layer is, without and with a bias; its weight is the last operand."""
+
 OTHER_HEADS = ("classifier_", "summary_")
 """How names of settings begin that are not of the language model."""
 
@@ -165,7 +168,8 @@ def load_policy(
     if gradient_checkpointing:
         how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         if gradient_checkpointing == "selective":
-            how["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_kept, model.config.hidden_size))
+            width = model.config.get_text_config().hidden_size
+            how["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_kept, width))
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     if lora is not None:
         add_adapters(model, lora, seed)
@@ -174,7 +178,7 @@ def load_policy(
 
 def _kept(width: int, _: object, op: object, *operands: Any, **__: object) -> CheckpointPolicy:
     """What selective checkpointing does not compute again: attention, and what makes a layer's states wider."""
-    wider = op is torch.ops.aten.mm.default and width <= operands[1].shape[0] < operands[1].shape[1]
+    wider = op in PRODUCTS and width <= operands[-1].shape[0] < operands[-1].shape[1]
     return CheckpointPolicy.MUST_SAVE if wider or op in ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
 
 

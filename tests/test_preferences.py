@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import json
 import time
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sampo_ray import preferences
 from sampo_ray.chat import ChatFormat
 from sampo_ray.config import DataConfig
 from sampo_ray.preferences import (
@@ -24,6 +26,7 @@ from sampo_ray.preferences import (
     tokenized_pairs,
     tokenized_prompts,
 )
+from tests.conftest import random_pairs
 
 ASK = [{"role": "user", "content": "Is it?"}]
 PLAIN = {"prompt": "Is it?", "chosen": "yes", "rejected": "no"}
@@ -402,6 +405,22 @@ def test_every_prompt_becomes_a_pair_or_is_counted(samples):
     assert pairs.num_rows + dropped == len({p for p, _, _ in samples})
     for pair in pairs.to_pylist():
         assert pair["chosen_reward"] > pair["rejected_reward"]
+
+
+def test_the_pairs_of_a_block_are_its_rows_however_it_is_cut():
+    scored = ((pair, pair.chosen / 8, pair.rejected / 8) for pair in random_pairs(7))
+    made = [dataclasses.replace(pair, chosen_ref=chosen, rejected_ref=rejected) for pair, chosen, rejected in scored]
+    block = pa.Table.from_pylist([{**vars(pair), "chosen_reward": 1.0} for pair in made], PAIRS)
+    whole = preferences.with_reference(block, made)
+    assert whole.schema == preferences.REFERENCE
+    for table in (block, whole, whole.slice(2, 3), pa.concat_tables([whole.slice(4), whole.slice(0, 2)])):
+        found = [vars(pair) for pair in preferences.pairs_of(table)]
+        assert len(found) == table.num_rows
+        for pair, row in zip(found, table.to_pylist(), strict=True):
+            assert pair["id"] == row["id"]
+            assert all(pair[name].tolist() == row[name] for name in ("prompt", "chosen", "rejected"))
+            for name in ("chosen_ref", "rejected_ref"):
+                assert pair[name] is None if name not in row else pair[name].tolist() == row[name]
 
 
 def test_ultrafeedback_is_read_whole_and_validated_at_once(shared, chat):
