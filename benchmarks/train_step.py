@@ -79,7 +79,7 @@ def one_turn(args: Namespace) -> dict[str, float]:
 
 
 def ours(args: Namespace) -> dict[str, float]:
-    """Steps of SamPO and of DPO by turns, of one policy."""
+    """Steps of SamPO, then the same of DPO, of one policy."""
     from sampo_ray import cpu
     from sampo_ray.batching import lengths_of, plan_round
     from sampo_ray.losses import LOSSES, LossSettings, Objective
@@ -102,17 +102,18 @@ def ours(args: Namespace) -> dict[str, float]:
     for step in _training.warming(steps):
         optimize(step, pairs, sampo)
         optimize(step, pairs, dpo)
-    seconds = {"sampo": 0.0, "dpo": 0.0}
     with Memory() as memory:
+        begun = now()
         for step in steps:
-            turns = [("sampo", sampo), ("dpo", dpo)]
-            for name, objective in turns if step.index % 2 else reversed(turns):
-                begun = now()
-                optimize(step, pairs, objective)
-                seconds[name] += now() - begun
-    useful = _training.useful_flops(args.model, pairs) / seconds["sampo"] / 1e12
-    more = {"dpo_pairs_per_s": len(pairs) / seconds["dpo"], "useful_tflops": useful}
-    return figures(len(pairs), seconds["sampo"], reference_s, memory) | more
+            optimize(step, pairs, sampo)
+        train_s = now() - begun
+    begun = now()
+    for step in steps:
+        optimize(step, pairs, dpo)
+    dpo_s = now() - begun
+    useful = _training.useful_flops(args.model, pairs) / train_s / 1e12
+    more = {"dpo_pairs_per_s": len(pairs) / dpo_s, "useful_tflops": useful}
+    return figures(len(pairs), train_s, reference_s, memory) | more
 
 
 def with_deepspeed(args: Namespace, policy: Any) -> "Optimize":
