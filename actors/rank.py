@@ -15,7 +15,6 @@ import torch.distributed as dist
 from ray.actor import ActorHandle
 from transformers import AutoConfig
 
-from sampo_ray import cpu
 from sampo_ray.actors.adapters import about_adapters
 from sampo_ray.actors.blocks import part_place
 from sampo_ray.actors.exchange import Work
@@ -66,7 +65,6 @@ def train_rank(settings: dict[str, Any]) -> None:
     mine = RankSettings(**settings)
     if mine.threads:
         torch.set_num_threads(mine.threads)
-        cpu.give_back_large_blocks()
     number, rank = 0, None
     try:
         while True:

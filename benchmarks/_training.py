@@ -19,6 +19,7 @@ import _measure
 import _rig
 
 PAIRS_A_STEP = 8
+CHECKPOINTING: dict[str, Any] = {"all": True, "selective": "selective", "none": False}
 VOCABULARY = 128_256
 LLAMA_1B: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -40,7 +41,7 @@ def options(description: str, sides: Sequence[str]) -> ArgumentParser:
     parser.add_argument("--models", default="given,vocab128k", help="of given (needs --model), vocab128k and llama1b")
     parser.add_argument("--max-length", type=int, default=512, help="tokens of prompt and answer at most")
     parser.add_argument("--attention", choices=("segments", "flex"), default="segments", help="of our sides")
-    parser.add_argument("--keep-activations", action="store_true", help="no gradient checkpointing on our sides")
+    parser.add_argument("--checkpointing", choices=CHECKPOINTING, default="all", help="of gradients, on our sides")
     parser.add_argument("--side", choices=sides, help="measures one side once and prints its figures")
     return parser
 
@@ -150,11 +151,6 @@ def budget_of(args: Namespace) -> Any:
     return RowBudget(PAIRS_A_STEP, max(2 * args.max_length, 4096))
 
 
-def checkpointing(args: Namespace) -> Any:
-    """Gradient checkpointing as a run has it here, or none."""
-    return not args.keep_activations and (True if args.attention == "flex" else "selective")
-
-
 def device() -> Any:
     import torch
 
@@ -209,7 +205,7 @@ def turns(
             how = ["--side", name, "--model", path, "--requests", str(pairs), *extra]
             how += ["--data", str(args.data)] if args.data else []
             how += ["--max-length", str(args.max_length), "--attention", args.attention]
-            how += ["--keep-activations"] if args.keep_activations else []
+            how += ["--checkpointing", args.checkpointing]
             done = subprocess.run([sys.executable, script, *how], stdout=subprocess.PIPE, text=True, check=True)
             result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
             _measure.note(f"  {label}, {name}: {result}")

@@ -44,7 +44,9 @@ def one_turn(args: Namespace) -> dict[str, float]:
     from sampo_ray.policy import batch_rows, load_policy
 
     side, flex = args.side, args.attention == "flex"
-    policy = load_policy(args.model, _training.checkpointing(args), str(_training.device()), flex=flex).train()
+    policy = load_policy(
+        args.model, _training.CHECKPOINTING[args.checkpointing], str(_training.device()), flex=flex
+    ).train()
     pairs, budget = _training.tokens_of(args), _training.budget_of(args)
     budget = RowBudget(PAIRS_A_STEP, 1) if side == "no_packing" else budget
     rows = [[pairs[i] for i in row] for batch in batch_rows(pairs, budget) for row in batch if len(row)]

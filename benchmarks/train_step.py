@@ -80,14 +80,12 @@ def one_turn(args: Namespace) -> dict[str, float]:
 
 def ours(args: Namespace) -> dict[str, float]:
     """Steps of SamPO, then the same of DPO, of one policy."""
-    from sampo_ray import cpu
     from sampo_ray.batching import lengths_of, plan_round
     from sampo_ray.losses import LOSSES, LossSettings, Objective
     from sampo_ray.policy import load_policy, score_pairs
     from sampo_ray.reduction import REDUCTIONS
 
     device, flex = _training.device(), args.attention == "flex"
-    cpu.give_back_large_blocks()
     pairs, budget = _training.tokens_of(args), _training.budget_of(args)
     reference = load_policy(args.model, device=str(device), flex=flex).requires_grad_(False)
     score_pairs(reference, pairs if device.type == "cuda" else pairs[:2], budget)
@@ -96,7 +94,7 @@ def ours(args: Namespace) -> dict[str, float]:
     reference_s = now() - begun
     del reference
     steps = list(plan_round(lengths_of(pairs), budget, epochs=1, seed=0, round=0))
-    policy = load_policy(args.model, _training.checkpointing(args), flex=flex).train().to(device)
+    policy = load_policy(args.model, _training.CHECKPOINTING[args.checkpointing], flex=flex).train().to(device)
     optimize: Optimize = (with_deepspeed if find_spec("deepspeed") else alone)(args, policy)
     sampo, dpo = (Objective(LOSSES["sigmoid"], LossSettings(0.1), REDUCTIONS[name]) for name in ("sample", "sum"))
     for step in _training.warming(steps):

@@ -256,10 +256,9 @@ class TrainerConfig(Section):
     micro-batch costs a pass over all gradients."""
     checkpoint_every: int = Field(50, ge=1)
     """Optimizer steps between checkpoints; the end of a round always has one."""
-    gradient_checkpointing: bool | Literal["selective"] | None = None
+    gradient_checkpointing: bool | Literal["selective"] = True
     """What of a layer is computed again in the backward pass: all but its input (true), nothing (false), or all but its
-    input, attention and the products that make it wider (selective), which costs memory and saves time.
-    Default: selective (laptop), true (cluster)."""
+    input, attention and the products that make it wider (selective), which takes more memory and less time."""
     lifetime: Literal["run", "round"] = "run"
     """`round`: ranks end with each round, and their GPUs are free until the next trains; the result is the same."""
     max_skipped: int = Field(3, ge=0)

@@ -5,7 +5,6 @@ hardware computes. torch's own fallback on such CPUs (AVX2) was measured 5 times
 slower.
 """
 
-import ctypes
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,20 +17,6 @@ from torch import Tensor, nn
 def has_bf16() -> bool:
     """Whether this CPU multiplies bf16 numbers itself (AVX512-BF16 or AMX)."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-LARGE_BLOCK = 4 << 20
-
-
-def give_back_large_blocks() -> None:
-    """From now on this process keeps no freed tensor of 4 MiB or more (glibc; elsewhere nothing changes).
-
-    Else glibc keeps blocks of up to 32 MiB for itself, which lie scattered after a while: the peak of a train step of a
-    135M model was a tenth higher.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, LARGE_BLOCK)  # M_MMAP_THRESHOLD
 
 
 def wants_fp32(x: Tensor) -> bool:

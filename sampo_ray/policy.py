@@ -142,7 +142,7 @@ def on_meta(config: PretrainedConfig, lora: LoraConfig | None = None) -> PreTrai
 
 def load_policy(
     path: str | Path,
-    gradient_checkpointing: bool | Literal["selective"] | None = None,
+    gradient_checkpointing: bool | Literal["selective"] = False,
     device: str = "cpu",
     lora: LoraConfig | None = None,
     seed: int = 0,

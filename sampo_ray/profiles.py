@@ -76,10 +76,9 @@ def _laptop(config: RunConfig, gpus: int, at_most: int | None) -> dict[str, dict
     if gpus:
         engine.setdefault("gpu_memory_utilization", 0.3)
     workers = math.gcd(size(config.trainer.workers or gpus or 1), config.optim.batch_size)
-    # Of two halves Ray may make one GPU, on which two ranks cannot be.
-    share = (0.5 if workers == 1 else 0.51) if gpus else 0
     return {
-        "trainer": _ranks(config.trainer, workers, share, 0.5, True if config.model.flex else "selective"),
+        # Of two halves Ray may make one GPU, on which two ranks cannot be.
+        "trainer": _ranks(config.trainer, workers, (0.5 if workers == 1 else 0.51) if gpus else 0, 0.5),
         "generators": {**fleet(fleets.generators, 0.5, 0.3), "engine": engine},
         "references": fleet(fleets.references, 0.5, 0.1),
         "rewards": fleet(fleets.rewards, 0.1, 0.1 if config.reward.model else 0),
@@ -106,23 +105,18 @@ def _cluster(config: RunConfig, gpus: int) -> dict[str, dict[str, Any]]:
         return {"num_gpus": each, "num_cpus": cpus, "min_replicas": least, "max_replicas": most}
 
     return {
-        "trainer": _ranks(config.trainer, workers, 1.0, 1.0, True),
+        "trainer": _ranks(config.trainer, workers, 1.0, 1.0),
         "generators": fleet(fleets.generators, 1.0, sampling or live),
         "references": fleet(fleets.references, share, 1),
         "rewards": fleet(fleets.rewards, share if config.reward.model else 0, 1),
     }
 
 
-def _ranks(
-    asked: TrainerConfig, workers: int, gpus: float, cpus: float, checkpointing: bool | Literal["selective"]
-) -> dict[str, Any]:
-    """So many ranks, with as many GPUs each, and CPUs and checkpointing where the configuration does not say."""
+def _ranks(asked: TrainerConfig, workers: int, gpus: float, cpus: float) -> dict[str, Any]:
+    """So many ranks, with as many GPUs each, and CPUs where the configuration does not say."""
     least = None if asked.min_workers is None else min(asked.min_workers, workers)
     cpus = cpus if asked.num_cpus is None else asked.num_cpus
-    if asked.gradient_checkpointing is not None:
-        checkpointing = asked.gradient_checkpointing
-    ranks = {"workers": workers, "min_workers": least, "num_gpus": gpus, "num_cpus": cpus}
-    return ranks | {"gradient_checkpointing": checkpointing}
+    return {"workers": workers, "min_workers": least, "num_gpus": gpus, "num_cpus": cpus}
 
 
 def _check_transport(transport: str, trainer: float, replica: float) -> None:

@@ -78,7 +78,7 @@ def make(tiny_model, loss: str, reduction: str = "sum", lora: dict | None = None
             "data": {"train": "pairs.jsonl", "max_length": 128},
             "method": {"loss": f"tests.test_learner:{loss}" if loss in OURS else loss, "reduction": reduction},
             "optim": {"batch_size": 2, "learning_rate": 1e-3, "warmup_ratio": 0},
-            "trainer": {"gradient_checkpointing": True, **trainer},
+            "trainer": trainer,
             "run": {"dir": "run"},
         }
     )
