@@ -25,9 +25,10 @@ CALL_SECONDS = 60.0
 STOP_SECONDS = 120.0
 HEALTH_CHECK_SECONDS = 1
 START_SECONDS = 600
+"""That ranks may wait for their resources."""
 ELASTIC_SECONDS = 30
-"""How long all ranks are waited for before fewer train, and how often it is looked whether there is room for more."""
-"""That ranks may wait for their resources; a node that is gone is counted with for a while, and fewer ranks may do."""
+"""How long all ranks are waited for before fewer train (a node that is gone is counted with for a while), and how often
+it is looked whether there is room for more."""
 
 
 class Trainer:

@@ -80,6 +80,9 @@ def quiet() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "error")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def model_folder(path: Path | None, folder: Path) -> tuple[str, str]:

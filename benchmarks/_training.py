@@ -130,13 +130,19 @@ def texts_of(args: Namespace) -> Iterator[dict[str, Any]]:
 
 
 def tokens_of(args: Namespace) -> list[Any]:
-    """The first pairs, tokenized and cut as a run does it."""
+    """The first pairs, those of a file tokenized as a run does it."""
     import numpy as np
 
     from sampo_ray.batching import Pair
     from sampo_ray.chat import ChatFormat
 
     chat, longest, pairs = ChatFormat.load(str(args.model), "tokenizer"), args.max_length, []
+    if args.data is not None:
+        from sampo_ray.config import DataConfig
+        from sampo_ray.preferences import Counts, pairs_of, tokenized_pairs
+
+        blocks = tokenized_pairs(str(args.data), chat, DataConfig(max_length=longest), Counts())
+        return list(itertools.islice((pair for block in blocks for pair in pairs_of(block)), args.requests))
     for index, text in enumerate(texts_of(args)):
         prompt = chat.prompt_ids(text["prompt"])[-(longest * 3 // 4) :]
         answers = (chat.response_ids(text[side])[: longest - len(prompt)] for side in ("chosen", "rejected"))
@@ -146,9 +152,9 @@ def tokens_of(args: Namespace) -> list[Any]:
 
 def budget_of(args: Namespace) -> Any:
     """What a run on one rank plans its rows for."""
-    from sampo_ray.batching import RowBudget
+    from sampo_ray.batching import RowBudget, default_row
 
-    return RowBudget(PAIRS_A_STEP, max(2 * args.max_length, 4096))
+    return RowBudget(PAIRS_A_STEP, default_row(args.max_length))
 
 
 def device() -> Any:

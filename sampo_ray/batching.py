@@ -50,6 +50,13 @@ class RowBudget:
     world: int = 1
 
 
+def default_row(max_length: int) -> int:
+    """Tokens of a row that holds any pair of two sequences of `max_length`, and no fewer than 4,096: each row costs a
+    pass over all gradients.
+    """
+    return max(2 * max_length, 4096)
+
+
 @dataclass(frozen=True)
 class Step:
     """One optimizer step: `rows[rank]` are the micro-batches of a rank, each an array of pair indices (maybe empty)."""

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
-from sampo_ray.batching import RowBudget
+from sampo_ray.batching import RowBudget, default_row
 from sampo_ray.losses import LOSSES, REFUSED, LossSettings, Objective, find_loss
 from sampo_ray.reduction import REDUCTIONS
 
@@ -463,7 +463,7 @@ class RunConfig(Section):
 
     @property
     def row_budget(self) -> RowBudget:
-        tokens = self.trainer.tokens_per_row or max(2 * self.data.max_length, 4096)
+        tokens = self.trainer.tokens_per_row or default_row(self.data.max_length)
         return RowBudget(self.optim.batch_size, tokens, self.trainer.workers or 1)
 
     @property
