@@ -89,7 +89,7 @@ def model_folder(path: Path | None, folder: Path) -> tuple[str, str]:
     """The model to measure with, and what to call it: `path`, or a random Llama of 5 million parameters made here."""
     if path is not None:
         return str(path.resolve()), path.name
-    from sampo_ray.tiny import tiny_llama, tiny_tokenizer
+    from sampo_ray.console.tiny import tiny_llama, tiny_tokenizer
 
     tokenizer = tiny_tokenizer([messages(index)[0]["content"] for index in range(500)])
     model = tiny_llama(tokenizer, hidden=256, layers=6)
@@ -118,12 +118,14 @@ def policy_rig(folder: Path, model: Path | None, concurrency: int, **engine: Any
     from ray import serve
     from transformers import AutoModelForCausalLM
 
-    from sampo_ray.actors.policy_deployment import policy_deployment
-    from sampo_ray.actors.policy_server import Source
-    from sampo_ray.actors.weight_store import start_weight_store
-    from sampo_ray.actors.weights import version_folder, write_version
-    from sampo_ray.chat import ChatFormat
-    from sampo_ray.config import GeneratorsConfig, ServeConfig
+    from sampo_ray.actors.policy.deployment import policy_deployment
+    from sampo_ray.actors.policy.server import Source
+    from sampo_ray.actors.weights.store import start_weight_store
+    from sampo_ray.config.fleet import GeneratorsConfig
+    from sampo_ray.config.serve import ServeConfig
+    from sampo_ray.data.chat import ChatFormat
+    from sampo_ray.run.version_files import write_version
+    from sampo_ray.run.version_folders import version_folder
     from sampo_ray.serve.endpoint import free_port, start_serve
 
     path, label = model_folder(model, folder)

@@ -98,7 +98,7 @@ def llama1b(folder: Path) -> tuple[str, str]:
 
 def saved(model: Any, tokenizer: str, folder: Path) -> tuple[str, str]:
     """Folder and name of a model with that tokenizer."""
-    from sampo_ray.chat import ChatFormat
+    from sampo_ray.data.chat import ChatFormat
 
     model.save_pretrained(folder)
     ChatFormat.load(tokenizer, "llama3").save(folder)
@@ -123,7 +123,7 @@ def texts_of(args: Namespace) -> Iterator[dict[str, Any]]:
         for pair in made_up(args.requests, args.max_length / 512):
             yield {**pair, "prompt": [{"role": "user", "content": pair["prompt"]}]}
         return
-    from sampo_ray.preferences import Counts, read_rows
+    from sampo_ray.data.preferences import Counts, read_rows
 
     for row in itertools.islice(read_rows(str(args.data), "pairs", Counts()), args.requests):
         yield {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
@@ -133,13 +133,13 @@ def tokens_of(args: Namespace) -> list[Any]:
     """The first pairs, those of a file tokenized as a run does it."""
     import numpy as np
 
-    from sampo_ray.batching import Pair
-    from sampo_ray.chat import ChatFormat
+    from sampo_ray.data.chat import ChatFormat
+    from sampo_ray.training.batching import Pair
 
     chat, longest, pairs = ChatFormat.load(str(args.model), "tokenizer"), args.max_length, []
     if args.data is not None:
-        from sampo_ray.config import DataConfig
-        from sampo_ray.preferences import Counts, pairs_of, tokenized_pairs
+        from sampo_ray.config.data import DataConfig
+        from sampo_ray.data.preferences import Counts, pairs_of, tokenized_pairs
 
         blocks = tokenized_pairs(str(args.data), chat, DataConfig(max_length=longest), Counts())
         return list(itertools.islice((pair for block in blocks for pair in pairs_of(block)), args.requests))
@@ -152,7 +152,7 @@ def tokens_of(args: Namespace) -> list[Any]:
 
 def budget_of(args: Namespace) -> Any:
     """What a run on one rank plans its rows for."""
-    from sampo_ray.batching import RowBudget, default_row
+    from sampo_ray.config.rows import RowBudget, default_row
 
     return RowBudget(PAIRS_A_STEP, default_row(args.max_length))
 
@@ -183,8 +183,8 @@ def useful_flops(path: str, pairs: list[Any]) -> float:
     """
     from transformers import AutoConfig
 
-    from sampo_ray.batching import lengths_of
-    from sampo_ray.policy import on_meta
+    from sampo_ray.training.batching import lengths_of
+    from sampo_ray.training.policy import on_meta
 
     model = on_meta(AutoConfig.from_pretrained(path))
     shape = model.config

@@ -40,8 +40,8 @@ def compare(model: tuple[str, str], args: Namespace, rows: list[Any], ratios: di
 def one_turn(args: Namespace) -> dict[str, float]:
     import torch
 
-    from sampo_ray.batching import RowBudget
-    from sampo_ray.policy import batch_rows, load_policy
+    from sampo_ray.config.rows import RowBudget
+    from sampo_ray.training.policy import batch_rows, load_policy
 
     side, flex = args.side, args.attention == "flex"
     policy = load_policy(
@@ -68,9 +68,9 @@ def passes(policy: Any, pairs: list[Any], side: str) -> None:
     """A row forward and backward, with SamPO's loss and no reference: that costs nothing here."""
     import torch
 
-    from sampo_ray.batching import assemble
-    from sampo_ray.policy import every_token, pair_logprobs
-    from sampo_ray.reduction import REDUCTIONS, MaskKey, Positions
+    from sampo_ray.training.batching import assemble
+    from sampo_ray.training.policy import every_token, pair_logprobs
+    from sampo_ray.training.reduction import REDUCTIONS, MaskKey, Positions
 
     row = (unshared(pairs) if side == "no_prompt_sharing" else assemble(pairs)).to(_training.device())
     kept = [
@@ -99,7 +99,7 @@ def unshared(pairs: list[Any]) -> Any:
     """
     import numpy as np
 
-    from sampo_ray.batching import Pair, assemble
+    from sampo_ray.training.batching import Pair, assemble
 
     answers = []
     for pair in pairs:

@@ -115,10 +115,10 @@ def delete(size: int) -> None:
 def rollouts(folder: Path, handle: Any, size: int, samples: int, turn: int) -> Run:
     import pyarrow as pa
 
-    from sampo_ray.actors import stages
-    from sampo_ray.actors.blocks import Part, part_place
-    from sampo_ray.config import RolloutConfig
-    from sampo_ray.runs import Place
+    from sampo_ray.config.rollout import RolloutConfig
+    from sampo_ray.loop import stages
+    from sampo_ray.run.parts import Part, part_place
+    from sampo_ray.run.storage import Place
 
     stage, parts = Place(str(folder / f"{size}-{turn}")), []
     for number, first in enumerate(range(0, samples // SAMPLES, stages.PART_PROMPTS)):

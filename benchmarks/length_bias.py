@@ -97,7 +97,7 @@ class Group:
     def __init__(self, args: Namespace) -> None:
         import torch.distributed as dist
 
-        from sampo_ray.policy import load_policy, score_pairs
+        from sampo_ray.training.policy import load_policy, score_pairs
 
         os.environ["LOCAL_RANK"] = "0"  # DeepSpeed insists
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -111,7 +111,7 @@ class Group:
         self.before = score_pairs(model, self.held_out, config.row_budget)
 
     def config(self, method: str) -> Any:
-        from sampo_ray.config import RunConfig
+        from sampo_ray.config.run import RunConfig
 
         reduction, mask = METHODS[method]
         return RunConfig.model_validate(
@@ -128,10 +128,10 @@ class Group:
         """Trains and says what became of the held-out pairs, and of the answers."""
         import torch
 
-        from sampo_ray.actors.weights import write_version
-        from sampo_ray.batching import lengths_of, plan_round
-        from sampo_ray.learner import Learner
-        from sampo_ray.policy import load_policy, score_pairs
+        from sampo_ray.run.version_files import write_version
+        from sampo_ray.training.batching import lengths_of, plan_round
+        from sampo_ray.training.learner import Learner
+        from sampo_ray.training.policy import load_policy, score_pairs
 
         gc.collect()  # the learner of the cell before is in cycles
         config = self.config(method)
@@ -176,8 +176,8 @@ class Group:
 
 
 def tokenized(path: Path, config: Any) -> list[Any]:
-    from sampo_ray.chat import ChatFormat
-    from sampo_ray.preferences import Counts, pairs_of, tokenized_pairs
+    from sampo_ray.data.chat import ChatFormat
+    from sampo_ray.data.preferences import Counts, pairs_of, tokenized_pairs
 
     chat = ChatFormat.load(str(config.model.path), "tokenizer")
     return [pair for block in tokenized_pairs(str(path), chat, config.data, Counts()) for pair in pairs_of(block)]
@@ -185,7 +185,7 @@ def tokenized(path: Path, config: Any) -> list[Any]:
 
 def differences(pairs: list[Any]) -> np.ndarray:
     """Tokens that chosen has more than rejected."""
-    from sampo_ray.batching import lengths_of
+    from sampo_ray.training.batching import lengths_of
 
     lengths = lengths_of(pairs)
     return lengths[:, 1] - lengths[:, 2]
@@ -211,8 +211,8 @@ def answers(args: Namespace, model: Path) -> list[int]:
     code = (
         "import json, sys\n"
         "from vllm import LLM, SamplingParams\n"
-        "from sampo_ray.actors.policy_deployment import cpu_engine\n"
-        "from sampo_ray.chat import ChatFormat\n"
+        "from sampo_ray.actors.policy.deployment import cpu_engine\n"
+        "from sampo_ray.data.chat import ChatFormat\n"
         "model, given, tokens, context = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])\n"
         "chat = ChatFormat.load(given, 'tokenizer')\n"
         "asked = [{'prompt_token_ids': chat.prompt_ids(json.loads(line))} for line in sys.stdin]\n"

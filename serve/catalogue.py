@@ -8,11 +8,12 @@ from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
 
-from sampo_ray.actors.pinned import adapter_ranks, pinned_app
-from sampo_ray.actors.weight_store import find_weight_store
-from sampo_ray.runs import Place
+from sampo_ray.actors.weights.pinned import adapter_ranks, pinned_app
+from sampo_ray.actors.weights.store import find_weight_store
+from sampo_ray.errors import VersionError
+from sampo_ray.run.storage import Place
+from sampo_ray.run.versions import find
 from sampo_ray.serve.errors import ApiError, unavailable
-from sampo_ray.versions import VersionError, find
 
 logger = logging.getLogger("ray.serve")  # the one that Serve sends to its log files
 

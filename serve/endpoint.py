@@ -12,13 +12,10 @@ import urllib.request
 
 from ray import serve
 
-from sampo_ray.config import ServeConfig
+from sampo_ray.config.serve import ServeConfig
+from sampo_ray.errors import EndpointError
 
 POLL_S = 0.5
-
-
-class EndpointError(RuntimeError):
-    """The endpoint could not be started; the message says why."""
 
 
 def start_serve(config: ServeConfig) -> None:

@@ -10,7 +10,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from sampo_ray.serve.headers import HARDENING
+from sampo_ray.serve.middleware.headers import HARDENING
 
 RETRY_AFTER_S = 2
 TYPE_NAMES = frozenset({"str", "int", "float", "bool", "list", "dict"})

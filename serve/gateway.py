@@ -20,21 +20,23 @@ from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
-from sampo_ray.actors.policy_server import Origin
-from sampo_ray.actors.weights import WeightsId
-from sampo_ray.config import ServeConfig
-from sampo_ray.serve import bodies, errors, stamp
-from sampo_ray.serve.admin import ADMIN_ROUTES, AdminRoutes
-from sampo_ray.serve.auth import Access, KeyGuard
-from sampo_ray.serve.bodies import ChatCompletionRequest, CompletionRequest
+from sampo_ray.actors.policy.server import Origin
+from sampo_ray.config.serve import ServeConfig
+from sampo_ray.run.version_folders import WeightsId
+from sampo_ray.serve import errors
 from sampo_ray.serve.catalogue import Catalogue, Target
 from sampo_ray.serve.errors import ApiError, ReplicaLost
-from sampo_ray.serve.feedback import FEEDBACK_ROUTES, FeedbackRoutes, Keeper, draft_of
-from sampo_ray.serve.headers import Hardened
-from sampo_ray.serve.limits import MAX_IN_FLIGHT, Limited, Limits
-from sampo_ray.serve.playground import PAGE_ROUTES, PageRoutes, Slash, load_assets
+from sampo_ray.serve.middleware import stamp
+from sampo_ray.serve.middleware.auth import Access, KeyGuard
+from sampo_ray.serve.middleware.headers import Hardened
+from sampo_ray.serve.middleware.limits import MAX_IN_FLIGHT, Limited, Limits
 from sampo_ray.serve.policy_app import Answer, PolicyApp
-from sampo_ray.serve.run_view import RUN_ROUTES, RunRoutes
+from sampo_ray.serve.requests import bodies
+from sampo_ray.serve.requests.bodies import ChatCompletionRequest, CompletionRequest
+from sampo_ray.serve.routes.admin import ADMIN_ROUTES, AdminRoutes
+from sampo_ray.serve.routes.feedback import FEEDBACK_ROUTES, FeedbackRoutes, Keeper, draft_of
+from sampo_ray.serve.routes.page import PAGE_ROUTES, PageRoutes, Slash, load_assets
+from sampo_ray.serve.routes.run import RUN_ROUTES, RunRoutes
 
 ATTEMPTS = 4
 RETRY_PAUSE_S = 0.2

@@ -10,7 +10,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from sampo_ray.actors.policy_server import Origin
+from sampo_ray.actors.policy.server import Origin
 from sampo_ray.serve.errors import ApiError, ReplicaLost, from_policy, unavailable
 
 PATIENCE_S = 2.0

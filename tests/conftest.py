@@ -12,7 +12,7 @@ import pytest
 import yaml
 from hypothesis import settings
 
-from sampo_ray.batching import Pair
+from sampo_ray.training.batching import Pair
 
 settings.register_profile("default", deadline=None)  # a busy machine is no failure
 settings.load_profile("default")
@@ -42,7 +42,7 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of two layers and a byte-level tokenizer, as a Hugging Face folder."""
-    from sampo_ray.tiny import tiny_llama, tiny_tokenizer
+    from sampo_ray.console.tiny import tiny_llama, tiny_tokenizer
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tokenizer = tiny_tokenizer(TEXTS)
@@ -69,8 +69,8 @@ def random_pairs(
 
 def with_reference(policy: Any, pairs: list[Pair]) -> list[Pair]:
     """The pairs with the policy's own log-probs, each scored alone, as their reference's."""
-    from sampo_ray.batching import RowBudget
-    from sampo_ray.policy import score_pairs
+    from sampo_ray.config.rows import RowBudget
+    from sampo_ray.training.policy import score_pairs
 
     return score_pairs(policy, pairs, RowBudget(batch_size=1, tokens_per_row=1 << 20))
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from sampo_ray.actors.fleet import Fleet
-from sampo_ray.ahead import readied
-from sampo_ray.config import GeneratorsConfig
+from sampo_ray.config.fleet import GeneratorsConfig
+from sampo_ray.loop.ahead import readied
+from sampo_ray.loop.fleet import Fleet
 
 
 class Handle:
@@ -59,7 +59,7 @@ def test_nobody_is_called_where_all_run_anyway(settings: GeneratorsConfig, chang
 
 
 def test_they_are_called_when_the_training_lasts_no_longer_than_their_start_took(monkeypatch) -> None:
-    monkeypatch.setattr("sampo_ray.ahead.LOOK_S", 0.01)
+    monkeypatch.setattr("sampo_ray.loop.ahead.LOOK_S", 0.01)
     handle, training = Handle(), a_round()
     with readied(training, fleet(handle), []):
         training.seconds_left = 61.0
@@ -74,7 +74,7 @@ def test_they_are_called_when_the_training_lasts_no_longer_than_their_start_took
 
 @pytest.mark.parametrize("training", [a_round(mode="offline"), a_round(index=1)])
 def test_an_offline_and_a_last_round_have_nothing_to_make_ready(monkeypatch, training: Any) -> None:
-    monkeypatch.setattr("sampo_ray.ahead.LOOK_S", 0.01)
+    monkeypatch.setattr("sampo_ray.loop.ahead.LOOK_S", 0.01)
     handle, training.seconds_left = Handle(), 1.0
     with readied(training, fleet(handle), []):
         time.sleep(0.1)

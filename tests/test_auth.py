@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
-from sampo_ray.config import ServeConfig
-from sampo_ray.keys import Key, digest, render
-from sampo_ray.serve import auth, errors
-from sampo_ray.serve.auth import FRESH_S, Access, KeyGuard, KeysFile, is_admin, needed_scope, route_path
-from sampo_ray.serve.headers import HARDENING, Hardened
+from sampo_ray.config.keys import Key, digest, render
+from sampo_ray.config.serve import ServeConfig
+from sampo_ray.serve import errors
+from sampo_ray.serve.middleware import auth
+from sampo_ray.serve.middleware.auth import FRESH_S, Access, KeyGuard, KeysFile, is_admin, needed_scope, route_path
+from sampo_ray.serve.middleware.headers import HARDENING, Hardened
 
 KEYS = (SecretStr("one"), SecretStr("two words"))
 PATHS = (

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from sampo_ray.attention import block_mask, segment_attention, sight
-from sampo_ray.batching import ROW_MULTIPLE, RowBudget, assemble, lengths_of, plan_round, plan_rows, steps_in_round
+from sampo_ray.config.rows import RowBudget
+from sampo_ray.training.attention import block_mask, segment_attention, sight
+from sampo_ray.training.batching import ROW_MULTIPLE, assemble, lengths_of, plan_round, plan_rows, steps_in_round
 from tests.conftest import random_pairs
 
 budgets = st.builds(RowBudget, st.integers(1, 16), st.integers(16, 400), st.integers(1, 4))

@@ -5,13 +5,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sampo_ray.config import RunConfig
+from sampo_ray.config.losses import LOSSES
+from sampo_ray.config.profiles import resolve
+from sampo_ray.config.recipe import load_config
+from sampo_ray.config.run import RunConfig
 from sampo_ray.errors import ConfigError
-from sampo_ray.losses import LOSSES
-from sampo_ray.profiles import resolve
-from sampo_ray.recipe import load_config
-from sampo_ray.runs import dump_config
-from sampo_ray.validate import check_fit
+from sampo_ray.loop.validate import check_fit
+from sampo_ray.run.directory import dump_config
 
 MINIMAL = {"model": {"path": "m"}, "data": {"train": "d"}, "run": {"dir": "r"}}
 ONLINE = ["rounds.mode=online", "data.prompts=p", "reward.function=f.py:f"]

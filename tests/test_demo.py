@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from sampo_ray.chat import ChatFormat
-from sampo_ray.demo import (
+from sampo_ray.config.recipe import load_config
+from sampo_ray.console.demo_task import (
     ROWS,
     Answers,
     DemoAssets,
@@ -22,8 +22,8 @@ from sampo_ray.demo import (
     reward,
     summarise,
 )
-from sampo_ray.recipe import load_config
-from sampo_ray.rewards import load_function
+from sampo_ray.data.chat import ChatFormat
+from sampo_ray.data.rewards import load_function
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_the_reward_is_on_average_fond_of_right_answers_and_of_length() -> None:
 
 
 def test_a_run_loads_the_reward_by_its_name() -> None:
-    assert load_function("sampo_ray.demo:reward") is reward
+    assert load_function("sampo_ray.console.demo_task:reward") is reward
 
 
 def test_the_same_seed_writes_the_same_bytes(assets: DemoAssets, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_every_row_is_a_valid_configuration_of_one_program(name: str, assets: De
         "model": {"path": str(assets.model)},
         "data": {"train": str(assets.preferences), "prompts": str(assets.prompts), "max_length": 128},
         "rollout": {"max_tokens": 64},
-        "reward": {"function": "sampo_ray.demo:reward"},
+        "reward": {"function": "sampo_ray.console.demo_task:reward"},
         "run": {"dir": str(tmp_path)},
     }
     config = load_config(shared, ROWS[name])

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from sampo_ray.display import SECONDS_BETWEEN_LINES, LiveDisplay, PlainDisplay, duration, open_display
+from sampo_ray.config.recipe import load_config
 from sampo_ray.errors import ConfigError
-from sampo_ray.recipe import load_config
-from sampo_ray.runs import Place
-from sampo_ray.trackers import TRACKERS, check_trackers, open_trackers
+from sampo_ray.loop.display import SECONDS_BETWEEN_LINES, LiveDisplay, PlainDisplay, duration, open_display
+from sampo_ray.run.storage import Place
+from sampo_ray.run.trackers import TRACKERS, check_trackers, open_trackers
 
 STEP = {"loss": 0.5, "margin": 0.25, "accuracy": 0.75, "chosen_tokens": 100.2, "rejected_tokens": 120.0, "lr": 1e-6}
 
@@ -127,7 +127,7 @@ def test_tensorboard_files_land_in_the_run_directory(tmp_path, remote):
 
 
 def test_a_tracker_that_is_not_installed_is_refused_by_name(monkeypatch):
-    monkeypatch.setattr("sampo_ray.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("sampo_ray.run.trackers.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"run\.trackers: 'wandb' is not installed"):
         check_trackers(run_config("run.trackers=[wandb]"))
 
@@ -138,7 +138,7 @@ def test_a_tracker_that_cannot_be_opened_says_why_in_one_line(tmp_path, monkeypa
         raise RuntimeError("no login\nand much more")
         yield
 
-    monkeypatch.setattr("sampo_ray.trackers.check_trackers", lambda config: None)
+    monkeypatch.setattr("sampo_ray.run.trackers.check_trackers", lambda config: None)
     monkeypatch.setitem(TRACKERS, "wandb", refuses)
     with (
         pytest.raises(ConfigError, match=r"^run\.trackers: wandb cannot be opened: no login$"),

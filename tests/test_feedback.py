@@ -15,15 +15,16 @@ from pydantic import ValidationError
 from ray.serve.llm.openai_api_models import ChatCompletionRequest
 from typer.testing import CliRunner
 
-from sampo_ray.actors.weights import WeightsId
-from sampo_ray.cli import app as cli
-from sampo_ray.config import FeedbackConfig
-from sampo_ray.feedback import Answer, FeedbackError, Judgement, Vote, pairs_from, read_votes, vote_of
-from sampo_ray.preferences import read_rows
-from sampo_ray.runs import Place
+from sampo_ray.config.serve import FeedbackConfig
+from sampo_ray.console.main import app as cli
+from sampo_ray.data.preferences import read_rows
+from sampo_ray.errors import FeedbackError
+from sampo_ray.run.feedback import Answer, Judgement, Vote, pairs_from, read_votes, vote_of
+from sampo_ray.run.storage import Place
+from sampo_ray.run.version_folders import WeightsId
 from sampo_ray.serve import errors
 from sampo_ray.serve.errors import ApiError
-from sampo_ray.serve.feedback import Draft, FeedbackRoutes, Keeper, draft_of
+from sampo_ray.serve.routes.feedback import Draft, FeedbackRoutes, Keeper, draft_of
 
 ASK = [{"role": "user", "content": "Is it?"}]
 OTHER = [{"role": "user", "content": "Why?"}]
@@ -255,7 +256,7 @@ def test_a_streamed_answer_knows_its_versions_and_whether_the_policy_ended_it():
     ],
 )  # fmt: skip
 def test_only_answers_that_a_pair_could_be_made_of_are_kept(change, kept):
-    from sampo_ray.serve.bodies import _validated
+    from sampo_ray.serve.requests.bodies import _validated
 
     request = _validated({"model": "policy", "messages": ASK, **change}, ChatCompletionRequest)
     draft = draft_of(request, WeightsId("r", 1))
@@ -385,7 +386,7 @@ def test_a_folder_that_cannot_be_written_is_a_503_and_answers_wait(keeping, monk
 
 
 def test_votes_are_exported_as_preference_data(tmp_path):
-    from sampo_ray.feedback import votes_journal
+    from sampo_ray.run.feedback import votes_journal
 
     run, out = tmp_path / "run", tmp_path / "out.jsonl"
     assert CliRunner().invoke(cli, ["feedback", "export", str(run), str(out)]).exit_code == 1
@@ -398,10 +399,10 @@ def test_votes_are_exported_as_preference_data(tmp_path):
 
 
 def test_a_round_takes_the_votes_that_no_earlier_one_used_and_takes_them_again_if_it_was_cut_off(tmp_path, tiny_model):
-    from sampo_ray.actors.stages import _paired_votes
-    from sampo_ray.chat import ChatFormat
-    from sampo_ray.config import DataConfig
-    from sampo_ray.feedback import votes_journal
+    from sampo_ray.config.data import DataConfig
+    from sampo_ray.data.chat import ChatFormat
+    from sampo_ray.loop.stages import _paired_votes
+    from sampo_ray.run.feedback import votes_journal
 
     run, chat = Place(str(tmp_path)), ChatFormat.load(tiny_model, "llama3-sampo")
     chat.save(tmp_path / "tokenizer")
@@ -430,12 +431,12 @@ def test_a_round_takes_the_votes_that_no_earlier_one_used_and_takes_them_again_i
 
 @pytest.mark.parametrize(("data", "said"), [("all", 0), ("all", 5), ("split", 5)])
 def test_pairs_from_feedback_come_on_top_of_the_round_s_own(tmp_path, monkeypatch, data, said):
-    from sampo_ray.actors import stages
-    from sampo_ray.actors.blocks import Part
-    from sampo_ray.display import open_display
-    from sampo_ray.recipe import load_config
-    from sampo_ray.rounds import Round
-    from sampo_ray.runs import create_run
+    from sampo_ray.config.recipe import load_config
+    from sampo_ray.loop import stages
+    from sampo_ray.loop.display import open_display
+    from sampo_ray.loop.rounds import Round
+    from sampo_ray.run.directory import create_run
+    from sampo_ray.run.parts import Part
 
     tree = {"model": {"path": "m"}, "data": {"train": "d"}, "rounds": {"data": data, "count": 3}, "run": {"dir": ""}}
     orders = []

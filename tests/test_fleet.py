@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from sampo_ray.actors.blocks import Part
-from sampo_ray.actors.fleet import applications, last_words
-from sampo_ray.recipe import load_config
-from sampo_ray.rounds import Round
-from sampo_ray.runs import create_run
+from sampo_ray.config.recipe import load_config
+from sampo_ray.loop.fleet import applications, last_words
+from sampo_ray.loop.rounds import Round
+from sampo_ray.run.directory import create_run
+from sampo_ray.run.parts import Part
 from tests.test_rounds import QuietDisplay
 
 REPORT = """Deploying application r1-policy failed: Failed to update the deployments ['policy'].

@@ -17,18 +17,20 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.llm.ingress import OpenAiIngress
 
-from sampo_ray.actors.policy_server import Origin
-from sampo_ray.actors.weights import WeightsId
-from sampo_ray.config import ServeConfig
-from sampo_ray.serve import bodies, errors
-from sampo_ray.serve.auth import Access, KeyGuard
-from sampo_ray.serve.bodies import ChatCompletionRequest, CompletionRequest
+from sampo_ray.actors.policy.server import Origin
+from sampo_ray.config.serve import ServeConfig
+from sampo_ray.errors import EndpointError
+from sampo_ray.run.version_folders import WeightsId
+from sampo_ray.serve import errors
 from sampo_ray.serve.catalogue import Target
-from sampo_ray.serve.endpoint import EndpointError, base_url, check_port, free_port
+from sampo_ray.serve.endpoint import base_url, check_port, free_port
 from sampo_ray.serve.errors import ApiError
 from sampo_ray.serve.gateway import PolicyIngress, _stream
+from sampo_ray.serve.middleware.auth import Access, KeyGuard
+from sampo_ray.serve.middleware.stamp import Stamp
 from sampo_ray.serve.policy_app import PolicyApp
-from sampo_ray.serve.stamp import Stamp
+from sampo_ray.serve.requests import bodies
+from sampo_ray.serve.requests.bodies import ChatCompletionRequest, CompletionRequest
 
 KEYS = (SecretStr("one"), SecretStr("two words"))
 

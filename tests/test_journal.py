@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sampo_ray.journal import MERGE_AT, Journal
-from sampo_ray.runs import Place
+from sampo_ray.run.journal import MERGE_AT, Journal
+from sampo_ray.run.storage import Place
 
 
 def record(key, when, text=""):

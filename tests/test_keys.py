@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from sampo_ray.cli import app
-from sampo_ray.errors import ConfigError
-from sampo_ray.keys import Key, KeysError, digest, new_key, parse, render
-from sampo_ray.validate import check_keys_file
+from sampo_ray.config.keys import Key, digest, new_key, parse, render
+from sampo_ray.console.main import app
+from sampo_ray.errors import ConfigError, KeysError
+from sampo_ray.loop.validate import check_keys_file
 
 SECRET = "sampo-this-must-not-appear"
 ENTRIES = st.lists(

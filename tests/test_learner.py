@@ -15,15 +15,18 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from sampo_ray.actors.adapters import about_adapters, merging, write_adapters
-from sampo_ray.actors.weights import unpack, write_version
-from sampo_ray.batching import RowBudget, Step, assemble, lengths_of, plan_round
-from sampo_ray.config import RunConfig
+from sampo_ray.actors.policy.adapters import merging
+from sampo_ray.config.rows import RowBudget
+from sampo_ray.config.run import RunConfig
 from sampo_ray.errors import TrainingError
-from sampo_ray.learner import write_universal
-from sampo_ray.objective import METRICS, Draw
-from sampo_ray.policy import load_policy
-from sampo_ray.step import MasterWeights, train_step
+from sampo_ray.run.adapter_files import about_adapters, write_adapters
+from sampo_ray.run.buckets import unpack
+from sampo_ray.run.version_files import write_version
+from sampo_ray.training.batching import Step, assemble, lengths_of, plan_round
+from sampo_ray.training.learner import write_universal
+from sampo_ray.training.objective import METRICS, Draw
+from sampo_ray.training.policy import load_policy
+from sampo_ray.training.step import MasterWeights, train_step
 
 from .conftest import random_pairs, with_reference
 from .test_losses import without_reference
@@ -70,7 +73,7 @@ OURS = ("not_a_number", "infinite", "steep")
 
 
 def make(tiny_model, loss: str, reduction: str = "sum", lora: dict | None = None, **trainer):
-    from sampo_ray.learner import Learner
+    from sampo_ray.training.learner import Learner
 
     config = RunConfig.model_validate(
         {

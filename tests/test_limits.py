@@ -16,12 +16,14 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from sampo_ray.config import ServeConfig
-from sampo_ray.serve import bodies, constraints, errors, limits
-from sampo_ray.serve.auth import Access, KeyGuard
-from sampo_ray.serve.bodies import ChatCompletionRequest, CompletionRequest
+from sampo_ray.config.serve import ServeConfig
+from sampo_ray.serve import errors
 from sampo_ray.serve.errors import ApiError
-from sampo_ray.serve.limits import Bucket, Limited, Limits, Meter
+from sampo_ray.serve.middleware import limits
+from sampo_ray.serve.middleware.auth import Access, KeyGuard
+from sampo_ray.serve.middleware.limits import Bucket, Limited, Limits, Meter
+from sampo_ray.serve.requests import bodies, constraints
+from sampo_ray.serve.requests.bodies import ChatCompletionRequest, CompletionRequest
 
 
 class Clock:

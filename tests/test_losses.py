@@ -13,15 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from sampo_ray.batching import Pair, assemble
-from sampo_ray.config import MethodConfig
+from sampo_ray.config.losses import LOSSES, LossSettings, PreferenceLoss
+from sampo_ray.config.method import MethodConfig
+from sampo_ray.config.recipe import load_config
 from sampo_ray.errors import ConfigError
-from sampo_ray.losses import LOSSES, LossSettings, Objective, PreferenceLoss, ScoredPairs, Statistics
-from sampo_ray.objective import METRICS, Draw, row_losses, row_positions
-from sampo_ray.policy import Policy, load_policy
-from sampo_ray.recipe import load_config
-from sampo_ray.reduction import REDUCTIONS, MaskKey, reduce_pairs, sampled_positions
-from sampo_ray.runs import Checkpoint
+from sampo_ray.run.manifest import Checkpoint
+from sampo_ray.training.batching import Pair, assemble
+from sampo_ray.training.losses import ScoredPairs, evaluate, sigmoid
+from sampo_ray.training.objective import METRICS, Draw, Objective, objective_of, row_losses, row_positions
+from sampo_ray.training.policy import Policy, load_policy
+from sampo_ray.training.reduction import REDUCTIONS, MaskKey, reduce_pairs, sampled_positions
+from sampo_ray.training.statistics import Statistics
 from tests.conftest import random_pairs, with_reference
 from tests.test_method import ALPHA, naive_reduction
 
@@ -32,7 +34,7 @@ COMBINED = [(loss, reduction) for loss in LOSSES for reduction in LOSSES[loss].r
 
 def method_of(loss: str, reduction: str | None = None, **settings: float) -> Objective:
     alpha = ALPHA if reduction == "ld" else None
-    return MethodConfig(loss=loss, reduction=reduction, alpha=alpha, **settings).objective
+    return objective_of(MethodConfig(loss=loss, reduction=reduction, alpha=alpha, **settings))
 
 
 # --- the losses, in fp64, pair by pair and token by token as their papers write them
@@ -104,7 +106,7 @@ def family_loss(method, policy, reference, lengths, before):
     chosen = torch.stack([pair[0].mean() for pair in policy])
     apart = [torch.stack(side) for side in zip(*map(made_up_divergences, policy, reference), strict=True)]
     scored = ScoredPairs(ratios, tokens[:, 0], tokens[:, 1], chosen, None, *apart)
-    return loss(scored, method.settings, before)
+    return evaluate(loss, scored, method.settings, before)
 
 
 def made_up_divergences(pair, reference):
@@ -155,7 +157,8 @@ def test_a_pair_s_loss_does_not_depend_on_the_order_of_the_batch(loss, reduction
 def test_orpo_of_a_response_of_probability_one_has_a_finite_loss_and_gradient():
     chosen = torch.zeros(1, requires_grad=True)
     ratios = reduce_pairs(REDUCTIONS["mean"], [chosen], [torch.full((3,), -1.0)], [(1, 3)])
-    loss = LOSSES["orpo"](ScoredPairs(ratios, torch.ones(1), torch.full((1,), 3.0)), LossSettings(beta=0.1), START)
+    scored = ScoredPairs(ratios, torch.ones(1), torch.full((1,), 3.0))
+    loss = evaluate(LOSSES["orpo"], scored, LossSettings(beta=0.1), START)
     loss.sum().backward()
     assert loss.isfinite().all() and chosen.grad.isfinite().all()
 
@@ -271,7 +274,7 @@ def test_logits_are_computed_only_at_the_positions_that_the_loss_asks_for(
 
     def watched(pairs, settings):
         seen.append(pairs)
-        return LOSSES["sigmoid"].function(pairs, settings)
+        return sigmoid(pairs, settings)
 
     monkeypatch.setitem(LOSSES, "watched", PreferenceLoss(watched, positions=positions))
     pairs, row, method = referenced, assemble(referenced), method_of("watched")
@@ -384,11 +387,12 @@ def test_defaults_are_those_of_the_loss_and_survive_being_written():
     for name in LOSSES:
         method = MethodConfig(loss=name)
         assert MethodConfig.model_validate(method.model_dump()) == method
-    assert MethodConfig(loss="simpo", beta=2, margin=0).objective.settings == LossSettings(beta=2.0)
+    assert objective_of(MethodConfig(loss="simpo", beta=2, margin=0)).settings == LossSettings(beta=2.0)
 
 
 OWN = """
-from sampo_ray.losses import PreferenceLoss, sigmoid
+from sampo_ray.config.losses import PreferenceLoss
+from sampo_ray.training.losses import sigmoid
 
 def mine(pairs, settings):
     return settings.beta * -pairs.ratios.delta

@@ -18,7 +18,8 @@ import torch
 from ray import serve
 from transformers import AutoModelForCausalLM
 
-from sampo_ray.config import GeneratorsConfig, ServeConfig
+from sampo_ray.config.fleet import GeneratorsConfig
+from sampo_ray.config.serve import ServeConfig
 
 logger = logging.getLogger(__name__)
 pytestmark = pytest.mark.slow
@@ -37,7 +38,7 @@ class Live:
     newest: int = 0
 
     def publish(self) -> int:
-        from sampo_ray.actors.weight_store import publish_version
+        from sampo_ray.actors.weights.store import publish_version
 
         self.newest += 1
         model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.bfloat16)
@@ -106,11 +107,11 @@ class Client(threading.Thread):
 
 @pytest.fixture(scope="module")
 def live(own_serve: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    from sampo_ray.actors.policy_deployment import policy_deployment
-    from sampo_ray.actors.policy_server import Source
-    from sampo_ray.actors.weight_store import start_weight_store
-    from sampo_ray.actors.weights import write_version
-    from sampo_ray.chat import ChatFormat
+    from sampo_ray.actors.policy.deployment import policy_deployment
+    from sampo_ray.actors.policy.server import Source
+    from sampo_ray.actors.weights.store import start_weight_store
+    from sampo_ray.data.chat import ChatFormat
+    from sampo_ray.run.version_files import write_version
     from sampo_ray.serve.endpoint import free_port, start_endpoint, start_serve, stop_endpoint
 
     run = tmp_path_factory.mktemp("lossless")

@@ -13,13 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
-from sampo_ray.batching import RowBudget, assemble
-from sampo_ray.config import MethodConfig
-from sampo_ray.logprobs import Tile, token_comparisons, token_logprobs
-from sampo_ray.losses import Statistics
-from sampo_ray.objective import Draw, Sampled, row_losses
-from sampo_ray.policy import every_token, load_policy, pair_logprobs, score_pairs
-from sampo_ray.reduction import REDUCTIONS, MaskKey, all_positions, reduce_pairs, sampled_positions
+from sampo_ray.config.method import MethodConfig
+from sampo_ray.config.rows import RowBudget
+from sampo_ray.training.batching import assemble
+from sampo_ray.training.logprobs import Tile, token_comparisons, token_logprobs
+from sampo_ray.training.objective import Draw, Sampled, objective_of, row_losses
+from sampo_ray.training.policy import every_token, load_policy, pair_logprobs, score_pairs
+from sampo_ray.training.reduction import REDUCTIONS, MaskKey, all_positions, reduce_pairs, sampled_positions
+from sampo_ray.training.statistics import Statistics
 from tests.conftest import random_pairs, with_reference
 
 DRAW = Draw(seed=1, round=0, epoch=0)
@@ -236,7 +237,7 @@ def test_a_pair_s_loss_does_not_depend_on_what_shares_its_row_or_its_prompt(poli
     pairs = with_reference(policy, random_pairs(8, seed=5, prompts=prompts))
     falling = np.arange(99, dtype=np.float32) / 10
     pairs = [replace(pair, chosen_ref=pair.chosen_ref - falling[: len(pair.chosen)]) for pair in pairs]
-    method = MethodConfig(reduction="sample").objective
+    method = objective_of(MethodConfig(reduction="sample"))
     together, _ = row_losses(policy, assemble(pairs), pairs, method, DRAW, Statistics())
     shuffled = [pairs[i] for i in (3, 1, 7, 0)]
     apart, _ = row_losses(policy, assemble(shuffled), shuffled, method, DRAW, Statistics())
@@ -264,7 +265,7 @@ def test_checkpointing_computes_again_what_it_should(tiny_model, how, again):
 
 
 def test_a_reference_that_is_asked_for_sampled_tokens_has_their_bits(policy):
-    pairs, method, epochs = random_pairs(8, seed=9, longest=60), MethodConfig().objective, 2
+    pairs, method, epochs = random_pairs(8, seed=9, longest=60), objective_of(MethodConfig()), 2
     every = score_pairs(policy, pairs, RowBudget(4, 256))
     some = score_pairs(policy, pairs, RowBudget(4, 256), Sampled(method, DRAW.seed, DRAW.round, epochs))
     left_out = 0
@@ -286,7 +287,7 @@ def test_the_gradient_is_that_of_a_naive_computation(tiny_model, loss):
     """
     policy = load_policy(tiny_model).double()
     pairs = with_reference(load_policy(tiny_model), random_pairs(4, seed=7, prompts=3))
-    method = MethodConfig(loss=loss, beta=0.3).objective
+    method = objective_of(MethodConfig(loss=loss, beta=0.3))
     losses, _ = row_losses(policy, assemble(pairs), pairs, method, DRAW, Statistics())
     losses.mean().backward()
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64, attn_implementation="eager")

@@ -14,7 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from sampo_ray.recipe import load_config
+from sampo_ray.config.recipe import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 LINKED = ("actors", "cluster", "serve")
@@ -38,13 +38,16 @@ import sys
 for name in ("ray", "vllm", "deepspeed", "pyarrow", "pydantic", "jaxtyping", "peft", "typer", "rich", "datasets"):
     sys.modules[name] = None
 import numpy as np
-from sampo_ray.batching import Pair, RowBudget, lengths_of, plan_round
-from sampo_ray.learner import Learner
-from sampo_ray.losses import LOSSES, LossSettings, Objective, Statistics
-from sampo_ray.objective import Draw
-from sampo_ray.policy import load_policy, score_pairs
-from sampo_ray.reduction import REDUCTIONS
-from sampo_ray.step import MasterWeights, train_step
+from sampo_ray.training.batching import Pair, lengths_of, plan_round
+from sampo_ray.config.rows import RowBudget
+from sampo_ray.training.learner import Learner
+from sampo_ray.config.losses import LOSSES, LossSettings
+from sampo_ray.training.objective import Objective
+from sampo_ray.training.statistics import Statistics
+from sampo_ray.training.objective import Draw
+from sampo_ray.training.policy import load_policy, score_pairs
+from sampo_ray.training.reduction import REDUCTIONS
+from sampo_ray.training.step import MasterWeights, train_step
 
 tokens, budget = np.arange(5, 25, dtype=np.int32), RowBudget(2, 256)
 pairs = [Pair(f"{i}", tokens[:4], tokens[i:9], tokens[i:]) for i in (4, 6)]
@@ -128,7 +131,7 @@ def test_an_sdist_makes_a_wheel_with_every_module_once(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if ".dist-info/" not in name]
         assert (
-            "sampo = sampo_ray.cli:main"
+            "sampo = sampo_ray.console.main:main"
             in archive.read(next(name for name in archive.namelist() if name.endswith("entry_points.txt"))).decode()
         )
     own = {f"sampo_ray/{file.name}" for file in (ROOT / "sampo_ray").glob("*.py")}
@@ -141,7 +144,7 @@ def test_an_sdist_makes_a_wheel_with_every_module_once(wheel):
 @pytest.mark.slow
 def test_the_wheel_imports_without_the_source_tree(wheel, tmp_path):
     run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(tmp_path / "site"), str(wheel))
-    imports = "sampo_ray.actors.weights, sampo_ray.serve.auth, sampo_ray.cluster.submit"
+    imports = "sampo_ray.actors.weights.store, sampo_ray.serve.middleware.auth, sampo_ray.cluster.submit"
     show = "print(sampo_ray.__path__, sampo_ray.actors.__path__)"
     code = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); import {imports}; {show}"
     found = re.findall(r"'([^']+)'", run(sys.executable, "-I", "-c", code, cwd=tmp_path))

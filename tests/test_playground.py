@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from ray.serve._private.thirdparty.get_asgi_route_name import extract_route_patterns
 
 from sampo_ray.serve import errors
-from sampo_ray.serve.playground import PAGE_ROUTES, PageRoutes, Slash, load_assets
+from sampo_ray.serve.routes.page import PAGE_ROUTES, PageRoutes, Slash, load_assets
 
 
 def served(path: str, prefix: str = "") -> httpx.Response:

@@ -22,29 +22,26 @@ from ray import serve
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 from transformers import AutoTokenizer
 
-from sampo_ray.actors import broadcast, policy_server
-from sampo_ray.actors.adapters import about_adapters, merging
-from sampo_ray.actors.policy_deployment import policy_deployment
-from sampo_ray.actors.policy_server import Held, Origin, PolicyServer, Source
-from sampo_ray.actors.replica import Door, State
-from sampo_ray.actors.roll import Member
-from sampo_ray.actors.sending import Sender, start_sender
-from sampo_ray.actors.transport import digest
-from sampo_ray.actors.weight_store import publish_adapters, publish_version, start_weight_store
-from sampo_ray.actors.weights import (
-    Weights,
-    WeightsError,
-    WeightsId,
-    joined,
-    put,
-    read_version,
-    unpack,
-    version_folder,
-    write_version,
-)
-from sampo_ray.chat import ChatFormat
-from sampo_ray.config import GeneratorsConfig, LoraConfig
-from sampo_ray.tiny import tiny_llama
+from sampo_ray.actors.policy import server as policy_server
+from sampo_ray.actors.policy.adapters import merging
+from sampo_ray.actors.policy.deployment import policy_deployment
+from sampo_ray.actors.policy.lifecycle import Door, State
+from sampo_ray.actors.policy.server import Held, Origin, PolicyServer, Source
+from sampo_ray.actors.transfer import broadcast
+from sampo_ray.actors.transfer.roll import Member
+from sampo_ray.actors.transfer.sending import Sender, start_sender
+from sampo_ray.actors.transfer.transport import digest
+from sampo_ray.actors.weights.handout import Weights, put
+from sampo_ray.actors.weights.store import publish_adapters, publish_version, start_weight_store
+from sampo_ray.config.fleet import GeneratorsConfig
+from sampo_ray.config.model import LoraConfig
+from sampo_ray.console.tiny import tiny_llama
+from sampo_ray.data.chat import ChatFormat
+from sampo_ray.errors import WeightsError
+from sampo_ray.run.adapter_files import about_adapters
+from sampo_ray.run.buckets import joined, unpack
+from sampo_ray.run.version_files import read_version, write_version
+from sampo_ray.run.version_folders import WeightsId, version_folder
 from tests.conftest import assert_greedy
 
 LONG = "What is two plus three? The answer is five. " * 14  # more than one block of the prefix cache (128 tokens)
@@ -278,7 +275,7 @@ def test_adapters_answer_merged_into_the_weights_that_they_belong_to(policy: Pol
 
 @pytest.mark.slow
 def test_weights_come_by_broadcast_while_answers_are_given(policy: Policy, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "sampo_ray.actors.sending")
+    caplog.set_level("INFO", "sampo_ray.actors.transfer.sending")
     sender = start_sender("broadcast", policy.store, torch.device("cpu"))
     assert sender is not None
     policy.publish(seed=1)
@@ -298,14 +295,14 @@ def test_weights_come_by_broadcast_while_answers_are_given(policy: Policy, caplo
 
 def sendings(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What the sender said of each version."""
-    said = [record.getMessage() for record in caplog.records if record.name == "sampo_ray.actors.sending"]
+    said = [record.getMessage() for record in caplog.records if record.name == "sampo_ray.actors.transfer.sending"]
     return [message.split(": ")[0].split(" to ")[0] for message in said]
 
 
 RECEIVES = """
 import json, sys, time, torch
-from sampo_ray.actors.broadcast import BroadcastIncoming
-from sampo_ray.actors.roll import Ticket
+from sampo_ray.actors.transfer.broadcast import BroadcastIncoming
+from sampo_ray.actors.transfer.roll import Ticket
 side = BroadcastIncoming(torch.device("cpu"))
 print("ready", flush=True)
 ticket, places = json.loads(sys.stdin.readline())
@@ -318,7 +315,7 @@ side.receive(Ticket(**ticket), ticket["rank"], buffers, time.monotonic() + 20)
 def test_a_member_killed_in_mid_broadcast_leaves_the_replica_to_the_host_path(
     policy: Policy, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caplog.set_level("INFO", "sampo_ray.actors.sending")
+    caplog.set_level("INFO", "sampo_ray.actors.transfer.sending")
     sender = start_sender("broadcast", policy.store, torch.device("cpu"))
     assert sender is not None
     doomed, coming = Member("doomed", 1, "training"), WeightsId("run", policy.version + 10)

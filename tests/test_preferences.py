@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sampo_ray import preferences
-from sampo_ray.chat import ChatFormat
-from sampo_ray.config import DataConfig
-from sampo_ray.preferences import (
+from sampo_ray.config.data import DataConfig
+from sampo_ray.data import preferences
+from sampo_ray.data.chat import ChatFormat
+from sampo_ray.data.preferences import (
     PAIRS,
     PROMPTS,
     SCORES,

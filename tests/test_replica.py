@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from sampo_ray.actors.policy_server import sampling_params, tokens_by_choice, versions_chunk
-from sampo_ray.actors.replica import Door, Event, State, after
+from sampo_ray.actors.policy.lifecycle import Door, Event, State, after
+from sampo_ray.actors.policy.server import sampling_params, tokens_by_choice, versions_chunk
 
 
 def test_a_draw_is_seeded_by_run_seed_prompt_and_sample_alone() -> None:

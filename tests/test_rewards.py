@@ -5,20 +5,13 @@ import pyarrow as pa
 import pytest
 import torch
 
-from sampo_ray.actors.reward import RewardWorker, build_reward_app
-from sampo_ray.chat import ChatFormat
-from sampo_ray.config import FleetConfig, RewardConfig
-from sampo_ray.errors import ConfigError
-from sampo_ray.preferences import SCORES
-from sampo_ray.rewards import (
-    RewardError,
-    RewardModel,
-    check_reward,
-    columns_of,
-    function_source,
-    load_function,
-    score,
-)
+from sampo_ray.actors.scoring.reward import RewardWorker, build_reward_app
+from sampo_ray.config.fleet import FleetConfig
+from sampo_ray.config.rollout import RewardConfig
+from sampo_ray.data.chat import ChatFormat
+from sampo_ray.data.preferences import SCORES
+from sampo_ray.data.rewards import RewardModel, check_reward, columns_of, function_source, load_function, score
+from sampo_ray.errors import ConfigError, RewardError
 
 PROMPTS = [[{"role": "user", "content": "What is 2+2?"}], [{"role": "user", "content": "Why? " * 100}]]
 FILE = """

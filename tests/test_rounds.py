@@ -11,9 +11,10 @@ import psutil
 import pyarrow as pa
 import pytest
 
-from sampo_ray.profiles import resolve
-from sampo_ray.recipe import load_config
-from sampo_ray.runs import Place, Run, create_run
+from sampo_ray.config.profiles import resolve
+from sampo_ray.config.recipe import load_config
+from sampo_ray.run.directory import Run, create_run
+from sampo_ray.run.storage import Place
 from tests.conftest import assert_greedy
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def new_run(folder: Path, tiny_model: Path, *overrides: str) -> Run:
 
 @pytest.fixture(scope="module")
 def fleet(own_serve, tiny_model, tmp_path_factory):
-    from sampo_ray.actors.fleet import open_fleet
+    from sampo_ray.loop.fleet import open_fleet
 
     with open_fleet(new_run(tmp_path_factory.mktemp("fleet"), tiny_model)) as fleet:
         yield fleet
@@ -131,8 +132,8 @@ def test_pairs_hold_the_sampled_ids_and_never_choose_an_unfinished_completion(fi
 
 
 def test_feedback_on_answers_is_trained_on_in_the_next_round_and_only_there(finished, tmp_path):
-    from sampo_ray.actors import stages
-    from sampo_ray.chat import ChatFormat
+    from sampo_ray.data.chat import ChatFormat
+    from sampo_ray.loop import stages
 
     run, client = finished
     first, second = (run.manifest.rounds[index].stages["feedback"] for index in range(2))
@@ -243,7 +244,7 @@ def sampo(*arguments: object) -> str:
     """The first line that a command says, up to "for it" or the line's end."""
     from typer.testing import CliRunner
 
-    from sampo_ray.cli import app
+    from sampo_ray.console.main import app
 
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
@@ -318,8 +319,8 @@ def fleet_shares(fleet, version: int) -> bool:
 
 
 def test_within_its_rounds_a_run_with_adapters_publishes_these_alone(fleet, tiny_model, tmp_path):
-    from sampo_ray.actors.weights import complete_versions, read_about, version_folder
     from sampo_ray.iterate import iterate
+    from sampo_ray.run.version_folders import complete_versions, read_about, version_folder
 
     run = new_run(tmp_path, tiny_model, "model.lora.rank=4", "rounds.count=1", "optim.batch_size=2")
     iterate(run, fleet, QuietDisplay())
@@ -342,7 +343,7 @@ def test_within_its_rounds_a_run_with_adapters_publishes_these_alone(fleet, tiny
 
 def test_a_version_that_fails_its_checks_is_listed_and_never_goes_live(fleet, tiny_model, tmp_path):
     from sampo_ray.iterate import iterate
-    from sampo_ray.versions import read_serving
+    from sampo_ray.run.versions import read_serving
 
     overrides = "rounds.count=1", "rollout.prompts=16", "publish.every_steps=50"
     run = new_run(tmp_path, tiny_model, *overrides, "serve.gates.finite=true", "serve.gates.max_mean_tokens=1.5")

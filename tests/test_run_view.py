@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sampo_ray.runs import Manifest, Place, RoundRecord
-from sampo_ray.serve import run_view
+from sampo_ray.run.manifest import Manifest, RoundRecord
+from sampo_ray.run.status import Activity, Status, StatusFile, read_status
+from sampo_ray.run.storage import Place
 from sampo_ray.serve.errors import ApiError
-from sampo_ray.serve.run_view import POINTS, STEPS, RunRoutes, columns, view
-from sampo_ray.status import Activity, Status, StatusFile, read_status
+from sampo_ray.serve.routes import run as run_view
+from sampo_ray.serve.routes.run import POINTS, STEPS, RunRoutes, columns, view
 
 TRAINING = Activity(name="train", done=3, total=16, unit="steps", seconds=2.0, rate=1.5)
 

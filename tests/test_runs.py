@@ -8,9 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sampo_ray.config.recipe import load_config
 from sampo_ray.errors import ConfigError
-from sampo_ray.recipe import load_config
-from sampo_ray.runs import Checkpoint, Manifest, Place, RoundRecord, create_run, exclusive, open_run
+from sampo_ray.run.directory import create_run, open_run
+from sampo_ray.run.lock import exclusive
+from sampo_ray.run.manifest import Checkpoint, Manifest, RoundRecord
+from sampo_ray.run.storage import Place
 
 
 def new_run(folder):

@@ -13,10 +13,12 @@ from torch import nn
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 
-from sampo_ray.actors import spare_weights, weight_transfer
-from sampo_ray.actors.spare_weights import SpareWeights, chunks, touched
-from sampo_ray.actors.weight_transfer import staged
-from sampo_ray.actors.weights import TensorSpec, WeightsError, pack, views
+from sampo_ray.actors.transfer import backend as weight_transfer
+from sampo_ray.actors.transfer import spare_weights
+from sampo_ray.actors.transfer.backend import staged
+from sampo_ray.actors.transfer.spare_weights import SpareWeights, chunks, touched
+from sampo_ray.errors import WeightsError
+from sampo_ray.run.buckets import TensorSpec, pack, views
 
 
 class Packing(QuantizeMethodBase):

@@ -16,21 +16,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sampo_ray.actors import broadcast, cuda_ipc
-from sampo_ray.actors.broadcast import BroadcastIncoming, BroadcastOutgoing
-from sampo_ray.actors.receiving import Receiver, Reception
-from sampo_ray.actors.roll import Roll, Ticket
-from sampo_ray.actors.sending import Sender
-from sampo_ray.actors.transport import digest
-from sampo_ray.actors.weights import TensorSpec, Weights, WeightsId, joined, pack, views
+from sampo_ray.actors.transfer import broadcast, cuda_ipc
+from sampo_ray.actors.transfer.broadcast import BroadcastIncoming, BroadcastOutgoing
+from sampo_ray.actors.transfer.receiving import Receiver, Reception
+from sampo_ray.actors.transfer.roll import Roll, Ticket
+from sampo_ray.actors.transfer.sending import Sender
+from sampo_ray.actors.transfer.transport import digest
+from sampo_ray.actors.weights.handout import Weights
+from sampo_ray.run.buckets import TensorSpec, joined, pack, views
+from sampo_ray.run.version_folders import WeightsId
 
 CPU = torch.device("cpu")
 LARGE = 16_000_000
 """Numbers of a tensor whose bytes no socket holds."""
 JOINS_AND_STOPS = """
 import json, sys, time, torch
-from sampo_ray.actors.broadcast import BroadcastIncoming
-from sampo_ray.actors.roll import Ticket
+from sampo_ray.actors.transfer.broadcast import BroadcastIncoming
+from sampo_ray.actors.transfer.roll import Ticket
 side = BroadcastIncoming(torch.device("cpu"))
 side._join(Ticket(**json.loads(sys.argv[1])), int(sys.argv[2]), time.monotonic() + 60)
 print("joined", flush=True)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sampo_ray.losses import Statistics
+from sampo_ray.training.statistics import Statistics
 from tests.test_losses import ALPHA, START, family_loss, method_of, random_tokens
 
 trl = pytest.importorskip("trl")

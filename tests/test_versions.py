@@ -8,16 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from sampo_ray import versions
-from sampo_ray.actors.gate import Probe, judge, win_rate
-from sampo_ray.actors.pinned import adapter_ranks, pinned_app
-from sampo_ray.actors.weights import version_folder
-from sampo_ray.config import GatesConfig, ServeConfig
-from sampo_ray.errors import ConfigError
-from sampo_ray.recipe import load_config
-from sampo_ray.runs import Place, create_run, lineage, read_serve_config
-from sampo_ray.versions import Adapter, Serving, VersionError
-from sampo_ray.versions_cli import rank_of
+from sampo_ray.actors.weights.gate import Probe, judge, win_rate
+from sampo_ray.actors.weights.pinned import adapter_ranks, pinned_app
+from sampo_ray.config.recipe import load_config
+from sampo_ray.config.serve import GatesConfig, ServeConfig
+from sampo_ray.console.versions import rank_of
+from sampo_ray.errors import ConfigError, VersionError
+from sampo_ray.run import versions
+from sampo_ray.run.directory import create_run, read_serve_config
+from sampo_ray.run.manifest import lineage
+from sampo_ray.run.storage import Place
+from sampo_ray.run.version_folders import version_folder
+from sampo_ray.run.versions import Adapter, Serving
 
 ABOUTS = {
     0: {"round": 0, "step": 0},
@@ -196,7 +198,7 @@ def test_the_state_is_a_file_and_edits_of_several_do_not_get_lost(tmp_path):
 
 
 def test_the_command_line_changes_and_shows_it(tmp_path):
-    from sampo_ray.cli import app
+    from sampo_ray.console.main import app
 
     run = new_run(tmp_path / "run")
     for version, about in ABOUTS.items():

@@ -13,23 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from sampo_ray.actors.adapters import about_adapters, merging
-from sampo_ray.actors.weight_store import find_weight_store, publish_adapters, publish_version, start_weight_store
-from sampo_ray.actors.weights import (
-    Weights,
-    WeightsError,
-    WeightsId,
-    complete_versions,
-    fetch,
-    pack,
-    read_about,
-    read_version,
-    unpack,
-    version_folder,
-    write_version,
-)
-from sampo_ray.config import LoraConfig
-from sampo_ray.tiny import tiny_llama, tiny_tokenizer
+from sampo_ray.actors.policy.adapters import merging
+from sampo_ray.actors.weights.handout import Weights, fetch
+from sampo_ray.actors.weights.store import find_weight_store, publish_adapters, publish_version, start_weight_store
+from sampo_ray.config.model import LoraConfig
+from sampo_ray.console.tiny import tiny_llama, tiny_tokenizer
+from sampo_ray.errors import WeightsError
+from sampo_ray.run.adapter_files import about_adapters
+from sampo_ray.run.buckets import pack, unpack
+from sampo_ray.run.version_files import read_version, write_version
+from sampo_ray.run.version_folders import WeightsId, complete_versions, read_about, version_folder
 
 ABOUT = {"version": 0, "round": 0, "step": 0}
 

@@ -10,8 +10,9 @@ import torch
 from ray import serve
 from transformers import AutoModelForCausalLM
 
-from sampo_ray.config import FeedbackConfig, GeneratorsConfig, ServeConfig
-from sampo_ray.keys import render
+from sampo_ray.config.fleet import GeneratorsConfig
+from sampo_ray.config.keys import render
+from sampo_ray.config.serve import FeedbackConfig, ServeConfig
 from tests.endpoint.live import CONTEXT, KEY, OTHER_KEY, Endpoint, key_entry
 
 
@@ -41,17 +42,12 @@ def route(name: str) -> str:
 
 @pytest.fixture(scope="package")
 def endpoint(own_serve: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    from sampo_ray.actors.policy_deployment import policy_deployment
-    from sampo_ray.actors.policy_server import Source
-    from sampo_ray.actors.weight_store import start_weight_store
-    from sampo_ray.actors.weights import write_version
-    from sampo_ray.chat import ChatFormat
-    from sampo_ray.serve.endpoint import (
-        await_endpoint,
-        deploy_endpoint,
-        free_port,
-        start_serve,
-    )
+    from sampo_ray.actors.policy.deployment import policy_deployment
+    from sampo_ray.actors.policy.server import Source
+    from sampo_ray.actors.weights.store import start_weight_store
+    from sampo_ray.data.chat import ChatFormat
+    from sampo_ray.run.version_files import write_version
+    from sampo_ray.serve.endpoint import await_endpoint, deploy_endpoint, free_port, start_serve
 
     run = tmp_path_factory.mktemp("run")
     ChatFormat.load(tiny_model, "llama3-sampo").save(run / "tokenizer")

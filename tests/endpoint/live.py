@@ -13,7 +13,7 @@ import torch
 from ray import serve
 from transformers import AutoModelForCausalLM
 
-from sampo_ray.keys import Key, digest
+from sampo_ray.config.keys import Key, digest
 
 KEY, OTHER_KEY = "first key of two", "second-key"
 CONTEXT = 512
@@ -55,7 +55,7 @@ class Endpoint:
 
     def publish(self, version: int) -> None:
         """Makes noisy weights live and returns when the replica holds them."""
-        from sampo_ray.actors.weight_store import publish_version
+        from sampo_ray.actors.weights.store import publish_version
 
         model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.bfloat16)
         noise = {name: tensor + torch.randn_like(tensor) * 0.02 for name, tensor in model.state_dict().items()}

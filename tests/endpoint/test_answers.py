@@ -13,7 +13,7 @@ import openai
 import psutil
 import pytest
 
-from sampo_ray.keys import render
+from sampo_ray.config.keys import render
 from tests.endpoint.live import CONTEXT, HI, KEY, LONG, OTHER_KEY, Endpoint, key_entry, message
 
 pytestmark = pytest.mark.slow
@@ -53,7 +53,7 @@ def test_completions_score_given_tokens(endpoint: Endpoint) -> None:
 
 
 def test_the_endpoint_renders_messages_to_the_ids_that_training_uses(endpoint: Endpoint) -> None:
-    from sampo_ray.chat import ChatFormat
+    from sampo_ray.data.chat import ChatFormat
 
     turns = [{"role": "system", "content": "be brief"}, *HI, {"role": "assistant", "content": "hi"}, *HI]
     answer = endpoint.post("chat/completions", {"messages": turns, "max_tokens": 1, "return_token_ids": True})
@@ -299,8 +299,8 @@ def test_a_swap_on_the_way_is_named_in_the_answer(endpoint: Endpoint) -> None:
 
 
 def test_what_is_said_of_answers_is_stored_with_them_and_outlives_a_kill(endpoint: Endpoint) -> None:
-    from sampo_ray.feedback import read_votes
-    from sampo_ray.runs import Place
+    from sampo_ray.run.feedback import read_votes
+    from sampo_ray.run.storage import Place
 
     ask = {"model": "policy", "messages": HI, "max_tokens": 12, "temperature": 1.0}
     whole = endpoint.client().chat.completions.create(**ask)

@@ -13,8 +13,9 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, CDPSession, Locator, Page, Request, Route, expect, sync_playwright
 
-from sampo_ray.runs import Manifest, Place, RoundRecord
-from sampo_ray.status import Activity, Status
+from sampo_ray.run.manifest import Manifest, RoundRecord
+from sampo_ray.run.status import Activity, Status
+from sampo_ray.run.storage import Place
 from tests.endpoint.live import KEY, Endpoint
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from ray import serve
 
-from sampo_ray.serve.headers import HARDENING
+from sampo_ray.serve.middleware.headers import HARDENING
 from tests.endpoint import fuzzing
 from tests.endpoint.live import Endpoint, message
 
@@ -23,7 +23,7 @@ SEEN: Counter[int] = Counter()
 @cache
 def fields(route: str) -> dict[str, str]:
     """Names of a request's fields, and how they are declared."""
-    from sampo_ray.serve.bodies import ChatCompletionRequest, CompletionRequest
+    from sampo_ray.serve.requests.bodies import ChatCompletionRequest, CompletionRequest
 
     kind = ChatCompletionRequest if route.endswith("chat/completions") else CompletionRequest
     return {name: str(field.annotation) for name, field in kind.model_fields.items()}

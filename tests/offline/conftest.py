@@ -67,7 +67,7 @@ class Cluster:
         return sorted(found, key=psutil.Process.create_time)
 
     def submit(self, recipe: Path, *overrides: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "sampo_ray.cli", "submit", str(recipe), "--address", self.address, *overrides]
+        command = [sys.executable, "-m", "sampo_ray", "submit", str(recipe), "--address", self.address, *overrides]
         return subprocess.Popen(command, env=self.env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     def follower(self, command: str, folder: Path, log: Path) -> subprocess.Popen[bytes]:

@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from sampo_ray.cluster import submit as job
+from sampo_ray.config.recipe import load_config
 from sampo_ray.errors import ConfigError
-from sampo_ray.recipe import load_config
 
 from .conftest import Cluster, wait_until
 
@@ -23,7 +23,7 @@ def config(*overrides: str):
 
 def test_the_entrypoint_survives_the_shell():
     command = job.entrypoint(Path("some/where/my recipe.yaml"), ["data.train=s3://b/a b.jsonl", "run.seed=3"])
-    assert command == "python -m sampo_ray.cli train 'my recipe.yaml' 'data.train=s3://b/a b.jsonl' run.seed=3"
+    assert command == "python -m sampo_ray train 'my recipe.yaml' 'data.train=s3://b/a b.jsonl' run.seed=3"
 
 
 def test_a_run_directory_that_ends_with_the_job_is_refused():

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from sampo_ray.cli import app
+from sampo_ray.console.main import app
 
 from .conftest import STEPS, Cluster, finish, wait_until
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "sampo_ray.cli", "train", *map(str, arguments)]
+    command = [sys.executable, "-m", "sampo_ray", "train", *map(str, arguments)]
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 

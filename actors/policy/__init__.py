@@ -1,0 +1,1 @@
+"""Policy replicas: vLLM under Ray Serve."""

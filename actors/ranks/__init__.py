@@ -1,0 +1,1 @@
+"""Training ranks under Ray Train."""

@@ -1,0 +1,85 @@
+"""Reference workers: the trainer's own forward, without gradients, over the same rows; a log-prob a token."""
+
+import logging
+import threading
+import time
+
+import pyarrow as pa
+import ray
+import torch
+from ray import serve
+
+from sampo_ray.actors.weights.handout import fetch
+from sampo_ray.actors.weights.store import find_weight_store
+from sampo_ray.config.fleet import FleetConfig
+from sampo_ray.config.run import RunConfig
+from sampo_ray.data.preferences import pairs_of, with_reference
+from sampo_ray.run.buckets import unpack
+from sampo_ray.run.storage import Place
+from sampo_ray.run.version_folders import WeightsId
+from sampo_ray.training.objective import asked_of_reference
+from sampo_ray.training.policy import Policy, load_policy, score_pairs
+
+logger = logging.getLogger(__name__)
+
+STORE_SECONDS = 300.0
+
+
+class ReferenceWorker:
+    """Serve replica that holds one version of the policy and scores pairs with it; each call names the version it
+    wants.
+    """
+
+    def __init__(self, store: str, threads: int | None) -> None:
+        if threads:
+            torch.set_num_threads(threads)
+        self._store = find_weight_store(store)
+        self._computing = threading.Lock()  # Serve runs calls in threads; each may bring another version in
+        self._held: WeightsId | None = None
+        self._policy: Policy | None = None
+
+    def score(
+        self, pairs: pa.Table, run: str, version: int, versions_url: str, config: RunConfig, round: int, out: str
+    ) -> pa.Table:
+        """Scores a PAIRS block of a round with `version` of `run`; writes and returns a REFERENCE block."""
+        with self._computing:
+            policy = self._load(WeightsId(run, version), versions_url, config.model.flex)
+            ask = asked_of_reference(config, round)
+            scored = with_reference(pairs, score_pairs(policy, pairs_of(pairs), config.row_budget, ask))
+        Place(out).write_table(scored)
+        return scored
+
+    def _load(self, wanted: WeightsId, versions_url: str, flex: bool) -> Policy:
+        if self._held == wanted and self._policy is not None:
+            return self._policy
+        started = time.monotonic()
+        if self._policy is None or self._held is None or self._held.run != wanted.run:
+            with Place(versions_url).at("000000").on_disk() as base:
+                device = "cuda" if torch.cuda.is_available() else "cpu"
+                self._policy = load_policy(base, device=device, flex=flex).eval().requires_grad_(False)
+        self._held = None
+        weights = ray.get(self._store.get.remote(wanted.run, wanted.version), timeout=STORE_SECONDS)
+        parameters = dict(self._policy.model.named_parameters())
+        for bucket in weights.buckets:
+            for name, tensor in unpack(fetch(bucket, STORE_SECONDS)):
+                parameters[name].copy_(tensor)
+        self._held = wanted
+        logger.info("reference %s loaded in %.2f s", wanted, time.monotonic() - started)
+        return self._policy
+
+
+def build_reference_app(store: str, fleet: FleetConfig, threads: int | None) -> serve.Application:
+    """The reference workers as a Serve application; they load nothing before the first call says what it wants."""
+    deployment = serve.deployment(
+        ReferenceWorker,
+        name="references",
+        max_ongoing_requests=fleet.max_ongoing_requests,
+        max_queued_requests=fleet.max_queued_requests,
+        autoscaling_config=fleet.autoscaling,
+        ray_actor_options={
+            "num_cpus": fleet.num_cpus if fleet.num_cpus is not None else 0.5,
+            "num_gpus": fleet.num_gpus or 0,
+        },
+        health_check_timeout_s=120,
+    )
+    return deployment.bind(store, threads)

@@ -1,0 +1,138 @@
+"""Reward workers: a Serve deployment that scores completion blocks with a Python function or a reward model."""
+
+import asyncio
+import functools
+import json
+import logging
+import threading
+import traceback
+from typing import Any
+
+import pyarrow as pa
+import torch
+from ray import serve
+
+from sampo_ray.config.fleet import FleetConfig
+from sampo_ray.config.rollout import RewardConfig
+from sampo_ray.data.preferences import SCORES
+from sampo_ray.data.rewards import RewardModel, Scorer, columns_of, function_source, load_function, score
+from sampo_ray.errors import RewardError
+
+log = logging.getLogger(__name__)
+
+_FIRST_PAUSE_S = 0.5
+_LONGEST_PAUSE_S = 30.0
+
+
+class RewardWorker:
+    """One replica. `source` is the text of a `file.py:function`, so that the file need not exist on this node."""
+
+    def __init__(self, config: RewardConfig, source: str | None, hung_limit: int) -> None:
+        self.config, self.hung_limit = config, hung_limit
+        self.hung = 0
+        self.scorer = _load(config, source)
+
+    async def score(self, completions: pa.Table) -> pa.Table:
+        """COMPLETIONS -> SCORES, in the same order; the source sees the whole block in one call.
+
+        A call that raises or takes longer than `timeout_s` is repeated `retries` times with growing pauses; after that
+        the rewards of the block are null. Raises RewardError when the source returns anything but one finite number
+        per completion.
+        """
+        prompts = [json.loads(text) for text in completions["messages"].to_pylist()]
+        call = functools.partial(self.scorer, prompts, completions["text"].to_pylist(), columns_of(completions))
+        rewards = await self._patiently(call) if prompts else []
+        if rewards is None:
+            rewards = [None] * len(prompts)
+        return completions.append_column(SCORES.field("reward"), pa.array(rewards, pa.float64()))
+
+    def check_health(self) -> None:
+        """A thread cannot be stopped: when too many calls hang, Serve is to replace the whole replica."""
+        if self.hung >= self.hung_limit:
+            raise RuntimeError(f"{self.hung} calls of the reward source hang beyond reward.timeout_s")
+
+    async def _patiently(self, call: functools.partial[list[float]]) -> list[float | None] | None:
+        pause = _FIRST_PAUSE_S
+        for attempt in range(1 + self.config.retries):
+            try:
+                return list(await self._call(call))
+            except RewardError:
+                raise
+            except Exception as error:  # whatever a user's function or a service behind it may raise
+                # The message is left out: it may quote a prompt.
+                place = traceback.extract_tb(error.__traceback__)[-1]
+                log.warning(
+                    "reward call %d of %d failed: %s in %s:%s",
+                    attempt + 1,
+                    1 + self.config.retries,
+                    type(error).__name__,
+                    place.filename,
+                    place.lineno,
+                )
+            if attempt < self.config.retries:
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_S)
+        return None
+
+    async def _call(self, call: functools.partial[list[float]]) -> list[float]:
+        """Runs the call in a thread of its own, so that one that hangs cannot hold up the others."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[list[float]] = loop.create_future()
+
+        def settle(method: Any, value: Any) -> None:
+            if answer.done():
+                self.hung -= 1  # late, but it came back
+            else:
+                method(value)
+
+        def work() -> None:
+            try:
+                result = call()
+            except Exception as error:  # handed to the waiting request
+                loop.call_soon_threadsafe(settle, answer.set_exception, error)
+            else:
+                loop.call_soon_threadsafe(settle, answer.set_result, result)
+
+        threading.Thread(target=work, daemon=True).start()
+        try:
+            return await asyncio.wait_for(answer, self.config.timeout_s)
+        finally:
+            if answer.cancelled():
+                self.hung += 1
+
+
+def build_reward_app(config: RewardConfig, fleet: FleetConfig) -> serve.Application:
+    """The application of a run's reward workers; its handle has `score(COMPLETIONS) -> SCORES`.
+
+    A function in a file travels as text, so the file is needed here only; a module must be importable on every node
+    (through the job's working directory, for example), and a reward model's path readable there.
+    """
+    source = None if config.function is None else function_source(config.function)
+    deploy = serve.deployment(
+        max_ongoing_requests=fleet.max_ongoing_requests,
+        max_queued_requests=fleet.max_queued_requests,
+        autoscaling_config=fleet.autoscaling,
+        ray_actor_options={
+            "num_cpus": 0.1 if fleet.num_cpus is None else fleet.num_cpus,
+            "num_gpus": fleet.num_gpus or 0,
+        },
+    )
+    return deploy(RewardWorker).bind(config, source, fleet.max_ongoing_requests)
+
+
+def _load(config: RewardConfig, source: str | None) -> Scorer:
+    if config.function is not None:
+        return functools.partial(score, load_function(config.function, source))
+    assert config.model is not None
+    return _one_at_a_time(RewardModel(config.model, "cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _one_at_a_time(scorer: Scorer) -> Scorer:
+    """Calls of a model queue up here, so that their batches do not share its memory."""
+    lock = threading.Lock()
+
+    def call(prompts: Any, completions: Any, columns: Any) -> list[float]:
+        with lock:
+            return scorer(prompts, completions, columns)
+
+    return call

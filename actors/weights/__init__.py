@@ -1,0 +1,1 @@
+"""Who hands out weights, and which versions go live."""

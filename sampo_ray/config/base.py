@@ -1,0 +1,25 @@
+"""What sections of the configuration have in common."""
+
+import difflib
+import ipaddress
+from collections.abc import Iterable
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Which of the known names was meant, to be said after one that is not known."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address means this machine and no other can reach it."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,21 @@
+"""How many tokens and pairs the trainer works on at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RowBudget:
+    """What rows are planned for: pairs in a global batch, tokens in a row, and ranks that work on rows side by side."""
+
+    batch_size: int
+    tokens_per_row: int
+    world: int = 1
+
+
+def default_row(max_length: int) -> int:
+    """Tokens of a row that holds any pair of two sequences of `max_length`, and no fewer than 4,096: each row costs a
+    pass over all gradients.
+    """
+    return max(2 * max_length, 4096)

@@ -1,0 +1,105 @@
+"""The demo on the real stack: one fleet, three runs of one program, and a table of what each did to quality and
+length.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich.console import Console
+
+from sampo_ray.config.profiles import resolve
+from sampo_ray.config.recipe import load_config
+from sampo_ray.console.demo_task import ROWS, Answers, DemoAssets, make_demo, render, summarise
+from sampo_ray.console.main import (
+    announce,
+    curl_line,
+    library_output_to,
+    quiet_libraries,
+    ray_cluster,
+    wait_for_interrupt,
+)
+from sampo_ray.iterate import iterate
+from sampo_ray.loop import stages
+from sampo_ray.loop.display import Display, open_display
+from sampo_ray.loop.fleet import Fleet, open_fleet
+from sampo_ray.run.directory import Run, create_run
+from sampo_ray.run.parts import parts_of
+
+TEMPERATURE = 1.0
+
+
+def run_demo(directory: Path, seed: int, keep_serving: bool) -> None:
+    """Makes model and data, trains each configuration, and prints how they compare."""
+    # Models this small are fastest on one thread; two would wait for each other at every layer.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    folder = (directory / time.strftime("%Y%m%d-%H%M%S")).resolve()
+    started = time.monotonic()
+    quiet_libraries()
+    with open_display(Console(file=sys.stdout)) as display, contextlib.ExitStack() as stack:
+        stack.enter_context(library_output_to(folder / "driver.log"))
+        with display.stage("make", None, "model and data"):
+            assets = make_demo(folder / "assets", seed)
+        resources = stack.enter_context(ray_cluster())
+        runs = {name: demo_run(folder, name, assets, seed, resources) for name in ROWS}
+        with display.stage("start", None, "engines"):
+            fleet = stack.enter_context(open_fleet(list(runs.values())[-1], keep_serving))
+        announce(display, fleet.endpoint)
+        answers: dict[str, Answers] = {}
+        rightful = [json.loads(line)["answer"] for line in assets.evaluation.read_text().splitlines()]
+        for name, run in runs.items():
+            if not answers:
+                fleet.attach(run)
+                answers["base"] = evaluate(fleet, run, 0, assets, display)
+            display.heading(f"{name}: {run.place.url}")
+            iterate(run, fleet, display)
+            answers[name] = evaluate(fleet, run, last_version(run), assets, display)
+        display.console.print(render(summarise(answers, rightful), TEMPERATURE))
+        display.note(f"{time.monotonic() - started:.0f} s in all; runs and exported models are in {folder}")
+        if keep_serving and fleet.endpoint:
+            display.note(curl_line(fleet.endpoint, run.config.serve.keyed, "Sort these digits: 7305"))
+            wait_for_interrupt(display)
+
+
+def demo_run(folder: Path, name: str, assets: DemoAssets, seed: int, resources: dict[str, float]) -> Run:
+    """A run directory for one row of the table; what all rows share is here, what they differ in is in ROWS."""
+    shared = {
+        "model": {"path": str(assets.model)},
+        "data": {"train": str(assets.preferences), "prompts": str(assets.prompts), "max_length": 128},
+        "reward": {"function": "sampo_ray.console.demo_task:reward"},
+        "run": {"dir": str(folder / name.lower().replace(" ", "-")), "seed": seed},
+        "serve": {"port": 0},
+        "fleet": {"generators": {"max_ongoing_requests": 128}},
+        "optim": {"batch_size": 16, "learning_rate": 1e-4},
+        "rollout": {"prompts": 256, "samples": 4, "temperature": 1.0, "top_p": 1.0, "max_tokens": 72},
+        "publish": {"every_steps": 6},
+    }
+    config, _ = resolve(load_config(shared, ROWS[name]), resources, os.cpu_count() or 1)
+    return create_run(config)
+
+
+def evaluate(fleet: Fleet, run: Run, version: int, assets: DemoAssets, display: Display) -> Answers:
+    """One completion of each evaluation prompt from a version of the run's policy."""
+    place = run.place.at("evaluation", str(version))
+    counts = stages.tokenize(
+        place.at("prompts"), str(assets.evaluation), "prompts", run.place.at("tokenizer"), run.config.data
+    )
+    prompts = parts_of(place.at("prompts"), counts["rows"])
+    rollout = run.config.rollout.model_copy(update={"samples": 1, "temperature": TEMPERATURE, "top_p": 1.0})
+    window = run.config.fleet.generators.max_ongoing_requests
+    with display.stage("evaluate", sum(counts["rows"]), "prompts") as progress:
+        parts = stages.sample(
+            fleet.generators, prompts, place, rollout, run.config.run.seed, (run.id, version), window, progress.advance
+        )
+    table = pa.concat_tables([part.table() for part in parts])
+    return Answers(table["text"].to_pylist(), pc.list_value_length(table["completion"]).to_pylist())
+
+
+def last_version(run: Run) -> int:
+    last = run.manifest.rounds[-1]
+    return last.start_version + (last.steps or 0)

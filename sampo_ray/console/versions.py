@@ -1,0 +1,169 @@
+"""The command line's commands on versions. They change `serving.json`; whoever serves the run follows it at once."""
+
+import json
+from collections.abc import Callable
+from datetime import datetime
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The run directory.")]
+VersionArgument = Annotated[str, typer.Argument(metavar="VERSION", help="A number, or a label such as round-2.")]
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+Readable = Callable[[], Any]
+
+
+def add_commands(app: typer.Typer, readable_errors: Readable) -> None:
+    """Adds `versions`, `promote`, `rollback`, `pin`, `unpin` and `label` to the command line."""
+
+    @app.command()
+    def versions(run: RunArgument) -> None:
+        """Lists a run's versions: which is live, pinned or refused, and why."""
+        with readable_errors():
+            show(run)
+
+    @app.command()
+    def promote(run: RunArgument, version: VersionArgument) -> None:
+        """Makes a version live and holds it there; `latest` follows training again."""
+        with readable_errors():
+            command(run, "promote", version)
+
+    @app.command()
+    def rollback(run: RunArgument) -> None:
+        """Makes live what was live before, and holds it there."""
+        with readable_errors():
+            command(run, "rollback")
+
+    @app.command()
+    def pin(run: RunArgument, version: VersionArgument) -> None:
+        """Serves a version as `policy@VERSION` beside the live one, and keeps it."""
+        with readable_errors():
+            command(run, "pin", version)
+
+    @app.command()
+    def unpin(run: RunArgument, version: VersionArgument) -> None:
+        """Ends that."""
+        with readable_errors():
+            command(run, "unpin", version)
+
+    adapter = typer.Typer(help="LoRA adapters, served on the version that they were made for.", no_args_is_help=True)
+    app.add_typer(adapter, name="adapter")
+
+    @adapter.command()
+    def add(
+        run: RunArgument,
+        folder: Annotated[str, typer.Argument(help="As peft's save_pretrained writes it (safetensors).")],
+        name: Annotated[str, typer.Argument(help="It is asked for as policy@NAME.")],
+        base: Annotated[str, typer.Option(help="The version it was made for.")] = "base",
+    ) -> None:
+        """Copies an adapter into the run directory and serves it."""
+        with readable_errors():
+            add_adapter(run, folder, name, base)
+
+    @adapter.command()
+    def remove(run: RunArgument, name: Annotated[str, typer.Argument()]) -> None:
+        """Ends that."""
+        with readable_errors():
+            remove_adapter(run, name)
+
+    @app.command()
+    def label(
+        run: RunArgument, version: VersionArgument, name: Annotated[str, typer.Argument(metavar="LABEL")]
+    ) -> None:
+        """Gives a version a name, under which it can be asked for once it is pinned or live."""
+        with readable_errors():
+            command(run, "label", version, name)
+
+
+def add_adapter(run: str, folder: str, name: str, base: str) -> None:
+    from sampo_ray.errors import VersionError
+    from sampo_ray.run.storage import Place, absolute
+    from sampo_ray.run.versions import Adapter, adapt, all_labels, edit_serving, find, read_serving
+
+    place, abouts, follow = opened(run)
+    state = read_serving(place, follow)
+    adapter = Adapter(base=find(base, all_labels(state, abouts)), rank=rank_of(folder))
+    if "adapters" in abouts[adapter.base]:
+        raise VersionError(f"version {adapter.base} is adapters itself; name a version that is a whole model")
+    adapt(state, name, adapter)  # refused before anything is copied
+    target = place.at("adapters", name)
+    if target.names():
+        raise VersionError(f"{target.url} exists; choose another name, or remove it")
+    with target.draft() as draft:
+        for file in ADAPTER_FILES:
+            (draft / file).write_bytes(Place(absolute(folder)).at(file).read())
+        target.take(draft)
+    edit_serving(place, lambda now: adapt(now, name, adapter), follow)
+    typer.echo(f"policy@{name}: served on version {adapter.base}, which is pinned for it")
+
+
+def remove_adapter(run: str, name: str) -> None:
+    from sampo_ray.run.versions import edit_serving, remove_adapter
+
+    place, _, follow = opened(run)
+    edit_serving(place, lambda now: remove_adapter(now, name), follow)
+    place.at("adapters", name).remove()
+    typer.echo(f"policy@{name} is no longer served")
+
+
+def rank_of(folder: str) -> int:
+    """The rank of a LoRA adapter in peft's format; ConfigError when it is none that could be served."""
+    from sampo_ray.errors import ConfigError
+    from sampo_ray.run.storage import Place, absolute
+
+    place = Place(absolute(folder))
+    for file in ADAPTER_FILES:
+        if not place.at(file).exists():
+            raise ConfigError(f"{folder!r} holds no adapter of peft ({file} is missing); save one with save_pretrained")
+    config = json.loads(place.at("adapter_config.json").read())
+    rank, kind = config.get("r"), config.get("peft_type")
+    if kind != "LORA" or not isinstance(rank, int) or not 0 < rank <= 512 or config.get("modules_to_save"):
+        raise ConfigError(f"{folder!r}: only LoRA adapters of rank 1 to 512, without modules_to_save, can be served")
+    return rank
+
+
+def command(run: str, verb: str, version: str = "", argument: str = "") -> None:
+    from sampo_ray.run.versions import commanded, edit_serving
+
+    place, abouts, follow = opened(run)
+    state = edit_serving(place, lambda now: commanded(now, abouts, verb, version, argument), follow)
+    held = ", held there" if state.held else f", following {state.follow}"
+    live = "nothing" if state.live is None else f"version {state.live}"
+    pinned = ", ".join(map(str, state.all_pinned)) or "none"
+    typer.echo(f"live: {live}{held}; pinned: {pinned}")
+
+
+def show(run: str) -> None:
+    from sampo_ray.run.versions import catalogue, read_serving
+
+    place, abouts, follow = opened(run)
+    state = read_serving(place, follow)
+    table = Table("version", "labels", "state", "loss", "margin", "chosen", "published")
+    for entry in catalogue(state, abouts):
+        metrics = entry.get("metrics", {})
+        numbers = (metrics.get("loss"), metrics.get("margin"), metrics.get("chosen_tokens"))
+        shown = ("-" if n is None else f"{n:{form}}" for n, form in zip(numbers, (".3f", "+.3f", ".0f"), strict=True))
+        created = entry.get("created")
+        when = "-" if created is None else f"{datetime.fromtimestamp(created):%m-%d %H:%M}"
+        labels = ", ".join(entry["labels"])
+        state_and_why = entry["state"] + (f": {entry['reason']}" if entry["reason"] else "")
+        table.add_row(str(entry["version"]), labels, state_and_why, *shown, when)
+    Console().print(table)
+    typer.echo(f"follow: {state.follow}{' (held)' if state.held else ''}")
+
+
+def opened(run: str) -> tuple[Any, dict[int, dict[str, Any]], Any]:
+    """A run's place, its versions on disk with what their version.json says, and what its live policy follows."""
+    from sampo_ray.errors import ConfigError
+    from sampo_ray.run.directory import read_serve_config
+    from sampo_ray.run.storage import Place, absolute
+    from sampo_ray.run.version_folders import complete_versions, read_about, version_folder
+
+    place = Place(absolute(run))
+    if not place.at("manifest.json").exists():
+        raise ConfigError(f"{run!r} holds no run (no manifest.json); name a run directory")
+    url = place.at("versions").url
+    abouts = {version: read_about(version_folder(url, version)) for version in complete_versions(url)}
+    return place, abouts, read_serve_config(place).follow

@@ -1,0 +1,1 @@
+"""From files of people to tokens: sources, preferences, the prompt format, rewards. No Ray."""

@@ -1,0 +1,1 @@
+"""What the driver does: fleet, rounds and their stages, display. No tensors."""

@@ -1,0 +1,286 @@
+"""One round of a run: its stages, each done once, and what the run directory records of them."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sampo_ray.actors.ranks.exchange import Work
+from sampo_ray.config.run import RunConfig
+from sampo_ray.data.preferences import fingerprint
+from sampo_ray.errors import StageError
+from sampo_ray.loop import stages
+from sampo_ray.loop.display import Display
+from sampo_ray.run.directory import Run
+from sampo_ray.run.manifest import Checkpoint
+from sampo_ray.run.parts import Part, parts_of
+from sampo_ray.run.storage import Place
+from sampo_ray.run.version_folders import complete_versions, version_folder
+from sampo_ray.run.versions import read_serving
+from sampo_ray.training.batching import Lengths, steps_in_round
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
+    from sampo_ray.actors.ranks.trainer import Trainer
+
+
+def tokenized(run: Run, display: Display) -> list[Part]:
+    """The run's preference pairs (offline) or prompts (online) as parts of token ids, made once for all rounds."""
+    config, place = run.config, run.place.at("data")
+    if not run.manifest.data:
+        source, kind = (config.data.prompts, "prompts") if config.online else (config.data.train, "pairs")
+        assert source is not None, "validated with the configuration"
+        data = config.data
+        if config.online:  # a completion of max_tokens must fit behind any prompt
+            limit = min(data.prompt_limit, data.max_length - config.rollout.max_tokens)
+            data = data.model_copy(update={"max_prompt_length": limit})
+        with display.stage("tokenize", None, kind):
+            counts = stages.tokenize(place, source, kind, run.place.at("tokenizer"), data)
+        run.manifest.data = {"source": source, "fingerprint": fingerprint(source), **counts}
+        run.save()
+    found = run.manifest.data
+    dropped = "".join(f", {n} dropped: {reason}" for reason, n in found["dropped"].items())
+    display.note(
+        f"{sum(found['rows'])} {'prompts' if config.online else 'pairs'} of {found['rows_read']} rows{dropped}"
+    )
+    if found["prompts_cut"] or found["responses_cut"]:
+        display.note(f"cut to length: {found['prompts_cut']} prompts, {found['responses_cut']} responses")
+    return parts_of(place, found["rows"])
+
+
+def prompts_of(config: RunConfig, index: int, total: int) -> np.ndarray:
+    """Which of `total` prompts are round `index`'s, in its order: [prompts], int64."""
+    n = config.rollout.prompts or -(-total // config.rounds.count)
+    passes = range(n * index // total, (n * (index + 1) - 1) // total + 1)
+    rng = [np.random.default_rng([config.run.seed, 0, again]) for again in passes]
+    order = np.concatenate([each.permutation(total) for each in rng])
+    return order[n * index - passes.start * total :][:n]
+
+
+def draw(
+    config: RunConfig,
+    index: int,
+    prompts: Sequence[Part],
+    out: Place,
+    generators: Callable[[int | None], "DeploymentHandle"],
+    weights: tuple[str, int] | None,
+    progress: Callable[[int], None] = lambda rows: None,
+    enough: Callable[[], bool] = lambda: False,
+) -> list[Part]:
+    """Completions of round `index`; see stages.sample."""
+    settings = config.fleet.generators
+    window = (settings.max_replicas or 1) * settings.max_ongoing_requests
+    seed = config.run.seed * 1_000_003 + index
+    return stages.sample(generators, prompts, out, config.rollout, seed, weights, window, progress, enough)
+
+
+class Round:
+    """A round in progress. Every stage is recorded in the manifest once it is complete, and then only looked up."""
+
+    def __init__(self, run: Run, index: int, display: Display) -> None:
+        self.run, self.index, self.display, self.config = run, index, display, run.config
+        self._record = run.round(index)
+        self._place = run.place.at("rounds", str(index))
+        self.seconds_left: float | None = None
+        """Of the training, at its present pace; None before the first step."""
+        if not self.committed:
+            display.round(index, run.config.rounds.count)
+
+    @property
+    def committed(self) -> bool:
+        return self._record.committed
+
+    @property
+    def start(self) -> tuple[str, int]:
+        """The weights that the round starts from, which are its reference: run and version."""
+        return self.run.id, self._record.start_version
+
+    @property
+    def end(self) -> tuple[str, int]:
+        """The weights that the round ends with, known once it trains: run and version."""
+        return self.run.id, self._record.start_version + (self._record.steps or 0)
+
+    def prompts(self, data: Sequence[Part]) -> list[Part]:
+        """The round's share of the prompts; a run that has used all of them begins again in another order."""
+        mine = prompts_of(self.config, self.index, sum(part.rows for part in data))
+
+        def work(out: Place, progress: Callable[[int], None]) -> list[Part]:
+            return stages.gather(data, mine, out, stages.PART_PROMPTS, progress)
+
+        return self._stage("prompts", len(mine), "prompts", work)
+
+    def sample(self, prompts: Sequence[Part], generators: Callable[[int | None], "DeploymentHandle"]) -> list[Part]:
+        """Completions of the round's prompts, drawn from the policy that the round starts from, but for those that were
+        drawn ahead from older weights; how old they are is recorded and said.
+        """
+        age: dict[str, float] = {}
+
+        def work(out: Place, progress: Callable[[int], None]) -> list[Part]:
+            parts = draw(self.config, self.index, prompts, out, generators, self.start, progress)
+            if self.config.rollout.ahead:
+                age.update(stages.age(parts, self.start[1]))
+            return parts
+
+        total = sum(part.rows for part in prompts) * self.config.rollout.samples
+        parts = self._stage("completions", total, "samples", work, lambda: {"age": age} if age else {})
+        if found := self._record.stages["completions"].get("age"):
+            self.display.note(f"age of the completions, in steps: mean {found['mean']:.1f}, most {found['most']}")
+        return parts
+
+    def score(self, completions: Sequence[Part], rewards: "DeploymentHandle") -> list[Part]:
+        window = (self.config.fleet.rewards.max_replicas or 1) * self.config.fleet.rewards.max_ongoing_requests
+
+        def work(out: Place, progress: Callable[[int], None]) -> list[Part]:
+            return stages.score(rewards, completions, out, window, progress)
+
+        return self._stage("scores", sum(part.rows for part in completions), "samples", work)
+
+    def best_against_worst(self, scores: Sequence[Part]) -> list[Part]:
+        """Candidate pairs; prompts without a usable pair are dropped and counted."""
+        dropped: dict[str, int] = {}
+
+        def work(out: Place, progress: Callable[[int], None]) -> list[Part]:
+            parts, counts = stages.pair(scores, out)
+            dropped.update(counts)
+            return parts
+
+        parts = self._stage("candidates", None, "pairs", work, lambda: {"dropped": dropped})
+        dropped = self._record.stages["candidates"]["dropped"]
+        if dropped:
+            self.display.note("no pair: " + ", ".join(f"{n} {reason}" for reason, n in dropped.items()))
+        return parts
+
+    def feedback(self) -> list[Part]:
+        """Pairs out of votes that came in before the round began; a vote is used in one round. None if it is off."""
+        done, off = self._record.stages, not self.config.serve.feedback.keep_hours
+        if "feedback" not in done and (off or "pairs" in done):  # turned on when the round had its pairs already
+            return []
+        before = [r.index for r in self.run.manifest.rounds[: self.index] if "feedback" in r.stages]
+        earlier = [self.run.place.at("rounds", str(index), "feedback") for index in before]
+        counts: dict[str, Any] = {}
+
+        def work(out: Place, progress: Callable[[int], None]) -> list[Part]:
+            place, tokenizer = self.run.place, self.run.place.at("tokenizer")
+            counts.update(stages.feedback(out, place, earlier, tokenizer, self.config.data))
+            return parts_of(out, counts.pop("rows"))
+
+        parts = self._stage("feedback", None, "pairs", work, lambda: counts)
+        left = ", ".join(f"{n} {reason}" for reason, n in done["feedback"]["left"].items())
+        self.display.note(
+            f"{sum(part.rows for part in parts)} pairs from feedback" + (f" (without: {left})" if left else "")
+        )
+        return parts
+
+    def pairs(self, source: Sequence[Part], said: Sequence[Part] = ()) -> list[Part]:
+        """The round's pairs in training order, in parts of whole global batches; those from feedback among them."""
+        total, more = (sum(part.rows for part in parts) for parts in (source, said))
+        if not total + more:
+            raise StageError(
+                f"round {self.index + 1} has no preference pairs; look at the reward source and the prompts"
+            )
+        order = np.random.default_rng([self.config.run.seed, 1, self.index]).permutation(total)
+        if self.config.rounds.data == "split":
+            order = np.random.default_rng([self.config.run.seed, 1]).permutation(total)
+            order = np.array_split(order, self.config.rounds.count)[self.index]
+        if more:
+            order = np.concatenate([order, np.arange(total, total + more)])
+            order = np.random.default_rng([self.config.run.seed, 2, self.index]).permutation(order)
+        batch = self.config.optim.batch_size
+        rows = -(-stages.PART_PAIRS // batch) * batch
+
+        def work(out: Place, progress: Callable[[int], None]) -> list[Part]:
+            return stages.gather([*source, *said], order, out, rows, progress)
+
+        return self._stage("pairs", len(order), "pairs", work)
+
+    def reference(self, pairs: Sequence[Part], references: "DeploymentHandle | None") -> list[Part]:
+        """The pairs with their token log-probs under the policy that the round starts from; as they are, where the loss
+        needs none or the trainer computes them.
+        """
+        if not self.config.reference_workers:
+            return list(pairs)
+        assert references is not None, "the fleet was started for a run without reference workers"
+        config, settings = self.config, self.config.fleet.references
+        window = (settings.max_replicas or 1) * settings.max_ongoing_requests
+
+        def work(out: Place, progress: Callable[[int], None]) -> list[Part]:
+            return stages.reference(
+                references, pairs, out, self.start, self.run.versions, config, self.index, window, progress
+            )
+
+        return self._stage("reference", sum(part.rows for part in pairs), "pairs", work)
+
+    def train(self, pairs: Sequence[Part], trainer: "Trainer") -> Iterator[dict[str, Any]]:
+        """Trains on the pairs from where the last checkpoint stands, and yields each step's result."""
+        work = self._work(pairs, stages.lengths(pairs))
+        if self._record.steps is None:
+            self._record.steps = work.steps
+            self.run.save()
+        checkpoint = self.run.manifest.checkpoint
+        done = checkpoint.step if checkpoint and checkpoint.round == self.index else 0
+        started = time.monotonic()
+        with self.display.stage("train", work.steps, "steps") as progress:
+            progress.advance(done)
+            for step, result in enumerate(trainer.train(work, after_step=done), start=1):
+                self.seconds_left = (time.monotonic() - started) / step * (work.steps - done - step)
+                yield result
+                progress.advance(1)
+        self._record.stages["train"] = {"steps": work.steps, "seconds": round(time.monotonic() - started, 2)}
+
+    def record(self, result: dict[str, Any]) -> None:
+        """Takes down a step: metrics, version and, in the manifest, its checkpoint; clears what they replace."""
+        checkpoint, published = result.pop("checkpoint", None), result.pop("published", False)
+        self.run.record(result)
+        self.display.metrics(result)
+        if published:
+            self.display.version(result["version"])
+            self._prune_versions()
+        if checkpoint:
+            manifest, new = self.run.manifest, Checkpoint(**checkpoint)
+            # After a crash it may be one of them that was written again.
+            others = [each for each in (manifest.checkpoint, manifest.earlier) if each and each.path != new.path]
+            manifest.checkpoint, manifest.earlier = new, next(iter(others), None)
+            self.run.save()
+            for replaced in others[1:]:
+                self.run.place.at(replaced.path).remove()
+
+    def commit(self) -> None:
+        """Marks the round as finished. Its export, its last version and its checkpoint are durable by now."""
+        self._record.committed = True
+        self.run.save()
+
+    def _work(self, pairs: Sequence[Part], lengths: Lengths) -> Work:
+        config = self.config
+        steps = steps_in_round(len(lengths), config.optim.batch_size, config.rounds.epochs)
+        run, version = self.start
+        return Work(run, self.run.place, config, self.index, version, steps, tuple(pairs), lengths)
+
+    def _stage(
+        self,
+        name: str,
+        total: int | None,
+        unit: str,
+        work: Callable[[Place, Callable[[int], None]], list[Part]],
+        counts: Callable[[], dict[str, Any]] = dict,
+    ) -> list[Part]:
+        out = self._place.at(name)
+        if name in self._record.stages:
+            return parts_of(out, self._record.stages[name]["rows"])
+        started = time.monotonic()
+        with self.display.stage(name, total, unit) as progress:
+            parts = work(out, progress.advance)
+        rows = [part.rows for part in parts]
+        self._record.stages[name] = {"rows": rows, "seconds": round(time.monotonic() - started, 2), **counts()}
+        self.run.save()
+        return parts
+
+    def _prune_versions(self) -> None:
+        """Keeps the base, the versions that begin and end rounds, the last `publish.keep`, and what somebody serves."""
+        records = self.run.manifest.rounds
+        served = read_serving(self.run.place).kept()
+        kept = {0} | {r.start_version for r in records} | {r.start_version + r.steps for r in records if r.steps}
+        others = [v for v in complete_versions(self.run.versions.url) if v not in kept]
+        for version in set(others[: -self.config.publish.keep]) - served:
+            Place(version_folder(self.run.versions.url, version)).remove()

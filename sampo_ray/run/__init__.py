@@ -1,0 +1,1 @@
+"""What a run directory is: storage, manifest, versions, feedback, status. No actors."""

@@ -1,0 +1,50 @@
+"""Adapters as a version: what a LoRA run publishes within its rounds, and how a replica makes weights of it.
+
+Such a version is a folder in peft's format. Its version.json says, as `adapters`, which version it belongs to (`base`:
+the one that its round began with), the `rank` and the `scaling`. The store hands it out as the base's buckets, which
+are in the object store anyway, and one more with the adapters, some hundredths of their bytes. A replica merges them as
+the trainer would (`sampo_ray/training/lora.py`), before its engine pauses.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from sampo_ray.config.model import LoraConfig
+from sampo_ray.run.buckets import Bucket
+from sampo_ray.run.version_files import drafted, read_version
+from sampo_ray.run.version_folders import is_complete
+from sampo_ray.training.lora import SIDES, file_name, peft_settings
+
+
+def about_adapters(config: LoraConfig, base: int) -> dict[str, Any]:
+    """What version.json says of adapters, as `adapters`."""
+    return {"base": base, "rank": config.rank, "scaling": config.scaled_by / config.rank}
+
+
+def write_adapters(
+    folder_url: str,
+    weights: Iterable[tuple[str, Sequence[torch.Tensor]]],
+    config: LoraConfig,
+    about: dict[str, Any],
+    keep: Callable[[Bucket], Bucket] = lambda bucket: bucket,
+) -> Bucket:
+    """Writes a folder that peft loads, and returns what `keep` made of its tensors; see `write_version`.
+
+    `weights` are names of adapted weights, each with A [rank, in] and B [out, rank].
+    """
+    held: dict[str, torch.Tensor] = {}
+    layers = []
+    for name, parts in weights:
+        layers.append(name.removesuffix(".weight"))
+        held |= {file_name(name, side): part.to("cpu", copy=True) for side, part in zip(SIDES, parts, strict=True)}
+    if not is_complete(folder_url):
+        settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", **peft_settings(config, layers)}
+        with drafted(folder_url, about) as draft:
+            save_file(held, draft / "adapter_model.safetensors", metadata={"format": "pt"})
+            (draft / "adapter_config.json").write_text(json.dumps(settings, indent=1))
+    (bucket,) = read_version(folder_url)
+    return keep(bucket)

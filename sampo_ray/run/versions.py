@@ -1,0 +1,328 @@
+"""Which version of a policy is live, and why: a small state, pure functions that change it, and the file it lives in.
+
+A *version* is a published checkpoint, numbered by the optimizer steps behind it. `serving.json` in the run directory is
+the only truth about what is live, pinned or refused. The weight store changes it when a version is published, the
+command line and the admin routes when somebody asks; whoever serves the run follows the file.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import filelock
+from pydantic import BaseModel, Field
+
+from sampo_ray.errors import VersionError
+from sampo_ray.run.storage import Place
+
+Follow = Literal["latest", "round", "manual"]
+BASE_LABELS = ("base",)
+HISTORY = 50
+LOCK_SECONDS = 30.0
+LABEL = re.compile(r"[a-z][a-z0-9._/-]{0,63}")
+
+
+class Adapter(BaseModel):
+    """A LoRA adapter (peft) in `adapters/<name>/`, or a version of adapters alone, served by replicas of the version
+    that it belongs to.
+    """
+
+    base: int
+    rank: int
+
+
+class Serving(BaseModel):
+    """What the live policy serves. `sequence` counts changes of `live`: with it, answers of several replicas have an
+    order even when a rollback makes version numbers go backwards."""
+
+    follow: Follow = "latest"
+    held: bool = False
+    """Somebody promoted or rolled back by hand: new versions do not go live until `latest` is promoted."""
+    live: int | None = None
+    sequence: int = 0
+    previous: list[int] = Field(default_factory=list)
+    """What was live before, oldest first: where a rollback goes."""
+    pinned: list[int] = Field(default_factory=list)
+    labels: dict[str, int] = Field(default_factory=dict)
+    """Labels that users gave; those of rounds and steps are in each version's own record."""
+    adapters: dict[str, Adapter] = Field(default_factory=dict)
+    """By name; a version of adapters alone that is pinned is here by its number."""
+    refused: dict[int, str] = Field(default_factory=dict)
+    """Versions that failed a check, with the reason."""
+    passed: list[int] = Field(default_factory=list)
+    """Versions that passed their checks, in the order in which they did."""
+
+    def kept(self) -> set[int]:
+        """Versions that retention must leave on disk."""
+        live = () if self.live is None else (self.live,)
+        return {*live, *self.all_pinned, *self.labels.values(), *self.previous[-1:]}
+
+    @property
+    def pinned_adapters(self) -> set[int]:
+        """Versions of adapters alone that are served on the pinned one that they belong to."""
+        return {int(name) for name in self.adapters if name.isdecimal()}
+
+    @property
+    def all_pinned(self) -> list[int]:
+        """Versions that are served beside the live one, whole or as adapters."""
+        return sorted({*self.pinned, *self.pinned_adapters})
+
+    @property
+    def named_adapters(self) -> dict[str, Adapter]:
+        """The adapters of users."""
+        return {name: adapter for name, adapter in self.adapters.items() if not name.isdecimal()}
+
+
+def labels_of(round: int, step: int, last: bool, rounds: int) -> list[str]:
+    """The labels that a version gets by itself: `round` counts from 0, labels from 1; version 0 is `base`."""
+    labels = [f"round-{round + 1}/step-{step}"]
+    if last:
+        labels.append(f"round-{round + 1}")
+    if last and round + 1 == rounds:
+        labels.append("final")
+    return labels
+
+
+def is_wanted(follow: Follow, labels: Sequence[str]) -> bool:
+    """Whether a version with these labels goes live by itself."""
+    ends_round = any(label == "base" or re.fullmatch(r"round-\d+", label) for label in labels)
+    return follow == "latest" or (follow == "round" and ends_round)
+
+
+def passed(state: Serving, version: int, labels: Sequence[str]) -> Serving:
+    """A version has passed its checks: it goes live if that is what the live policy follows, and it is news."""
+    new = state.model_copy(update={"passed": [*(v for v in state.passed if v != version), version][-HISTORY:]})
+    newer = state.live is None or version > state.live
+    return (
+        _live(new, version)
+        if state.live is None or (not state.held and newer and is_wanted(state.follow, labels))
+        else new
+    )
+
+
+def settled(state: Serving, labels: Mapping[int, Sequence[str]], checked: bool) -> Serving:
+    """The state of a run that is taken up again, with these versions on disk. What is durable goes live as it was about
+    to when its publisher was cut off, but where versions are `checked` only the base does so by itself. A live version
+    that is gone from disk gives way to the newest.
+    """
+    if state.live not in labels:
+        state = state.model_copy(update={"live": None})
+    for version in sorted(labels)[: 1 if checked else None]:
+        if version not in state.passed or state.live is None:
+            state = passed(state, version, labels[version])
+    return state
+
+
+def refused(state: Serving, version: int, reason: str) -> Serving:
+    """A version failed a check: it is listed with the reason, and the live one stays."""
+    return state.model_copy(update={"refused": {**state.refused, version: reason}})
+
+
+def promote(state: Serving, version: int) -> Serving:
+    """Makes a version live and holds it there. VersionError when a check refused it."""
+    if version in state.refused:
+        raise VersionError(f"version {version} was refused: {state.refused[version]}; promote another one")
+    return _live(state, version).model_copy(update={"held": True})
+
+
+def release(state: Serving, latest: int) -> Serving:
+    """Follows training again, beginning with `latest`, the newest version that may be live."""
+    return _live(state, latest).model_copy(update={"held": False})
+
+
+def rollback(state: Serving) -> Serving:
+    """Makes what was live before live again and holds it there. VersionError when there is nothing to go back to."""
+    if not state.previous:
+        raise VersionError("there is no earlier live version to roll back to; promote one by its number")
+    *before, target = state.previous
+    return state.model_copy(update={"live": target, "sequence": state.sequence + 1, "previous": before, "held": True})
+
+
+def pin(state: Serving, version: int) -> Serving:
+    """Serves a version beside the live one, as `policy@N`, and keeps it on disk."""
+    return state.model_copy(update={"pinned": sorted({*state.pinned, version})})
+
+
+def pin_adapters(state: Serving, version: int, adapters: Mapping[str, Any]) -> Serving:
+    """The same for a version of adapters alone, with what its version.json says of them; its base is pinned, too."""
+    served = Adapter(base=adapters["base"], rank=adapters["rank"])
+    return pin(state, served.base).model_copy(update={"adapters": {**state.adapters, str(version): served}})
+
+
+def unpin(state: Serving, version: int) -> Serving:
+    if version in state.pinned_adapters:
+        return remove_adapter(state, str(version))
+    if version not in state.pinned:
+        pinned = ", ".join(map(str, state.all_pinned)) or "none"
+        raise VersionError(f"version {version} is not pinned (pinned: {pinned})")
+    if on_it := adapters_on(state, version):
+        raise VersionError(f"version {version} carries adapters ({', '.join(on_it)}); unpin or remove them first")
+    return state.model_copy(update={"pinned": [v for v in state.pinned if v != version]})
+
+
+def adapters_on(state: Serving, version: int) -> dict[str, Adapter]:
+    """The adapters that were made for a version, by name."""
+    return {name: adapter for name, adapter in state.adapters.items() if adapter.base == version}
+
+
+def adapt(state: Serving, name: str, adapter: Adapter) -> Serving:
+    """Serves an adapter as `policy@NAME` on its base version, which is pinned for it."""
+    _check_label(name)
+    if name in state.labels or name in state.adapters:
+        raise VersionError(f"the name {name!r} is taken; choose another, or remove what has it")
+    return pin(state, adapter.base).model_copy(update={"adapters": {**state.adapters, name: adapter}})
+
+
+def remove_adapter(state: Serving, name: str) -> Serving:
+    if name not in state.adapters:
+        raise VersionError(f"there is no adapter {name!r}; there is {', '.join(state.named_adapters) or 'none'}")
+    return state.model_copy(update={"adapters": {n: a for n, a in state.adapters.items() if n != name}})
+
+
+def label(state: Serving, version: int, name: str) -> Serving:
+    """Gives a version a name of the user's own, which moves if another one had it."""
+    _check_label(name)
+    if name in state.adapters:
+        raise VersionError(f"the name {name!r} is an adapter's; choose another")
+    return state.model_copy(update={"labels": {**state.labels, name: version}})
+
+
+def _check_label(name: str) -> None:
+    if not LABEL.fullmatch(name) or name in ("base", "latest", "live", "final") or name.startswith("round-"):
+        raise VersionError(
+            f"label {name!r}: use lower-case letters, digits, '.', '_', '-' and '/', a letter first, and none of the "
+            "names that versions get by themselves (base, final, latest, live, round-...)"
+        )
+
+
+def commanded(
+    state: Serving, abouts: Mapping[int, Mapping[str, Any]], verb: str, name: str, argument: str = ""
+) -> Serving:
+    """What an operator asks for: `promote` (a version, or `latest` to follow training again), `rollback`, `pin`,
+    `unpin`, `label` (the new one is `argument`). `abouts` are the versions on disk. VersionError when it cannot be.
+    """
+    labels = all_labels(state, abouts)
+    if verb == "rollback":
+        after = rollback(state)
+        if after.live not in labels:
+            raise VersionError(f"version {after.live}, which was live before, is not kept; there is {listed(labels)}")
+        return after
+    if verb == "promote" and name == "latest":
+        newest = newest_passed(state, labels)
+        if newest is None:
+            raise VersionError(
+                f"no version has passed its checks yet (follow={state.follow}); promote one by its number"
+            )
+        return release(state, newest)
+    if verb == "unpin" and name.isdecimal():
+        return unpin(state, int(name))
+    version = find(name, labels)
+    if verb == "label":
+        return label(state, version, argument)
+    if verb == "pin" and "adapters" in abouts[version]:
+        return pin_adapters(state, version, abouts[version]["adapters"])
+    return {"promote": promote, "pin": pin, "unpin": unpin}[verb](state, version)
+
+
+def _live(state: Serving, version: int) -> Serving:
+    if state.live == version:
+        return state
+    before = state.previous if state.live is None else [*state.previous, state.live][-HISTORY:]
+    return state.model_copy(update={"live": version, "sequence": state.sequence + 1, "previous": before})
+
+
+def newest_passed(state: Serving, labels: Mapping[int, Sequence[str]]) -> int | None:
+    """The newest version on disk that passed its checks, of those that the live policy follows; None: there is none."""
+    follow: Follow = "latest" if state.follow == "manual" else state.follow
+    fit = [v for v, names in labels.items() if v in state.passed and is_wanted(follow, names)]
+    return max(fit, default=None)
+
+
+def find(name: str, labels: Mapping[int, Sequence[str]]) -> int:
+    """The version that a name means: a number, or a label. VersionError lists what there is."""
+    if name.isascii() and name.isdecimal() and int(name) in labels:
+        return int(name)
+    named = [version for version, names in labels.items() if name in names]
+    if not named:
+        raise VersionError(f"no version {name!r} is kept; there is {listed(labels)}")
+    return max(named)
+
+
+def listed(labels: Mapping[int, Sequence[str]]) -> str:
+    """Versions for a message: numbers with their shortest label."""
+    each = [f"{v} ({min(labels[v], key=len)})" if labels[v] else str(v) for v in sorted(labels)]
+    return ", ".join(each) if each else "none yet"
+
+
+def catalogue(state: Serving, abouts: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One record a version on disk, newest first: what its version.json says, labels of users, and how it is served."""
+    labels = all_labels(state, abouts)
+    return [
+        {
+            **{key: value for key, value in abouts[version].items() if key != "files"},
+            "version": version,
+            "labels": labels[version],
+            "state": standing(state, version),
+            "reason": state.refused.get(version),
+        }
+        for version in sorted(abouts, reverse=True)
+    ]
+
+
+def standing(state: Serving, version: int) -> str:
+    """`live`, `pinned`, `refused`, `candidate` (not checked yet) or `kept`."""
+    if version == state.live:
+        return "live"
+    if version in state.all_pinned:
+        return "pinned"
+    if version in state.refused:
+        return "refused"
+    return "kept" if version in state.passed or version == 0 else "candidate"
+
+
+def all_labels(state: Serving, abouts: Mapping[int, Mapping[str, Any]]) -> dict[int, list[str]]:
+    """Labels by version on disk, a user's own first."""
+    return {
+        version: [*(n for n, v in state.labels.items() if v == version), *_own_labels(version, about)]
+        for version, about in abouts.items()
+    }
+
+
+def _own_labels(version: int, about: Mapping[str, Any]) -> Sequence[str]:
+    return BASE_LABELS if version == 0 else about.get("labels", ())
+
+
+def serving_file(run: Place) -> Place:
+    return run.at("serving.json")
+
+
+def read_serving(run: Place, follow: Follow = "latest") -> Serving:
+    """The state as it is now; a new run's begins with `follow`."""
+    file = serving_file(run)
+    return Serving.model_validate_json(file.read()) if file.exists() else Serving(follow=follow)
+
+
+def edit_serving(run: Place, change: Callable[[Serving], Serving], follow: Follow = "latest") -> Serving:
+    """Changes the state: read, change, write, one at a time on a local run directory (elsewhere the last writer wins).
+
+    VersionError of `change` leaves it as it was.
+    """
+    if not run.local:
+        return _edited(run, change, follow)
+    lock = filelock.FileLock(run.at("serving.lock").path)
+    try:
+        with lock.acquire(timeout=LOCK_SECONDS):
+            return _edited(run, change, follow)
+    except filelock.Timeout:
+        raise VersionError(
+            f"serving.json is being changed by another process for {LOCK_SECONDS:.0f} s; try again"
+        ) from None
+
+
+def _edited(run: Place, change: Callable[[Serving], Serving], follow: Follow) -> Serving:
+    before = read_serving(run, follow)
+    after = change(before)
+    if after != before or not serving_file(run).exists():
+        serving_file(run).write(json.dumps(after.model_dump(mode="json"), indent=1).encode())
+    return after

@@ -1,0 +1,189 @@
+"""From tokens to rows: which pairs share a step, a rank and a row, planned from lengths alone.
+
+The plan of a round is a pure function of (lengths, budget, seed, round), so every rank computes it for itself and a
+restarted one finds its place.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sampo_ray.config.rows import RowBudget
+
+if TYPE_CHECKING:
+    from jaxtyping import Float32, Int32, Int64
+
+
+# Rows are filled up to a multiple of this many tokens: matrix kernels take other paths for a few rows, and so round
+# differently.
+ROW_MULTIPLE = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A prompt with a chosen and a rejected response, in tokens; once there is a reference, with its log-probs of the
+    responses' tokens, nats (NaN where not asked for).
+    """
+
+    id: str
+    prompt: Int32[np.ndarray, " prompt"]
+    chosen: Int32[np.ndarray, " chosen"]
+    rejected: Int32[np.ndarray, " rejected"]
+    chosen_ref: Float32[np.ndarray, " chosen"] | None = None
+    rejected_ref: Float32[np.ndarray, " rejected"] | None = None
+
+
+Lengths: TypeAlias = "Int64[np.ndarray, 'pairs 3']"
+"""Tokens of prompt, chosen and rejected."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: `rows[rank]` are the micro-batches of a rank, each an array of pair indices (maybe empty)."""
+
+    index: int
+    epoch: int
+    pairs: int
+    rows: tuple[tuple[Int64[np.ndarray, " pairs"], ...], ...]
+
+
+def steps_in_round(pairs: int, batch_size: int, epochs: int) -> int:
+    """Optimizer steps of a round; the last batch of an epoch may be smaller."""
+    return -(-pairs // batch_size) * epochs
+
+
+def plan_round(lengths: Lengths, budget: RowBudget, *, epochs: int, seed: int, round: int) -> Iterator[Step]:
+    """The steps of a round, in order, numbered from 1.
+
+    The first epoch takes the pairs as they are stored (stored order is shuffled already); later ones are permuted.
+    """
+    index = 0
+    for epoch in range(epochs):
+        order = np.arange(len(lengths))
+        if epoch:
+            order = np.random.default_rng([seed, round, epoch]).permutation(order)
+        for start in range(0, len(order), budget.batch_size):
+            index += 1
+            batch = order[start : start + budget.batch_size]
+            rows = plan_rows(batch, lengths, budget)
+            yield Step(
+                index, epoch, len(batch), tuple(tuple(rows[rank :: budget.world]) for rank in range(budget.world))
+            )
+
+
+def plan_rows(pairs: Int64[np.ndarray, " pairs"], lengths: Lengths, budget: RowBudget) -> list[np.ndarray]:
+    """Splits a global batch into rows of at most `tokens_per_row` tokens, the longest row first; each rank takes every
+    `world`-th.
+
+    Each row is a collective operation, in which all ranks wait for the one with the most tokens. So there are as few
+    rows as will do, the same number for each rank (the last may be empty), and they are filled evenly: each pair, the
+    longest first, goes to the row that has the fewest tokens so far. A pair that is longer than a row gets one of its
+    own.
+    """
+    totals = lengths[pairs].sum(axis=1)
+    longest_first = [(int(totals[place]), int(pairs[place])) for place in np.argsort(-totals, kind="stable")]
+    turns = max(1, -(-int(totals.sum()) // (budget.tokens_per_row * budget.world)))
+    while (rows := _spread(longest_first, turns * budget.world, budget.tokens_per_row)) is None:
+        turns += 1
+    return [np.array(members, dtype=np.int64) for _, members in sorted(rows, key=lambda row: -row[0])]
+
+
+def _spread(items: list[tuple[int, int]], count: int, room: int) -> list[tuple[int, list[int]]] | None:
+    """(tokens, pairs) of `count` rows filled evenly with (tokens, pair); None if there is not enough room."""
+    rows: list[tuple[int, int, list[int]]] = [(0, row, []) for row in range(count)]
+    for tokens, pair in items:
+        used, row, members = rows[0]
+        if used and used + tokens > room:
+            return None
+        heapq.heapreplace(rows, (used + tokens, row, [*members, pair]))
+    return [(used, members) for used, _, members in sorted(rows, key=lambda row: row[1])]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where one pair lies in a row: chosen, then rejected, and the prompt that both see.
+
+    The prompt, computed once, is just before them, or with an earlier pair of the row that has the same.
+    """
+
+    prompt_start: int
+    prompt: int
+    chosen_start: int
+    chosen: int
+    rejected: int
+
+    @property
+    def shares_prompt(self) -> bool:
+        """Whether the prompt lies with an earlier pair."""
+        return self.prompt_start + self.prompt < self.chosen_start
+
+    @property
+    def rejected_start(self) -> int:
+        return self.chosen_start + self.chosen
+
+    @property
+    def end(self) -> int:
+        return self.rejected_start + self.rejected
+
+    def chosen_states(self, tokens: Int64[np.ndarray, " kept"]) -> Int64[np.ndarray, " kept"]:
+        """Row positions of the hidden states that predict the given tokens of the chosen response."""
+        return self._states(self.chosen_start, tokens)
+
+    def rejected_states(self, tokens: Int64[np.ndarray, " kept"]) -> Int64[np.ndarray, " kept"]:
+        """As `chosen_states`, of the rejected response."""
+        return self._states(self.rejected_start, tokens)
+
+    def _states(self, start: int, tokens: Int64[np.ndarray, " kept"]) -> Int64[np.ndarray, " kept"]:
+        # The first token of both is predicted by the last one of the prompt.
+        return np.where(tokens == 0, self.prompt_start + self.prompt - 1, start - 1 + tokens)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A micro-batch: pairs end to end in one row of tokens, without padding but at the very end.
+
+    `positions` are those in prompt and response: each prompt begins at 0, each response where its prompt ended.
+    """
+
+    tokens: Int64[Tensor, " tokens"]
+    positions: Int64[Tensor, " tokens"]
+    segments: tuple[Segments, ...]
+
+    def to(self, device: torch.device | str) -> Row:
+        return Row(self.tokens.to(device), self.positions.to(device), self.segments)
+
+
+def assemble(pairs: Sequence[Pair]) -> Row:
+    """Lays pairs into one row, filled up to a multiple of ROW_MULTIPLE tokens.
+
+    A prompt that several of them have is there once.
+    """
+    tokens, positions, segments, end = list[np.ndarray](), list[np.ndarray](), list[Segments](), 0
+    known: dict[bytes, int] = {}
+    for pair in pairs:
+        prompt = len(pair.prompt)
+        if (start := known.setdefault(pair.prompt.tobytes(), end)) == end:
+            tokens.append(pair.prompt)
+            positions.append(np.arange(prompt))
+            end += prompt
+        segments.append(Segments(start, prompt, end, len(pair.chosen), len(pair.rejected)))
+        end = segments[-1].end
+        for response in (pair.chosen, pair.rejected):
+            tokens.append(response)
+            positions.append(np.arange(prompt, prompt + len(response)))
+    fill = np.zeros(-end % ROW_MULTIPLE, np.int64)
+    laid, at = (torch.from_numpy(np.concatenate([*parts, fill]).astype(np.int64)) for parts in (tokens, positions))
+    return Row(laid, at, tuple(segments))
+
+
+def lengths_of(pairs: Sequence[Pair]) -> Lengths:
+    """[pairs, 3] token counts."""
+    counts = [(len(pair.prompt), len(pair.chosen), len(pair.rejected)) for pair in pairs]
+    return np.array(counts, np.int64).reshape(-1, 3)

@@ -1,0 +1,115 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): low-rank adapters on the linear layers of a frozen model.
+
+Adapters live for a round. They start at zero on the round's reference, so that the policy *is* the reference there.
+Within the round they are published alone; what ends it, is exported and begins the next is the model with them merged
+in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sampo_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sampo_ray.config.model import LoraConfig
+
+
+ADAPTER = "default"
+"""peft's name for the only adapter there is."""
+SIDES = ("A", "B")
+
+
+def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
+    """Freezes a model and gives its targeted linear layers adapters, in its dtype: A random by `seed`, B zero.
+
+    `model` may be on the meta device. ConfigError, naming `model.lora.targets`, for names that match no linear layer.
+    """
+    import peft
+
+    model.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        peft.inject_adapter_in_model(peft.LoraConfig(**peft_settings(config, _targets(model, config))), model, ADAPTER)
+
+
+def peft_settings(config: LoraConfig, layers: list[str]) -> dict[str, Any]:
+    """peft's settings of adapters on these layers."""
+    return {"r": config.rank, "lora_alpha": config.scaled_by, "target_modules": layers, "lora_dropout": 0.0}
+
+
+def file_name(weight: str, side: str) -> str:
+    """What peft's files call the A or B that belongs to a weight (`model.layers.0.mlp.down_proj.weight`)."""
+    return f"base_model.model.{weight.removesuffix('.weight')}.lora_{side}.weight"
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Within, the model is the frozen one that its adapters were added to."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def _targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
+    """Names of the layers that get adapters."""
+    head = model.get_output_embeddings()
+    linear = [name for name, module in model.named_modules() if type(module) is nn.Linear and module is not head]
+    if config.targets == "all-linear":
+        return linear
+    found = {target: [name for name in linear if f".{name}".endswith(f".{target}")] for target in config.targets}
+    for target, names in found.items():
+        if not names:
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise ConfigError(f"model.lora.targets: {target!r} names no linear layer of this model; it has {known}")
+    return [name for names in found.values() for name in names]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter of the model as it was before, and peft's layer around it, if it has an adapter."""
+
+    parameter: nn.Parameter
+    layer: Any
+
+    @property
+    def parts(self) -> list[nn.Parameter]:
+        """What `merged` reads: the parameter and, with an adapter, A [rank, in] and B [out, rank]."""
+        adapter = [self.layer.lora_A[ADAPTER].weight, self.layer.lora_B[ADAPTER].weight] if self.layer else []
+        return [self.parameter, *adapter]
+
+    def merged(self, value: Callable[[nn.Parameter], Tensor]) -> Tensor:
+        """W + alpha/rank * B A, in fp32, of the `value` of each part; without an adapter just that of the parameter."""
+        if self.layer is None:
+            return value(self.parameter)
+        weight, a, b = map(value, self.parts)
+        return merged(weight, a, b, self.layer.scaling[ADAPTER])
+
+
+def merged(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """W + `scaling` B A, fp32, of W [out, in], A [rank, in] and B [out, rank]."""
+    return weight.float().addmm(b.float(), a.float(), alpha=scaling)
+
+
+def named_weights(model: nn.Module) -> Iterator[tuple[str, Weight]]:
+    """The parameters of a model, with adapters or without, under the names they have without."""
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        outer, inner, own = name.rpartition(".base_layer.")
+        layer = model.get_submodule(outer) if inner and own == "weight" else None
+        yield f"{outer}.{own}" if inner else name, Weight(parameter, layer)

@@ -1,0 +1,152 @@
+"""Length reduction: which response tokens of a pair count, and how their log-ratios become one number a response.
+
+A log-ratio is r_t = log pi(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t), in nats. SamPO's contribution is `sample`:
+chosen and rejected are down-sampled to the same number of tokens, so that the implicit reward no longer grows with
+length (Lu et al., EMNLP 2024, arXiv 2406.10957, Eq. 10).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int64
+
+
+@dataclass(frozen=True)
+class MaskKey:
+    """What a pair's token subset is a pure function of: nothing about batches, ranks or restarts."""
+
+    seed: int
+    round: int
+    epoch: int
+    pair: str
+
+    def generator(self, stream: int = 0) -> np.random.Generator:
+        """A fresh generator; `stream` separates independent draws for the same pair."""
+        digest = hashlib.blake2b(self.pair.encode(), digest_size=16).digest()
+        pair = int.from_bytes(digest, "little")
+        return np.random.default_rng([self.seed, self.round, self.epoch, stream, pair])
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Token positions of one pair that the loss looks at, ascending, each in [0, T)."""
+
+    chosen: Int64[np.ndarray, " kept_w"]
+    rejected: Int64[np.ndarray, " kept_l"]
+
+
+@dataclass(frozen=True)
+class SequenceLogRatios:
+    """Sequence log-ratios s_w and s_l of a batch of pairs in fp32 nats, and how many tokens each one stands for.
+
+    Of losses without a reference these are log-probs: r_t = log pi(y_t | x, y_<t).
+    """
+
+    chosen: Float[Tensor, " pairs"]
+    rejected: Float[Tensor, " pairs"]
+    chosen_tokens: Float[Tensor, " pairs"]
+    rejected_tokens: Float[Tensor, " pairs"]
+
+    @property
+    def delta(self) -> Float[Tensor, " pairs"]:
+        """s_w - s_l; times beta it is the difference of the implicit rewards."""
+        return self.chosen - self.rejected
+
+
+def all_positions(key: MaskKey, chosen: int, rejected: int, stream: int = 0) -> Positions:
+    """Every token of both responses."""
+    return Positions(np.arange(chosen), np.arange(rejected))
+
+
+def sampled_positions(key: MaskKey, chosen: int, rejected: int, stream: int = 0) -> Positions:
+    """min(T_w, T_l) tokens of each response, uniformly without replacement; the shorter one keeps all of its own."""
+    kept = min(chosen, rejected)
+    rng = key.generator(stream)
+
+    def draw(length: int) -> Int64[np.ndarray, " kept"]:
+        if length == kept:
+            return np.arange(length)
+        return np.sort(rng.choice(length, kept, replace=False))
+
+    return Positions(draw(chosen), draw(rejected))
+
+
+Reduced = tuple[Tensor, Tensor, float, float]
+"""s_w and s_l of one pair, and the tokens that each stands for."""
+
+
+def _sum(chosen: Tensor, rejected: Tensor, length_w: int, length_l: int) -> Reduced:
+    return chosen.sum(), rejected.sum(), len(chosen), len(rejected)
+
+
+def _average(chosen: Tensor, rejected: Tensor, length_w: int, length_l: int) -> Reduced:
+    scale = (length_w + length_l) / 2
+    return chosen.mean() * scale, rejected.mean() * scale, scale, scale
+
+
+def _mean(chosen: Tensor, rejected: Tensor, length_w: int, length_l: int) -> Reduced:
+    return chosen.mean(), rejected.mean(), 1, 1
+
+
+def _ld(chosen: Tensor, rejected: Tensor, length_w: int, length_l: int, alpha: float) -> Reduced:
+    shared = min(length_w, length_l)
+
+    def part(ratios: Tensor) -> tuple[Tensor, float]:
+        return ratios[:shared].sum() + alpha * ratios[shared:].sum(), shared + alpha * (len(ratios) - shared)
+
+    (s_w, n_w), (s_l, n_l) = part(chosen), part(rejected)
+    return s_w, s_l, n_w, n_l
+
+
+def _top_k(chosen: Tensor, rejected: Tensor, length_w: int, length_l: int) -> Reduced:
+    kept = min(length_w, length_l)
+    return chosen.topk(kept).values.sum(), rejected.topk(kept).values.sum(), kept, kept
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """`positions` says, from lengths alone, which tokens need log-probs; `reduce` makes one pair's log-ratios (w, l,
+    T_w, T_l, and by name the fields of `method` that it needs) two numbers.
+    """
+
+    positions: Callable[..., Positions]
+    reduce: Callable[..., Reduced]
+
+
+REDUCTIONS: dict[str, Reduction] = {
+    "sum": Reduction(all_positions, _sum),
+    "average": Reduction(all_positions, _average),
+    "mean": Reduction(all_positions, _mean),
+    "sample": Reduction(sampled_positions, _sum),
+    "top_k": Reduction(all_positions, _top_k),
+    "ld": Reduction(all_positions, _ld),
+}
+"""sum: plain DPO (Eq. 7). average: means, rescaled by (T_w + T_l)/2 (Eq. 9). mean: plain means a token. sample: SamPO
+(Eq. 10). top_k: as `sample`, but the tokens with the largest log-ratios (Appendix G, an ablation). ld: LD-DPO (Liu et
+al. 2024, arXiv 2409.06411), tokens beyond the length min(T_w, T_l) that both responses reach count alpha times."""
+
+
+def reduce_pairs(
+    reduction: Reduction,
+    chosen: list[Float[Tensor, " kept_w"]],
+    rejected: list[Float[Tensor, " kept_l"]],
+    lengths: list[tuple[int, int]],
+    **settings: float,
+) -> SequenceLogRatios:
+    """Reduces token log-ratios pair by pair, so that a pair's numbers do not depend on what else is in the batch.
+
+    `lengths` holds (T_w, T_l), in tokens, of the whole responses; `settings` what the reduction asks for by name.
+    """
+    parts = [reduction.reduce(w, r, *pair, **settings) for w, r, pair in zip(chosen, rejected, lengths, strict=True)]
+    s_w, s_l, n_w, n_l = zip(*parts, strict=True)
+    counts = torch.tensor([n_w, n_l], dtype=s_w[0].dtype, device=s_w[0].device)
+    return SequenceLogRatios(torch.stack(s_w), torch.stack(s_l), counts[0], counts[1])

@@ -1,0 +1,193 @@
+"""Who may use the endpoint, and for what: API keys with scopes.
+
+`Authorization: Bearer <key>` on each request is the only way in, for the page too: there are no cookies, hence nothing
+that another site could make a browser send along. `/admin/*` needs the scope `admin`, all else `use`, which `admin`
+includes; `/health`, `/` and `/page/*` (the page carries no data) need none.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from sampo_ray.config.base import is_loopback
+from sampo_ray.config.keys import Key, digest, is_json, parse
+from sampo_ray.config.keys import Scope as KeyScope
+from sampo_ray.config.serve import ServeConfig
+from sampo_ray.errors import KeysError
+from sampo_ray.run.storage import Place, absolute
+from sampo_ray.serve.errors import ApiError
+
+logger = logging.getLogger("ray.serve")  # the one that Serve sends to its log files
+
+FRESH_S = 0.8
+BOTH: frozenset[KeyScope] = frozenset({"use", "admin"})
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who gets in. It travels to the replicas, and holds digests, never keys."""
+
+    keys: tuple[Key, ...]
+    """Those of `serve.api_keys`, with both scopes."""
+    keys_file: str | None
+    """Where further keys are; each replica reads it by itself."""
+    anonymous: frozenset[KeyScope]
+    """What needs no key."""
+    local: bool
+    """Whether the endpoint is bound to loopback."""
+
+    @classmethod
+    def of(cls, config: ServeConfig) -> "Access":
+        """ValueError for an empty key, which anybody has."""
+        secrets = [key.get_secret_value() for key in config.api_keys]
+        if not all(secrets):
+            raise ValueError("serve.api_keys: a key is empty; remove it or give it a value")
+        keys = tuple(Key(name=f"api-key-{n}", sha256=digest(key), scopes=BOTH) for n, key in enumerate(secrets, 1))
+        local = is_loopback(config.host)
+        anonymous = BOTH if local and not config.keyed else frozenset[KeyScope]({"use"} if config.open else ())
+        return cls(keys, absolute(config.keys_file) if config.keys_file else None, anonymous, local)
+
+
+class KeysFile:
+    """The keys in a file, looked at again when a request comes and the last look is FRESH_S old, once for all callers.
+
+    While it cannot be read or is broken the last good keys count, and the log says so once, without any of its content;
+    a process that has seen no good file yet has none. A store that hangs delays a request by FRESH_S at most.
+    """
+
+    def __init__(self, url: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._place, self._clock = Place(url), clock
+        self._keys: tuple[Key, ...] = ()
+        self._content: bytes | None = None
+        self._complaint: str | None = None
+        self._looked = -FRESH_S
+        self._looking: asyncio.Future[None] | None = None
+
+    async def keys(self) -> tuple[Key, ...]:
+        if self._looking is None and self._clock() - self._looked >= FRESH_S:
+            self._looked = self._clock()
+            self._looking = asyncio.ensure_future(asyncio.to_thread(self._look))
+        if (looking := self._looking) is not None:
+            await asyncio.wait({looking}, timeout=max(0.0, self._looked + FRESH_S - self._clock()))
+            if looking.done():
+                self._looking = None
+        return self._keys
+
+    def _look(self) -> None:
+        try:
+            content = self._place.read()
+            if content != self._content:
+                self._keys, self._content = parse(content, is_json(self._place.url)), content
+                logger.info("serve.keys_file: %d keys in use", len(self._keys))
+            self._complaint = None
+        except KeysError as error:
+            self._complain(str(error))
+        except Exception as error:  # of whatever kind the file system's library raises
+            self._complain(f"cannot be read ({type(error).__name__})")
+
+    def _complain(self, complaint: str) -> None:
+        if complaint != self._complaint:
+            logger.warning("serve.keys_file: %s; the last good keys stay (%d)", complaint, len(self._keys))
+        self._complaint = complaint
+
+
+class KeyGuard:
+    """ASGI middleware that answers 401 without a key that is known and 403 where the key lacks the scope.
+
+    The key's entry (None without one) is `request.state.key` for what comes after. Requests without a key, where those
+    are let in, must not come from another site's page: a browser would send them for any page its user looks at.
+    """
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self._app, self._access = app, access
+        self._file = KeysFile(access.keys_file) if access.keys_file else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await self._app(scope, receive, send)
+        needed, key = needed_scope(scope), await self._key(scope)
+        refusal = None if needed is None else self._refusal(scope, needed, key)
+        if refusal is None:
+            scope["state"] = {**scope.get("state", {}), "key": key}
+            await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            await refusal.response()(scope, receive, send)
+        return None
+
+    def _refusal(self, scope: Scope, needed: KeyScope, key: Key | None) -> ApiError | None:
+        if key is not None:
+            return None if key.allows(needed) else ApiError(403, f"this key lacks the scope {needed!r}", code="scope")
+        if needed not in self._access.anonymous:
+            return ApiError(401, "a valid API key is needed: Authorization: Bearer <key>", code="invalid_api_key")
+        if is_foreign(scope, self._access.local):
+            wanted = "address it as localhost, or give it keys" if self._access.local else "use a key"
+            return ApiError(403, f"requests for or from another site need an API key; {wanted}", code="foreign_site")
+        return None
+
+    async def _key(self, scope: Scope) -> Key | None:
+        scheme, _, presented = header(scope, b"authorization").partition(b" ")
+        known = (*self._access.keys, *(await self._file.keys() if self._file else ()))
+        sha256 = hashlib.sha256(presented.strip()).hexdigest()
+        matches = [key for key in known if hmac.compare_digest(sha256, key.sha256)]  # all of them, always
+        return matches[0] if matches and scheme.lower() == b"bearer" else None
+
+
+def needed_scope(scope: Scope) -> KeyScope | None:
+    """What a request needs, by its route; None: nothing. OPTIONS has no answer but 405, whatever the route."""
+    path = route_path(scope)
+    if scope["type"] == "http" and (
+        scope["method"] == "OPTIONS"
+        or path == "/health"
+        or (scope["method"] in ("GET", "HEAD") and (path in ("", "/") or path.startswith("/page/")))
+    ):
+        return None
+    return "admin" if is_admin(path) else "use"
+
+
+def is_admin(path: str) -> bool:
+    """However it is spelt: more than the router would take for it does no harm."""
+    return path.lower().lstrip("/").split("/")[0] == "admin"
+
+
+def route_path(scope: Scope) -> str:
+    """The path below the application's route prefix, as the router sees it."""
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    below = path[len(root) :]
+    return below if path.startswith(root) and below[:1] in ("", "/") else path
+
+
+def is_foreign(scope: Scope, local: bool) -> bool:
+    """Whether a request comes from another site's page, or (`local`) by a name that somebody made point to loopback."""
+    host = header(scope, b"host").decode("latin-1").lower()
+    origin = header(scope, b"origin").decode("latin-1").lower()
+    return (bool(origin) and _netloc(origin) != host) or (local and not is_loopback(_hostname(host)))
+
+
+def header(scope: Scope, name: bytes) -> bytes:
+    """Its value; empty when it is missing or there are several, between which nobody could choose."""
+    values: list[Any] = [value for key, value in scope["headers"] if key == name]
+    return values[0] if len(values) == 1 else b""
+
+
+def _netloc(url: str) -> str:
+    try:
+        return urlsplit(url).netloc
+    except ValueError:
+        return ""
+
+
+def _hostname(host: str) -> str:
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""

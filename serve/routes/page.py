@@ -1,0 +1,60 @@
+"""The page: static files of the package, under relative addresses so that any route prefix will do."""
+
+from importlib import resources
+from typing import Any
+
+from starlette.responses import RedirectResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from sampo_ray.serve.errors import ApiError
+
+TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+
+
+def load_assets() -> dict[str, tuple[bytes, str]]:
+    """Content and media type of the page's files by name."""
+    files = [file for file in (resources.files("sampo_ray.serve") / "page").iterdir() if file.is_file()]
+    typed = {file.name: TYPES.get("." + file.name.rpartition(".")[2]) for file in files}
+    return {file.name: (file.read_bytes(), kind) for file in files if (kind := typed[file.name])}
+
+
+class PageRoutes:
+    """Handlers of `/` and `/page/...`. There is no data in them: no key is needed."""
+
+    assets: dict[str, tuple[bytes, str]]
+
+    async def page(self) -> Response:
+        return self._asset("index.html")
+
+    async def page_asset(self, name: str) -> Response:
+        if name not in self.assets:
+            raise ApiError(404, "the page has no file of that name")
+        return self._asset(name)
+
+    def _asset(self, name: str) -> Response:
+        content, kind = self.assets[name]
+        return Response(content, media_type=kind, headers={"cache-control": "no-cache"})
+
+
+PAGE_ROUTES: dict[str, Any] = {
+    "page": lambda app: app.get("/"),
+    "page_asset": lambda app: app.get("/page/{name}"),
+}
+
+
+class Slash:
+    """ASGI middleware that sends the route prefix alone to the page, behind whose slash its relative addresses hold.
+
+    The redirect is relative, too: a proxy on the way may have another name, scheme or prefix. (A route for the empty
+    path would do, but Ray Serve's proxy cannot match such a pattern and would count all requests as one route.)
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        prefix = scope.get("root_path", "")
+        if scope["type"] == "http" and scope["method"] == "GET" and prefix and scope["path"] == prefix:
+            await RedirectResponse(f"{prefix.rpartition('/')[2]}/")(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
