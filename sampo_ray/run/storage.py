@@ -1,4 +1,4 @@
-"""Files and folders of a run by fsspec URL."""
+"""Files and folders of a run by fsspec URL. pyarrow is imported only where tables are read or written."""
 
 import contextlib
 import os
@@ -9,11 +9,13 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 DRAFT = ".draft-"
 
@@ -65,17 +67,25 @@ class Place:
             os.fsync(file.fileno())
         os.replace(draft, path)
 
-    def write_table(self, table: pa.Table) -> None:
+    def write_table(self, table: "pa.Table") -> None:
         """Writes a block as Parquet, atomically."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
         self.write(sink.getvalue().to_pybytes())
 
-    def read_table(self) -> pa.Table:
+    def read_table(self) -> "pa.Table":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         return pq.read_table(pa.BufferReader(self.read()))
 
     def table_rows(self) -> int:
         """Rows of a Parquet part, from its footer."""
+        import pyarrow.parquet as pq
+
         fs, path = self._fs()
         with fs.open(path, "rb") as file:
             return int(pq.read_metadata(file).num_rows)
