@@ -11,6 +11,7 @@ import hmac
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,11 +24,12 @@ from sampo_ray.config.keys import Scope as KeyScope
 from sampo_ray.config.serve import ServeConfig
 from sampo_ray.errors import KeysError
 from sampo_ray.run.storage import Place, absolute
+from sampo_ray.serve.cached import CachedRead
 from sampo_ray.serve.errors import ApiError
 
 logger = logging.getLogger("ray.serve")  # the one that Serve sends to its log files
 
-FRESH_S = 0.8
+MAX_AGE_S = 0.8  # of the keys file: a change takes effect within a second
 BOTH: frozenset[KeyScope] = frozenset({"use", "admin"})
 
 
@@ -57,46 +59,38 @@ class Access:
 
 
 class KeysFile:
-    """The keys in a file, looked at again when a request comes and the last look is FRESH_S old, once for all callers.
+    """The keys in a file, at most MAX_AGE_S old.
 
-    While it cannot be read or is broken the last good keys count, and the log says so once, without any of its content;
-    a process that has seen no good file yet has none. A store that hangs delays a request by FRESH_S at most.
+    While the file cannot be read or is broken, the last good keys stay valid, and one warning is logged without any of
+    its content. Before the first good file there are no keys. A store that hangs delays a request by MAX_AGE_S at most.
     """
 
     def __init__(self, url: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self._place, self._clock = Place(url), clock
-        self._keys: tuple[Key, ...] = ()
+        self._place = Place(url)
+        self._cached = CachedRead(lambda: asyncio.to_thread(self._read), MAX_AGE_S, MAX_AGE_S, clock)
         self._content: bytes | None = None
-        self._complaint: str | None = None
-        self._looked = -FRESH_S
-        self._looking: asyncio.Future[None] | None = None
+        self._warning: str | None = None
 
     async def keys(self) -> tuple[Key, ...]:
-        if self._looking is None and self._clock() - self._looked >= FRESH_S:
-            self._looked = self._clock()
-            self._looking = asyncio.ensure_future(asyncio.to_thread(self._look))
-        if (looking := self._looking) is not None:
-            await asyncio.wait({looking}, timeout=max(0.0, self._looked + FRESH_S - self._clock()))
-            if looking.done():
-                self._looking = None
-        return self._keys
+        with suppress(TimeoutError):
+            return await self._cached.get()
+        return self._cached.last or ()
 
-    def _look(self) -> None:
+    def _read(self) -> tuple[Key, ...]:
+        keys, warning = self._cached.last or (), None
         try:
             content = self._place.read()
             if content != self._content:
-                self._keys, self._content = parse(content, is_json(self._place.url)), content
-                logger.info("serve.keys_file: %d keys in use", len(self._keys))
-            self._complaint = None
+                keys, self._content = parse(content, is_json(self._place.url)), content
+                logger.info("serve.keys_file: %d keys in use", len(keys))
         except KeysError as error:
-            self._complain(str(error))
-        except Exception as error:  # of whatever kind the file system's library raises
-            self._complain(f"cannot be read ({type(error).__name__})")
-
-    def _complain(self, complaint: str) -> None:
-        if complaint != self._complaint:
-            logger.warning("serve.keys_file: %s; the last good keys stay (%d)", complaint, len(self._keys))
-        self._complaint = complaint
+            warning = str(error)
+        except Exception as error:  # each storage library has its own
+            warning = f"cannot be read ({type(error).__name__})"
+        if warning and warning != self._warning:
+            logger.warning("serve.keys_file: %s; the last good keys stay (%d)", warning, len(keys))
+        self._warning = warning
+        return keys
 
 
 class KeyGuard:
