@@ -13,6 +13,7 @@ from sampo_ray.actors.weights.store import find_weight_store
 from sampo_ray.errors import VersionError
 from sampo_ray.run.storage import Place
 from sampo_ray.run.versions import find
+from sampo_ray.serve.cached import CachedRead
 from sampo_ray.serve.errors import ApiError, unavailable
 
 logger = logging.getLogger("ray.serve")  # the one that Serve sends to its log files
@@ -39,24 +40,18 @@ class Catalogue:
 
     def __init__(self, policy_app: str, store: str) -> None:
         self._policy_app, self._store = policy_app, store
-        self._state: dict[str, Any] | None = None
+        self._state = CachedRead(self._ask, FRESH_S, CALL_TIMEOUT_S)
         self._place = ""
-        self._asked, self._asking = -FRESH_S, asyncio.Lock()
         self._created = int(time.time())
 
     async def state(self) -> dict[str, Any]:
         """`run`, `apps`, `serving`, `versions` as WeightStore.state has them. ApiError (503) before the first."""
-        async with self._asking:
-            if time.monotonic() - self._asked >= FRESH_S:
-                try:
-                    self._state = await asyncio.wait_for(self._ask(), CALL_TIMEOUT_S)
-                except (RayError, ValueError, TimeoutError):  # it restarts, or is not there yet
-                    if self._state is None:
-                        raise unavailable() from None
-                self._asked = time.monotonic()
-            if self._state is None:
-                raise unavailable()
-            return self._state
+        try:
+            return await self._state.get()
+        except (RayError, ValueError, TimeoutError):  # it restarts, or is not there yet
+            if self._state.last is None:
+                raise unavailable() from None
+            return self._state.last
 
     async def run_place(self) -> Place:
         """The directory of the run that the fleet works for; while the store is away, of the last one. ApiError (503)
@@ -81,7 +76,7 @@ class Catalogue:
             raise unavailable() from None
         except (RayError, ValueError, TimeoutError):
             raise unavailable() from None
-        self._state, self._asked = state, time.monotonic()
+        self._state.set(state)
         return state
 
     async def target(self, model: str | None) -> Target:
@@ -151,7 +146,7 @@ class Catalogue:
         return {"id": name, "object": "model", "created": created, "owned_by": "sampo-ray", "metadata": metadata}
 
     async def _ask(self) -> dict[str, Any]:
-        return await find_weight_store(self._store).state.remote()
+        return await asyncio.wait_for(find_weight_store(self._store).state.remote(), CALL_TIMEOUT_S)
 
 
 def served_names(state: dict[str, Any]) -> list[str]:

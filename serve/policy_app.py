@@ -1,7 +1,6 @@
 """Calling the policy application from the endpoint: its handle, whether it runs, and its answers item by item."""
 
 import asyncio
-import time
 from contextlib import suppress
 from typing import Any
 
@@ -11,6 +10,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from sampo_ray.actors.policy.server import Origin
+from sampo_ray.serve.cached import CachedRead
 from sampo_ray.serve.errors import ApiError, ReplicaLost, from_policy, unavailable
 
 PATIENCE_S = 2.0
@@ -25,8 +25,7 @@ class PolicyApp:
     def __init__(self, name: str) -> None:
         self._name = name
         self._handle: DeploymentHandle | None = None
-        self._up = self._runs = False
-        self._looked, self._looking = -STATUS_FRESH_S, asyncio.Lock()
+        self._status = CachedRead(lambda: asyncio.to_thread(self._look), STATUS_FRESH_S, STATUS_TIMEOUT_S)
         self.seen = ("", 0)
         """Run, and the latest place in the order of its live weights that an answer has had: none begins earlier."""
 
@@ -45,13 +44,11 @@ class PolicyApp:
 
     async def is_up(self) -> bool:
         """Whether a replica runs, or Serve would start one. At most one look a second, for all callers together."""
-        await self._fresh()
-        return self._up
+        return (await self._up_and_runs())[0]
 
     async def runs(self) -> bool:
         """Whether a replica runs."""
-        await self._fresh()
-        return self._runs
+        return (await self._up_and_runs())[1]
 
     def note(self, origin: Origin | None) -> None:
         """Weights of which a client has seen an answer."""
@@ -59,13 +56,11 @@ class PolicyApp:
             before = self.seen[1] if self.seen[0] == origin.id.run else 0
             self.seen = origin.id.run, max(before, origin.sequence)
 
-    async def _fresh(self) -> None:
-        async with self._looking:
-            if time.monotonic() - self._looked >= STATUS_FRESH_S:
-                # While the controller restarts, replicas answer without it, and what was seen last still counts.
-                with suppress(TimeoutError, RayError):
-                    self._up, self._runs = await asyncio.wait_for(asyncio.to_thread(self._look), STATUS_TIMEOUT_S)
-                self._looked = time.monotonic()
+    async def _up_and_runs(self) -> tuple[bool, bool]:
+        # While the controller restarts, replicas answer without it, and the last status still counts.
+        with suppress(TimeoutError, RayError):
+            return await self._status.get()
+        return self._status.last or (False, False)
 
     def _look(self) -> tuple[bool, bool]:
         app = serve.status().applications.get(self._name)

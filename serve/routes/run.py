@@ -13,7 +13,6 @@ import asyncio
 import functools
 import json
 import math
-import time
 from typing import Any
 
 import yaml
@@ -24,6 +23,7 @@ from sampo_ray.run.directory import read_settings
 from sampo_ray.run.manifest import Manifest, RoundRecord, lineage, read_manifest
 from sampo_ray.run.status import Status, read_status
 from sampo_ray.run.storage import Place
+from sampo_ray.serve.cached import CachedRead
 from sampo_ray.serve.catalogue import Catalogue
 from sampo_ray.serve.errors import unavailable
 
@@ -41,27 +41,20 @@ class RunRoutes:
     """
 
     catalogue: Catalogue
-    _view: dict[str, Any] | None = None
-    _viewed = 0.0
-    _reading: "asyncio.Task[dict[str, Any]] | None" = None
+
+    @functools.cached_property
+    def _view(self) -> CachedRead[dict[str, Any]]:
+        return CachedRead(self._read, FRESH_S, READ_TIMEOUT_S)
 
     async def run_view(self) -> Response:
         """503 while there is no run, or its directory does not answer in time."""
-        if self._view is None or time.monotonic() - self._viewed >= FRESH_S:
-            if self._reading is None or self._reading.done():
-                self._reading = asyncio.create_task(self._read())
-            try:
-                # A read that hangs is waited for again by the next who asks; there is never a second one.
-                await asyncio.wait_for(asyncio.shield(self._reading), READ_TIMEOUT_S)
-            except (OSError, ValueError, yaml.YAMLError):  # ValueError: pydantic's, JSON's and ours; no run, or not yet
-                raise unavailable("the run directory cannot be read just now; try again soon") from None
-        return JSONResponse(self._view)
+        try:
+            return JSONResponse(await self._view.get())
+        except (OSError, ValueError, yaml.YAMLError):  # ValueError: pydantic's, JSON's and ours; no run, or not yet
+            raise unavailable("the run directory cannot be read just now; try again soon") from None
 
     async def _read(self) -> dict[str, Any]:
-        place = await self.catalogue.run_place()
-        self._view = await asyncio.to_thread(view, place)
-        self._viewed = time.monotonic()
-        return self._view
+        return await asyncio.to_thread(view, await self.catalogue.run_place())
 
 
 RUN_ROUTES: dict[str, Any] = {"run_view": lambda app: app.get("/run")}
