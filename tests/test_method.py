@@ -21,6 +21,7 @@ from sampo_ray.training.objective import Draw, Sampled, objective_of, row_losses
 from sampo_ray.training.policy import every_token, load_policy, pair_logprobs, score_pairs
 from sampo_ray.training.reduction import REDUCTIONS, MaskKey, all_positions, reduce_pairs, sampled_positions
 from sampo_ray.training.statistics import Statistics
+from sampo_ray.training.streams import Stream
 from tests.conftest import random_pairs, with_reference
 
 DRAW = Draw(seed=1, round=0, epoch=0)
@@ -56,7 +57,7 @@ def test_each_part_of_the_key_changes_the_mask(changed):
 def test_the_independent_draw_differs_from_the_policy_s():
     key = MaskKey(0, 0, 0, "a")
     assert not np.array_equal(
-        sampled_positions(key, 200, 100).chosen, sampled_positions(key, 200, 100, stream=1).chosen
+        sampled_positions(key, 200, 100).chosen, sampled_positions(key, 200, 100, Stream.REFERENCE_MASK).chosen
     )
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import pyarrow as pa
-import xxhash
 from ray.exceptions import RayError
 from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
 from ray.serve.llm import LLMConfig, LLMServer
@@ -40,6 +39,7 @@ from sampo_ray.errors import Elsewhere, WeightsError
 from sampo_ray.run.buckets import Bucket
 from sampo_ray.run.storage import Place
 from sampo_ray.run.version_folders import WeightsId, read_about
+from sampo_ray.training.streams import completion_seed
 
 logger = logging.getLogger("ray.serve")  # the one that Serve sends to its log files
 
@@ -475,7 +475,7 @@ def sampling_params(
         temperature=temperature,
         top_p=top_p if temperature > 0 else 1.0,
         max_tokens=max_tokens,
-        seed=xxhash.xxh3_64_intdigest(f"{seed}/{sample}/{prompt_id}".encode()) >> 1 if temperature > 0 else None,
+        seed=completion_seed(seed, prompt_id, sample) if temperature > 0 else None,
         stop_token_ids=[end_of_turn_id],
         logprobs=0,  # of the sampled token, and of no others
         flat_logprobs=True,

@@ -33,6 +33,7 @@ from sampo_ray.training.learner import Learner, drain, of_all_ranks, write_unive
 from sampo_ray.training.memory import check_device
 from sampo_ray.training.objective import asked_of_reference
 from sampo_ray.training.policy import Policy, load_policy
+from sampo_ray.training.streams import adapter_seed
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ class Rank:
         with Place(version_folder(self.place.at("versions").url, version)).on_disk() as base:
             if self.device.type == "cuda":
                 check_device(AutoConfig.from_pretrained(base), self.config)
-            seed, flex = self.config.run.seed + work.round, self.config.model.flex
+            seed, flex = adapter_seed(self.config.run.seed, work.round), self.config.model.flex
             policy = load_policy(base, self.config.trainer.gradient_checkpointing, lora=lora, seed=seed, flex=flex)
         learner = Learner(policy, self.config, self.device)
         learner.begin_round(work.round, lambda: self._reference(work))

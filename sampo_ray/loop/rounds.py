@@ -19,6 +19,7 @@ from sampo_ray.run.storage import Place
 from sampo_ray.run.version_folders import complete_versions, version_folder
 from sampo_ray.run.versions import read_serving
 from sampo_ray.training.batching import Lengths, steps_in_round
+from sampo_ray.training.streams import Stream, rollout_seed
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -54,7 +55,7 @@ def prompts_of(config: RunConfig, index: int, total: int) -> np.ndarray:
     """Which of `total` prompts are round `index`'s, in its order: [prompts], int64."""
     n = config.rollout.prompts or -(-total // config.rounds.count)
     passes = range(n * index // total, (n * (index + 1) - 1) // total + 1)
-    rng = [np.random.default_rng([config.run.seed, 0, again]) for again in passes]
+    rng = [Stream.PROMPT_ORDER.generator(seed=config.run.seed, cycle=again) for again in passes]
     order = np.concatenate([each.permutation(total) for each in rng])
     return order[n * index - passes.start * total :][:n]
 
@@ -72,7 +73,7 @@ def draw(
     """Completions of round `index`; see stages.sample."""
     settings = config.fleet.generators
     window = (settings.max_replicas or 1) * settings.max_ongoing_requests
-    seed = config.run.seed * 1_000_003 + index
+    seed = rollout_seed(config.run.seed, index)
     return stages.sample(generators, prompts, out, config.rollout, seed, weights, window, progress, enough)
 
 
@@ -180,13 +181,14 @@ class Round:
             raise StageError(
                 f"round {self.index + 1} has no preference pairs; look at the reward source and the prompts"
             )
-        order = np.random.default_rng([self.config.run.seed, 1, self.index]).permutation(total)
+        seed = self.config.run.seed
+        order = Stream.PAIR_ORDER.generator(seed=seed, round=self.index).permutation(total)
         if self.config.rounds.data == "split":
-            order = np.random.default_rng([self.config.run.seed, 1]).permutation(total)
+            order = Stream.SPLIT.generator(seed=seed).permutation(total)
             order = np.array_split(order, self.config.rounds.count)[self.index]
         if more:
             order = np.concatenate([order, np.arange(total, total + more)])
-            order = np.random.default_rng([self.config.run.seed, 2, self.index]).permutation(order)
+            order = Stream.FEEDBACK_ORDER.generator(seed=seed, round=self.index).permutation(order)
         batch = self.config.optim.batch_size
         rows = -(-stages.PART_PAIRS // batch) * batch
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sampo_ray.config.rows import RowBudget
+from sampo_ray.training.streams import Stream
 
 if TYPE_CHECKING:
     from jaxtyping import Float32, Int32, Int64
@@ -68,7 +69,7 @@ def plan_round(lengths: Lengths, budget: RowBudget, *, epochs: int, seed: int, r
     for epoch in range(epochs):
         order = np.arange(len(lengths))
         if epoch:
-            order = np.random.default_rng([seed, round, epoch]).permutation(order)
+            order = Stream.EPOCH_ORDER.generator(seed=seed, round=round, epoch=epoch).permutation(order)
         for start in range(0, len(order), budget.batch_size):
             index += 1
             batch = order[start : start + budget.batch_size]

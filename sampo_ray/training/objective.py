@@ -19,6 +19,7 @@ from sampo_ray.training.losses import ScoredPairs, evaluate
 from sampo_ray.training.policy import Ask, Reference, Sides, every_token, pair_divergences, pair_logprobs
 from sampo_ray.training.reduction import REDUCTIONS, MaskKey, Positions, Reduction, reduce_pairs
 from sampo_ray.training.statistics import Statistics
+from sampo_ray.training.streams import Stream
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
@@ -92,7 +93,7 @@ def row_positions(objective: Objective, draw: Draw, pairs: Sequence[Pair]) -> tu
         key = MaskKey(draw.seed, draw.round, draw.epoch, pair.id)
         lengths = len(pair.chosen), len(pair.rejected)
         policy.append(positions(key, *lengths))
-        reference.append(policy[-1] if objective.shared_mask else positions(key, *lengths, stream=1))
+        reference.append(policy[-1] if objective.shared_mask else positions(key, *lengths, Stream.REFERENCE_MASK))
     return policy, reference
 
 

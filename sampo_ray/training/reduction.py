@@ -7,7 +7,6 @@ length (Lu et al., EMNLP 2024, arXiv 2406.10957, Eq. 10).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,6 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
+
+from sampo_ray.training.streams import Stream, pair_number
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
@@ -29,11 +30,9 @@ class MaskKey:
     epoch: int
     pair: str
 
-    def generator(self, stream: int = 0) -> np.random.Generator:
-        """A fresh generator; `stream` separates independent draws for the same pair."""
-        digest = hashlib.blake2b(self.pair.encode(), digest_size=16).digest()
-        pair = int.from_bytes(digest, "little")
-        return np.random.default_rng([self.seed, self.round, self.epoch, stream, pair])
+    def generator(self, stream: Stream) -> np.random.Generator:
+        """A new generator for the pair's mask of the policy or of the reference."""
+        return stream.generator(seed=self.seed, round=self.round, epoch=self.epoch, pair=pair_number(self.pair))
 
 
 @dataclass(frozen=True)
@@ -62,12 +61,12 @@ class SequenceLogRatios:
         return self.chosen - self.rejected
 
 
-def all_positions(key: MaskKey, chosen: int, rejected: int, stream: int = 0) -> Positions:
+def all_positions(key: MaskKey, chosen: int, rejected: int, stream: Stream = Stream.POLICY_MASK) -> Positions:
     """Every token of both responses."""
     return Positions(np.arange(chosen), np.arange(rejected))
 
 
-def sampled_positions(key: MaskKey, chosen: int, rejected: int, stream: int = 0) -> Positions:
+def sampled_positions(key: MaskKey, chosen: int, rejected: int, stream: Stream = Stream.POLICY_MASK) -> Positions:
     """min(T_w, T_l) tokens of each response, uniformly without replacement; the shorter one keeps all of its own."""
     kept = min(chosen, rejected)
     rng = key.generator(stream)
