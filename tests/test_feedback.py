@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from sampo_ray.config.serve import FeedbackConfig
 from sampo_ray.console.main import app as cli
-from sampo_ray.data.preferences import read_rows
+from sampo_ray.data.layouts import read_rows
 from sampo_ray.errors import FeedbackError
 from sampo_ray.run.feedback import Answer, Judgement, Vote, pairs_from, read_votes, vote_of
 from sampo_ray.run.storage import Place

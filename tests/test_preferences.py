@@ -13,19 +13,17 @@ from hypothesis import strategies as st
 from sampo_ray.config.data import DataConfig
 from sampo_ray.data import preferences
 from sampo_ray.data.chat import ChatFormat
+from sampo_ray.data.layouts import Counts, check_source, read_rows
 from sampo_ray.data.preferences import (
     PAIRS,
     PROMPTS,
     SCORES,
-    Counts,
-    DataError,
     best_against_worst,
-    check_source,
-    fingerprint,
-    read_rows,
     tokenized_pairs,
     tokenized_prompts,
 )
+from sampo_ray.data.sources import fingerprint
+from sampo_ray.errors import DataError
 from tests.conftest import random_pairs
 
 ASK = [{"role": "user", "content": "Is it?"}]

@@ -10,7 +10,7 @@ from sampo_ray.config.fleet import FleetConfig
 from sampo_ray.config.rollout import RewardConfig
 from sampo_ray.data.chat import ChatFormat
 from sampo_ray.data.preferences import SCORES
-from sampo_ray.data.rewards import RewardModel, check_reward, columns_of, function_source, load_function, score
+from sampo_ray.data.rewards import RewardModel, call_function, check_reward, columns_of, function_source, load_function
 from sampo_ray.errors import ConfigError, RewardError
 
 PROMPTS = [[{"role": "user", "content": "What is 2+2?"}], [{"role": "user", "content": "Why? " * 100}]]
@@ -130,7 +130,7 @@ def test_a_function_gets_the_columns_that_it_names():
         return [1, 1]
 
     for function in (named, any_of_them, none):
-        assert score(function, PROMPTS, ["4", "x"], columns) == [1.0, 1.0]
+        assert call_function(function, PROMPTS, ["4", "x"], columns) == [1.0, 1.0]
 
 
 def test_a_column_that_the_data_lacks_is_an_error_and_not_a_failed_call():
@@ -138,7 +138,7 @@ def test_a_column_that_the_data_lacks_is_an_error_and_not_a_failed_call():
         return [1.0]
 
     with pytest.raises(RewardError, match=r"solution.*the data's other columns are answer"):
-        score(needs, PROMPTS, ["a", "b"], {"answer": [1, 2]})
+        call_function(needs, PROMPTS, ["a", "b"], {"answer": [1, 2]})
 
 
 @pytest.mark.parametrize(
@@ -154,13 +154,13 @@ def test_a_column_that_the_data_lacks_is_an_error_and_not_a_failed_call():
 )
 def test_anything_but_a_finite_number_each_is_an_error_that_shows_the_prompt_shortened(returned, message):
     with pytest.raises(RewardError, match=message) as error:
-        score(lambda prompts, completions: returned, PROMPTS, ["a", "b"], {})
+        call_function(lambda prompts, completions: returned, PROMPTS, ["a", "b"], {})
     assert len(str(error.value)) < 400
 
 
 def test_arrays_and_tensors_are_taken_as_numbers():
     for returned in (torch.tensor([1.0, 2.0]), torch.tensor([1, 2]).numpy(), (True, 2)):
-        assert score(lambda prompts, completions, out=returned: out, PROMPTS, ["a", "b"], {}) == [1.0, 2.0]
+        assert call_function(lambda prompts, completions, out=returned: out, PROMPTS, ["a", "b"], {}) == [1.0, 2.0]
 
 
 def test_columns_come_back_as_lists_with_gaps_as_none():
@@ -269,7 +269,7 @@ def test_reward_workers_score_with_a_function_whose_file_need_not_be_there(deplo
     with pytest.raises(RewardError) as error:
         scored(handle, completions(["nan"], '{"solution": "4"}'))
     assert str(error.value.cause) == (
-        "the reward source returned nan for a completion of the prompt 'What is 2+2?'; return a number"
+        "the reward source returned nan for a completion of the prompt 'What is 2+2?'; return a finite number"
     )
 
 

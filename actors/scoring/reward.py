@@ -15,7 +15,7 @@ from ray import serve
 from sampo_ray.config.fleet import FleetConfig
 from sampo_ray.config.rollout import RewardConfig
 from sampo_ray.data.preferences import SCORES
-from sampo_ray.data.rewards import RewardModel, Scorer, columns_of, function_source, load_function, score
+from sampo_ray.data.rewards import RewardModel, Scorer, call_function, columns_of, function_source, load_function
 from sampo_ray.errors import RewardError
 
 log = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ def build_reward_app(config: RewardConfig, fleet: FleetConfig) -> serve.Applicat
 
 def _load(config: RewardConfig, source: str | None) -> Scorer:
     if config.function is not None:
-        return functools.partial(score, load_function(config.function, source))
+        return functools.partial(call_function, load_function(config.function, source))
     assert config.model is not None
     return _one_at_a_time(RewardModel(config.model, "cuda" if torch.cuda.is_available() else "cpu"))
 

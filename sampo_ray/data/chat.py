@@ -1,7 +1,7 @@
-"""The prompt format: one definition, which trainer, generator and endpoint share.
+"""The prompt format: one definition for trainer, rollouts and endpoint.
 
-A format is a chat template plus the token that ends a turn. `ChatFormat.save` writes both into a tokenizer folder; vLLM
-renders requests with that folder, so that the endpoint's token ids are those of `ChatFormat.prompt_ids`.
+A format is a chat template and the token that ends a turn. `ChatFormat.save` writes both into a tokenizer folder. vLLM
+renders requests with that folder, so the endpoint's token ids are those of `ChatFormat.prompt_ids`.
 """
 
 import copy
@@ -10,22 +10,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jinja2
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from sampo_ray.data.layouts import Message
 from sampo_ray.errors import ConfigError
-
-Message = dict[str, str]
-"""One turn: {"role": "system" | "user" | "assistant", "content": text}."""
 
 TemplateName = Literal["llama3-sampo", "llama3", "tokenizer"]
 
 _LLAMA3_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
-# The only differences: Meta trims what a turn says and puts nothing behind it, the card has a newline there.
+# The only differences: Meta's format trims each turn; the SamPO model card's adds a newline after each turn.
 _LLAMA3_CONTENT = {"llama3-sampo": "message['content']", "llama3": "message['content'] | trim"}
 _LLAMA3_AFTER_TURN = {"llama3-sampo": r"\n", "llama3": ""}
 
@@ -52,12 +50,12 @@ _LLAMA3 = r"""
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """A tokenizer with the template of a run.
+    """A tokenizer with the chat template of a run.
 
-    Special tokens typed into a message are only text. The `llama3*` templates put a space into them (`<|eot_id|>`
-    becomes `< |eot_id|>`); since the template does it, so does the endpoint. `tokenizer` is the model's own template,
-    unchanged: there they become special ids, the same ones everywhere. Responses are encoded as plain text whatever
-    the template.
+    The `llama3*` templates turn special tokens that a user types into plain text, by putting a space into them
+    (`<|eot_id|>` becomes `< |eot_id|>`). The template does this, so the endpoint does it too. The `tokenizer` template
+    is the model's, unchanged: there typed special tokens become special ids, in training as at the endpoint. Responses
+    are encoded as plain text with every template.
     """
 
     name: str
@@ -76,7 +74,7 @@ class ChatFormat:
                 f"name a Hugging Face folder or hub name that has one"
             ) from None
         if template == "tokenizer":
-            end_of_turn = _own_end_of_turn(tokenizer, path)
+            end_of_turn = _end_of_turn(tokenizer, path)
         else:
             tokenizer.chat_template = _llama3_template(tokenizer, path, template)
             end_of_turn = "<|eot_id|>"
@@ -84,46 +82,47 @@ class ChatFormat:
         return cls(template, tokenizer, tokenizer.get_vocab()[end_of_turn])
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The text of a conversation, the answer's header behind it. ValueError if the template refuses it."""
+        """The text of a conversation, up to the header of the answer. ValueError if the template refuses it."""
         try:
             return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template refuses the messages: {error}") from None
 
     def encode_prompts(self, rendered: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts made by `render`; the template has written BOS already, so none is added."""
+        """Token ids of texts from `render`. No BOS is added: the template has written it."""
         return self.tokenizer(list(rendered), add_special_tokens=False)["input_ids"] if rendered else []
 
     def encode_responses(self, texts: Sequence[str], closed: bool = True) -> list[list[int]]:
-        """Token ids of responses, each with the end-of-turn token behind it if `closed`."""
+        """Token ids of responses; with `closed`, each ends in the end-of-turn token."""
         end = [self.end_of_turn_id] if closed else []
         return [encoding.ids + end for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation up to and with the answer's header; `llama3*`: exactly one BOS, in front."""
+        """Token ids of a conversation, including the header of the answer. `llama3*`: exactly one BOS, in front."""
         return self.encode_prompts([self.render(messages)])[0]
 
     def response_ids(self, text: str, closed: bool = True) -> list[int]:
-        """Token ids of one response, with the end-of-turn token behind it if `closed`."""
+        """Token ids of one response; with `closed`, it ends in the end-of-turn token."""
         return self.encode_responses([text], closed)[0]
 
     def text(self, ids: Sequence[int]) -> str:
-        """The text of response ids, without special tokens."""
+        """The text of a response's token ids, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     @property
     def bos_id(self) -> int | None:
-        """The token that stays in front when a prompt is cut, if the tokenizer has one."""
-        return self.tokenizer.bos_token_id
+        """The BOS token, if the tokenizer has one; it stays in front when a prompt is cut."""
+        bos_id: int | None = self.tokenizer.bos_token_id
+        return bos_id
 
     def save(self, folder: str | Path) -> None:
-        """Writes a tokenizer folder that carries the template and, as `eos_token`, the end-of-turn token."""
+        """Writes a tokenizer folder with the template and, as `eos_token`, the end-of-turn token."""
         self.tokenizer.save_pretrained(folder)
 
     @cached_property
     def _plain(self) -> Tokenizer:
-        # A copy of its own: the switch is a state of the tokenizer, and another thread may be encoding a prompt.
-        plain = copy.deepcopy(self.tokenizer.backend_tokenizer)
+        # A copy, because the switch is a state of the tokenizer and another thread may be encoding a prompt.
+        plain: Tokenizer = copy.deepcopy(self.tokenizer.backend_tokenizer)
         plain.encode_special_tokens = True
         return plain
 
@@ -136,7 +135,7 @@ def _llama3_template(tokenizer: PreTrainedTokenizerBase, path: str | Path, templ
             f"model.template={template!r} needs the special tokens {', '.join(missing)}, which the tokenizer of "
             f"model.path={str(path)!r} lacks; use model.template=tokenizer"
         )
-    # Numbered tokens (<|reserved_special_token_7|>) share what is in front of the number.
+    # Numbered tokens (<|reserved_special_token_7|>) are recognised by the text before the number.
     marks = sorted({re.sub(r"\d+\|>$", "", token) for token in special})
     return (
         _LLAMA3.strip()
@@ -146,15 +145,15 @@ def _llama3_template(tokenizer: PreTrainedTokenizerBase, path: str | Path, templ
     )
 
 
-def _own_end_of_turn(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> str:
-    """The first special token that the model's own template puts behind what an assistant says."""
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> str:
+    """The first special token that the model's template writes after an assistant's text."""
     if not tokenizer.chat_template:
         raise ConfigError(
             f"model.template='tokenizer': the tokenizer of model.path={str(path)!r} has no chat template; "
             f"use model.template=llama3-sampo or llama3, or a chat model"
         )
-    probe: list[dict[str, Any]] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "sampo"}]
-    tail = str(tokenizer.apply_chat_template(probe, tokenize=False)).rpartition("sampo")[2]
+    conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "sampo"}]
+    tail = str(tokenizer.apply_chat_template(conversation, tokenize=False)).rpartition("sampo")[2]
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     for token in tokenizer.tokenize(tail):
         if token in special:

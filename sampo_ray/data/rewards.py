@@ -1,9 +1,9 @@
 """Reward sources: a Python function, or a Hugging Face sequence-classification model.
 
-A reward function is called as `function(prompts, completions, **columns)`: `prompts` are message lists, `completions`
-are texts, one of each per sample, and every other column of the data set that the function names as a parameter (all of
-them, if it takes `**kwargs`) comes as a list of the same length. It returns one finite number per completion, higher is
-better. It may be called from several threads at once.
+A reward function is called as `function(prompts, completions, **columns)`. `prompts` are message lists and
+`completions` are texts, one of each per sample. The data set's other columns come as lists of the same length: those
+that the function names as parameters, or all of them if it takes `**kwargs`. It returns one finite number per
+completion; higher is better. It may be called from several threads at once.
 """
 
 import importlib
@@ -13,34 +13,34 @@ import json
 import math
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, SupportsFloat
 
 import pyarrow as pa
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
 
 from sampo_ray.config.rollout import RewardConfig
-from sampo_ray.data.chat import Message
+from sampo_ray.data.layouts import Message
 from sampo_ray.data.preferences import cut_prompt
 from sampo_ray.errors import ConfigError, RewardError
 
-RewardFunction = Callable[..., Sequence[float]]
+RewardFunction = Callable[..., Iterable[SupportsFloat]]
 
-_SHOWN = 200  # characters of a prompt in an error message
+_QUOTED = 200  # characters of a prompt in an error message
 
 
 class Scorer(Protocol):
-    """A loaded reward source."""
+    """A loaded reward source: returns one finite reward per completion, or raises RewardError."""
 
     def __call__(
-        self, prompts: list[list[Message]], completions: list[str], columns: dict[str, list[Any]]
+        self, prompts: list[list[Message]], completions: list[str], columns: dict[str, list[object]]
     ) -> list[float]: ...
 
 
 def check_reward(reward: RewardConfig) -> None:
-    """Opens the configured reward source, before anything starts. Raises ConfigError."""
+    """Opens the configured reward source. Raises ConfigError if it cannot be used."""
     if reward.function is not None:
         load_function(reward.function)
     if reward.model is not None:
@@ -48,8 +48,8 @@ def check_reward(reward: RewardConfig) -> None:
 
 
 def function_source(spec: str) -> str | None:
-    """The source text behind `path/file.py:function`, so that it can travel to other nodes; None for a module."""
-    place, _ = _split(spec)
+    """The source text of the file in `path/file.py:function`, to be sent to other nodes; None for a module."""
+    place, _ = _parse_spec(spec)
     if not place.endswith(".py"):
         return None
     try:
@@ -59,81 +59,83 @@ def function_source(spec: str) -> str | None:
 
 
 def load_function(spec: str, source: str | None = None) -> RewardFunction:
-    """Imports `package.module:function`, or runs `path/file.py:function` (its text: `source`, if given).
+    """The function that `spec` names: `package.module:function` or `path/file.py:function`. Raises ConfigError.
 
-    A module must be importable where this is called. A file is run on its own: what it imports must be installed.
-    Raises ConfigError.
+    A module must be importable where this is called. A file need not exist there if its text is given as `source`; it
+    is executed by itself, so the modules that it imports must be installed.
     """
-    place, name = _split(spec)
+    place, name = _parse_spec(spec)
     text = function_source(spec) if source is None else source
     try:
-        module = importlib.import_module(place) if text is None else _run_file(place, text)
+        module = importlib.import_module(place) if text is None else _execute_file(place, text)
     except Exception as error:  # a user's module may raise anything while it is imported
         raise ConfigError(
-            f"reward.function={spec!r}: importing {place} failed with {type(error).__name__}: {error}; mend it, or "
+            f"reward.function={spec!r}: importing {place} failed with {type(error).__name__}: {error}; correct it, or "
             f"name another package.module:function or file.py:function"
         ) from error
-    function = getattr(module, name, None)
+    function: RewardFunction | None = getattr(module, name, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
         raise ConfigError(
             f"reward.function={spec!r}: {place} has no function {name!r}; it has {', '.join(known) or 'none'}"
         )
     if inspect.iscoroutinefunction(function):
-        raise ConfigError(f"reward.function={spec!r}: is a coroutine; write it as a plain `def`")
+        raise ConfigError(f"reward.function={spec!r}: is a coroutine; write it as a plain `def` function")
     return function
 
 
-def score(
-    function: RewardFunction, prompts: list[list[Message]], completions: list[str], columns: dict[str, list[Any]]
+def call_function(
+    function: RewardFunction, prompts: list[list[Message]], completions: list[str], columns: dict[str, list[object]]
 ) -> list[float]:
-    """One finite reward per completion.
+    """Calls a reward function with the columns that it takes; returns one finite reward per completion.
 
-    Raises RewardError if the function returns anything else or needs a column that the data lacks, and what it raises.
+    Raises RewardError if the function needs a column that the data lacks or returns anything but finite numbers. What
+    the function raises is passed on.
     """
     signature = inspect.signature(function)
     parameters = signature.parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    own = list(parameters)[:2]
-    wanted = {name: list_ for name, list_ in columns.items() if name not in own and (takes_any or name in parameters)}
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    first_two = list(parameters)[:2]
+    taken = {
+        name: column for name, column in columns.items() if name not in first_two and (takes_all or name in parameters)
+    }
     try:
-        signature.bind(prompts, completions, **wanted)
+        signature.bind(prompts, completions, **taken)
     except TypeError as error:
-        have = ", ".join(columns) or "none"
+        names = ", ".join(columns) or "none"
         raise RewardError(
-            f"the reward function cannot be called: {error}; the data's other columns are {have}"
+            f"the reward function cannot be called: {error}; the data's other columns are {names}"
         ) from None
-    return checked(function(prompts, completions, **wanted), prompts)
+    return _finite_rewards(function(prompts, completions, **taken), prompts)
 
 
-def checked(rewards: Any, prompts: list[list[Message]]) -> list[float]:
-    """`rewards` as floats. Raises RewardError, showing a prompt, unless there is one finite number per prompt."""
+def _finite_rewards(rewards: Iterable[SupportsFloat], prompts: list[list[Message]]) -> list[float]:
+    """`rewards` as floats. Raises RewardError, quoting a prompt, unless there is one finite number per prompt."""
     try:
         values = list(rewards)
     except TypeError:
-        raise RewardError(
-            f"the reward source returned {type(rewards).__name__} instead of a list of numbers for {_shown(prompts[0])}"
-        ) from None
+        kind, prompt = type(rewards).__name__, _quoted(prompts[0])
+        raise RewardError(f"the reward source returned {kind} instead of a list of numbers for {prompt}") from None
     if len(values) != len(prompts):
         raise RewardError(
             f"the reward source returned {len(values)} scores for {len(prompts)} completions; return one score each. "
-            f"The first completion answers {_shown(prompts[0])}"
+            f"The first completion answers {_quoted(prompts[0])}"
         )
     return [_finite(value, prompt) for value, prompt in zip(values, prompts, strict=True)]
 
 
-def columns_of(completions: pa.Table) -> dict[str, list[Any]]:
+def columns_of(completions: pa.Table) -> dict[str, list[object]]:
     """The data set's other columns, from the JSON objects of a COMPLETIONS block; None where a row lacks one."""
-    rows = [json.loads(text) for text in completions["columns"].to_pylist()]
+    rows: list[dict[str, object]] = [json.loads(text) for text in completions["columns"].to_pylist()]
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
 
 
 class RewardModel:
-    """A sequence classifier with one label, as a `Scorer`.
+    """A Scorer that is a sequence classifier with one label.
 
-    It reads the conversation in its tokenizer's chat template, or, where there is none, the prompt and the answer as a
-    text pair. Longer than its context: cut on the left. float32 on CPU, the checkpoint's type on a GPU.
+    Its input is the conversation in its tokenizer's chat template or, without a template, prompt and answer as a text
+    pair. Input beyond its context is cut on the left. float32 on CPU, the checkpoint's type on a GPU.
     """
 
     def __init__(self, path: str, device: str, batch_tokens: int = 16384) -> None:
@@ -151,7 +153,7 @@ class RewardModel:
         self.model.to(device).eval()
 
     def __call__(
-        self, prompts: list[list[Message]], completions: list[str], columns: dict[str, list[Any]]
+        self, prompts: list[list[Message]], completions: list[str], columns: dict[str, list[object]]
     ) -> list[float]:
         encoded = [self._encode(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
         rewards = [math.nan] * len(encoded)
@@ -162,7 +164,7 @@ class RewardModel:
                 logits = self.model(**padded).logits  # [batch, 1]
             for i, reward in zip(batch, logits[:, 0].float().tolist(), strict=True):
                 rewards[i] = reward
-        return checked(rewards, prompts)
+        return _finite_rewards(rewards, prompts)
 
     def _encode(self, prompt: list[Message], text: str) -> dict[str, list[int]]:
         if self.tokenizer.chat_template:
@@ -174,21 +176,21 @@ class RewardModel:
         return dict(self.tokenizer(question, text, truncation="longest_first", max_length=self.max_length))
 
     def _batches(self, lengths: list[int]) -> list[list[int]]:
-        """Indices, longest first, so many at a time that the padded batch holds at most `batch_tokens`."""
+        """Indices in batches, longest first; a padded batch of several rows has at most `batch_tokens` tokens."""
         batches: list[list[int]] = []
-        # Without a padding token the classifier cannot tell where a shorter one ends.
-        alone = self.model.config.pad_token_id is None
+        # Without a padding token the classifier cannot tell where a shorter row ends.
+        one_by_one = self.model.config.pad_token_id is None
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            if batches and not alone and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= self.batch_tokens:
+            if batches and not one_by_one and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= self.batch_tokens:
                 batches[-1].append(i)
             else:
                 batches.append([i])
         return batches
 
 
-def _model_config(path: str) -> Any:
+def _model_config(path: str) -> PreTrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(path)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         reason = str(error).split("\n", 1)[0]
         raise ConfigError(
@@ -202,32 +204,34 @@ def _model_config(path: str) -> Any:
     return config
 
 
-def _split(spec: str) -> tuple[str, str]:
+def _parse_spec(spec: str) -> tuple[str, str]:
     place, colon, name = spec.rpartition(":")
     if not colon or not place or not name.isidentifier():
         raise ConfigError(f"reward.function={spec!r}: write it as package.module:function or path/file.py:function")
     return place, name
 
 
-def _run_file(path: str, text: str) -> types.ModuleType:
+def _execute_file(path: str, text: str) -> types.ModuleType:
     name = f"sampo_reward_{Path(path).stem}"
     module = types.ModuleType(name)
     module.__file__ = path
-    sys.modules[name] = module  # dataclasses and pickle look a class's module up
+    sys.modules[name] = module  # dataclasses and pickle look up a class's module
     exec(compile(text, path, "exec"), module.__dict__)
     return module
 
 
-def _finite(value: Any, prompt: list[Message]) -> float:
+def _finite(value: SupportsFloat, prompt: list[Message]) -> float:
     try:
         reward = float(value)
     except (TypeError, ValueError):
         reward = math.nan
     if not math.isfinite(reward):
-        raise RewardError(f"the reward source returned {value!r} for a completion of {_shown(prompt)}; return a number")
+        raise RewardError(
+            f"the reward source returned {value!r} for a completion of {_quoted(prompt)}; return a finite number"
+        )
     return reward
 
 
-def _shown(prompt: list[Message]) -> str:
+def _quoted(prompt: list[Message]) -> str:
     text = " ".join(prompt[-1]["content"].split())
-    return f"the prompt {text if len(text) <= _SHOWN else text[:_SHOWN] + '...'!r}"
+    return f"the prompt {text if len(text) <= _QUOTED else text[:_QUOTED] + '...'!r}"

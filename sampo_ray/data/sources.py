@@ -1,8 +1,8 @@
-"""Opening data: one place that knows files, folders, `datasets` and the hub. Everything is read as a stream of records.
+"""Data sources, read as streams of records.
 
-A source is a JSONL or Parquet file (JSONL may be compressed), a glob or a folder of such, a folder written by
-`datasets`' `save_to_disk`, or the name of a dataset on the Hugging Face hub; a split of the latter two is named behind
-a colon, as in `org/name:train_prefs`. Files may be behind any fsspec URL.
+A source is a JSONL file (compressed or not), a Parquet file, a glob or folder of such files, a folder written by
+`datasets`' `save_to_disk`, or the name of a dataset on the Hugging Face hub. For the last two, a split is named after a
+colon, as in `org/name:train_prefs`. Files may be at any fsspec URL.
 """
 
 import contextlib
@@ -11,9 +11,9 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
 from fsspec.core import has_magic, url_to_fs
 
 from sampo_ray.errors import DataError
@@ -24,43 +24,45 @@ _PARQUET = re.compile(r"\.(parquet|pq)$")
 _HELD_OUT = re.compile(r"(^|[^a-z])(test|valid|validation|eval|dev)([^a-z]|$)")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 _CHUNK = 1 << 20
-_PARQUET_ROWS = 256  # rows held at once
+_PARQUET_ROWS = 256  # rows in memory at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One raw row. `position` is stable and unique within its source; `where` is for people (`file:line`, 1-based)."""
+    """One raw row.
+
+    `position` is unique within its source and the same on every machine. `where` is for messages: `file:line`, 1-based.
+    """
 
     position: str
     where: str
-    values: dict[str, Any]
+    values: dict[str, object]
 
 
 def read_records(source: str) -> Iterator[Record]:
-    """Streams a source's rows, in an order that only depends on the source. Raises DataError."""
-    with _explained(source):
+    """Streams a source's rows in an order that depends on the source alone. Raises DataError."""
+    with _as_data_error(source):
         opened = _open(source)
     if isinstance(opened, _Dataset):
         yield from _dataset_records(source, opened)
         return
     for path in opened.paths:
         read = _parquet_rows if _PARQUET.search(path) else _json_rows
-        name = opened.name(path)
         for number, values in read(opened.fs, path):
-            yield Record(f"{name}:{number}", f"{path}:{number}", values)
+            yield Record(f"{opened.name(path)}:{number}", f"{path}:{number}", values)
 
 
 def fingerprint(source: str) -> str:
-    """SHA-256 (hex) of a source's content, read as a stream; of a hub dataset, of its name and commit."""
+    """SHA-256 (hex) of a source's content; for a hub dataset, of its name and commit."""
     digest = hashlib.sha256()
-    with _explained(source):
+    with _as_data_error(source):
         opened = _open(source)
         if isinstance(opened, _Dataset) and opened.files is None:
             from huggingface_hub import dataset_info
 
             digest.update(f"{source}\n{dataset_info(opened.name).sha}".encode())
             return digest.hexdigest()
-        files = opened.files if isinstance(opened, _Dataset) else opened
+        files = opened if isinstance(opened, _Files) else opened.files
         assert files is not None
         for path in files.paths:
             digest.update(f"{files.name(path)}\n{files.fs.size(path)}\n".encode())
@@ -72,12 +74,12 @@ def fingerprint(source: str) -> str:
 
 @dataclass(frozen=True)
 class _Files:
-    fs: Any
+    fs: AbstractFileSystem
     root: str
     paths: list[str]
 
     def name(self, path: str) -> str:
-        """A file's name without what is particular to this machine."""
+        """A file's path relative to the source, the same on every machine."""
         return path.removeprefix(self.root).lstrip("/") or path.rpartition("/")[2]
 
 
@@ -85,7 +87,7 @@ class _Files:
 class _Dataset:
     name: str
     split: str | None
-    files: _Files | None  # None: on the hub
+    files: _Files | None  # None: it is on the hub
 
 
 def _open(source: str) -> _Files | _Dataset:
@@ -109,7 +111,7 @@ def _open(source: str) -> _Files | _Dataset:
 
 
 def _saved_dataset(source: str) -> _Files | None:
-    """The files of a folder that `datasets` wrote, else None."""
+    """The files of a folder that `datasets` wrote; None for any other source."""
     if has_magic(source) or _is_data(source):
         return None
     fs, path = url_to_fs(source)
@@ -118,12 +120,14 @@ def _saved_dataset(source: str) -> _Files | None:
     return None
 
 
-def _folder(source: str, fs: Any, path: str) -> _Files:
+def _folder(source: str, fs: AbstractFileSystem, path: str) -> _Files:
     if fs.isfile(path):
         return _Files(fs, path, _readable(source, [path]))
     files = _Files(fs, path, [p for p in sorted(fs.find(path)) if _JSONL.search(p) or _PARQUET.search(p)])
     if not files.paths:
-        raise DataError(f"data source {source!r}: no .jsonl(.gz) or .parquet files in this folder; name one with some")
+        raise DataError(
+            f"data source {source!r}: no .jsonl(.gz) or .parquet files in this folder; name one that has some"
+        )
     held_out = [p for p in files.paths if _HELD_OUT.search(files.name(p).lower())]
     if held_out and len(held_out) < len(files.paths):
         raise DataError(
@@ -135,10 +139,10 @@ def _folder(source: str, fs: Any, path: str) -> _Files:
 
 def _readable(source: str, paths: list[str]) -> list[str]:
     if not paths:
-        raise DataError(f"data source {source!r}: no file matches; mend the pattern")
+        raise DataError(f"data source {source!r}: no file matches; correct the pattern")
     for path in paths:
         if not _is_data(path):
-            raise DataError(f"data source {path!r}: not a format that can be read; use .jsonl(.gz) or .parquet")
+            raise DataError(f"data source {path!r}: this format cannot be read; use .jsonl(.gz) or .parquet")
     return paths
 
 
@@ -150,8 +154,8 @@ def _fixed_part(pattern: str) -> str:
     return re.split(r"[*?\[]", pattern, maxsplit=1)[0].rpartition("/")[0]
 
 
-def _json_rows(fs: Any, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    with _explained(path), fs.open(path, "rb", compression="infer") as file:
+def _json_rows(fs: AbstractFileSystem, path: str) -> Iterator[tuple[int, dict[str, object]]]:
+    with _as_data_error(path), fs.open(path, "rb", compression="infer") as file:
         for number, line in enumerate(file, start=1):
             if line.isspace():
                 continue
@@ -164,9 +168,9 @@ def _json_rows(fs: Any, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, values
 
 
-def _parquet_rows(fs: Any, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _parquet_rows(fs: AbstractFileSystem, path: str) -> Iterator[tuple[int, dict[str, object]]]:
     number = 0
-    with _explained(path), fs.open(path, "rb") as file:
+    with _as_data_error(path), fs.open(path, "rb") as file:
         for batch in pq.ParquetFile(file).iter_batches(batch_size=_PARQUET_ROWS):
             for values in batch.to_pylist():
                 number += 1
@@ -174,14 +178,14 @@ def _parquet_rows(fs: Any, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _dataset_records(source: str, dataset: _Dataset) -> Iterator[Record]:
-    # Imported here: it takes a second, which plain files need not wait for.
+    # Imported here: it takes a second, which plain files do not need.
     import datasets
 
     if dataset.files is not None:
-        with _explained(source):
+        with _as_data_error(source):
             loaded = datasets.load_from_disk(dataset.name)
     else:
-        with _explained(f"{source} (no local file, so a hub dataset)"):
+        with _as_data_error(f"{source} (no local file, so a hub dataset)"):
             loaded = datasets.load_dataset(dataset.name, streaming=True)
     split = ""
     if isinstance(loaded, dict):
@@ -194,18 +198,20 @@ def _dataset_records(source: str, dataset: _Dataset) -> Iterator[Record]:
         loaded = loaded[split]
     elif dataset.split is not None:
         raise DataError(f"data source {source!r}: has no splits; drop :{dataset.split}")
-    with _explained(source):
+    with _as_data_error(source):
         for number, values in enumerate(loaded, start=1):
             yield Record(f"{split or 'row'}:{number}", f"{source}:{number}", values)
 
 
 @contextlib.contextmanager
-def _explained(where: str) -> Iterator[None]:
-    """Turns what file systems, decompressors and readers raise into one DataError."""
+def _as_data_error(where: str) -> Iterator[None]:
+    """Raises DataError for whatever file systems, decompressors and readers raise."""
     try:
         yield
     except DataError:
         raise
     except Exception as error:  # each file system has its own library's errors, which share no other base
         reason = f"{type(error).__name__}: {error}".split("\n", 1)[0]
-        raise DataError(f"data source {where!r}: cannot be read ({reason}); is it there, and whole?") from error
+        raise DataError(
+            f"data source {where!r}: cannot be read ({reason}); check that it exists and is complete"
+        ) from error

@@ -8,7 +8,7 @@ import numpy as np
 
 from sampo_ray.actors.ranks.exchange import Work
 from sampo_ray.config.run import RunConfig
-from sampo_ray.data.preferences import fingerprint
+from sampo_ray.data.sources import fingerprint
 from sampo_ray.errors import StageError
 from sampo_ray.loop import stages
 from sampo_ray.loop.display import Display

@@ -11,14 +11,9 @@ import ray
 from sampo_ray.config.data import DataConfig
 from sampo_ray.config.rollout import RolloutConfig
 from sampo_ray.config.run import RunConfig
-from sampo_ray.data.preferences import (
-    Counts,
-    DataError,
-    best_against_worst,
-    pairs_of,
-    tokenized_pairs,
-    tokenized_prompts,
-)
+from sampo_ray.data.layouts import Counts
+from sampo_ray.data.preferences import best_against_worst, pairs_of, tokenized_pairs, tokenized_prompts
+from sampo_ray.errors import DataError
 from sampo_ray.loop.blocks import collect, is_lost, run_stage
 from sampo_ray.run.feedback import as_jsonl, pairs_from, read_votes
 from sampo_ray.run.parts import Part, part_place

@@ -1,0 +1,192 @@
+"""Rows of preference data as users write them: which layouts are read, and which rows are dropped and why."""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sampo_ray.data.sources import Record, read_records
+from sampo_ray.errors import DataError
+
+Message = dict[str, str]
+"""One turn: {"role": "system" | "user" | "assistant", "content": text}."""
+
+Kind = Literal["pairs", "prompts"]
+
+_LAYOUT_COLUMNS = {"id", "prompt_id", "prompt", "messages", "chosen", "rejected"}
+_EXPECTED = {
+    "pairs": "write prompt, chosen and rejected, as strings or as lists of messages that end in the answer",
+    "prompts": "write prompt as a string, or prompt or messages as a list of messages that ends with the user",
+}
+_ROWS_CHECKED = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A usable row. `chosen` and `rejected` are None where only prompts are read; `columns` are all other columns."""
+
+    id: str
+    where: str
+    prompt: list[Message]
+    chosen: str | None
+    rejected: str | None
+    columns: dict[str, object]
+
+
+@dataclass
+class Counts:
+    """How many rows of a source were read, dropped and cut; filled while the source is read."""
+
+    rows: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    prompts_cut: int = 0
+    responses_cut: int = 0
+    first: dict[str, str] = field(default_factory=dict)
+    """Reason -> the first row that was dropped for it."""
+
+    @property
+    def usable(self) -> int:
+        return self.rows - self.dropped.total()
+
+    def drop(self, reason: str, where: str) -> None:
+        self.dropped[reason] += 1
+        self.first.setdefault(reason, where)
+
+    def nothing_usable(self, source: str, kind: Kind) -> DataError:
+        """The error for a source without a usable row."""
+        if not self.rows:
+            return DataError(f"data source {source!r}: holds no rows; {_EXPECTED[kind]}")
+        reasons = ", ".join(
+            f"{reason}: {n} (first at {self.first[reason]})" for reason, n in self.dropped.most_common()
+        )
+        return DataError(f"data source {source!r}: no usable row among {self.rows} ({reasons}); {_EXPECTED[kind]}")
+
+
+class _Unusable(Exception):
+    """A row that is dropped; the message is the reason it is counted under."""
+
+
+def read_rows(source: str, kind: Kind, counts: Counts | None = None) -> Iterator[Row]:
+    """Streams the usable rows of `source`; counts the others by reason in `counts`.
+
+    A row's id is its `id` or `prompt_id` (a repeated one gets `#2`, `#3`, ...), else its position in the source. Only
+    the ids stay in memory. Raises DataError for a source that cannot be read, and for a line that is not valid JSON.
+    """
+    return _rows(read_records(source), kind, Counts() if counts is None else counts)
+
+
+def check_source(source: str, kind: Kind) -> Row:
+    """Opens `source` and returns its first usable row. Raises DataError if there is none near its beginning."""
+    counts = Counts()
+    row = next(_rows(itertools.islice(read_records(source), _ROWS_CHECKED), kind, counts), None)
+    if row is None:
+        raise counts.nothing_usable(source, kind)
+    return row
+
+
+def _rows(records: Iterable[Record], kind: Kind, counts: Counts) -> Iterator[Row]:
+    parse = _parse_pair if kind == "pairs" else _parse_prompt
+    seen: dict[str, int] = {}
+    for record in records:
+        counts.rows += 1
+        try:
+            prompt, chosen, rejected = parse(record.values)
+            row_id = _row_id(record, seen)
+        except _Unusable as reason:
+            counts.drop(str(reason), record.where)
+            continue
+        columns = {name: value for name, value in record.values.items() if name not in _LAYOUT_COLUMNS}
+        yield Row(row_id, record.where, prompt, chosen, rejected, columns)
+
+
+def _parse_pair(values: Mapping[str, object]) -> tuple[list[Message], str, str]:
+    chosen_prompt, chosen = _response(values.get("chosen"))
+    rejected_prompt, rejected = _response(values.get("rejected"))
+    if chosen_prompt and rejected_prompt and chosen_prompt != rejected_prompt:
+        raise _Unusable("chosen and rejected answer different prompts")
+    prompt = _whole_prompt(values.get("prompt"), chosen_prompt or rejected_prompt)
+    if not chosen.strip() or not rejected.strip():
+        raise _Unusable("empty response")
+    if chosen == rejected:
+        raise _Unusable("identical responses")
+    return prompt, chosen, rejected
+
+
+def _parse_prompt(values: Mapping[str, object]) -> tuple[list[Message], None, None]:
+    prompt = values.get("prompt")
+    if prompt is None and values.get("messages") is not None:
+        messages = _messages(values["messages"])
+        prompt = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+    if prompt is None and isinstance(values.get("chosen"), list):
+        prompt, _ = _response(values["chosen"])
+    return _whole_prompt(prompt, []), None, None
+
+
+def _response(value: object) -> tuple[list[Message], str]:
+    """A chosen or rejected column as the messages before the answer (none for a string) and the answer."""
+    if value is None:
+        raise _Unusable("no chosen or no rejected")
+    if isinstance(value, str):
+        return [], _unicode(value)
+    messages = _messages(value)
+    if not messages:
+        raise _Unusable("empty response")
+    if messages[-1]["role"] != "assistant":
+        raise _Unusable("wrong roles")
+    return messages[:-1], messages[-1]["content"]
+
+
+def _whole_prompt(prompt: object, prefix: list[Message]) -> list[Message]:
+    """The prompt column, or the messages that chosen and rejected begin with (`prefix`)."""
+    if isinstance(prompt, str):
+        text = _unicode(prompt)
+        messages = prefix or [{"role": "user", "content": text}]
+    elif prompt is None:
+        messages = prefix
+    else:
+        messages = _messages(prompt)
+        if prefix and messages[-len(prefix) :] != prefix:
+            raise _Unusable("chosen and rejected answer different prompts")
+    if not messages:
+        raise _Unusable("no prompt")
+    if messages[-1]["role"] != "user" or any(message["role"] == "system" for message in messages[1:]):
+        raise _Unusable("wrong roles")
+    if not messages[-1]["content"].strip():
+        raise _Unusable("empty prompt")
+    return messages
+
+
+def _messages(value: object) -> list[Message]:
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise _Unusable("neither text nor a list of messages")
+    return [_message(message.get("role"), message.get("content")) for message in value]
+
+
+def _message(role: object, content: object) -> Message:
+    if not isinstance(role, str) or role not in ("system", "user", "assistant"):
+        raise _Unusable("wrong roles")
+    if not isinstance(content, str):
+        raise _Unusable("a message without text")
+    return {"role": role, "content": _unicode(content)}
+
+
+def _unicode(text: str) -> str:
+    """The text, unless it has a lone surrogate: JSON can spell those, tokenizers and Arrow strings cannot hold them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise _Unusable("not valid Unicode") from None
+    return text
+
+
+def _row_id(record: Record, seen: dict[str, int]) -> str:
+    given = next((record.values[name] for name in ("id", "prompt_id") if record.values.get(name) is not None), None)
+    if given is None:
+        return record.position
+    name = original = _unicode(str(given))
+    while name in seen:
+        seen[original] += 1
+        name = f"{original}#{seen[original]}"
+    seen[name] = 1
+    return name
