@@ -23,6 +23,7 @@ import sampo_ray
 from sampo_ray.config.recipe import load_config
 from sampo_ray.config.run import RunConfig
 from sampo_ray.errors import ConfigError, SubmitError
+from sampo_ray.internals.ray import TimeLimitedJobClient
 
 REQUEST_SECONDS = 30.0
 """Limit of one call to the cluster's job server."""
@@ -108,13 +109,6 @@ def submit_entrypoint(command: str, folder: Path, address: str, console: Console
     return 0 if details.status == JobStatus.SUCCEEDED else details.driver_exit_code or 1
 
 
-class _Client(JobSubmissionClient):
-    """Ray's client, whose calls would otherwise wait for ever on a server that accepts and never answers."""
-
-    def _do_request(self, method: str, endpoint: str, **kwargs: Any) -> requests.Response:
-        return super()._do_request(method, endpoint, timeout=REQUEST_SECONDS, **kwargs)
-
-
 def _connect(address: str) -> JobSubmissionClient:
     if not address.startswith(("http://", "https://")):
         raise SubmitError(f"--address {address}: give the URL of the cluster's dashboard, such as http://HOST:8265")
@@ -122,7 +116,7 @@ def _connect(address: str) -> JobSubmissionClient:
         if os.environ.get(variable, address) != address:
             raise SubmitError(f"--address {address}: {variable} is set and Ray would use that instead; unset it")
     try:
-        return _Client(address)
+        return TimeLimitedJobClient(address, REQUEST_SECONDS)
     except (ConnectionError, requests.RequestException) as error:
         raise SubmitError(
             f"--address {address}: no Ray job server answers there within {REQUEST_SECONDS:.0f} s "

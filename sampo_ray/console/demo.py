@@ -15,15 +15,8 @@ from rich.console import Console
 
 from sampo_ray.config.profiles import resolve
 from sampo_ray.config.recipe import load_config
+from sampo_ray.console import session
 from sampo_ray.console.demo_task import ROWS, Answers, DemoAssets, make_demo, render, summarise
-from sampo_ray.console.main import (
-    announce,
-    curl_line,
-    library_output_to,
-    quiet_libraries,
-    ray_cluster,
-    wait_for_interrupt,
-)
 from sampo_ray.iterate import iterate
 from sampo_ray.loop import stages
 from sampo_ray.loop.display import Display, open_display
@@ -40,16 +33,16 @@ def run_demo(directory: Path, seed: int, keep_serving: bool) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     folder = (directory / time.strftime("%Y%m%d-%H%M%S")).resolve()
     started = time.monotonic()
-    quiet_libraries()
+    session.quiet_libraries()
     with open_display(Console(file=sys.stdout)) as display, contextlib.ExitStack() as stack:
-        stack.enter_context(library_output_to(folder / "driver.log"))
+        stack.enter_context(session.library_output_to(folder / "driver.log"))
         with display.stage("make", None, "model and data"):
             assets = make_demo(folder / "assets", seed)
-        resources = stack.enter_context(ray_cluster())
+        resources = stack.enter_context(session.ray_cluster())
         runs = {name: demo_run(folder, name, assets, seed, resources) for name in ROWS}
         with display.stage("start", None, "engines"):
             fleet = stack.enter_context(open_fleet(list(runs.values())[-1], keep_serving))
-        announce(display, fleet.endpoint)
+        session.announce(display, fleet.endpoint)
         answers: dict[str, Answers] = {}
         rightful = [json.loads(line)["answer"] for line in assets.evaluation.read_text().splitlines()]
         for name, run in runs.items():
@@ -62,8 +55,8 @@ def run_demo(directory: Path, seed: int, keep_serving: bool) -> None:
         display.console.print(render(summarise(answers, rightful), TEMPERATURE))
         display.note(f"{time.monotonic() - started:.0f} s in all; runs and exported models are in {folder}")
         if keep_serving and fleet.endpoint:
-            display.note(curl_line(fleet.endpoint, run.config.serve.keyed, "Sort these digits: 7305"))
-            wait_for_interrupt(display)
+            keyed = run.config.serve.keyed
+            session.serve_until_interrupt(display, fleet.endpoint, keyed, "Sort these digits: 7305")
 
 
 def demo_run(folder: Path, name: str, assets: DemoAssets, seed: int, resources: dict[str, float]) -> Run:

@@ -1,68 +1,83 @@
-"""`sampo keys`: the keys file of an endpoint. A running endpoint takes a changed file up within about a second."""
+"""`sampo keys`: the keys file of an endpoint. A running endpoint reads a changed file within about a second."""
+
+from __future__ import annotations
 
 import contextlib
 import datetime
 from collections.abc import Callable, Iterator
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import filelock
 import typer
 
-from sampo_ray.config.keys import Key, Scope, added, is_json, new_key, parse, render, revoked
 from sampo_ray.errors import KeysError
-from sampo_ray.run.storage import Place, absolute
 
-app = typer.Typer(help="API keys of the endpoint, in a file named by serve.keys_file.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from sampo_ray.config.keys import Key
+    from sampo_ray.run.storage import Place
+
+app = typer.Typer(help="API keys of the endpoint, in the file that serve.keys_file names.", no_args_is_help=True)
 File = Annotated[str, typer.Argument(help="The keys file, .yaml or .json: a local path or any fsspec URL.")]
-Name = Annotated[str, typer.Option(help="Whose key it is; shown in lists, never secret.")]
+Name = Annotated[str, typer.Option(help="Name of the key's owner; shown in lists, not secret.")]
+Scope = Annotated[Literal["use", "admin"], typer.Option(help="What the key allows; `admin` includes `use`.")]
+
+LOCK_SECONDS = 30
 
 
 @app.command()
-def add(
-    file: File,
-    name: Name,
-    scope: Annotated[Scope, typer.Option(help="What it is for; `admin` includes `use`.")] = "use",
-) -> None:
-    """Makes a key, stores its digest, and prints the key, once."""
-    with _readable_errors(file):
+def add(file: File, name: Name, scope: Scope = "use") -> None:
+    """Makes a key, stores its digest and prints the key once."""
+    from sampo_ray.config.keys import added, new_key
+
+    with _opened(file) as place:
         key, entry = new_key(name, {scope}, datetime.date.today())
-        _change(file, lambda keys: added(keys, entry), create=True)
-        typer.echo(key)
-        typer.echo(f"{file}: added {name!r}; the key is shown this once and cannot be recovered", err=True)
+        _change(place, lambda keys: added(keys, entry), create=True)
+    typer.echo(key)
+    typer.echo(f"{file}: added {name!r}; the key is shown this once and cannot be recovered", err=True)
 
 
 @app.command("list")
 def list_keys(file: File) -> None:
-    """Names, scopes and dates of the keys."""
-    with _readable_errors(file):
-        for key in _read(Place(absolute(file))):
+    """Lists names, scopes and dates of the keys."""
+    with _opened(file) as place:
+        for key in _read(place):
             typer.echo(f"{key.name}\t{','.join(sorted(key.scopes, reverse=True))}\t{key.created or '-'}")
 
 
 @app.command()
 def revoke(file: File, name: Name) -> None:
-    """Removes a key; the endpoint refuses it from about a second later on."""
-    with _readable_errors(file):
-        _change(file, lambda keys: revoked(keys, name), create=False)
-        typer.echo(f"{file}: revoked {name!r}", err=True)
+    """Removes a key; the endpoint refuses it within about a second."""
+    from sampo_ray.config.keys import revoked
+
+    with _opened(file) as place:
+        _change(place, lambda keys: revoked(keys, name), create=False)
+    typer.echo(f"{file}: revoked {name!r}", err=True)
 
 
-def _change(file: str, change: Callable[[tuple[Key, ...]], tuple[Key, ...]], create: bool) -> None:
-    place = Place(absolute(file))
-    with filelock.FileLock(f"{place.path}.lock", timeout=30) if place.local else contextlib.nullcontext():
+def _change(place: Place, change: Callable[[tuple[Key, ...]], tuple[Key, ...]], create: bool) -> None:
+    import filelock
+
+    from sampo_ray.config.keys import is_json, render
+
+    with filelock.FileLock(f"{place.path}.lock", timeout=LOCK_SECONDS) if place.local else contextlib.nullcontext():
         keys = () if create and not place.exists() else _read(place)
-        place.write(render(change(keys), is_json(file)))
+        place.write(render(change(keys), is_json(place.url)))
 
 
 def _read(place: Place) -> tuple[Key, ...]:
+    from sampo_ray.config.keys import is_json, parse
+
     return parse(place.read(), is_json(place.url))
 
 
 @contextlib.contextmanager
-def _readable_errors(file: str) -> Iterator[None]:
+def _opened(file: str) -> Iterator[Place]:
+    """The file's place. What goes wrong with it becomes a KeysError that names the file."""
+    from sampo_ray.run.storage import Place, absolute
+
     try:
-        yield
-    except (KeysError, OSError, filelock.Timeout) as error:
+        yield Place(absolute(file))
+    except TimeoutError:
+        raise KeysError(f"{file}: another process has been changing it for {LOCK_SECONDS} s; try again") from None
+    except (KeysError, OSError) as error:
         reason = error.strerror or type(error).__name__ if isinstance(error, OSError) else str(error)
-        typer.echo(f"error: {file}: {reason}", err=True)
-        raise typer.Exit(1) from None
+        raise KeysError(f"{file}: {reason}") from None

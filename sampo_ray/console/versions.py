@@ -1,83 +1,68 @@
-"""The command line's commands on versions. They change `serving.json`; whoever serves the run follows it at once."""
+"""`sampo versions` and the commands that change what is served.
+
+They change `serving.json`; the process that serves the run follows that file at once.
+"""
 
 import json
-from collections.abc import Callable
 from datetime import datetime
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+app = typer.Typer()
+adapters = typer.Typer(
+    help="LoRA adapters of your own, served on the version they were made for.", no_args_is_help=True
+)
+app.add_typer(adapters, name="adapter")
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The run directory.")]
 VersionArgument = Annotated[str, typer.Argument(metavar="VERSION", help="A number, or a label such as round-2.")]
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
-Readable = Callable[[], Any]
 
 
-def add_commands(app: typer.Typer, readable_errors: Readable) -> None:
-    """Adds `versions`, `promote`, `rollback`, `pin`, `unpin` and `label` to the command line."""
-
-    @app.command()
-    def versions(run: RunArgument) -> None:
-        """Lists a run's versions: which is live, pinned or refused, and why."""
-        with readable_errors():
-            show(run)
-
-    @app.command()
-    def promote(run: RunArgument, version: VersionArgument) -> None:
-        """Makes a version live and holds it there; `latest` follows training again."""
-        with readable_errors():
-            command(run, "promote", version)
-
-    @app.command()
-    def rollback(run: RunArgument) -> None:
-        """Makes live what was live before, and holds it there."""
-        with readable_errors():
-            command(run, "rollback")
-
-    @app.command()
-    def pin(run: RunArgument, version: VersionArgument) -> None:
-        """Serves a version as `policy@VERSION` beside the live one, and keeps it."""
-        with readable_errors():
-            command(run, "pin", version)
-
-    @app.command()
-    def unpin(run: RunArgument, version: VersionArgument) -> None:
-        """Ends that."""
-        with readable_errors():
-            command(run, "unpin", version)
-
-    adapter = typer.Typer(help="LoRA adapters, served on the version that they were made for.", no_args_is_help=True)
-    app.add_typer(adapter, name="adapter")
-
-    @adapter.command()
-    def add(
-        run: RunArgument,
-        folder: Annotated[str, typer.Argument(help="As peft's save_pretrained writes it (safetensors).")],
-        name: Annotated[str, typer.Argument(help="It is asked for as policy@NAME.")],
-        base: Annotated[str, typer.Option(help="The version it was made for.")] = "base",
-    ) -> None:
-        """Copies an adapter into the run directory and serves it."""
-        with readable_errors():
-            add_adapter(run, folder, name, base)
-
-    @adapter.command()
-    def remove(run: RunArgument, name: Annotated[str, typer.Argument()]) -> None:
-        """Ends that."""
-        with readable_errors():
-            remove_adapter(run, name)
-
-    @app.command()
-    def label(
-        run: RunArgument, version: VersionArgument, name: Annotated[str, typer.Argument(metavar="LABEL")]
-    ) -> None:
-        """Gives a version a name, under which it can be asked for once it is pinned or live."""
-        with readable_errors():
-            command(run, "label", version, name)
+@app.command()
+def versions(run: RunArgument) -> None:
+    """Lists a run's versions: which is live, pinned or refused, and why."""
+    show(run)
 
 
-def add_adapter(run: str, folder: str, name: str, base: str) -> None:
+@app.command()
+def promote(run: RunArgument, version: VersionArgument) -> None:
+    """Makes a version live and holds it there; `latest` follows training again."""
+    command(run, "promote", version)
+
+
+@app.command()
+def rollback(run: RunArgument) -> None:
+    """Makes the version live that was live before, and holds it there."""
+    command(run, "rollback")
+
+
+@app.command()
+def pin(run: RunArgument, version: VersionArgument) -> None:
+    """Serves a version as `policy@VERSION` beside the live one, and keeps it on disk."""
+    command(run, "pin", version)
+
+
+@app.command()
+def unpin(run: RunArgument, version: VersionArgument) -> None:
+    """Stops serving a pinned version beside the live one."""
+    command(run, "unpin", version)
+
+
+@app.command()
+def label(run: RunArgument, version: VersionArgument, name: Annotated[str, typer.Argument(metavar="LABEL")]) -> None:
+    """Gives a version a label; requests for `policy@LABEL` get it while it is pinned or live."""
+    command(run, "label", version, name)
+
+
+@adapters.command("add")
+def add_adapter(
+    run: RunArgument,
+    folder: Annotated[str, typer.Argument(help="The adapter as peft's save_pretrained writes it (safetensors).")],
+    name: Annotated[str, typer.Argument(help="Requests for policy@NAME use it.")],
+    base: Annotated[str, typer.Option(help="The version it was made for.")] = "base",
+) -> None:
+    """Copies an adapter into the run directory and serves it."""
     from sampo_ray.errors import VersionError
     from sampo_ray.run.storage import Place, absolute
     from sampo_ray.run.versions import Adapter, adapt, all_labels, edit_serving, find, read_serving
@@ -99,7 +84,9 @@ def add_adapter(run: str, folder: str, name: str, base: str) -> None:
     typer.echo(f"policy@{name}: served on version {adapter.base}, which is pinned for it")
 
 
-def remove_adapter(run: str, name: str) -> None:
+@adapters.command("remove")
+def remove_adapter(run: RunArgument, name: Annotated[str, typer.Argument()]) -> None:
+    """Stops serving an adapter and removes it from the run directory."""
     from sampo_ray.run.versions import edit_serving, remove_adapter
 
     place, _, follow = opened(run)
@@ -136,6 +123,9 @@ def command(run: str, verb: str, version: str = "", argument: str = "") -> None:
 
 
 def show(run: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     from sampo_ray.run.versions import catalogue, read_serving
 
     place, abouts, follow = opened(run)

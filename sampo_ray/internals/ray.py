@@ -1,0 +1,29 @@
+"""Ray's private interfaces, checked with Ray 2.60.0."""
+
+import logging
+
+import requests
+from ray.job_submission import JobSubmissionClient
+
+
+class TimeLimitedJobClient(JobSubmissionClient):
+    """Ray's job client with a limit of `seconds` for each request, also for those that its constructor makes.
+
+    Without one, a call waits forever on a server that accepts a connection and never answers. Overrides
+    `SubmissionClient._do_request`, through which all requests go but the WebSocket of a job's log.
+    """
+
+    def __init__(self, address: str, seconds: float) -> None:
+        self.request_seconds = seconds
+        super().__init__(address)
+
+    def _do_request(self, method: str, endpoint: str, **options: object) -> requests.Response:
+        return super()._do_request(method, endpoint, timeout=self.request_seconds, **options)
+
+
+def silence_services() -> None:
+    """Keeps a thread that still waits for Ray's dashboard from complaining on the terminal after `ray.shutdown`.
+
+    Reaches the logger of `ray._private.services`.
+    """
+    logging.getLogger("ray._private.services").setLevel(logging.CRITICAL)
