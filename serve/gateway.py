@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from ray import serve
 from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_incrementing
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from sampo_ray.actors.policy.server import Origin
@@ -38,8 +39,6 @@ from sampo_ray.serve.routes.feedback import FEEDBACK_ROUTES, FeedbackRoutes, Kee
 from sampo_ray.serve.routes.page import PAGE_ROUTES, PageRoutes, Slash, load_assets
 from sampo_ray.serve.routes.run import RUN_ROUTES, RunRoutes
 
-ATTEMPTS = 4
-RETRY_PAUSE_S = 0.2
 ROUTES = {
     **ADMIN_ROUTES,
     **FEEDBACK_ROUTES,
@@ -99,11 +98,13 @@ class PolicyIngress(AdminRoutes, FeedbackRoutes, PageRoutes, RunRoutes, OpenAiIn
     async def _process_llm_request(
         self, body: ChatCompletionRequest | CompletionRequest, call_method: str, raw_request: Request | None = None
     ) -> Response:
-        deadline = asyncio.get_running_loop().time() + self._config.request_timeout_s
+        now = asyncio.get_running_loop().time()
+        deadline = now + self._config.request_timeout_s
+        start_by = min(deadline, now + self._config.start_timeout_s)
         target, asked_for = await self.catalogue.target(body.model), body.model
         body.model = target.engine_model
         policy = self._apps.setdefault(target.app, PolicyApp(target.app))
-        answer, weights, first = await self._opened(policy, target, body, call_method, deadline)
+        answer, weights, first = await self._opened(policy, target, body, call_method, deadline, start_by)
         policy.note(answer.origin)
         headers = stamp.headers(weights)
         draft = draft_of(body, weights) if self.keeper.on else None
@@ -117,29 +118,27 @@ class PolicyIngress(AdminRoutes, FeedbackRoutes, PageRoutes, RunRoutes, OpenAiIn
             stream = self.keeper.passing(stream, draft)
         return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
 
+    @retry(
+        retry=retry_if_exception_type(ReplicaLost),
+        stop=stop_after_attempt(4),
+        wait=wait_incrementing(start=0.2, increment=0.2),
+        reraise=True,
+    )
     async def _opened(
-        self, policy: PolicyApp, target: Target, body: Any, method: str, deadline: float
+        self, policy: PolicyApp, target: Target, body: Any, method: str, deadline: float, start_by: float
     ) -> tuple[Answer, WeightsId, Any]:
         """An answer, the weights it begins with, and its first item, from the first replica that gives one."""
-        start_by = min(deadline, asyncio.get_running_loop().time() + self._config.start_timeout_s)
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                call = getattr(await policy.handle(start_by), method)
-                answer = Answer(call.remote(body, None, policy.seen), deadline)
-                origin = await answer.opened(policy, start_by)
-                if target.version not in (None, origin.id.version):
-                    raise ApiError(404, f"model: version {target.version} has just ceased to be live", param="model")
-                policy.note(origin)
-                if policy is self._policy:
-                    self.live = origin.id
-                first = await answer.next()
-                _raise_if_error(first[0] if isinstance(first, list) else first)
-                return answer, origin.id, first
-            except ReplicaLost:
-                if attempt == ATTEMPTS:
-                    raise
-                await asyncio.sleep(RETRY_PAUSE_S * attempt)
-        raise errors.unavailable()
+        call = getattr(await policy.handle(start_by), method)
+        answer = Answer(call.remote(body, None, policy.seen), deadline)
+        origin = await answer.opened(policy, start_by)
+        if target.version not in (None, origin.id.version):
+            raise ApiError(404, f"model: version {target.version} has just ceased to be live", param="model")
+        policy.note(origin)
+        if policy is self._policy:
+            self.live = origin.id
+        first = await answer.next()
+        _raise_if_error(first[0] if isinstance(first, list) else first)
+        return answer, origin.id, first
 
 
 async def _stream(first: list[str], answer: Answer, policy: PolicyApp) -> AsyncIterator[str]:

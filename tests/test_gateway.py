@@ -183,7 +183,7 @@ def ask(app: PolicyApp, replicas: Replicas, times: int = 1) -> list[Any]:
     async def opened() -> list[Any]:
         deadline = asyncio.get_running_loop().time() + 30
         target = Target("p", "policy", None)
-        answers = [await ingress._opened(app, target, None, "chat", deadline) for _ in range(times)]
+        answers = [await ingress._opened(app, target, None, "chat", deadline, start_by=deadline) for _ in range(times)]
         return [(weights.version, first) for _, weights, first in answers]
 
     return asyncio.run(opened())

@@ -6,9 +6,11 @@ import json
 import logging
 import threading
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
+import tenacity
 import torch
 from ray import serve
 
@@ -41,9 +43,14 @@ class RewardWorker:
         """
         prompts = [json.loads(text) for text in completions["messages"].to_pylist()]
         call = functools.partial(self.scorer, prompts, completions["text"].to_pylist(), columns_of(completions))
-        rewards = await self._patiently(call) if prompts else []
-        if rewards is None:
-            rewards = [None] * len(prompts)
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception(lambda e: isinstance(e, Exception) and not isinstance(e, RewardError)),
+            stop=tenacity.stop_after_attempt(1 + self.config.retries),
+            wait=tenacity.wait_exponential(_FIRST_PAUSE_S, max=_LONGEST_PAUSE_S),
+            after=self._warn,
+            retry_error_callback=lambda _: [None] * len(prompts),
+        )
+        rewards: Sequence[float | None] = await retrying(self._call, call) if prompts else []
         return completions.append_column(SCORES.field("reward"), pa.array(rewards, pa.float64()))
 
     def check_health(self) -> None:
@@ -51,28 +58,14 @@ class RewardWorker:
         if self.hung >= self.hung_limit:
             raise RuntimeError(f"{self.hung} calls of the reward source hang beyond reward.timeout_s")
 
-    async def _patiently(self, call: functools.partial[list[float]]) -> list[float | None] | None:
-        pause = _FIRST_PAUSE_S
-        for attempt in range(1 + self.config.retries):
-            try:
-                return list(await self._call(call))
-            except RewardError:
-                raise
-            except Exception as error:  # whatever a user's function or a service behind it may raise
-                # The message is left out: it may quote a prompt.
-                place = traceback.extract_tb(error.__traceback__)[-1]
-                log.warning(
-                    "reward call %d of %d failed: %s in %s:%s",
-                    attempt + 1,
-                    1 + self.config.retries,
-                    type(error).__name__,
-                    place.filename,
-                    place.lineno,
-                )
-            if attempt < self.config.retries:
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE_S)
-        return None
+    def _warn(self, state: tenacity.RetryCallState) -> None:
+        assert state.outcome is not None
+        error = state.outcome.exception()
+        assert error is not None
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        # The error's message is left out: it may quote a prompt.
+        found = type(error).__name__, place.filename, place.lineno
+        log.warning("reward call %d of %d failed: %s in %s:%s", state.attempt_number, 1 + self.config.retries, *found)
 
     async def _call(self, call: functools.partial[list[float]]) -> list[float]:
         """Runs the call in a thread of its own, so that one that hangs cannot hold up the others."""
