@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from sampo_ray.loop.ahead import readied
 from sampo_ray.loop.display import Display
 from sampo_ray.loop.fleet import Fleet
-from sampo_ray.loop.rounds import Round, tokenized
+from sampo_ray.loop.rounds import Round, tokenize
 from sampo_ray.run.directory import Run
 from sampo_ray.run.parts import Part
 from sampo_ray.run.storage import Place
@@ -19,7 +19,7 @@ def iterate(run: Run, fleet: Fleet, display: Display) -> Place:
     """
     fleet.attach(run)
     display.work_on(run.place)
-    data = tokenized(run, display)
+    data = tokenize(run, display)
     for index in range(run.config.rounds.count):
         round = Round(run, index, display)
         if round.committed:

@@ -10,10 +10,12 @@ from rich.console import Console
 from sampo_ray.config.recipe import load_config
 from sampo_ray.errors import ConfigError
 from sampo_ray.loop.display import SECONDS_BETWEEN_LINES, LiveDisplay, PlainDisplay, duration, open_display
+from sampo_ray.run.steps import StepMetrics
 from sampo_ray.run.storage import Place
 from sampo_ray.run.trackers import TRACKERS, check_trackers, open_trackers
 
-STEP = {"loss": 0.5, "margin": 0.25, "accuracy": 0.75, "chosen_tokens": 100.2, "rejected_tokens": 120.0, "lr": 1e-6}
+VALUES = {"loss": 0.5, "margin": 0.25, "accuracy": 0.75, "chosen_tokens": 100.2, "rejected_tokens": 120.0, "lr": 1e-6}
+STEP = StepMetrics(0, 1, 1, VALUES)
 
 
 class Clock:
@@ -120,8 +122,8 @@ def run_config(*overrides: str):
 def test_tensorboard_files_land_in_the_run_directory(tmp_path, remote):
     place = Place(f"memory://{tmp_path.name}" if remote else str(tmp_path))
     with open_trackers(run_config(), place, "run-1") as log:
-        log(STEP, 1)
-        log(STEP, 2)
+        log(VALUES, 1)
+        log(VALUES, 2)
     (events,) = place.at("tensorboard").names()
     assert b"margin" in place.at("tensorboard", events).read()
 
@@ -153,6 +155,6 @@ def test_a_resumed_run_goes_on_in_its_mlflow_run(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
     for step in (1, 2):
         with open_trackers(run_config("run.trackers=[mlflow]"), Place(str(tmp_path)), "run-1") as log:
-            log(STEP, step)
+            log(VALUES, step)
     (run,) = mlflow.search_runs(output_format="list")
     assert [point.step for point in mlflow.MlflowClient().get_metric_history(run.info.run_id, "margin")] == [1, 2]

@@ -14,6 +14,7 @@ import pytest
 from sampo_ray.config.profiles import resolve
 from sampo_ray.config.recipe import load_config
 from sampo_ray.run.directory import Run, create_run
+from sampo_ray.run.manifest import Age
 from sampo_ray.run.storage import Place
 from tests.conftest import assert_greedy
 
@@ -137,25 +138,24 @@ def test_feedback_on_answers_is_trained_on_in_the_next_round_and_only_there(fini
 
     run, client = finished
     first, second = (run.manifest.rounds[index].stages["feedback"] for index in range(2))
-    assert first["rows"] == [] and first["votes"] == 0
-    assert 0 < second["votes"] == sum(second["rows"]) <= len(client.edits)
+    assert first.rows == [] and first.votes == 0
+    assert 0 < second.votes == sum(second.rows) <= len(client.edits)
     chat = ChatFormat.load(run.place.at("tokenizer").path, "tokenizer")
     trained = [pair for pair in stage(run, 1, "reference").to_pylist() if pair["id"].startswith("feedback-")]
-    assert len(trained) == second["votes"] and {chat.text(pair["chosen"]) for pair in trained} <= set(client.edits)
+    assert len(trained) == second.votes and {chat.text(pair["chosen"]) for pair in trained} <= set(client.edits)
     assert all(len(pair["chosen_ref"]) == len(pair["chosen"]) for pair in trained)
 
     where = run.place, [], run.place.at("tokenizer"), run.config.data
     place = run.place.at("rounds", "1", "feedback")
     again = stages.feedback(place, *where)
-    assert again["votes"] == second["votes"], "a stage that was cut off has its votes already"
+    assert again.votes == second.votes, "a stage that was cut off has its votes already"
     later = stages.feedback(run.place.at("later"), run.place, [place], *where[2:])
-    assert second["votes"] + later["votes"] + sum(later["left"].values()) == len(client.edits)
+    assert second.votes + later.votes + sum(later.left.values()) == len(client.edits)
 
 
 def test_the_second_round_begins_at_delta_zero_on_new_weights(finished):
     run, _ = finished
-    first = [line for line in run.metrics() if line["step"] == 1]
-    assert [line["margin"] for line in first] == [0.0, 0.0]
+    assert [step.values["margin"] for step in run.metrics() if step.step == 1] == [0.0, 0.0]
     assert run.manifest.rounds[1].start_version == run.manifest.rounds[0].steps > 0
 
 
@@ -219,7 +219,7 @@ def test_completions_drawn_ahead_are_older_than_their_round_by_no_more_than_one_
         drawn = stage(run, record.index, "completions")
         ages = [record.start_version - first for first in drawn["first_version"].to_pylist()]
         assert drawn.num_rows == 20 * 4 and 0 <= min(ages) <= max(ages) <= before.steps
-        assert record.stages["completions"]["age"] == {"mean": sum(ages) / len(ages), "most": max(ages)}
+        assert record.stages["completions"].age == Age(mean=sum(ages) / len(ages), most=max(ages))
         assert max(ages) > 0, "some were drawn while the round before was training"
     assert set(stage(run, 0, "completions")["first_version"].to_pylist()) == {0}
     assert len({row["id"] for index in range(3) for row in stage(run, index, "prompts").to_pylist()}) == 60
@@ -276,7 +276,7 @@ def test_versions_are_listed_pinned_promoted_and_rolled_back_while_they_are_serv
     by_version = {card["metadata"]["version"]: card["metadata"] for card in cards}
     assert by_version[last]["labels"][-2:] == ["round-2", "final"]
     assert by_version[last]["parent"] == first and by_version[last]["method"] == "sigmoid/sample, beta 0.1"
-    assert by_version[last]["metrics"]["loss"] > 0 and by_version[last]["data"] == run.manifest.data["fingerprint"]
+    assert by_version[last]["metrics"]["loss"] > 0 and by_version[last]["data"] == run.manifest.data.fingerprint
     unknown = ask(fleet.endpoint, "policy@nope")
     assert unknown.status_code == 404 and f"policy@{last}, policy@round-2/step" in unknown.json()["error"]["message"]
     assert "not pinned" in ask(fleet.endpoint, "policy@round-1").json()["error"]["message"]

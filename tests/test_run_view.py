@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sampo_ray.run.manifest import Manifest, RoundRecord
+from sampo_ray.run.manifest import DataRecord, Manifest, RoundRecord, StageRecord
 from sampo_ray.run.status import Activity, Status, StatusFile, read_status
+from sampo_ray.run.steps import StepMetrics
 from sampo_ray.run.storage import Place
 from sampo_ray.serve.errors import ApiError
 from sampo_ray.serve.routes import run as run_view
@@ -21,19 +22,18 @@ from sampo_ray.serve.routes.run import POINTS, STEPS, RunRoutes, columns, view
 TRAINING = Activity(name="train", done=3, total=16, unit="steps", seconds=2.0, rate=1.5)
 
 
-def step(version: int, **changed: Any) -> dict[str, Any]:
-    return {"loss": 0.5, "margin": 0.1, "accuracy": 1.0, "round": 0, "step": version, "version": version, **changed}
+def step(version: int, **changed: Any) -> StepMetrics:
+    return StepMetrics(0, version, version, {"loss": 0.5, "margin": 0.1, "accuracy": 1.0, **changed})
 
 
 def write_run(folder: Path, steps: int, **manifest: Any) -> Place:
     folder.mkdir(exist_ok=True)
-    lines = "".join(json.dumps(step(version)) + "\n" for version in range(1, steps + 1))
+    lines = "".join(step(version).line() + "\n" for version in range(1, steps + 1))
     (folder / "metrics.jsonl").write_text(lines)
-    record = RoundRecord(index=0, start_version=0, steps=16, stages={"pairs": {"rows": [255], "seconds": 0.5}})
-    data = {"source": f"{folder}/prompts.jsonl"}
-    (folder / "manifest.json").write_text(
-        Manifest(id="run-a", rounds=[record], data=data, **manifest).model_dump_json()
-    )
+    record = RoundRecord(index=0, start_version=0, steps=16, stages={"pairs": StageRecord(rows=[255], seconds=0.5)})
+    data = DataRecord(source=f"{folder}/prompts.jsonl", fingerprint="f", rows=[255])
+    manifest_json = Manifest(id="run-a", rounds=[record], data=data, **manifest).model_dump_json()
+    (folder / "manifest.json").write_text(manifest_json)
     return Place(str(folder))
 
 

@@ -1,5 +1,6 @@
 """The run directory: atomic, exclusive, and what it says is finished stays finished."""
 
+import json
 import multiprocessing
 import os
 
@@ -12,7 +13,8 @@ from sampo_ray.config.recipe import load_config
 from sampo_ray.errors import ConfigError
 from sampo_ray.run.directory import create_run, open_run
 from sampo_ray.run.lock import exclusive
-from sampo_ray.run.manifest import Checkpoint, Manifest, RoundRecord
+from sampo_ray.run.manifest import Checkpoint, DataRecord, Manifest, RoundRecord, StageRecord
+from sampo_ray.run.steps import StepMetrics, parse_metrics
 from sampo_ray.run.storage import Place
 
 
@@ -22,11 +24,11 @@ def new_run(folder):
 
 def test_a_run_reads_back_as_it_was_saved(tmp_path):
     run = new_run(tmp_path / "run")
-    run.round(0).stages["pairs"] = {"rows": [3, 4], "seconds": 0.1}
+    run.round(0).stages["pairs"] = StageRecord(rows=[3, 4], seconds=0.1)
     run.save()
     again = open_run(str(tmp_path / "run"))
     assert again.id == run.id and again.config == run.config
-    assert again.round(0).stages["pairs"]["rows"] == [3, 4]
+    assert again.round(0).stages["pairs"].rows == [3, 4]
 
 
 def test_a_directory_that_holds_a_run_is_not_begun_again(tmp_path):
@@ -50,11 +52,11 @@ def test_a_round_starts_from_the_version_that_ended_the_one_before(tmp_path):
 def test_a_step_is_recorded_once_and_a_line_cut_short_is_ignored(tmp_path):
     run = new_run(tmp_path)
     for loss in (1.0, 2.0):
-        run.record({"round": 0, "step": 1, "version": 1, "loss": loss})
+        run.record(StepMetrics(0, 1, 1, {"loss": loss}))
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"round": 0, "st')
     again = open_run(str(tmp_path))
-    assert [line["loss"] for line in again.metrics()] == [1.0]
+    assert [step.values["loss"] for step in again.metrics()] == [1.0]
 
 
 def _hold(url, held, release):
@@ -95,7 +97,7 @@ def test_tables_come_back_from_any_file_system(tmp_path, url):
 
 def test_a_remote_run_directory_works_like_a_local_one(tmp_path):
     run = new_run("memory://run-directory")
-    run.record({"round": 0, "step": 1, "version": 1, "loss": 0.5})
+    run.record(StepMetrics(0, 1, 1, {"loss": 0.5}))
     assert open_run("memory://run-directory").metrics() == run.metrics() != []
     with (
         exclusive("memory://run-directory"),
@@ -116,7 +118,10 @@ records = st.builds(
     index=st.integers(0, 5),
     start_version=st.integers(0, 100),
     steps=st.none() | st.integers(1, 50),
-    stages=st.dictionaries(st.sampled_from(["pairs", "train"]), st.just({"rows": [1]})),
+    stages=st.dictionaries(
+        st.sampled_from(["pairs", "train"]),
+        st.builds(StageRecord, rows=st.none() | st.just([1]), dropped=st.none() | st.just({"tie": 2})),
+    ),
     committed=st.booleans(),
 )
 checkpoints = st.builds(
@@ -129,14 +134,77 @@ checkpoints = st.builds(
 )
 
 
-@given(
-    st.builds(
-        Manifest, id=st.text(max_size=8), rounds=st.lists(records, max_size=4), checkpoint=st.none() | checkpoints
-    )
+data = st.builds(
+    DataRecord, source=st.text(), fingerprint=st.text(), rows=st.lists(st.integers(1, 9)), dropped=st.just({"long": 1})
 )
+manifests = st.builds(
+    Manifest,
+    id=st.text(max_size=8),
+    data=st.none() | data,
+    rounds=st.lists(records, max_size=4),
+    checkpoint=st.none() | checkpoints,
+)
+
+
+@given(manifests)
 @settings(max_examples=50)
 def test_any_manifest_survives_being_written(manifest):
     assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest
+
+
+OLD_MANIFEST = {
+    "format": 1,
+    "id": "r1",
+    "packages": {"ray": "2.60.0", "vllm": None},
+    "data": {
+        "source": "prompts.jsonl",
+        "fingerprint": "abc",
+        "rows": [512, 20],
+        "rows_read": 540,
+        "dropped": {"too long": 8},
+        "prompts_cut": 2,
+        "responses_cut": 0,
+    },
+    "rounds": [
+        {
+            "index": 0,
+            "start_version": 0,
+            "steps": 4,
+            "stages": {
+                "feedback": {
+                    "rows": [1],
+                    "seconds": 0.5,
+                    "rows_read": 1,
+                    "dropped": {},
+                    "prompts_cut": 0,
+                    "responses_cut": 0,
+                    "votes": 2,
+                    "left": {"tie": 1},
+                },
+                "completions": {"rows": [32], "seconds": 14.2, "age": {"mean": 1.5, "most": 3}},
+                "candidates": {"rows": [], "seconds": 0.1, "dropped": {"tie": 2}},
+                "train": {"steps": 4, "seconds": 9.0},
+            },
+            "committed": True,
+        },
+        {"index": 1, "start_version": 4, "steps": None, "stages": {}, "committed": False},
+    ],
+    "checkpoint": None,
+    "earlier": None,
+    "finished": False,
+}
+
+
+@pytest.mark.parametrize("data", [{}, OLD_MANIFEST["data"]])
+def test_a_manifest_keeps_every_key_and_gains_none(data):
+    old = {**OLD_MANIFEST, "data": data}
+    assert json.loads(Manifest.model_validate(old).model_dump_json()) == old
+
+
+def test_a_line_of_metrics_keeps_its_keys_and_their_order():
+    line = '{"loss": 0.5, "grad_norm": null, "skipped": 0.0, "round": 1, "step": 2, "version": 6}'
+    [step] = parse_metrics([line])
+    assert (step.round, step.step, step.version) == (1, 2, 6) and step.line() == line
 
 
 def test_paths_of_a_recipe_hold_in_any_working_directory(tmp_path, monkeypatch):

@@ -232,12 +232,12 @@ def test_a_run_keeps_how_its_versions_go_live_and_where_they_come_from(tmp_path)
     found = read_serve_config(run.place)
     assert (found.follow, found.gates.max_growth, found.api_keys) == ("round", 1.5, ())
     assert read_serve_config(Place(str(tmp_path))) == ServeConfig(api_keys=())
-    mine = lineage(run.config, run.manifest)
-    assert mine["base"] == "llama" and mine["method"] == "sigmoid/sample, beta 0.1"
+    mine = lineage(run.config, None)
+    assert mine.base == "llama" and mine.method == "sigmoid/sample, beta 0.1"
     tree["run"]["dir"] = str(tmp_path / "b")
-    assert lineage(create_run(load_config(tree)).config, run.manifest) == mine
+    assert lineage(create_run(load_config(tree)).config, None) == mine
     other = load_config(tree, ["method.beta=0.2"])
-    assert lineage(other, run.manifest)["recipe"] != mine["recipe"]
+    assert lineage(other, None).recipe != mine.recipe
 
 
 def test_checks_judge_length_and_win_rate():

@@ -6,20 +6,21 @@ the first write wins, since a rank that came back from its checkpoint trains ste
 """
 
 import asyncio
+import itertools
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from sampo_ray.config.run import RunConfig
 from sampo_ray.errors import TrainingError
 from sampo_ray.run.parts import Part
+from sampo_ray.run.steps import StepResult
 from sampo_ray.run.storage import Place
 
 
 @dataclass(frozen=True)
-class Work:
-    """One round for the ranks: where its pairs are, their lengths [pairs, 3], and the version it starts from."""
+class RoundSpec:
+    """What the ranks need of a round: where its pairs are, their lengths [pairs, 3], and the version it starts from."""
 
     run: str
     place: Place
@@ -31,23 +32,33 @@ class Work:
     lengths: np.ndarray
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A round that was posted, and its number in the log."""
+
+    number: int
+    spec: RoundSpec
+
+
+class Closed:
+    """The driver posts no more rounds."""
+
+
 class Exchange:
     """Async Ray actor; lives and dies with the driver, which posts again what is not committed when it comes back."""
 
     def __init__(self) -> None:
         self._changed = asyncio.Condition()
-        self._entry: tuple[int, Work | None] = (0, None)
-        self._results: dict[int, dict[str, Any]] = {}
+        self._entry: Entry | None = None
+        self._results: dict[int, StepResult] = {}
         self._failure: str | None = None
         self._closed = False
 
-    async def post(self, work: Work) -> int:
-        """Makes a round the current entry and returns its number; the one before must be finished."""
+    async def post(self, spec: RoundSpec) -> None:
+        """Makes a round the current entry; the one before must be finished."""
         async with self._changed:
-            number = self._entry[0] + 1
-            self._entry, self._results = (number, work), {}
+            self._entry, self._results = Entry(self._number + 1, spec), {}
             self._changed.notify_all()
-            return number
 
     async def close(self) -> None:
         """Tells the ranks that there is nothing more to come."""
@@ -55,23 +66,20 @@ class Exchange:
             self._closed = True
             self._changed.notify_all()
 
-    async def take(self, after: int, timeout_s: float) -> tuple[int, Work] | str:
-        """The current entry when it is newer than `after`; `"closed"`, or `"wait"` when `timeout_s` passed."""
+    async def take(self, after: int, timeout_s: float) -> Entry | Closed | None:
+        """The current entry once its number is above `after`; None when there is none within `timeout_s`."""
         async with self._changed:
             try:
-                await asyncio.wait_for(
-                    self._changed.wait_for(lambda: self._closed or self._entry[0] > after), timeout_s
-                )
+                await asyncio.wait_for(self._changed.wait_for(lambda: self._closed or self._number > after), timeout_s)
             except TimeoutError:
-                return "wait"
-            number, work = self._entry
-            return (number, work) if work is not None and number > after else "closed"
+                return None
+            return self._entry if self._number > after else Closed()
 
-    async def report(self, number: int, step: int, result: dict[str, Any]) -> None:
-        """A step's result, of the entry of that number."""
+    async def report(self, number: int, result: StepResult) -> None:
+        """Adds a step's result to the entry of that number."""
         async with self._changed:
-            if number == self._entry[0]:
-                self._results.setdefault(step, result)
+            if number == self._number:
+                self._results.setdefault(result.metrics.step, result)
             self._changed.notify_all()
 
     async def fail(self, reason: str) -> None:
@@ -80,7 +88,7 @@ class Exchange:
             self._failure = self._failure or reason
             self._changed.notify_all()
 
-    async def results(self, after_step: int, timeout_s: float) -> list[dict[str, Any]]:
+    async def results(self, after_step: int, timeout_s: float) -> list[StepResult]:
         """Results of the current entry beyond `after_step`, in order, as soon as there are any; empty after
         `timeout_s`.
 
@@ -96,8 +104,9 @@ class Exchange:
                 return []
             if self._failure is not None:
                 raise TrainingError(self._failure)
-            ready, step = [], after_step + 1
-            while step in self._results:
-                ready.append(self._results[step])
-                step += 1
-            return ready
+            steps = itertools.takewhile(lambda step: step in self._results, itertools.count(after_step + 1))
+            return [self._results[step] for step in steps]
+
+    @property
+    def _number(self) -> int:
+        return self._entry.number if self._entry else 0

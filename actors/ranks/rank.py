@@ -15,7 +15,7 @@ import torch.distributed as dist
 from ray.actor import ActorHandle
 from transformers import AutoConfig
 
-from sampo_ray.actors.ranks.exchange import Work
+from sampo_ray.actors.ranks.exchange import Closed, Entry, RoundSpec
 from sampo_ray.actors.transfer.sending import start_sender
 from sampo_ray.actors.weights.store import find_weight_store, publish_adapters, publish_version
 from sampo_ray.data.preferences import pairs_of, with_reference
@@ -24,6 +24,7 @@ from sampo_ray.run.adapter_files import about_adapters
 from sampo_ray.run.buckets import checksum_of_file, checksums
 from sampo_ray.run.manifest import Checkpoint, lineage, read_manifest
 from sampo_ray.run.parts import part_place
+from sampo_ray.run.steps import StepMetrics, StepResult
 from sampo_ray.run.storage import Place
 from sampo_ray.run.version_files import write_version
 from sampo_ray.run.version_folders import version_folder
@@ -52,111 +53,112 @@ class RankSettings:
     threads: int | None
 
 
-def train_rank(settings: dict[str, Any]) -> None:
-    """Ray Train's training function: takes rounds from the exchange until it is closed.
+def train_rank(config: dict[str, RankSettings]) -> None:
+    """Ray Train's training function, with its `settings`: takes rounds from the exchange until it is closed.
 
     What would fail again is reported to the driver and ends the run cleanly; anything else ends this process, and Ray
     Train starts all ranks again from the last checkpoint that the manifest names.
     """
     import deepspeed  # noqa: F401  # for seconds, while engines start; the learner needs it
 
-    mine = RankSettings(**settings)
-    if mine.threads:
-        torch.set_num_threads(mine.threads)
+    settings = config["settings"]
+    exchange = settings.exchange
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
     number, rank = 0, None
     try:
         while True:
-            taken = ray.get(mine.exchange.take.remote(number, CALL_SECONDS / 2), timeout=CALL_SECONDS)
-            if taken == "closed":
+            taken: Entry | Closed | None = ray.get(exchange.take.remote(number, CALL_SECONDS / 2), timeout=CALL_SECONDS)
+            if isinstance(taken, Closed):
                 if rank is not None and rank.sender is not None:
                     rank.sender.wait()  # it sends from this process
                 return
-            if taken == "wait":
+            if taken is None:
                 continue
-            number, work = taken
-            if rank is None or rank.run != work.run:
+            number = taken.number
+            if rank is None or rank.run != taken.spec.run:
                 rank = None
-                gc.collect()  # DeepSpeed's engine is in cycles, and two may be too much
-                rank = Rank(work, find_weight_store(mine.store))
-            for step, result in rank.train(work):
-                if dist.get_rank() == 0:
-                    ray.get(mine.exchange.report.remote(number, step, result), timeout=CALL_SECONDS)
+                gc.collect()  # DeepSpeed's engine is in reference cycles, and memory may not hold two
+                rank = Rank(taken.spec, find_weight_store(settings.store))
+            for result in rank.train(taken.spec):
+                if rank.first:
+                    ray.get(exchange.report.remote(number, result), timeout=CALL_SECONDS)
     except DETERMINISTIC as error:
         logger.exception("training stops")
         reason = f"{type(error).__name__}: {error}" if not isinstance(error, TrainingError) else str(error)
-        ray.get(mine.exchange.fail.remote(reason), timeout=CALL_SECONDS)
+        ray.get(exchange.fail.remote(reason), timeout=CALL_SECONDS)
 
 
 class Rank:
     """One data-parallel rank of a run: its learner, and what it publishes and stores."""
 
-    def __init__(self, work: Work, store: ActorHandle) -> None:
-        self.run, self.store, self.place, self.config = work.run, store, work.place, work.config
+    def __init__(self, spec: RoundSpec, store: ActorHandle) -> None:
+        self.run, self.store, self.place, self.config = spec.run, store, spec.place, spec.config
         gpu = torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
         self.first = dist.get_rank() == 0
         self.sender = start_sender(self.config.publish.transport, store, self.device) if self.first else None
-        self.learner = self._load(work)
-        self._restore(work)
+        self.learner = self._load(spec)
+        self._restore(spec)
 
-    def _load(self, work: Work) -> Learner:
+    def _load(self, spec: RoundSpec) -> Learner:
         """A learner on what the run began with or, where each round has adapters of its own, the round."""
         lora = self.config.model.lora
-        version = work.start_version if lora else 0
+        version = spec.start_version if lora else 0
         with Place(version_folder(self.place.at("versions").url, version)).on_disk() as base:
             if self.device.type == "cuda":
                 check_device(AutoConfig.from_pretrained(base), self.config)
-            seed, flex = adapter_seed(self.config.run.seed, work.round), self.config.model.flex
+            seed, flex = adapter_seed(self.config.run.seed, spec.round), self.config.model.flex
             policy = load_policy(base, self.config.trainer.gradient_checkpointing, lora=lora, seed=seed, flex=flex)
         learner = Learner(policy, self.config, self.device)
-        learner.begin_round(work.round, lambda: self._reference(work))
+        learner.begin_round(spec.round, lambda: self._reference(spec))
         return learner
 
-    def _reference(self, work: Work) -> Policy:
+    def _reference(self, spec: RoundSpec) -> Policy:
         """What the round starts from, frozen."""
-        with Place(version_folder(self.place.at("versions").url, work.start_version)).on_disk() as folder:
+        with Place(version_folder(self.place.at("versions").url, spec.start_version)).on_disk() as folder:
             return load_policy(folder, device=str(self.device), flex=self.config.model.flex).requires_grad_(False)
 
-    def _begin(self, work: Work) -> None:
+    def _begin(self, spec: RoundSpec) -> None:
         """The next round: with the same learner or, where it has adapters of its own, with another."""
         if self.config.model.lora:
             del self.learner
             gc.collect()
-            self.learner = self._load(work)
+            self.learner = self._load(spec)
         else:
-            self.learner.begin_round(work.round, lambda: self._reference(work))
+            self.learner.begin_round(spec.round, lambda: self._reference(spec))
 
-    def train(self, work: Work) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Trains what is left of a round and yields (step, result), published and checkpointed as configured."""
-        if work.round != self.learner.round:
-            self._begin(work)
-        learner, config = self.learner, work.config
+    def train(self, spec: RoundSpec) -> Iterator[StepResult]:
+        """Trains what is left of a round and yields each step's result, published and checkpointed as configured."""
+        if spec.round != self.learner.round:
+            self._begin(spec)
+        learner, config = self.learner, spec.config
         with_log_probs = config.method.needs_reference and not config.reference_workers
-        tables = self._scored(work) if with_log_probs else (part.table() for part in work.parts)
+        tables = self._scored(spec) if with_log_probs else (part.table() for part in spec.parts)
         pairs = [pair for table in tables for pair in pairs_of(table)]
         budget = dataclasses.replace(config.row_budget, world=learner.world)
         seed, epochs = config.run.seed, config.rounds.epochs
-        plan = plan_round(work.lengths, budget, epochs=epochs, seed=seed, round=work.round)
+        plan = plan_round(spec.lengths, budget, epochs=epochs, seed=seed, round=spec.round)
         for step in plan:
             if step.index <= learner.step:
                 continue
             started = time.monotonic()
-            result: dict[str, Any] = learner.optimize(step, pairs, work.steps)
-            result["pairs_per_s"] = step.pairs / (time.monotonic() - started)
-            last = step.index == work.steps
-            version = work.start_version + step.index
-            if last or (step.index % config.publish.every_steps == 0 and not result["skipped"]):
-                result["published"] = self._publish(work, version, last, result)
+            values = learner.optimize(step, pairs, spec.steps)
+            values["pairs_per_s"] = step.pairs / (time.monotonic() - started)
+            metrics = StepMetrics(spec.round, step.index, spec.start_version + step.index, values)
+            last = step.index == spec.steps
+            publish = last or (step.index % config.publish.every_steps == 0 and not values["skipped"])
+            if publish:
+                self._publish(spec, metrics, last)
             if last:
-                self._export(work)
-            if last or step.index % config.trainer.checkpoint_every == 0:
-                result["checkpoint"] = self._checkpoint(work)
-            yield step.index, result | {"round": work.round, "step": step.index, "version": version}
+                self._export(spec)
+            store = last or step.index % config.trainer.checkpoint_every == 0
+            yield StepResult(metrics, publish, self._checkpoint(spec) if store else None)
 
-    def _scored(self, work: Work) -> Iterator[pa.Table]:
+    def _scored(self, spec: RoundSpec) -> Iterator[pa.Table]:
         """The round's parts of pairs with reference log-probs: the policy's own, written before its first step."""
-        out = work.place.at("rounds", str(work.round), "reference")
-        for index, part in enumerate(work.parts):
+        out = spec.place.at("rounds", str(spec.round), "reference")
+        for index, part in enumerate(spec.parts):
             place = part_place(out, index)
             found = [self.first and place.exists()]
             dist.broadcast_object_list(found)
@@ -165,53 +167,52 @@ class Rank:
                 continue
             if self.learner.step:
                 raise TrainingError(f"{place.url} is gone, and the policy no longer is the reference that it came from")
-            block, ask = part.table(), asked_of_reference(self.config, work.round)
+            block, ask = part.table(), asked_of_reference(self.config, spec.round)
             scored = with_reference(block, self.learner.score(pairs_of(block), ask))
             if self.first:
                 place.write_table(scored)
             yield scored
 
-    def _publish(self, work: Work, version: int, last: bool, metrics: dict[str, Any]) -> bool:
+    def _publish(self, spec: RoundSpec, metrics: StepMetrics, last: bool) -> None:
         """Publishes the weights or, where there are adapters and the round goes on, these."""
-        lora, versions = None if last else work.config.model.lora, work.place.at("versions").url
+        lora, versions = None if last else spec.config.model.lora, spec.place.at("versions").url
         weights: Iterator[Any] = self.learner.adapters() if lora else self.learner.weights()
         if not self.first:
             drain(weights)
-            return True
+            return
         about: dict[str, Any] = {
-            "round": work.round,
-            "step": self.learner.step,
-            "parent": work.start_version,
-            "labels": labels_of(work.round, self.learner.step, last, work.config.rounds.count),
-            **lineage(work.config, read_manifest(self.place)),
-            "metrics": {name: value for name, value in metrics.items() if isinstance(value, float)},
+            "round": spec.round,
+            "step": metrics.step,
+            "parent": spec.start_version,
+            "labels": labels_of(spec.round, metrics.step, last, spec.config.rounds.count),
+            **dataclasses.asdict(lineage(spec.config, read_manifest(self.place).data)),
+            "metrics": metrics.numbers,
             "created": int(time.time()),
         }
-        where = self.store, work.run, versions, version
+        where = self.store, spec.run, versions, metrics.version
         if lora:
-            about["adapters"] = about_adapters(lora, work.start_version)
+            about["adapters"] = about_adapters(lora, spec.start_version)
             publish_adapters(*where, weights, lora, about, timeout_s=PUBLISH_SECONDS)
         else:
             shell = version_folder(versions, 0)
             publish_version(*where, weights, shell, last, about, timeout_s=PUBLISH_SECONDS, sender=self.sender)
-        return True
 
-    def _export(self, work: Work) -> None:
+    def _export(self, spec: RoundSpec) -> None:
         """The round's Hugging Face folder, from the fp32 masters."""
-        dtype = getattr(torch, work.config.run.export_dtype)
+        dtype = getattr(torch, spec.config.run.export_dtype)
         masters = ((name, weight.to(dtype)) for name, weight in self.learner.masters())
         if self.first:
             step = self.learner.step
-            about = {"version": work.start_version + step, "round": work.round, "step": step}
-            folder = work.place.at("exports", f"round-{work.round + 1}").url
-            write_version(folder, masters, version_folder(work.place.at("versions").url, 0), about)
+            about = {"version": spec.start_version + step, "round": spec.round, "step": step}
+            folder = spec.place.at("exports", f"round-{spec.round + 1}").url
+            write_version(folder, masters, version_folder(spec.place.at("versions").url, 0), about)
         else:
             drain(masters)
 
-    def _checkpoint(self, work: Work) -> dict[str, Any]:
+    def _checkpoint(self, spec: RoundSpec) -> Checkpoint:
         """Writes the learner's state; complete once the driver has named it, with its checksums, in the manifest."""
         learner = self.learner
-        target = work.place.at("checkpoints", f"{work.round}-{learner.step:06d}")
+        target = spec.place.at("checkpoints", f"{spec.round}-{learner.step:06d}")
         if self.first:
             target.remove()
         dist.barrier()
@@ -221,23 +222,23 @@ class Rank:
             target.take(scratch / "state")
         files = {name: sum for files in of_all_ranks(mine) for name, sum in files.items()}
         return Checkpoint(
-            path=f"checkpoints/{work.round}-{learner.step:06d}",
-            round=work.round,
+            path=f"checkpoints/{spec.round}-{learner.step:06d}",
+            round=spec.round,
             step=learner.step,
             world=learner.world,
             files=files,
             statistics=learner.statistics,
-        ).model_dump()
+        )
 
-    def _restore(self, work: Work) -> None:
+    def _restore(self, spec: RoundSpec) -> None:
         """Goes to where the newest checkpoint stands or, if that is damaged, the one before."""
         if self.first:
             self.place.at("checkpoints").clear_drafts()  # of ranks that died over them
-        found = [self._checkpoints(work) if self.first else []]
+        found = [self._checkpoints(spec) if self.first else []]
         dist.broadcast_object_list(found)
         damaged = list[str]()
         for checkpoint in found[0]:
-            if self.config.model.lora and checkpoint.round != work.round:
+            if self.config.model.lora and checkpoint.round != spec.round:
                 return
             with self.place.at(checkpoint.path).on_disk() as folder:
                 if files := self._damaged(folder, checkpoint):
@@ -252,13 +253,13 @@ class Rank:
                 f"{damaged[0]} is damaged (its checksum does not match), and there is no other checkpoint to go on from"
             )
 
-    def _checkpoints(self, work: Work) -> list[Checkpoint]:
+    def _checkpoints(self, spec: RoundSpec) -> list[Checkpoint]:
         """Those from which a round can go on or begin, the newest first."""
         manifest = read_manifest(self.place)
 
         def fits(checkpoint: Checkpoint) -> bool:
             ends = checkpoint.step == manifest.rounds[checkpoint.round].steps
-            return checkpoint.round == work.round or (ends and checkpoint.round == work.round - 1)
+            return checkpoint.round == spec.round or (ends and checkpoint.round == spec.round - 1)
 
         return [each for each in (manifest.checkpoint, manifest.earlier) if each and fits(each)]
 

@@ -5,17 +5,17 @@ import os
 import threading
 import uuid
 from collections.abc import Iterator
-from typing import Any
 
 import ray
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from sampo_ray.actors.ranks.exchange import Exchange, Work
-from sampo_ray.actors.ranks.rank import train_rank
+from sampo_ray.actors.ranks.exchange import Exchange, RoundSpec
+from sampo_ray.actors.ranks.rank import RankSettings, train_rank
 from sampo_ray.config.training import TrainerConfig
 from sampo_ray.errors import TrainingError
+from sampo_ray.run.steps import StepResult
 from sampo_ray.run.storage import Place
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Trainer:
         cpus = 1.0 if config.num_cpus is None else config.num_cpus
         fit = TorchTrainer(
             train_rank,
-            train_loop_config={"exchange": self._exchange, "store": self._store, "threads": threads},
+            train_loop_config={"settings": RankSettings(self._exchange, self._store, threads)},
             scaling_config=ScalingConfig(
                 num_workers=(config.min_workers, workers) if config.min_workers else workers,
                 use_gpu=bool(gpus),
@@ -79,24 +79,24 @@ class Trainer:
         except BaseException as error:  # handed to the loop, which is waiting for results
             self._error = error
 
-    def train(self, work: Work, after_step: int) -> Iterator[dict[str, Any]]:
+    def train(self, spec: RoundSpec, after_step: int) -> Iterator[StepResult]:
         """Hands a round to the ranks and yields the results of its steps beyond `after_step`, as they come.
 
         Raises TrainingError when the ranks gave up, or when Ray Train ended before the round did.
         """
-        if after_step >= work.steps:
+        if after_step >= spec.steps:
             return
         if self._thread is None:
             self._start()
-        ray.get(self._exchange.post.remote(work), timeout=CALL_SECONDS)
-        while after_step < work.steps:
+        ray.get(self._exchange.post.remote(spec), timeout=CALL_SECONDS)
+        while after_step < spec.steps:
             waiting = self._exchange.results.remote(after_step, POLL_SECONDS)
             try:
                 results = ray.get(waiting, timeout=CALL_SECONDS)
             except ray.exceptions.RayTaskError as error:
                 raise TrainingError(str(error.cause)) from None
             for result in results:
-                after_step = result["step"]
+                after_step = result.metrics.step
                 yield result
             if not results and not (self._thread and self._thread.is_alive()):
                 raise TrainingError(f"the training ranks ended before the round did: {last_line(self._error)}")

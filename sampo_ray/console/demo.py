@@ -79,13 +79,13 @@ def demo_run(folder: Path, name: str, assets: DemoAssets, seed: int, resources: 
 def evaluate(fleet: Fleet, run: Run, version: int, assets: DemoAssets, display: Display) -> Answers:
     """One completion of each evaluation prompt from a version of the run's policy."""
     place = run.place.at("evaluation", str(version))
-    counts = stages.tokenize(
+    data = stages.tokenize(
         place.at("prompts"), str(assets.evaluation), "prompts", run.place.at("tokenizer"), run.config.data
     )
-    prompts = parts_of(place.at("prompts"), counts["rows"])
+    prompts = parts_of(place.at("prompts"), data.rows)
     rollout = run.config.rollout.model_copy(update={"samples": 1, "temperature": TEMPERATURE, "top_p": 1.0})
     window = run.config.fleet.generators.max_ongoing_requests
-    with display.stage("evaluate", sum(counts["rows"]), "prompts") as progress:
+    with display.stage("evaluate", sum(data.rows), "prompts") as progress:
         parts = stages.sample(
             fleet.generators, prompts, place, rollout, run.config.run.seed, (run.id, version), window, progress.advance
         )

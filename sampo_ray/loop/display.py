@@ -5,10 +5,10 @@ The loop only says what happens (`round`, `stage`, `metrics`, `version`, `note`)
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sampo_ray.run.status import Activity, Status, StatusFile
+from sampo_ray.run.steps import StepMetrics
 from sampo_ray.run.storage import Place
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -151,10 +152,11 @@ class Display(ABC):
         self._round = f"round {index + 1}/{count}"
         self._tell(round=index + 1, rounds=count)
 
-    def metrics(self, values: Mapping[str, Any]) -> None:
-        """One optimizer step's metrics under their names in metrics.jsonl; those in `SHOWN` appear."""
+    def metrics(self, step: StepMetrics) -> None:
+        """One optimizer step's metrics; those in `SHOWN` appear."""
+        values = step.values
         if values.get("skipped"):
-            self.note(f"step {values['step']} was skipped: {values['reason']}")
+            self.note(f"step {step.step} was skipped: {values['reason']}")
         self._update({name: form.format(values[metric]) for metric, (name, form) in SHOWN.items() if metric in values})
 
     def version(self, number: int) -> None:

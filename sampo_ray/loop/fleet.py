@@ -218,12 +218,13 @@ def attach(store: ActorHandle, run: Run) -> None:
             ChatFormat.load(run.config.model.path, run.config.model.template).save(draft)
             tokenizer.take(draft)
     if not run.versions.at("000000", "version.json").exists():
-        about = {key: value for key, value in lineage(run.config, run.manifest).items() if key in ("base", "recipe")}
+        found = lineage(run.config, run.manifest.data)
+        about = {"base": found.base, "recipe": found.recipe}
         ray.get(_publish_base.remote(run.config.model.path, run.place, run.id, store, about), timeout=BASE_SECONDS)
 
 
 @ray.remote(num_cpus=0.5, max_retries=1)
-def _publish_base(path: str, place: Place, run_id: str, store: ActorHandle, about: dict[str, Any]) -> None:
+def _publish_base(path: str, place: Place, run_id: str, store: ActorHandle, about: dict[str, str]) -> None:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, use_safetensors=True)
     with place.at("tokenizer").on_disk() as tokenizer:
         chat = ChatFormat.load(tokenizer, "tokenizer")

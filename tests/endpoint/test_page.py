@@ -13,7 +13,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, CDPSession, Locator, Page, Request, Route, expect, sync_playwright
 
-from sampo_ray.run.manifest import Manifest, RoundRecord
+from sampo_ray.run.manifest import Manifest, RoundRecord, StageRecord
 from sampo_ray.run.status import Activity, Status
 from sampo_ray.run.storage import Place
 from tests.endpoint.live import KEY, Endpoint
@@ -317,7 +317,9 @@ def test_who_may_not_change_versions_sees_them_all_the_same(visit: Visit, endpoi
 
 def test_the_run_is_seen_live(visit: Visit, endpoint: Endpoint) -> None:
     run = Place(str(Path(endpoint.versions).parent))
-    record = RoundRecord(index=0, start_version=0, steps=16, stages={"completions": {"rows": [8], "seconds": 14.2}})
+    record = RoundRecord(
+        index=0, start_version=0, steps=16, stages={"completions": StageRecord(rows=[8], seconds=14.2)}
+    )
     run.at("manifest.json").write(Manifest(id="run-a", rounds=[record]).model_dump_json().encode())
     steps = [{"round": 0, "step": n, "version": n, "loss": 0.7 - n / 100, "chosen_tokens": 20.0 + n} for n in (1, 2, 3)]
     run.at("metrics.jsonl").write("".join(json.dumps(step) + "\n" for step in steps).encode())
