@@ -129,6 +129,7 @@ class Group:
         import torch
 
         from sampo_ray.run.version_files import write_version
+        from sampo_ray.run.version_folders import VersionInfo
         from sampo_ray.training.batching import lengths_of, plan_round
         from sampo_ray.training.learner import Learner
         from sampo_ray.training.policy import load_policy, score_pairs
@@ -149,9 +150,9 @@ class Group:
                 curve.append({"step": step.index, **self.rewards(after)})
         pairs = zip(differences(self.held_out).tolist(), self.margins(after).round(4).tolist(), strict=True)
         with _rig.scratch() as folder:
-            about = {"version": 0, "round": 0, "step": len(plan)}
+            info = VersionInfo(version=0, round=0, step=len(plan))
             weights = ((name, weight.bfloat16()) for name, weight in learner.masters())
-            write_version(str(folder / "model"), weights, str(self.args.model), about)
+            write_version(str(folder / "model"), weights, str(self.args.model), info)
             found = answers(self.args, folder / "model")
         return {"curve": curve, "steps": steps, "pairs": list(pairs), "answers": found}
 

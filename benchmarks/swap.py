@@ -60,7 +60,7 @@ class Versions:
         from sampo_ray.actors.weights.handout import put
         from sampo_ray.run.buckets import unpack
         from sampo_ray.run.version_files import read_version, write_version
-        from sampo_ray.run.version_folders import version_folder
+        from sampo_ray.run.version_folders import VersionInfo, version_folder
 
         self.rig, self._numbers = rig, itertools.count(1)
         base, disturbed = (version_folder(rig.versions, number) for number in (0, 1))
@@ -71,7 +71,7 @@ class Versions:
                 for name, tensor in unpack(bucket):
                     yield name, tensor + 0.1 * tensor.float().std().to(tensor.dtype) * torch.randn_like(tensor)
 
-        write_version(disturbed, noisy(), base, {"version": 1, "round": 0, "step": 1})
+        write_version(disturbed, noisy(), base, VersionInfo(version=1, round=0, step=1))
         for number in range(2, count):
             link(Path(base if number % 2 == 0 else disturbed), Path(version_folder(rig.versions, number)), number)
         self.buckets = [[put(bucket) for bucket in read_version(folder)] for folder in (base, disturbed)]

@@ -86,7 +86,7 @@ class Catalogue:
             return live
         base, _, name = str(model).partition("@")
         state = await self.state()
-        serving, labels = state["serving"], {v["version"]: v["labels"] for v in state["versions"]}
+        serving, labels = state["serving"], {v.version: v.labels for v in state["versions"]}
         ranks = adapter_ranks(serving)
 
         def app_of(version: int) -> str:
@@ -112,7 +112,8 @@ class Catalogue:
         """OpenAI's model cards: the live policy first, then every version that is kept, newest first."""
         state = await self.state()
         cards = [
-            self._card(f"{MODEL}@{entry['version']}", {"run": state["run"], **entry}) for entry in state["versions"]
+            self._card(f"{MODEL}@{entry.version}", {"run": state["run"], **entry.listed()})
+            for entry in state["versions"]
         ]
         live = [self._card(MODEL, card["metadata"]) for card in cards if card["metadata"]["state"] == "live"]
         by_version = {card["metadata"]["version"]: card["metadata"] for card in cards}
@@ -128,7 +129,7 @@ class Catalogue:
         state = await self.state()
         name = model.partition("@")[2]
         if model != MODEL and name not in state["serving"].adapters:
-            labels = {entry["version"]: entry["labels"] for entry in state["versions"]}
+            labels = {entry.version: entry.labels for entry in state["versions"]}
             try:
                 if not model.startswith(f"{MODEL}@"):
                     raise VersionError("no model of that name")
@@ -155,8 +156,8 @@ def served_names(state: dict[str, Any]) -> list[str]:
     served = {*serving.all_pinned, *([] if serving.live is None else [serving.live])}
     names = [MODEL]
     for entry in state["versions"]:
-        if entry["version"] in served:
-            names += [f"{MODEL}@{name}" for name in (entry["version"], *entry["labels"])]
+        if entry.version in served:
+            names += [f"{MODEL}@{name}" for name in (entry.version, *entry.labels)]
     return [*names, *(f"{MODEL}@{name}" for name in serving.named_adapters)]
 
 

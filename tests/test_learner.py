@@ -19,9 +19,10 @@ from sampo_ray.actors.policy.adapters import merging
 from sampo_ray.config.rows import RowBudget
 from sampo_ray.config.run import RunConfig
 from sampo_ray.errors import TrainingError
-from sampo_ray.run.adapter_files import about_adapters, write_adapters
+from sampo_ray.run.adapter_files import adapters_info, write_adapters
 from sampo_ray.run.buckets import unpack
 from sampo_ray.run.version_files import write_version
+from sampo_ray.run.version_folders import VersionInfo
 from sampo_ray.training.batching import Step, assemble, lengths_of, plan_round
 from sampo_ray.training.learner import write_universal
 from sampo_ray.training.objective import METRICS, Draw
@@ -284,13 +285,13 @@ def test_adapters_alone_make_the_merged_weights_of_their_base(alone, tiny_model,
     for step in plan(pairs):
         learner.optimize(step, pairs, 4)
     lora, folder, base = learner.config.model.lora, str(tmp_path / "000004"), str(tmp_path / "000000")
-    about = {"version": 4, "round": 0, "step": 4, "adapters": about_adapters(lora, 0)}
-    adapters = write_adapters(folder, learner.adapters(), lora, about)
-    again = write_adapters(folder, iter(()), lora, about)
+    info = VersionInfo(version=4, round=0, step=4, adapters=adapters_info(lora, 0))
+    adapters = write_adapters(folder, learner.adapters(), lora, info)
+    again = write_adapters(folder, iter(()), lora, info)
     assert_close(dict(unpack(again)), dict(unpack(adapters)), msg="what is complete is not written again")
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
-    buckets = write_version(base, plain.state_dict().items(), str(tiny_model), {"version": 0, "round": 0, "step": 0})
-    merge = merging(adapters, about["adapters"]["scaling"])
+    buckets = write_version(base, plain.state_dict().items(), str(tiny_model), VersionInfo(version=0, round=0, step=0))
+    merge = merging(adapters, info.adapters.scaling)
     merged = {name: weight for bucket in buckets for name, weight in unpack(merge(bucket))}
     assert_close({name: merged[name] for name, _ in learner.weights()}, dict(learner.weights()), rtol=0, atol=0)
     assert sum(a.nbytes for a in adapters.specs) < sum(spec.nbytes for bucket in buckets for spec in bucket.specs) / 2

@@ -38,14 +38,16 @@ class Live:
     newest: int = 0
 
     def publish(self) -> int:
-        from sampo_ray.actors.weights.store import publish_version
+        from sampo_ray.actors.weights.store import NewVersion, publish_version
+        from sampo_ray.run.storage import Place
+        from sampo_ray.run.version_folders import VersionInfo
 
         self.newest += 1
         model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.bfloat16)
         noise = {name: tensor + torch.randn_like(tensor) * 0.02 for name, tensor in model.state_dict().items()}
-        about = {"round": 0, "step": self.newest}
+        info = VersionInfo(version=self.newest, round=0, step=self.newest)
         base = f"{self.versions}/000000"
-        publish_version(self.store, "run-a", self.versions, self.newest, noise.items(), base, False, about)
+        publish_version(self.store, NewVersion("run-a", Place(self.versions), info), noise.items(), base)
         return self.newest
 
     def admin(self, verb: str, **body: Any) -> dict[str, Any]:
@@ -112,12 +114,13 @@ def live(own_serve: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFac
     from sampo_ray.actors.weights.store import start_weight_store
     from sampo_ray.data.chat import ChatFormat
     from sampo_ray.run.version_files import write_version
+    from sampo_ray.run.version_folders import VersionInfo
     from sampo_ray.serve.endpoint import free_port, start_endpoint, start_serve, stop_endpoint
 
     run = tmp_path_factory.mktemp("lossless")
     ChatFormat.load(tiny_model, "llama3-sampo").save(run / "tokenizer")
     state = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).state_dict()
-    write_version(f"{run}/versions/000000", state.items(), str(tiny_model), {"version": 0, "round": 0, "step": 0})
+    write_version(f"{run}/versions/000000", state.items(), str(tiny_model), VersionInfo(version=0, round=0, step=0))
     config = ServeConfig(port=free_port("127.0.0.1"), api_keys=())
     start_serve(config)
     store = start_weight_store("lossless", f"{run}/store.json")

@@ -32,16 +32,17 @@ from sampo_ray.actors.transfer.roll import Member
 from sampo_ray.actors.transfer.sending import Sender, start_sender
 from sampo_ray.actors.transfer.transport import digest
 from sampo_ray.actors.weights.handout import Weights, put
-from sampo_ray.actors.weights.store import publish_adapters, publish_version, start_weight_store
+from sampo_ray.actors.weights.store import NewVersion, publish_adapters, publish_version, start_weight_store
 from sampo_ray.config.fleet import GeneratorsConfig
 from sampo_ray.config.model import LoraConfig
 from sampo_ray.console.tiny import tiny_llama
 from sampo_ray.data.chat import ChatFormat
 from sampo_ray.errors import WeightsError
-from sampo_ray.run.adapter_files import about_adapters
+from sampo_ray.run.adapter_files import adapters_info
 from sampo_ray.run.buckets import joined, unpack
+from sampo_ray.run.storage import Place
 from sampo_ray.run.version_files import read_version, write_version
-from sampo_ray.run.version_folders import WeightsId, version_folder
+from sampo_ray.run.version_folders import AdaptersInfo, VersionInfo, WeightsId, version_folder
 from tests.conftest import assert_greedy
 
 LONG = "What is two plus three? The answer is five. " * 14  # more than one block of the prefix cache (128 tokens)
@@ -79,11 +80,11 @@ def test_an_update_that_fails_half_way_ends_the_replica_and_never_resumes(monkey
 
     monkeypatch.setattr(policy_server, "end_process", end)
     server = PolicyServer.__new__(PolicyServer)
-    server._client, server._held = FailingEngine(), Held(WeightsId("run", 0), {}, 1)
+    server._client, server._held = FailingEngine(), Held(WeightsId("run", 0), None, 1)
     server._source, server._state, server._answers, server._had = Source("store"), State.READY, {}, set()
     server._door = Door()
     with pytest.raises(Ended, match=r"run@10 failed half-way.*out of memory"):
-        asyncio.run(server._adopt(Weights(WeightsId("run", 10), {}, ())))
+        asyncio.run(server._adopt(Weights(WeightsId("run", 10), VersionInfo(version=10, round=0, step=10), ())))
     assert calls == ["collective_rpc", "pause_generation", "start_weight_update", "update_weights"]
     assert server._held.id.version == 0
     assert server._state == State.DEAD
@@ -101,8 +102,8 @@ class Policy:
         )
         self.format.save(self.chat_folder)
         self.version = 0
-        about = {"version": 0, "round": 0, "step": 0}
-        write_version(version_folder(self.versions, 0), weights(self.shell, 0), self.shell, about)
+        base = VersionInfo(version=0, round=0, step=0)
+        write_version(version_folder(self.versions, 0), weights(self.shell, 0), self.shell, base)
         self.store = start_weight_store("policy-test", str(folder / "store.json"))
         ray.get(self.store.attach.remote("run", self.versions), timeout=60)
         config = GeneratorsConfig(num_cpus=0.5, max_ongoing_requests=32)
@@ -114,18 +115,21 @@ class Policy:
     def publish(self, seed: int | None) -> int:
         """Publishes weights of that seed (None: weights that end every turn at once); returns when they are live."""
         self.version += 10
-        tensors, about = weights(self.shell, seed, self.format.end_of_turn_id), {"round": 0, "step": self.version}
-        publish_version(self.store, "run", self.versions, self.version, tensors, self.shell, False, about, timeout_s=60)
+        tensors = weights(self.shell, seed, self.format.end_of_turn_id)
+        publish_version(self.store, self.new(), tensors, self.shell, timeout_s=60)
         while self.held()["version"] != self.version:
             time.sleep(0.01)
         return self.version
 
+    def new(self, adapters: AdaptersInfo | None = None) -> NewVersion:
+        info = VersionInfo(version=self.version, round=0, step=self.version, adapters=adapters)
+        return NewVersion("run", Place(self.versions), info)
+
     def send(self, sender: Sender, seed: int) -> int:
         """Publishes weights of that seed, a bucket a tensor, by a transport too; returns when they are live."""
         self.version += 10
-        about = {"version": self.version, "round": 0, "step": self.version}
         folder, tensors = version_folder(self.versions, self.version), weights(self.shell, seed)
-        buckets = write_version(folder, tensors, self.shell, about, 1, keep=put)
+        buckets = write_version(folder, tensors, self.shell, self.new().info, 1, keep=put)
         ray.get(self.store.publish.remote("run", self.version, False, buckets, True), timeout=60)
         sender.send(WeightsId("run", self.version), buckets)
         while self.held()["version"] != self.version:
@@ -137,22 +141,22 @@ class Policy:
         """Publishes adapters on the version that is live; returns a folder of the model that has them merged in."""
         base, self.version = self.version, self.version + 10
         lora, draws = LoraConfig(rank=2), torch.Generator().manual_seed(seed)
-        about = {"round": 0, "step": self.version, "adapters": about_adapters(lora, base)}
+        info = adapters_info(lora, base)
         adapted = [
             (name, [0.2 * torch.randn(shape, generator=draws) for shape in ((2, w.shape[1]), (w.shape[0], 2))])
             for name, w in weights(self.shell, 0)
             if "_proj" in name
         ]
-        publish_adapters(self.store, "run", self.versions, self.version, adapted, lora, about, timeout_s=60)
+        publish_adapters(self.store, self.new(info), adapted, lora, timeout_s=60)
         while self.held()["version"] != self.version:
             time.sleep(0.01)
         (adapters,) = read_version(version_folder(self.versions, self.version))
-        merge = merging(adapters, about["adapters"]["scaling"])
+        merge = merging(adapters, info.scaling)
         merged = [
             pair for bucket in read_version(version_folder(self.versions, base)) for pair in unpack(merge(bucket))
         ]
         folder = version_folder(f"{self.versions}-merged", self.version)
-        write_version(folder, merged, self.shell, {"version": self.version, "round": 0, "step": 0})
+        write_version(folder, merged, self.shell, self.new().info)
         return folder
 
     def held(self) -> dict[str, Any]:

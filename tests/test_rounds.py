@@ -320,15 +320,15 @@ def fleet_shares(fleet, version: int) -> bool:
 
 def test_within_its_rounds_a_run_with_adapters_publishes_these_alone(fleet, tiny_model, tmp_path):
     from sampo_ray.iterate import iterate
-    from sampo_ray.run.version_folders import complete_versions, read_about, version_folder
+    from sampo_ray.run.version_folders import complete_versions, read_info, version_folder
 
     run = new_run(tmp_path, tiny_model, "model.lora.rank=4", "rounds.count=1", "optim.batch_size=2")
     iterate(run, fleet, QuietDisplay())
-    versions = {v: read_about(version_folder(run.versions.url, v)) for v in complete_versions(run.versions.url)}
-    last, adapters = run.manifest.rounds[0].steps, [v for v, about in versions.items() if "adapters" in about]
+    versions = {v: read_info(version_folder(run.versions.url, v)) for v in complete_versions(run.versions.url)}
+    last, adapters = run.manifest.rounds[0].steps, [v for v, info in versions.items() if info.adapters]
     assert versions.keys() - set(adapters) == {0, last} and adapters[-1] == last - 1
-    assert versions[last - 1]["adapters"]["base"] == 0
-    assert set(versions[last - 1]["files"]) == {"adapter_model.safetensors", "adapter_config.json"}
+    assert versions[last - 1].adapters.base == 0
+    assert set(versions[last - 1].files) == {"adapter_model.safetensors", "adapter_config.json"}
 
     admin(fleet.endpoint, "promote", version=str(last - 1))
     live = ask(fleet.endpoint, "policy")

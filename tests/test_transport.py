@@ -24,7 +24,7 @@ from sampo_ray.actors.transfer.sending import Sender
 from sampo_ray.actors.transfer.transport import digest
 from sampo_ray.actors.weights.handout import Weights
 from sampo_ray.run.buckets import TensorSpec, joined, pack, views
-from sampo_ray.run.version_folders import WeightsId
+from sampo_ray.run.version_folders import VersionInfo, WeightsId
 
 CPU = torch.device("cpu")
 LARGE = 16_000_000
@@ -47,7 +47,8 @@ def version(number: int, size: int = 200_000, buckets: int = 3) -> list[tuple[st
 
 def announced(number: int, size: int = 200_000) -> Weights:
     """A version in three buckets, with their bytes in the place of references to them."""
-    return Weights(WeightsId("run", number), {}, tuple(pack(version(number, size), 1)), number)
+    info = VersionInfo(version=number, round=0, step=number)
+    return Weights(WeightsId("run", number), info, tuple(pack(version(number, size), 1)), number)
 
 
 class Replica:

@@ -18,16 +18,16 @@ from sampo_ray.run import versions
 from sampo_ray.run.directory import create_run, read_serve_config
 from sampo_ray.run.manifest import lineage
 from sampo_ray.run.storage import Place
-from sampo_ray.run.version_folders import version_folder
+from sampo_ray.run.version_folders import AdaptersInfo, VersionInfo, version_folder
 from sampo_ray.run.versions import Adapter, Serving
 
-ABOUTS = {
-    0: {"round": 0, "step": 0},
-    5: {"round": 0, "step": 5, "labels": versions.labels_of(0, 5, False, 2)},
-    8: {"round": 0, "step": 8, "labels": versions.labels_of(0, 8, True, 2)},
-    12: {"round": 1, "step": 4, "labels": versions.labels_of(1, 4, True, 2)},
+INFOS = {
+    0: VersionInfo(version=0, round=0, step=0),
+    5: VersionInfo(version=5, round=0, step=5, labels=versions.labels_of(0, 5, False, 2)),
+    8: VersionInfo(version=8, round=0, step=8, labels=versions.labels_of(0, 8, True, 2)),
+    12: VersionInfo(version=12, round=1, step=4, labels=versions.labels_of(1, 4, True, 2)),
 }
-LABELS = versions.all_labels(Serving(), ABOUTS)
+LABELS = versions.all_labels(Serving(), INFOS)
 
 
 def published(state: Serving) -> Serving:
@@ -62,33 +62,34 @@ def test_a_version_held_by_hand_stays_until_training_is_followed_again():
     state = versions.rollback(published(Serving()))
     assert (state.live, state.held) == (8, True)
     assert versions.passed(state, 20, ["round-3"]).live == 8
-    state = versions.commanded(state, ABOUTS, "promote", "latest")
+    state = versions.commanded(state, INFOS, "promote", "latest")
     assert (state.live, state.held) == (12, False)
-    state = versions.commanded(state, ABOUTS, "promote", "base")
+    state = versions.commanded(state, INFOS, "promote", "base")
     assert (state.live, state.held) == (0, True)
     assert versions.rollback(state).live == 12
 
 
 def test_a_refused_version_is_listed_with_its_reason_and_cannot_be_promoted():
     state = versions.refused(published(Serving(follow="round")), 5, "too long")
-    entry = next(e for e in versions.catalogue(state, ABOUTS) if e["version"] == 5)
-    assert (entry["state"], entry["reason"]) == ("refused", "too long")
+    entry = next(e for e in versions.catalogue(state, INFOS) if e.version == 5)
+    assert (entry.state, entry.reason) == ("refused", "too long")
     with pytest.raises(VersionError, match="version 5 was refused: too long"):
-        versions.commanded(state, ABOUTS, "promote", "5")
-    assert "files" not in versions.catalogue(state, {0: {"files": {}}})[0]
+        versions.commanded(state, INFOS, "promote", "5")
+    (base,) = versions.catalogue(state, {0: INFOS[0].model_copy(update={"files": {"a": "xxh3"}})})
+    assert base.listed() == {"version": 0, "round": 0, "step": 0, "labels": ("base",), "state": "kept", "reason": None}
 
 
 def test_pins_labels_and_what_retention_leaves():
-    state = versions.commanded(published(Serving()), ABOUTS, "pin", "round-1")
-    state = versions.commanded(state, ABOUTS, "label", "5", "blue")
+    state = versions.commanded(published(Serving()), INFOS, "pin", "round-1")
+    state = versions.commanded(state, INFOS, "label", "5", "blue")
     assert state.pinned == [8] and state.kept() == {12, 8, 5}
-    assert versions.find("blue", versions.all_labels(state, ABOUTS)) == 5
+    assert versions.find("blue", versions.all_labels(state, INFOS)) == 5
     with pytest.raises(VersionError, match=r"version 5 is not pinned \(pinned: 8\)"):
-        versions.commanded(state, ABOUTS, "unpin", "5")
-    assert versions.commanded(state, ABOUTS, "unpin", "8").pinned == []
+        versions.commanded(state, INFOS, "unpin", "5")
+    assert versions.commanded(state, INFOS, "unpin", "8").pinned == []
     for bad in ("final", "round-9", "Blue", "", "a b", "7"):
         with pytest.raises(VersionError, match="label"):
-            versions.commanded(state, ABOUTS, "label", "5", bad)
+            versions.commanded(state, INFOS, "label", "5", bad)
 
 
 @given(
@@ -140,15 +141,16 @@ def test_adapters_are_served_on_the_version_they_were_made_for():
 
 
 def test_a_version_of_adapters_alone_is_pinned_on_its_base():
-    abouts = {**ABOUTS, 5: {**ABOUTS[5], "adapters": {"base": 0, "rank": 4, "scaling": 2.0}}}
-    state = versions.commanded(published(Serving()), abouts, "pin", "5")
+    adapters = AdaptersInfo(base=0, rank=4, scaling=2.0)
+    infos = {**INFOS, 5: INFOS[5].model_copy(update={"adapters": adapters})}
+    state = versions.commanded(published(Serving()), infos, "pin", "5")
     assert (state.pinned, state.pinned_adapters, adapter_ranks(state)) == ([0], {5}, {0: 8})
     assert state.kept() >= {0, 5} and versions.standing(state, 5) == versions.standing(state, 0) == "pinned"
     with pytest.raises(VersionError, match="version 0 carries adapters .5."):
         versions.unpin(state, 0)
     with pytest.raises(VersionError, match=r"version 8 is not pinned \(pinned: 0, 5\)"):
         versions.unpin(state, 8)
-    state = versions.commanded(state, abouts, "unpin", "5")
+    state = versions.commanded(state, infos, "unpin", "5")
     assert (state.adapters, versions.unpin(state, 0).pinned) == ({}, [])
 
 
@@ -201,10 +203,8 @@ def test_the_command_line_changes_and_shows_it(tmp_path):
     from sampo_ray.console.main import app
 
     run = new_run(tmp_path / "run")
-    for version, about in ABOUTS.items():
-        Place(version_folder(run.versions.url, version)).at("version.json").write(
-            json.dumps({"version": version, **about, "files": {}}).encode()
-        )
+    for version, info in INFOS.items():
+        Place(version_folder(run.versions.url, version)).at("version.json").write(info.model_dump_json().encode())
     versions.edit_serving(run.place, published)
 
     def sampo(*arguments):

@@ -15,16 +15,30 @@ from transformers import AutoModelForCausalLM
 
 from sampo_ray.actors.policy.adapters import merging
 from sampo_ray.actors.weights.handout import Weights, fetch
-from sampo_ray.actors.weights.store import find_weight_store, publish_adapters, publish_version, start_weight_store
+from sampo_ray.actors.weights.store import (
+    NewVersion,
+    find_weight_store,
+    publish_adapters,
+    publish_version,
+    start_weight_store,
+)
 from sampo_ray.config.model import LoraConfig
 from sampo_ray.console.tiny import tiny_llama, tiny_tokenizer
 from sampo_ray.errors import WeightsError
-from sampo_ray.run.adapter_files import about_adapters
+from sampo_ray.run.adapter_files import adapters_info
 from sampo_ray.run.buckets import pack, unpack
+from sampo_ray.run.storage import Place
 from sampo_ray.run.version_files import read_version, write_version
-from sampo_ray.run.version_folders import WeightsId, complete_versions, read_about, version_folder
+from sampo_ray.run.version_folders import (
+    AdaptersInfo,
+    VersionInfo,
+    WeightsId,
+    complete_versions,
+    read_info,
+    version_folder,
+)
 
-ABOUT = {"version": 0, "round": 0, "step": 0}
+BASE = VersionInfo(version=0, round=0, step=0)
 
 tensors = st.builds(
     lambda dtype, shape, seed: torch.randint(0, 100, shape, generator=torch.Generator().manual_seed(seed)).to(dtype),
@@ -74,7 +88,7 @@ def test_a_written_version_loads_with_plain_transformers(tmp_path: Path, tied: b
     model.config.save_pretrained(shell)
     tokenizer.save_pretrained(shell)
     folder = str(tmp_path / "versions" / "000000")
-    written = write_version(folder, model.state_dict().items(), str(shell), ABOUT, bucket_bytes)
+    written = write_version(folder, model.state_dict().items(), str(shell), BASE, bucket_bytes)
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     for name, value in model.state_dict().items():
         assert loaded.state_dict()[name].dtype == torch.bfloat16
@@ -87,35 +101,37 @@ def test_a_written_version_loads_with_plain_transformers(tmp_path: Path, tied: b
 
 def test_a_version_may_live_behind_any_fsspec_url(tiny_model: Path) -> None:
     versions = "memory://run/versions"
-    write_version(version_folder(versions, 3), [("w", torch.ones(5))], str(tiny_model), {**ABOUT, "version": 3})
+    write_version(
+        version_folder(versions, 3), [("w", torch.ones(5))], str(tiny_model), VersionInfo(version=3, round=0, step=3)
+    )
     assert complete_versions(versions) == [3]
     assert [name for bucket in read_version(version_folder(versions, 3)) for name, _ in unpack(bucket)] == ["w"]
 
 
 def test_a_version_is_complete_only_with_its_version_json(tmp_path: Path, tiny_model: Path) -> None:
     for version in (0, 10, 20):
-        write_version(version_folder(str(tmp_path), version), [("w", torch.ones(5))], str(tiny_model), ABOUT)
+        write_version(version_folder(str(tmp_path), version), [("w", torch.ones(5))], str(tiny_model), BASE)
     (tmp_path / "000010" / "version.json").unlink()
     (tmp_path / ".000030.abc").mkdir()
     assert complete_versions(str(tmp_path)) == [0, 20]
     with pytest.raises(WeightsError, match="not a complete version"):
-        read_about(str(tmp_path / "000010"))
-    write_version(str(tmp_path / "000010"), [("w", torch.zeros(5))], str(tiny_model), ABOUT)
+        read_info(str(tmp_path / "000010"))
+    write_version(str(tmp_path / "000010"), [("w", torch.zeros(5))], str(tiny_model), BASE)
     assert complete_versions(str(tmp_path)) == [0, 10, 20]
 
 
 def test_a_complete_version_is_never_rewritten_but_its_source_is_drained(tmp_path: Path, tiny_model: Path) -> None:
     folder = str(tmp_path / "000000")
-    write_version(folder, [("w", torch.ones(5))], str(tiny_model), ABOUT)
+    write_version(folder, [("w", torch.ones(5))], str(tiny_model), BASE)
     source = iter([("w", torch.zeros(5))])
-    (bucket,) = write_version(folder, source, str(tiny_model), ABOUT)
+    (bucket,) = write_version(folder, source, str(tiny_model), BASE)
     assert next(source, None) is None
     assert dict(unpack(bucket))["w"].tolist() == [1] * 5
 
 
 def test_a_damaged_or_missing_file_of_a_version_is_named(tmp_path: Path, tiny_model: Path) -> None:
     folder = tmp_path / "000000"
-    write_version(str(folder), [("w", torch.ones(5))], str(tiny_model), ABOUT)
+    write_version(str(folder), [("w", torch.ones(5))], str(tiny_model), BASE)
     shard = folder / "model-00001-of-00001.safetensors"
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
@@ -142,10 +158,11 @@ class Run:
 
     def publish(self, version: int, value: float, reference: bool = False) -> WeightsId:
         tensors = [("w", torch.full((5,), value))]
-        about = {"round": 0, "step": version}
-        return publish_version(
-            self.store, self.name, self.versions, version, tensors, self.shell, reference, about, timeout_s=60
-        )
+        return publish_version(self.store, self.new(version, reference), tensors, self.shell, timeout_s=60)
+
+    def new(self, version: int, reference: bool = False, adapters: AdaptersInfo | None = None) -> NewVersion:
+        info = VersionInfo(version=version, round=0, step=version, adapters=adapters)
+        return NewVersion(self.name, Place(self.versions), info, reference)
 
     def value(self, weights: object) -> float:
         (bucket,) = weights.buckets  # type: ignore[attr-defined]
@@ -173,7 +190,7 @@ def test_published_weights_wake_a_waiting_reader(run: Run) -> None:
     run.publish(10, 1.0)
     weights = ray.get(waiting, timeout=60)
     assert weights.id == WeightsId(run.name, 10)
-    assert weights.about["step"] == 10
+    assert weights.info.step == 10
     assert run.value(weights) == 1.0
     assert run.call("wait", weights.id, 0.1) is None
     assert run.call("wait", None, 0).id == weights.id
@@ -214,30 +231,34 @@ def test_the_reference_stays_in_memory_and_older_versions_come_from_disk(run: Ru
 @pytest.mark.slow
 def test_adapters_are_handed_out_with_the_weights_that_they_belong_to(run: Run) -> None:
     lora, name = LoraConfig(rank=1), "layer.weight"
-    about = {"round": 0, "step": 5, "adapters": about_adapters(lora, 10)}
 
     def value(weights: Weights) -> list[list[float]]:
-        merge = merging(fetch(weights.adapters, 30), weights.about["adapters"]["scaling"])
+        merge = merging(fetch(weights.adapters, 30), weights.info.adapters.scaling)
         (bucket,) = weights.buckets
         return dict(unpack(merge(fetch(bucket, 30))))["layer.weight"].tolist()
 
-    where = run.store, run.name, run.versions
-    publish_version(*where, 10, [(name, torch.ones(2, 2).bfloat16())], run.shell, True, ABOUT, timeout_s=60)
+    publish_version(run.store, run.new(10, True), [(name, torch.ones(2, 2).bfloat16())], run.shell, timeout_s=60)
     parts = [torch.tensor([[1.0, 2.0]]).bfloat16(), torch.tensor([[1.0], [0.0]]).bfloat16()]
-    assert publish_adapters(*where, 15, [(name, parts)], lora, about, timeout_s=60).version == 15
+    new = run.new(15, adapters=adapters_info(lora, 10))
+    assert publish_adapters(run.store, new, [(name, parts)], lora, timeout_s=60).version == 15
     weights = run.call("wait", WeightsId(run.name, 10), 30)
     assert weights.id.version == 15 and value(weights) == [[3.0, 5.0], [1.0, 1.0]]
     assert run.call("get", run.name, 10).adapters is None
     ray.kill(run.store, no_restart=False)
     assert value(run.call("wait", WeightsId(run.name, 10), 30)) == [[3.0, 5.0], [1.0, 1.0]]
-    publish_version(*where, 20, [(name, torch.zeros(2, 2))], run.shell, True, ABOUT, timeout_s=60)
+    publish_version(run.store, run.new(20, True), [(name, torch.zeros(2, 2))], run.shell, timeout_s=60)
     assert run.call("wait", weights.id, 30).adapters is None
 
 
 @pytest.mark.slow
 def test_a_killed_store_comes_back_with_the_latest_durable_version(run: Run) -> None:
     run.publish(10, 1.0)
-    write_version(version_folder(run.versions, 20), [("w", torch.full((5,), 2.0))], run.shell, {**ABOUT, "version": 20})
+    write_version(
+        version_folder(run.versions, 20),
+        [("w", torch.full((5,), 2.0))],
+        run.shell,
+        VersionInfo(version=20, round=0, step=20),
+    )
     ray.kill(run.store, no_restart=False)
     weights = run.call("wait", WeightsId(run.name, 10), 30)
     assert weights.id.version == 20
@@ -258,7 +279,7 @@ def test_weights_outlive_the_process_that_published_them(run: Run) -> None:
 def test_a_store_serves_one_run_after_another(run: Run) -> None:
     run.publish(10, 1.0)
     other = str(run.folder / "other" / "versions")
-    write_version(version_folder(other, 0), [("w", torch.full((5,), 7.0))], run.shell, ABOUT)
+    write_version(version_folder(other, 0), [("w", torch.full((5,), 7.0))], run.shell, BASE)
     assert run.call("attach", "other", other) == WeightsId("other", 0)
     weights = run.call("wait", WeightsId(run.name, 10), 5)
     assert weights.id == WeightsId("other", 0)

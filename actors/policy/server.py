@@ -38,7 +38,7 @@ from sampo_ray.data.chat import ChatFormat
 from sampo_ray.errors import Elsewhere, WeightsError
 from sampo_ray.run.buckets import Bucket
 from sampo_ray.run.storage import Place
-from sampo_ray.run.version_folders import WeightsId, read_about
+from sampo_ray.run.version_folders import VersionInfo, WeightsId, read_info
 from sampo_ray.training.streams import completion_seed
 
 logger = logging.getLogger("ray.serve")  # the one that Serve sends to its log files
@@ -62,7 +62,7 @@ class Held:
     """The weights that an engine computes with, and how many it has had before them."""
 
     id: WeightsId
-    about: dict[str, Any]
+    info: VersionInfo | None
     swaps: int
     sequence: int = 0
 
@@ -127,7 +127,7 @@ class PolicyServer(LLMServer):
         # All is on this node: no task that would look for it, once it has imported vLLM (10 s).
         llm_config.get_or_create_callback().ctx.run_init_node = False
         self._format = ChatFormat.load(chat_folder, "tokenizer")
-        self._held = Held(WeightsId("", -1), {}, 0)  # nothing that a store would know
+        self._held = Held(WeightsId("", -1), None, 0)  # nothing that a store would know
         self._had: set[WeightsId] = set()
         self._answers: dict[str, list[dict[str, Any]]] = {}
         self._door = Door()
@@ -143,7 +143,7 @@ class PolicyServer(LLMServer):
             await self._catch_up()
         else:
             self._become(Event.LOAD)
-            self._held = Held(source.pinned, await asyncio.to_thread(read_about, loading.model_source), 1)
+            self._held = Held(source.pinned, await asyncio.to_thread(read_info, loading.model_source), 1)
             self._become(Event.LOADED)
         work = (self._follow(), self._watch()) if source.pinned is None else (self._watch(),)
         self._tasks = [asyncio.create_task(each) for each in work]
@@ -208,8 +208,9 @@ class PolicyServer(LLMServer):
 
     async def weights(self) -> dict[str, Any]:
         """Which weights this replica holds (run, version, round, step), and its state (actors/policy/lifecycle.py)."""
-        about = {key: self._held.about.get(key) for key in ("round", "step")}
-        return {"run": self._held.id.run, "version": self._held.id.version, **about, "state": str(self._state)}
+        held, info = self._held.id, self._held.info
+        place = {"round": info and info.round, "step": info and info.step}
+        return {"run": held.run, "version": held.version, **place, "state": str(self._state)}
 
     async def chat(
         self, request: ChatCompletionRequest, raw_request_info: Any = None, at_least: tuple[str, int] = ("", 0)
@@ -404,9 +405,9 @@ class PolicyServer(LLMServer):
         buckets = [await self._fetched(bucket) for bucket in weights.buckets]
         engine_computes = current_platform.is_cpu() and bool(self._client.output_processor.request_states)
         share, merge = SHARE_OF_A_CORE if engine_computes else 1.0, None
-        if weights.adapters is not None:
-            adapters, scaling = await self._fetched(weights.adapters), weights.about["adapters"]["scaling"]
-            merge = await asyncio.to_thread(merging, adapters, scaling, share)
+        if weights.adapters is not None and weights.info.adapters is not None:
+            adapters = await self._fetched(weights.adapters)
+            merge = await asyncio.to_thread(merging, adapters, weights.info.adapters.scaling, share)
         async with in_thread(staged(buckets, share, merge)) as update:
             del buckets
             yield update
@@ -426,7 +427,7 @@ class PolicyServer(LLMServer):
         await self._client.finish_weight_update()
         self._had.add(self._held.id)
         self._had.discard(weights.id)
-        self._held = Held(weights.id, weights.about, self._held.swaps + 1, weights.sequence)
+        self._held = Held(weights.id, weights.info, self._held.swaps + 1, weights.sequence)
         await self._client.resume_generation()
 
     async def _fetched(self, bucket: Bucket) -> Bucket:

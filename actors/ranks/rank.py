@@ -17,17 +17,17 @@ from transformers import AutoConfig
 
 from sampo_ray.actors.ranks.exchange import Closed, Entry, RoundSpec
 from sampo_ray.actors.transfer.sending import start_sender
-from sampo_ray.actors.weights.store import find_weight_store, publish_adapters, publish_version
+from sampo_ray.actors.weights.store import NewVersion, find_weight_store, publish_adapters, publish_version
 from sampo_ray.data.preferences import pairs_of, with_reference
 from sampo_ray.errors import TrainingError, WeightsError
-from sampo_ray.run.adapter_files import about_adapters
+from sampo_ray.run.adapter_files import adapters_info
 from sampo_ray.run.buckets import checksum_of_file, checksums
 from sampo_ray.run.manifest import Checkpoint, lineage, read_manifest
 from sampo_ray.run.parts import part_place
 from sampo_ray.run.steps import StepMetrics, StepResult
 from sampo_ray.run.storage import Place
 from sampo_ray.run.version_files import write_version
-from sampo_ray.run.version_folders import version_folder
+from sampo_ray.run.version_folders import VersionInfo, version_folder
 from sampo_ray.run.versions import labels_of
 from sampo_ray.training.batching import plan_round
 from sampo_ray.training.learner import Learner, drain, of_all_ranks, write_universal
@@ -175,12 +175,13 @@ class Rank:
 
     def _publish(self, spec: RoundSpec, metrics: StepMetrics, last: bool) -> None:
         """Publishes the weights or, where there are adapters and the round goes on, these."""
-        lora, versions = None if last else spec.config.model.lora, spec.place.at("versions").url
+        lora, versions = None if last else spec.config.model.lora, spec.place.at("versions")
         weights: Iterator[Any] = self.learner.adapters() if lora else self.learner.weights()
         if not self.first:
             drain(weights)
             return
-        about: dict[str, Any] = {
+        entries = {
+            "version": metrics.version,
             "round": spec.round,
             "step": metrics.step,
             "parent": spec.start_version,
@@ -189,13 +190,14 @@ class Rank:
             "metrics": metrics.numbers,
             "created": int(time.time()),
         }
-        where = self.store, spec.run, versions, metrics.version
         if lora:
-            about["adapters"] = about_adapters(lora, spec.start_version)
-            publish_adapters(*where, weights, lora, about, timeout_s=PUBLISH_SECONDS)
+            entries["adapters"] = adapters_info(lora, spec.start_version)
+        new = NewVersion(spec.run, versions, VersionInfo.model_validate(entries), reference=last)
+        if lora:
+            publish_adapters(self.store, new, weights, lora, PUBLISH_SECONDS)
         else:
-            shell = version_folder(versions, 0)
-            publish_version(*where, weights, shell, last, about, timeout_s=PUBLISH_SECONDS, sender=self.sender)
+            shell = version_folder(versions.url, 0)
+            publish_version(self.store, new, weights, shell, PUBLISH_SECONDS, self.sender)
 
     def _export(self, spec: RoundSpec) -> None:
         """The round's Hugging Face folder, from the fp32 masters."""
@@ -203,9 +205,9 @@ class Rank:
         masters = ((name, weight.to(dtype)) for name, weight in self.learner.masters())
         if self.first:
             step = self.learner.step
-            about = {"version": spec.start_version + step, "round": spec.round, "step": step}
+            info = VersionInfo(version=spec.start_version + step, round=spec.round, step=step)
             folder = spec.place.at("exports", f"round-{spec.round + 1}").url
-            write_version(folder, masters, version_folder(spec.place.at("versions").url, 0), about)
+            write_version(folder, masters, version_folder(spec.place.at("versions").url, 0), info)
         else:
             drain(masters)
 

@@ -2,20 +2,19 @@
 
 import time
 from dataclasses import dataclass, replace
-from typing import Any
 
 import ray
 
 from sampo_ray.run.buckets import Bucket, verify
-from sampo_ray.run.version_folders import WeightsId
+from sampo_ray.run.version_folders import VersionInfo, WeightsId
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A version as the store hands it out: `about` is its version.json, the buckets' data are object references."""
+    """A version as the store hands it out: `info` is its version.json, the buckets' data are object references."""
 
     id: WeightsId
-    about: dict[str, Any]
+    info: VersionInfo
     buckets: tuple[Bucket, ...]
     sequence: int = 0
     """How many times what its channel hands out had changed before; orders answers even across a rollback."""

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import fsspec
@@ -34,7 +34,7 @@ from sampo_ray.run.buckets import Bucket, verify
 from sampo_ray.run.directory import read_serve_config
 from sampo_ray.run.storage import Place
 from sampo_ray.run.version_files import read_version, write_version
-from sampo_ray.run.version_folders import WeightsId, complete_versions, read_about, version_folder
+from sampo_ray.run.version_folders import VersionInfo, WeightsId, complete_versions, read_info, version_folder
 from sampo_ray.run.versions import Serving
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,21 @@ LOOK_S = 1.0
 AMPLE_CORES = 10
 CHECK_TIMEOUT_S = 1800.0
 Channel = Literal["live", "training"]
+
+
+@dataclass(frozen=True)
+class NewVersion:
+    """A version to publish: its run, the run's folder of versions, and its version.json."""
+
+    run: str
+    versions: Place
+    info: VersionInfo
+    reference: bool = False
+    """A round begins with it."""
+
+    @property
+    def folder(self) -> str:
+        return version_folder(self.versions.url, self.info.version)
 
 
 class WeightStore:
@@ -64,7 +79,7 @@ class WeightStore:
         self._training: Weights | None = None
         self._live: Weights | None = None
         self._reference: Weights | None = None
-        self._abouts: dict[int, dict[str, Any]] = {}
+        self._infos: dict[int, VersionInfo] = {}
         self._pinned = Pinned(apps)
         self._roll = Roll(self._current_id)
         self._lock = asyncio.Lock()
@@ -83,7 +98,7 @@ class WeightStore:
         async with self._lock:
             if run_id != self._run:
                 self._training = self._live = self._reference = None
-                self._serving, self._abouts = Serving(), {}
+                self._serving, self._infos = Serving(), {}
             self._run, self._versions, self._watch = run_id, versions_url, watch
             state = {"run": run_id, "versions": versions_url, "watch": watch}
             await asyncio.to_thread(self._remember, state)
@@ -157,15 +172,15 @@ class WeightStore:
         """What is served and what there is: `run`, `apps` (prefix of the fleet's applications), `serving` (a Serving)
         and `versions` (see versions.catalogue).
         """
-        abouts = await asyncio.to_thread(self._all_abouts)
-        listed = versions.catalogue(self._serving, abouts)
+        infos = await asyncio.to_thread(self._all_infos)
+        listed = versions.catalogue(self._serving, infos)
         return {"run": self._run, "apps": self._apps, "serving": self._serving, "versions": listed}
 
     async def command(self, verb: str, name: str, argument: str = "") -> dict[str, Any]:
         """Promotes, rolls back, pins, unpins or labels, and returns the new state. VersionError says what is wrong."""
         async with self._lock:
-            abouts = await asyncio.to_thread(self._all_abouts)
-            await self._edit(lambda state: versions.commanded(state, abouts, verb, name, argument))
+            infos = await asyncio.to_thread(self._all_infos)
+            await self._edit(lambda state: versions.commanded(state, infos, verb, name, argument))
         return await self.state()
 
     def _current(self, channel: str) -> Weights | None:
@@ -289,17 +304,16 @@ class WeightStore:
         if run_id != self._run:
             raise WeightsError(f"run {run_id!r} is not attached (attached: {self._run!r}); call attach first")
 
-    def _about(self, version: int) -> dict[str, Any]:
-        if version not in self._abouts:
-            self._abouts[version] = read_about(version_folder(self._versions, version))
-        return self._abouts[version]
+    def _info(self, version: int) -> VersionInfo:
+        if version not in self._infos:
+            self._infos[version] = read_info(version_folder(self._versions, version))
+        return self._infos[version]
 
-    def _all_abouts(self) -> dict[int, dict[str, Any]]:
-        return {version: self._about(version) for version in complete_versions(self._versions)}
+    def _all_infos(self) -> dict[int, VersionInfo]:
+        return {version: self._info(version) for version in complete_versions(self._versions)}
 
     def _labels(self, version: int) -> list[str]:
-        about = {version: self._about(version)}
-        return versions.all_labels(self._serving, about)[version]
+        return versions.all_labels(self._serving, {version: self._info(version)})[version]
 
     async def _own(self, bucket: Bucket) -> Bucket:
         here = replace(bucket, data=await bucket.data)
@@ -315,14 +329,14 @@ class WeightStore:
 
     def _weights(self, version: int, buckets: tuple[Bucket, ...]) -> Weights:
         """A version of these buckets, or of that with adapters and the buckets of the version they belong to."""
-        weights_id, about = WeightsId(self._run, version), self._about(version)
-        if "adapters" not in about:
-            return Weights(weights_id, about, buckets, version)
+        weights_id, info = WeightsId(self._run, version), self._info(version)
+        if info.adapters is None:
+            return Weights(weights_id, info, buckets, version)
         (adapters,) = buckets
-        base = self._held_or_loaded(about["adapters"]["base"])
+        base = self._held_or_loaded(info.adapters.base)
         if self._reference is None or self._reference.id.version < base.id.version:
             self._reference = base  # the next version asks for it again
-        return Weights(weights_id, about, base.buckets, version, adapters)
+        return Weights(weights_id, info, base.buckets, version, adapters)
 
 
 def own(bucket: Bucket) -> Bucket:
@@ -348,40 +362,33 @@ def find_weight_store(name: str) -> ActorHandle:
 
 def publish_version(
     store: ActorHandle,
-    run_id: str,
-    versions_url: str,
-    version: int,
+    new: NewVersion,
     tensors: Iterable[tuple[str, torch.Tensor]],
     shell_folder: str,
-    reference: bool,
-    about: dict[str, Any],
     timeout_s: float = 300.0,
     sender: Sender | None = None,
 ) -> WeightsId | None:
     """Makes a version durable, then known: streams `tensors` to disk and object store, then tells the store.
 
-    `about` holds round and step; `reference` marks the start of a round. A `sender` then sends it by a transport,
-    beside whatever follows. Returns the id that is live afterwards.
+    A `sender` then sends it by a transport while this process goes on. Returns the id that is live afterwards.
     """
-    folder = version_folder(versions_url, version)
-    buckets = write_version(folder, tensors, shell_folder, {"version": version, **about}, keep=put)
+    buckets = write_version(new.folder, tensors, shell_folder, new.info, keep=put)
     offered = sender is not None and sender.free
-    live = ray.get(store.publish.remote(run_id, version, reference, buckets, offered), timeout=timeout_s)
+    call = store.publish.remote(new.run, new.info.version, new.reference, buckets, offered)
+    live = ray.get(call, timeout=timeout_s)
     if sender is not None and offered:
-        sender.send(WeightsId(run_id, version), buckets)
+        sender.send(WeightsId(new.run, new.info.version), buckets)
     return live
 
 
 def publish_adapters(
     store: ActorHandle,
-    run_id: str,
-    versions_url: str,
-    version: int,
+    new: NewVersion,
     weights: Iterable[tuple[str, Sequence[torch.Tensor]]],
     config: LoraConfig,
-    about: dict[str, Any],
     timeout_s: float = 300.0,
 ) -> WeightsId | None:
-    """As `publish_version`, of adapters alone (`write_adapters`); they are small, and replicas fetch them."""
-    bucket = write_adapters(version_folder(versions_url, version), weights, config, {"version": version, **about}, put)
-    return ray.get(store.publish.remote(run_id, version, False, [bucket]), timeout=timeout_s)
+    """Publishes adapters alone (`write_adapters`); they are small, and replicas fetch them from the object store."""
+    bucket = write_adapters(new.folder, weights, config, new.info, put)
+    call = store.publish.remote(new.run, new.info.version, new.reference, [bucket])
+    return ray.get(call, timeout=timeout_s)

@@ -5,9 +5,14 @@ They change `serving.json`; the process that serves the run follows that file at
 
 import json
 from datetime import datetime
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from sampo_ray.run.storage import Place
+    from sampo_ray.run.version_folders import VersionInfo
+    from sampo_ray.run.versions import Follow
 
 app = typer.Typer()
 adapters = typer.Typer(
@@ -67,10 +72,10 @@ def add_adapter(
     from sampo_ray.run.storage import Place, absolute
     from sampo_ray.run.versions import Adapter, adapt, all_labels, edit_serving, find, read_serving
 
-    place, abouts, follow = opened(run)
+    place, infos, follow = opened(run)
     state = read_serving(place, follow)
-    adapter = Adapter(base=find(base, all_labels(state, abouts)), rank=rank_of(folder))
-    if "adapters" in abouts[adapter.base]:
+    adapter = Adapter(base=find(base, all_labels(state, infos)), rank=rank_of(folder))
+    if infos[adapter.base].adapters:
         raise VersionError(f"version {adapter.base} is adapters itself; name a version that is a whole model")
     adapt(state, name, adapter)  # refused before anything is copied
     target = place.at("adapters", name)
@@ -114,8 +119,8 @@ def rank_of(folder: str) -> int:
 def command(run: str, verb: str, version: str = "", argument: str = "") -> None:
     from sampo_ray.run.versions import commanded, edit_serving
 
-    place, abouts, follow = opened(run)
-    state = edit_serving(place, lambda now: commanded(now, abouts, verb, version, argument), follow)
+    place, infos, follow = opened(run)
+    state = edit_serving(place, lambda now: commanded(now, infos, verb, version, argument), follow)
     held = ", held there" if state.held else f", following {state.follow}"
     live = "nothing" if state.live is None else f"version {state.live}"
     pinned = ", ".join(map(str, state.all_pinned)) or "none"
@@ -128,32 +133,29 @@ def show(run: str) -> None:
 
     from sampo_ray.run.versions import catalogue, read_serving
 
-    place, abouts, follow = opened(run)
+    place, infos, follow = opened(run)
     state = read_serving(place, follow)
     table = Table("version", "labels", "state", "loss", "margin", "chosen", "published")
-    for entry in catalogue(state, abouts):
-        metrics = entry.get("metrics", {})
-        numbers = (metrics.get("loss"), metrics.get("margin"), metrics.get("chosen_tokens"))
+    for entry in catalogue(state, infos):
+        numbers = [entry.metrics.get(name) for name in ("loss", "margin", "chosen_tokens")]
         shown = ("-" if n is None else f"{n:{form}}" for n, form in zip(numbers, (".3f", "+.3f", ".0f"), strict=True))
-        created = entry.get("created")
-        when = "-" if created is None else f"{datetime.fromtimestamp(created):%m-%d %H:%M}"
-        labels = ", ".join(entry["labels"])
-        state_and_why = entry["state"] + (f": {entry['reason']}" if entry["reason"] else "")
-        table.add_row(str(entry["version"]), labels, state_and_why, *shown, when)
+        when = "-" if entry.created is None else f"{datetime.fromtimestamp(entry.created):%m-%d %H:%M}"
+        state_and_why = entry.state + (f": {entry.reason}" if entry.reason else "")
+        table.add_row(str(entry.version), ", ".join(entry.labels), state_and_why, *shown, when)
     Console().print(table)
     typer.echo(f"follow: {state.follow}{' (held)' if state.held else ''}")
 
 
-def opened(run: str) -> tuple[Any, dict[int, dict[str, Any]], Any]:
+def opened(run: str) -> "tuple[Place, dict[int, VersionInfo], Follow]":
     """A run's place, its versions on disk with what their version.json says, and what its live policy follows."""
     from sampo_ray.errors import ConfigError
     from sampo_ray.run.directory import read_serve_config
     from sampo_ray.run.storage import Place, absolute
-    from sampo_ray.run.version_folders import complete_versions, read_about, version_folder
+    from sampo_ray.run.version_folders import complete_versions, read_info, version_folder
 
     place = Place(absolute(run))
     if not place.at("manifest.json").exists():
         raise ConfigError(f"{run!r} holds no run (no manifest.json); name a run directory")
     url = place.at("versions").url
-    abouts = {version: read_about(version_folder(url, version)) for version in complete_versions(url)}
-    return place, abouts, read_serve_config(place).follow
+    infos = {version: read_info(version_folder(url, version)) for version in complete_versions(url)}
+    return place, infos, read_serve_config(place).follow

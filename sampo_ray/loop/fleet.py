@@ -22,7 +22,7 @@ from sampo_ray.actors.ranks.trainer import Trainer
 from sampo_ray.actors.scoring.reference import build_reference_app
 from sampo_ray.actors.scoring.reward import build_reward_app
 from sampo_ray.actors.weights.pinned import delete_apps, delete_pinned
-from sampo_ray.actors.weights.store import publish_version, start_weight_store
+from sampo_ray.actors.weights.store import NewVersion, publish_version, start_weight_store
 from sampo_ray.config.fleet import GeneratorsConfig
 from sampo_ray.config.run import RunConfig
 from sampo_ray.data.chat import ChatFormat
@@ -30,6 +30,7 @@ from sampo_ray.errors import FleetError
 from sampo_ray.run.directory import Run
 from sampo_ray.run.manifest import lineage
 from sampo_ray.run.storage import Place
+from sampo_ray.run.version_folders import VersionInfo
 from sampo_ray.serve.endpoint import await_endpoint, deploy_endpoint, free_port, start_serve, stop_endpoint
 
 CALL_SECONDS = 120.0
@@ -218,16 +219,17 @@ def attach(store: ActorHandle, run: Run) -> None:
             ChatFormat.load(run.config.model.path, run.config.model.template).save(draft)
             tokenizer.take(draft)
     if not run.versions.at("000000", "version.json").exists():
-        found = lineage(run.config, run.manifest.data)
-        about = {"base": found.base, "recipe": found.recipe}
-        ray.get(_publish_base.remote(run.config.model.path, run.place, run.id, store, about), timeout=BASE_SECONDS)
+        source = lineage(run.config, run.manifest.data)
+        base = VersionInfo(version=0, round=0, step=0, created=int(time.time()), base=source.base, recipe=source.recipe)
+        new = NewVersion(run.id, run.versions, base, reference=True)
+        ray.get(_publish_base.remote(run.config.model.path, tokenizer, store, new), timeout=BASE_SECONDS)
 
 
 @ray.remote(num_cpus=0.5, max_retries=1)
-def _publish_base(path: str, place: Place, run_id: str, store: ActorHandle, about: dict[str, str]) -> None:
+def _publish_base(path: str, tokenizer: Place, store: ActorHandle, new: NewVersion) -> None:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, use_safetensors=True)
-    with place.at("tokenizer").on_disk() as tokenizer:
-        chat = ChatFormat.load(tokenizer, "tokenizer")
+    with tokenizer.on_disk() as folder:
+        chat = ChatFormat.load(folder, "tokenizer")
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     model.generation_config.eos_token_id = [
@@ -238,14 +240,4 @@ def _publish_base(path: str, place: Place, run_id: str, store: ActorHandle, abou
         model.config.save_pretrained(shell)
         model.generation_config.save_pretrained(shell)
         chat.save(shell)
-        publish_version(
-            store,
-            run_id,
-            place.at("versions").url,
-            0,
-            model.named_parameters(),
-            shell,
-            reference=True,
-            about={"round": 0, "step": 0, "created": int(time.time()), **about},
-            timeout_s=BASE_SECONDS,
-        )
+        publish_version(store, new, model.named_parameters(), shell, BASE_SECONDS)

@@ -8,7 +8,6 @@ the trainer would (`sampo_ray/training/lora.py`), before its engine pauses.
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -16,20 +15,20 @@ from safetensors.torch import save_file
 from sampo_ray.config.model import LoraConfig
 from sampo_ray.run.buckets import Bucket
 from sampo_ray.run.version_files import drafted, read_version
-from sampo_ray.run.version_folders import is_complete
+from sampo_ray.run.version_folders import AdaptersInfo, VersionInfo, is_complete
 from sampo_ray.training.lora import SIDES, file_name, peft_settings
 
 
-def about_adapters(config: LoraConfig, base: int) -> dict[str, Any]:
-    """What version.json says of adapters, as `adapters`."""
-    return {"base": base, "rank": config.rank, "scaling": config.scaled_by / config.rank}
+def adapters_info(config: LoraConfig, base: int) -> AdaptersInfo:
+    """The entry `adapters` of a version.json."""
+    return AdaptersInfo(base=base, rank=config.rank, scaling=config.scaled_by / config.rank)
 
 
 def write_adapters(
     folder_url: str,
     weights: Iterable[tuple[str, Sequence[torch.Tensor]]],
     config: LoraConfig,
-    about: dict[str, Any],
+    info: VersionInfo,
     keep: Callable[[Bucket], Bucket] = lambda bucket: bucket,
 ) -> Bucket:
     """Writes a folder that peft loads, and returns what `keep` made of its tensors; see `write_version`.
@@ -43,7 +42,7 @@ def write_adapters(
         held |= {file_name(name, side): part.to("cpu", copy=True) for side, part in zip(SIDES, parts, strict=True)}
     if not is_complete(folder_url):
         settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", **peft_settings(config, layers)}
-        with drafted(folder_url, about) as draft:
+        with drafted(folder_url, info) as draft:
             save_file(held, draft / "adapter_model.safetensors", metadata={"format": "pt"})
             (draft / "adapter_config.json").write_text(json.dumps(settings, indent=1))
     (bucket,) = read_version(folder_url)

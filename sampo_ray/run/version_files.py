@@ -23,7 +23,7 @@ from safetensors.torch import load, save_file
 
 from sampo_ray.errors import WeightsError
 from sampo_ray.run.buckets import BUCKET_BYTES, Bucket, TensorSpec, checksum, checksums, flat, pack, views
-from sampo_ray.run.version_folders import is_complete, read_about
+from sampo_ray.run.version_folders import VersionInfo, is_complete, read_info
 
 SHELL_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 
@@ -32,21 +32,21 @@ def write_version(
     folder_url: str,
     tensors: Iterable[tuple[str, torch.Tensor]],
     shell_folder: str,
-    about: dict[str, Any],
+    info: VersionInfo,
     bucket_bytes: int = BUCKET_BYTES,
     keep: Callable[[Bucket], Bucket] = lambda bucket: bucket,
 ) -> list[Bucket]:
     """Writes a Hugging Face folder, one shard a bucket, and returns what `keep` made of each bucket.
 
-    `folder_url` and `shell_folder` (config, generation config, tokenizer) are local paths or fsspec URLs; `about` holds
-    at least version, round and step and goes into version.json, which appears last: with it the version is complete. A
-    complete version is never rewritten: then `tensors` is only drained (its iteration may be a collective) and the
-    buckets are those on disk. `lm_head.weight` is left out when the config ties it to the embeddings.
+    `folder_url` and `shell_folder` (config, generation config, tokenizer) are local paths or fsspec URLs; `info`
+    goes into version.json, which appears last: with it the version is complete. A complete version is never
+    rewritten: then `tensors` is only drained (its iteration may be a collective) and the buckets are those on disk.
+    `lm_head.weight` is left out when the config ties it to the embeddings.
     """
     if is_complete(folder_url):
         deque(tensors, maxlen=0)
         return [keep(bucket) for bucket in read_version(folder_url)]
-    with drafted(folder_url, about) as draft:
+    with drafted(folder_url, info) as draft:
         shell = _copy_shell(shell_folder, draft)
         if shell.get("tie_word_embeddings"):
             tensors = ((key, tensor) for key, tensor in tensors if key != "lm_head.weight")
@@ -54,11 +54,8 @@ def write_version(
 
 
 @contextmanager
-def drafted(folder_url: str, about: dict[str, Any]) -> Iterator[Path]:
+def drafted(folder_url: str, info: VersionInfo) -> Iterator[Path]:
     """A folder for the files of a version that is not complete yet; afterwards they are in place, version.json last."""
-    missing = {"version", "round", "step"} - about.keys()
-    if missing:
-        raise WeightsError(f"about lacks {', '.join(sorted(missing))}; version.json must say which weights these are")
     fs, folder = fsspec.core.url_to_fs(folder_url)
     parent, name = folder.rsplit("/", 1)
     local = isinstance(fs, LocalFileSystem)
@@ -70,8 +67,8 @@ def drafted(folder_url: str, about: dict[str, Any]) -> Iterator[Path]:
         draft = Path(scratch) / name
         draft.mkdir()
         yield draft
-        files = checksums(draft)
-        (draft / "version.json").write_text(json.dumps({**about, "files": files}, indent=1))
+        complete = info.model_copy(update={"files": checksums(draft)})
+        (draft / "version.json").write_text(json.dumps(complete.model_dump(exclude_unset=True), indent=1))
         _place(draft, fs, folder, local)
 
 
@@ -129,7 +126,7 @@ def _place(draft: Path, fs: Any, folder: str, local: bool) -> None:
 def read_version(folder_url: str) -> Iterator[Bucket]:
     """Yields the version's shards as buckets, each file's checksum verified first (WeightsError if one fails)."""
     fs, folder = fsspec.core.url_to_fs(folder_url)
-    for name, expected in read_about(folder_url)["files"].items():
+    for name, expected in read_info(folder_url).files.items():
         try:
             data = fs.cat_file(f"{folder}/{name}")
         except FileNotFoundError:

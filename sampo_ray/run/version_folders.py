@@ -1,11 +1,12 @@
-"""Which versions a run has: folders `versions/<number>/`, complete once their version.json exists."""
+"""Which versions a run has: folders `versions/<number>/`, each complete once its version.json exists."""
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import fsspec
+from pydantic import BaseModel, ConfigDict
 
 from sampo_ray.errors import WeightsError
 
@@ -21,6 +22,45 @@ class WeightsId:
         return f"{self.run}@{self.version}"
 
 
+class AdaptersInfo(BaseModel):
+    """LoRA adapters of a version: the version they are for (`base`), their rank, and the scaling of B @ A."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    base: int
+    rank: int
+    scaling: float
+
+
+class VersionInfo(BaseModel):
+    """A version's version.json. Unknown keys are kept, and a key that was not set is not written."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    version: int
+    round: int
+    step: int
+    """Optimizer steps within the round."""
+    parent: int | None = None
+    """The version that the round began with."""
+    labels: tuple[str, ...] = ()
+    base: str | None = None
+    """The name of the model that the run began with."""
+    method: str | None = None
+    recipe: str | None = None
+    """A hash of the settings that decide the result."""
+    data: str | None = None
+    """The fingerprint of the training data."""
+    metrics: Mapping[str, float] = {}
+    """Of the step that made this version."""
+    created: int | None = None
+    """Unix time."""
+    adapters: AdaptersInfo | None = None
+    """Set if the folder holds adapters alone."""
+    files: Mapping[str, str] = {}
+    """Checksums by file name."""
+
+
 def version_folder(versions_url: str, version: int) -> str:
     return f"{versions_url.rstrip('/')}/{version:06d}"
 
@@ -30,11 +70,11 @@ def is_complete(folder_url: str) -> bool:
     return bool(fs.exists(f"{folder}/version.json"))
 
 
-def read_about(folder_url: str) -> dict[str, Any]:
+def read_info(folder_url: str) -> VersionInfo:
     """The version.json of a complete version; WeightsError when there is none."""
     fs, folder = fsspec.core.url_to_fs(folder_url)
     try:
-        return json.loads(fs.cat_file(f"{folder}/version.json"))
+        return VersionInfo.model_validate(json.loads(fs.cat_file(f"{folder}/version.json")))
     except FileNotFoundError:
         raise WeightsError(f"{folder_url}: not a complete version (no version.json)") from None
 

@@ -8,13 +8,14 @@ command line and the admin routes when somebody asks; whoever serves the run fol
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import filelock
 from pydantic import BaseModel, Field
 
 from sampo_ray.errors import VersionError
 from sampo_ray.run.storage import Place
+from sampo_ray.run.version_folders import AdaptersInfo, VersionInfo
 
 Follow = Literal["latest", "round", "manual"]
 BASE_LABELS = ("base",)
@@ -30,6 +31,19 @@ class Adapter(BaseModel):
 
     base: int
     rank: int
+
+
+class VersionEntry(VersionInfo):
+    """A version on disk as it is listed: with the labels of users, and how it is served."""
+
+    state: Literal["live", "pinned", "refused", "candidate", "kept"]
+    """`candidate`: not checked yet."""
+    reason: str | None
+    """Why it was refused."""
+
+    def listed(self) -> dict[str, object]:
+        """For JSON, without the files' checksums."""
+        return self.model_dump(exclude_unset=True, exclude={"files"})
 
 
 class Serving(BaseModel):
@@ -144,9 +158,9 @@ def pin(state: Serving, version: int) -> Serving:
     return state.model_copy(update={"pinned": sorted({*state.pinned, version})})
 
 
-def pin_adapters(state: Serving, version: int, adapters: Mapping[str, Any]) -> Serving:
-    """The same for a version of adapters alone, with what its version.json says of them; its base is pinned, too."""
-    served = Adapter(base=adapters["base"], rank=adapters["rank"])
+def pin_adapters(state: Serving, version: int, adapters: AdaptersInfo) -> Serving:
+    """The same for a version of adapters alone; its base is pinned, too."""
+    served = Adapter(base=adapters.base, rank=adapters.rank)
     return pin(state, served.base).model_copy(update={"adapters": {**state.adapters, str(version): served}})
 
 
@@ -196,13 +210,11 @@ def _check_label(name: str) -> None:
         )
 
 
-def commanded(
-    state: Serving, abouts: Mapping[int, Mapping[str, Any]], verb: str, name: str, argument: str = ""
-) -> Serving:
+def commanded(state: Serving, infos: Mapping[int, VersionInfo], verb: str, name: str, argument: str = "") -> Serving:
     """What an operator asks for: `promote` (a version, or `latest` to follow training again), `rollback`, `pin`,
-    `unpin`, `label` (the new one is `argument`). `abouts` are the versions on disk. VersionError when it cannot be.
+    `unpin`, `label` (the new one is `argument`). `infos` are the versions on disk. VersionError when it cannot be.
     """
-    labels = all_labels(state, abouts)
+    labels = all_labels(state, infos)
     if verb == "rollback":
         after = rollback(state)
         if after.live not in labels:
@@ -220,8 +232,8 @@ def commanded(
     version = find(name, labels)
     if verb == "label":
         return label(state, version, argument)
-    if verb == "pin" and "adapters" in abouts[version]:
-        return pin_adapters(state, version, abouts[version]["adapters"])
+    if verb == "pin" and (adapters := infos[version].adapters):
+        return pin_adapters(state, version, adapters)
     return {"promote": promote, "pin": pin, "unpin": unpin}[verb](state, version)
 
 
@@ -255,23 +267,24 @@ def listed(labels: Mapping[int, Sequence[str]]) -> str:
     return ", ".join(each) if each else "none yet"
 
 
-def catalogue(state: Serving, abouts: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One record a version on disk, newest first: what its version.json says, labels of users, and how it is served."""
-    labels = all_labels(state, abouts)
+def catalogue(state: Serving, infos: Mapping[int, VersionInfo]) -> list[VersionEntry]:
+    """The versions on disk, newest first."""
+    labels = all_labels(state, infos)
     return [
-        {
-            **{key: value for key, value in abouts[version].items() if key != "files"},
-            "version": version,
-            "labels": labels[version],
-            "state": standing(state, version),
-            "reason": state.refused.get(version),
-        }
-        for version in sorted(abouts, reverse=True)
+        VersionEntry.model_validate(
+            {
+                **infos[version].model_dump(exclude_unset=True),
+                "labels": labels[version],
+                "state": standing(state, version),
+                "reason": state.refused.get(version),
+            }
+        )
+        for version in sorted(infos, reverse=True)
     ]
 
 
-def standing(state: Serving, version: int) -> str:
-    """`live`, `pinned`, `refused`, `candidate` (not checked yet) or `kept`."""
+def standing(state: Serving, version: int) -> Literal["live", "pinned", "refused", "candidate", "kept"]:
+    """How a version is served. `candidate`: it was not checked yet."""
     if version == state.live:
         return "live"
     if version in state.all_pinned:
@@ -281,16 +294,16 @@ def standing(state: Serving, version: int) -> str:
     return "kept" if version in state.passed or version == 0 else "candidate"
 
 
-def all_labels(state: Serving, abouts: Mapping[int, Mapping[str, Any]]) -> dict[int, list[str]]:
+def all_labels(state: Serving, infos: Mapping[int, VersionInfo]) -> dict[int, list[str]]:
     """Labels by version on disk, a user's own first."""
     return {
-        version: [*(n for n, v in state.labels.items() if v == version), *_own_labels(version, about)]
-        for version, about in abouts.items()
+        version: [*(n for n, v in state.labels.items() if v == version), *_own_labels(info)]
+        for version, info in infos.items()
     }
 
 
-def _own_labels(version: int, about: Mapping[str, Any]) -> Sequence[str]:
-    return BASE_LABELS if version == 0 else about.get("labels", ())
+def _own_labels(info: VersionInfo) -> Sequence[str]:
+    return BASE_LABELS if info.version == 0 else info.labels
 
 
 def serving_file(run: Place) -> Place:

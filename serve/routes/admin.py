@@ -78,5 +78,5 @@ def _view(state: dict[str, Any]) -> dict[str, Any]:
     serving = state["serving"]
     served = {name: getattr(serving, name) for name in ("follow", "held", "live")}
     previous = serving.previous[-1] if serving.previous else None
-    pinned, versions = serving.all_pinned, state["versions"]
+    pinned, versions = serving.all_pinned, [entry.listed() for entry in state["versions"]]
     return {"run": state["run"], **served, "pinned": pinned, "previous": previous, "versions": versions}

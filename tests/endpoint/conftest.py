@@ -47,12 +47,13 @@ def endpoint(own_serve: None, tiny_model: Path, tmp_path_factory: pytest.TempPat
     from sampo_ray.actors.weights.store import start_weight_store
     from sampo_ray.data.chat import ChatFormat
     from sampo_ray.run.version_files import write_version
+    from sampo_ray.run.version_folders import VersionInfo
     from sampo_ray.serve.endpoint import await_endpoint, deploy_endpoint, free_port, start_serve
 
     run = tmp_path_factory.mktemp("run")
     ChatFormat.load(tiny_model, "llama3-sampo").save(run / "tokenizer")
     state = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).state_dict()
-    write_version(f"{run}/versions/000000", state.items(), str(tiny_model), {"version": 0, "round": 0, "step": 0})
+    write_version(f"{run}/versions/000000", state.items(), str(tiny_model), VersionInfo(version=0, round=0, step=0))
     config = ServeConfig(
         port=free_port("127.0.0.1"),
         api_keys=(KEY, OTHER_KEY),

@@ -55,14 +55,15 @@ class Endpoint:
 
     def publish(self, version: int) -> None:
         """Makes noisy weights live and returns when the replica holds them."""
-        from sampo_ray.actors.weights.store import publish_version
+        from sampo_ray.actors.weights.store import NewVersion, publish_version
+        from sampo_ray.run.storage import Place
+        from sampo_ray.run.version_folders import VersionInfo
 
         model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.bfloat16)
         noise = {name: tensor + torch.randn_like(tensor) * 0.02 for name, tensor in model.state_dict().items()}
-        about = {"round": 0, "step": version}
-        publish_version(
-            self.store, "run-a", self.versions, version, noise.items(), f"{self.versions}/000000", False, about
-        )
+        info = VersionInfo(version=version, round=0, step=version)
+        new = NewVersion("run-a", Place(self.versions), info)
+        publish_version(self.store, new, noise.items(), f"{self.versions}/000000")
         while self.live() != version:
             time.sleep(0.01)
 
