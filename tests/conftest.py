@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads would wait for eac
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What is fast comes first."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+Found = TypeVar("Found")
+
+
+def require(found: Found | None, what: str) -> Found:
+    """`found`. Without it the tests that need `what` are skipped; where CI is set, as in .ci/run, they fail."""
+    if found is None and os.environ.get("CI"):
+        pytest.fail(f"{what} is not installed", pytrace=False)
+    if found is None:
+        pytest.skip(f"{what} is not installed", allow_module_level=True)
+    return found
 
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

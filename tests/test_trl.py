@@ -1,5 +1,6 @@
 """The family of losses against TRL's values, where TRL is installed: the project does not need it."""
 
+import importlib.util
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -7,9 +8,11 @@ import pytest
 import torch
 
 from sampo_ray.training.statistics import Statistics
+from tests.conftest import require
 from tests.test_losses import ALPHA, START, family_loss, method_of, random_tokens
 
-trl = pytest.importorskip("trl")
+require(importlib.util.find_spec("trl"), "TRL")
+import trl  # noqa: E402  (it is installed)
 
 
 class Recorded(torch.nn.Module):

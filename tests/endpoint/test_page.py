@@ -16,6 +16,7 @@ from playwright.sync_api import Browser, CDPSession, Locator, Page, Request, Rou
 from sampo_ray.run.manifest import Manifest, RoundRecord, StageRecord
 from sampo_ray.run.status import Activity, Status
 from sampo_ray.run.storage import Place
+from tests.conftest import require
 from tests.endpoint.live import KEY, Endpoint
 
 pytestmark = pytest.mark.slow
@@ -47,9 +48,7 @@ CONTRASTS = """() => {
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("there is no chromium on this machine (Debian's package of that name)")
+    chromium = require(shutil.which("chromium"), "Debian's package chromium")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield browser
