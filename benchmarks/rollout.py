@@ -81,7 +81,7 @@ class Bare:
             max_model_len=_rig.CONTEXT,
             generation_config="vllm",
             max_num_seqs=CONCURRENCY,
-            # As the replica's (actors/policy/engine.py); the name "uni" alone is not taken on CPUs.
+            # As the replica's (internals/serve_llm.py); the name "uni" alone is not taken on CPUs.
             distributed_executor_backend="vllm.v1.executor.uniproc_executor.UniProcExecutor",
             **cpu_engine(_rig.CONTEXT),
         )

@@ -49,10 +49,8 @@ LONG = "What is two plus three? The answer is five. " * 14  # more than one bloc
 
 
 def test_vllm_has_the_engine_calls_that_a_swap_is_made_of() -> None:
-    from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    assert "self._engine_client = " in inspect.getsource(VLLMEngine)
     assert {"mode", "clear_cache"} <= inspect.signature(AsyncLLM.pause_generation).parameters.keys()
     assert {"prompt", "sampling_params", "request_id"} <= inspect.signature(AsyncLLM.generate).parameters.keys()
     for name in ("start_weight_update", "update_weights", "finish_weight_update", "resume_generation"):

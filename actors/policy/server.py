@@ -15,8 +15,7 @@ from typing import Any, Literal, NoReturn
 
 import pyarrow as pa
 from ray.exceptions import RayError
-from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
-from ray.serve.llm import LLMConfig, LLMServer
+from ray.serve.llm import LLMConfig
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 from vllm import SamplingParams, TokensPrompt
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
@@ -27,7 +26,6 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from sampo_ray.actors.policy.adapters import merging
-from sampo_ray.actors.policy.engine import PolicyEngine
 from sampo_ray.actors.policy.lifecycle import Door, Event, State, after
 from sampo_ray.actors.transfer.backend import staged
 from sampo_ray.actors.transfer.receiving import Receiver
@@ -36,6 +34,8 @@ from sampo_ray.actors.weights.pinned import adapter_place
 from sampo_ray.actors.weights.store import Channel, find_weight_store
 from sampo_ray.data.chat import ChatFormat
 from sampo_ray.errors import Elsewhere, WeightsError
+from sampo_ray.internals.serve_llm import EngineServer, use_local_folders
+from sampo_ray.internals.vllm import has_requests, requests_in_flight
 from sampo_ray.run.buckets import Bucket
 from sampo_ray.run.storage import Place
 from sampo_ray.run.version_folders import VersionInfo, WeightsId, read_info
@@ -98,7 +98,7 @@ class Source:
     """How new weights come (actors/transfer/transport.py)."""
 
 
-class PolicyServer(LLMServer):
+class PolicyServer(EngineServer):
     """A vLLM replica that follows the weight store. Ready only once it holds the store's current weights.
 
     Handle methods: `generate` (rollouts), `weights`, and what LLMServer brings. `chat` and `completions` tell which
@@ -114,18 +114,13 @@ class PolicyServer(LLMServer):
     half-way, or that died, ends this process, so that Serve starts another: it never serves half-loaded weights.
     """
 
-    _default_engine_cls = PolicyEngine
     _receiver: Receiver | None = None
 
     async def __init__(self, llm_config: LLMConfig, *, source: Source, chat_folder: str) -> None:  # type: ignore[misc]
         self._source, self._state = source, State.STARTING
         chat_folder = await asyncio.to_thread(on_this_node, chat_folder)
-        llm_config.engine_kwargs["tokenizer"] = chat_folder
-        loading = llm_config.model_loading_config
-        loading.model_source = await asyncio.to_thread(on_this_node, loading.model_source)
-        llm_config._engine_config = None  # made by the driver, from the URLs
-        # All is on this node: no task that would look for it, once it has imported vLLM (10 s).
-        llm_config.get_or_create_callback().ctx.run_init_node = False
+        model_folder = await asyncio.to_thread(on_this_node, llm_config.model_loading_config.model_source)
+        use_local_folders(llm_config, model_folder, chat_folder)
         self._format = ChatFormat.load(chat_folder, "tokenizer")
         self._held = Held(WeightsId("", -1), None, 0)  # nothing that a store would know
         self._had: set[WeightsId] = set()
@@ -133,7 +128,7 @@ class PolicyServer(LLMServer):
         self._door = Door()
         self._adapting, self._adapters = asyncio.Lock(), set[str]()
         await super().__init__(llm_config)
-        self._client = self.engine._engine_client  # vLLM's AsyncLLM; LLMServer has no way to send token ids
+        self._client = self.client
         await self._warm_up()
         self._become(Event.ENGINE_UP)
         if source.pinned is None:
@@ -143,7 +138,7 @@ class PolicyServer(LLMServer):
             await self._catch_up()
         else:
             self._become(Event.LOAD)
-            self._held = Held(source.pinned, await asyncio.to_thread(read_info, loading.model_source), 1)
+            self._held = Held(source.pinned, await asyncio.to_thread(read_info, model_folder), 1)
             self._become(Event.LOADED)
         work = (self._follow(), self._watch()) if source.pinned is None else (self._watch(),)
         self._tasks = [asyncio.create_task(each) for each in work]
@@ -229,9 +224,6 @@ class PolicyServer(LLMServer):
         except EngineDeadError as error:
             end_process(f"the engine died: {error}")
 
-    async def _start_engine(self) -> None:
-        await self.engine.start()  # and no telemetry: the actor that Ray would start to collect it takes 6 s, and stays
-
     @property
     def _end_of_turn(self) -> int:
         return self._format.end_of_turn_id
@@ -250,7 +242,7 @@ class PolicyServer(LLMServer):
         self, method: Any, request: Any, raw_request_info: Any, at_least: tuple[str, int]
     ) -> AsyncGenerator[Any, None]:
         await self._reach(*at_least)
-        if request.model != self._llm_config.model_id and self._source.adapters:
+        if request.model != self.model_id and self._source.adapters:
             await self._load_adapter(self._source.adapters, request.model)
         answered = self._answered(method, request, raw_request_info)
         async with self._door.inside(), contextlib.aclosing(answered) as items:
@@ -284,8 +276,7 @@ class PolicyServer(LLMServer):
                 return
             place = adapter_place(Place(run), model.partition("@")[2])
             path = await asyncio.to_thread(on_this_node, place.url)
-            known = DiskMultiplexConfig(model_id=model, local_path=path, lora_assigned_int_id=0, max_total_tokens=None)
-            await self.engine.resolve_lora(known)
+            await self.load_adapter(model, path)
             self._adapters.add(model)
 
     def _held_for(self, model: str) -> Held:
@@ -297,8 +288,7 @@ class PolicyServer(LLMServer):
 
     def _note_swap(self, version: int) -> None:
         """Notes for each answer in flight how many tokens it has from the weights that go. The engine is paused."""
-        states = self._client.output_processor.request_states.values()
-        emitted = [(s.external_req_id, s.request_index, s.n or 1, s.detokenizer.num_output_tokens()) for s in states]
+        emitted = [(r.external_id, r.index, r.n, r.tokens) for r in requests_in_flight(self._client)]
         for request_id, spans in self._answers.items():
             spans.append({"version": version, "from_tokens": tokens_by_choice(request_id, emitted)})
 
@@ -403,7 +393,7 @@ class PolicyServer(LLMServer):
                 yield received
                 return
         buckets = [await self._fetched(bucket) for bucket in weights.buckets]
-        engine_computes = current_platform.is_cpu() and bool(self._client.output_processor.request_states)
+        engine_computes = current_platform.is_cpu() and has_requests(self._client)
         share, merge = SHARE_OF_A_CORE if engine_computes else 1.0, None
         if weights.adapters is not None and weights.info.adapters is not None:
             adapters = await self._fetched(weights.adapters)

@@ -20,7 +20,6 @@ import torch
 from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from sampo_ray.actors.transfer.receiving import SIDES, Reception
@@ -28,6 +27,8 @@ from sampo_ray.actors.transfer.roll import Ticket
 from sampo_ray.actors.transfer.spare_weights import SpareWeights
 from sampo_ray.actors.transfer.transport import Incoming
 from sampo_ray.actors.weights.handout import rest
+from sampo_ray.internals.torch import init_amx
+from sampo_ray.internals.vllm import pack_heads
 from sampo_ray.run.buckets import Bucket, TensorSpec, joined, verify, views
 
 BACKEND = "host"
@@ -144,10 +145,7 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInit, HostUpdate]):
             return
         finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type == "cpu":
-            # On CPU the head computes with a packed copy; a tied head was given no weights, so nobody packed it again.
-            for module in self.model.modules():
-                if isinstance(module, ParallelLMHead):
-                    module.quant_method.process_weights_after_loading(module)
+            pack_heads(self.model)
 
     def shutdown(self) -> None:
         if self._incoming is not None:
@@ -185,5 +183,4 @@ def staged(
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, HostWeightTransferEngine)
-if hasattr(torch.cpu, "_init_amx"):
-    torch.cpu._init_amx()  # without tile permission vLLM's bf16 kernels end a worker with SIGILL; a no-op without AMX
+init_amx()

