@@ -15,11 +15,11 @@ from sampo_ray.config.serve import GatesConfig, ServeConfig
 from sampo_ray.console.versions import rank_of
 from sampo_ray.errors import ConfigError, VersionError
 from sampo_ray.run import versions
-from sampo_ray.run.directory import create_run, read_serve_config
+from sampo_ray.run.directory import create_run
 from sampo_ray.run.manifest import lineage
 from sampo_ray.run.storage import Place
 from sampo_ray.run.version_folders import AdaptersInfo, VersionInfo, version_folder
-from sampo_ray.run.versions import Adapter, Serving
+from sampo_ray.run.versions import Adapter, Serving, read_serve_config
 
 INFOS = {
     0: VersionInfo(version=0, round=0, step=0),

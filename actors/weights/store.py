@@ -31,11 +31,10 @@ from sampo_ray.errors import WeightsError
 from sampo_ray.run import versions
 from sampo_ray.run.adapter_files import write_adapters
 from sampo_ray.run.buckets import Bucket, verify
-from sampo_ray.run.directory import read_serve_config
 from sampo_ray.run.storage import Place
 from sampo_ray.run.version_files import read_version, write_version
 from sampo_ray.run.version_folders import VersionInfo, WeightsId, complete_versions, read_info, version_folder
-from sampo_ray.run.versions import Serving
+from sampo_ray.run.versions import Serving, read_serve_config
 
 logger = logging.getLogger(__name__)
 

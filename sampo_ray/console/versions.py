@@ -149,9 +149,9 @@ def show(run: str) -> None:
 def opened(run: str) -> "tuple[Place, dict[int, VersionInfo], Follow]":
     """A run's place, its versions on disk with what their version.json says, and what its live policy follows."""
     from sampo_ray.errors import ConfigError
-    from sampo_ray.run.directory import read_serve_config
     from sampo_ray.run.storage import Place, absolute
     from sampo_ray.run.version_folders import complete_versions, read_info, version_folder
+    from sampo_ray.run.versions import read_serve_config
 
     place = Place(absolute(run))
     if not place.at("manifest.json").exists():

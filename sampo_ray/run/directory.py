@@ -23,7 +23,6 @@ import yaml
 
 from sampo_ray.config.recipe import load_config
 from sampo_ray.config.run import RunConfig
-from sampo_ray.config.serve import ServeConfig
 from sampo_ray.errors import ConfigError
 from sampo_ray.run.manifest import Manifest, RoundRecord
 from sampo_ray.run.steps import StepMetrics, parse_metrics
@@ -139,15 +138,6 @@ def read_settings(place: Place) -> dict[str, Any]:
     tree = yaml.safe_load(place.at("config.yaml").read())
     reward = tree.get("reward", {})
     return {**tree, "reward": {**reward, "function": MOVED.get(reward.get("function"), reward.get("function"))}}
-
-
-def read_serve_config(place: Place) -> ServeConfig:
-    """How a run's versions go live (`follow`, `swap`, `gates`), without its address and keys; defaults if it has no
-    configuration.
-    """
-    file = place.at("config.yaml")
-    tree = yaml.safe_load(file.read()).get("serve", {}) if file.exists() else {}
-    return ServeConfig(api_keys=(), **{key: tree[key] for key in ("follow", "swap", "gates") if key in tree})
 
 
 def dump_config(config: RunConfig) -> str:

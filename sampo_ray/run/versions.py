@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import filelock
+import yaml
 from pydantic import BaseModel, Field
 
+from sampo_ray.config.serve import ServeConfig
 from sampo_ray.errors import VersionError
 from sampo_ray.run.storage import Place
 from sampo_ray.run.version_folders import AdaptersInfo, VersionInfo
@@ -304,6 +306,15 @@ def all_labels(state: Serving, infos: Mapping[int, VersionInfo]) -> dict[int, li
 
 def _own_labels(info: VersionInfo) -> Sequence[str]:
     return BASE_LABELS if info.version == 0 else info.labels
+
+
+def read_serve_config(run: Place) -> ServeConfig:
+    """How a run's versions go live (`follow`, `swap`, `gates`), without its address and keys; defaults if it has no
+    configuration.
+    """
+    file = run.at("config.yaml")
+    tree = yaml.safe_load(file.read()).get("serve", {}) if file.exists() else {}
+    return ServeConfig(api_keys=(), **{key: tree[key] for key in ("follow", "swap", "gates") if key in tree})
 
 
 def serving_file(run: Place) -> Place:
