@@ -117,6 +117,7 @@ def rollouts(folder: Path, handle: Any, size: int, samples: int, turn: int) -> R
 
     from sampo_ray.config.rollout import RolloutConfig
     from sampo_ray.loop import stages
+    from sampo_ray.loop.blocks import StageOutput
     from sampo_ray.run.parts import Part, part_place
     from sampo_ray.run.storage import Place
 
@@ -134,7 +135,7 @@ def rollouts(folder: Path, handle: Any, size: int, samples: int, turn: int) -> R
     with counted.gets():
         cpu, wall = time.process_time(), time.perf_counter()
         made = stages.sample(
-            lambda version: counted, parts, stage.at("out"), rollout, 0, ("run", 0), size * ONGOING, lambda rows: None
+            lambda version: counted, parts, StageOutput(stage.at("out")), rollout, 0, ("run", 0), size * ONGOING
         )
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     past = sum(part.table().nbytes for part in made)

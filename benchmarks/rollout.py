@@ -46,6 +46,7 @@ def fleet(rig: _rig.Rig, turn: int, prompts: int) -> tuple[int, float]:
 
     from sampo_ray.config.rollout import RolloutConfig
     from sampo_ray.loop import stages
+    from sampo_ray.loop.blocks import StageOutput
     from sampo_ray.run.parts import Part, part_place
     from sampo_ray.run.storage import Place
 
@@ -59,7 +60,7 @@ def fleet(rig: _rig.Rig, turn: int, prompts: int) -> tuple[int, float]:
     rollout = RolloutConfig(samples=SAMPLES, temperature=1.0, top_p=1.0, max_tokens=TOKENS)
     begin = time.perf_counter()
     made = stages.sample(
-        lambda version: rig.policy, parts, stage.at("out"), rollout, 0, (_rig.RUN, 0), CONCURRENCY, lambda rows: None
+        lambda version: rig.policy, parts, StageOutput(stage.at("out")), rollout, 0, (_rig.RUN, 0), CONCURRENCY
     )
     seconds = time.perf_counter() - begin
     tables = [part.table() for part in made]

@@ -2,39 +2,39 @@
 
 from collections.abc import Sequence
 
-from sampo_ray.loop.ahead import readied
-from sampo_ray.loop.display import Display
+from sampo_ray.loop.ahead import prepare_next_round
 from sampo_ray.loop.fleet import Fleet
+from sampo_ray.loop.reporter import Reporter
 from sampo_ray.loop.rounds import Round, tokenize
 from sampo_ray.run.directory import Run
 from sampo_ray.run.parts import Part
 from sampo_ray.run.storage import Place
 
 
-def iterate(run: Run, fleet: Fleet, display: Display) -> Place:
-    """Iterative preference optimisation: each round starts from, and is held to, the last round's policy.
+def iterate(run: Run, fleet: Fleet, reporter: Reporter) -> Place:
+    """Iterative preference optimisation: each round starts from the last round's policy, which is its reference.
 
-    Returns the place of the exported model. What a resumed run has finished already is not done again. Raises
-    StageError or TrainingError with a reason to show.
+    Returns the folder of the exported model. A resumed run does only what is not finished. Raises StageError or
+    TrainingError with a reason to show to the user.
     """
     fleet.attach(run)
-    display.work_on(run.place)
-    data = tokenize(run, display)
+    reporter.begin_run(run.place)
+    data = tokenize(run, reporter)
     for index in range(run.config.rounds.count):
-        round = Round(run, index, display)
+        round = Round(run, index, reporter)
         if round.committed:
             continue
-        said = round.feedback()  # pairs that the users' votes make
+        votes = round.feedback()  # pairs that the users' votes make
         source = rollouts(round, fleet, data) if run.config.online else data
-        pairs = round.reference(round.pairs(source, said), fleet.references)
-        with readied(round, fleet, data):  # meanwhile, for the next round
-            for step in round.train(pairs, fleet.trainer):  # publishes on its way
+        pairs = round.reference(round.pairs(source, votes), fleet.references)
+        with prepare_next_round(round, fleet, data):
+            for step in round.train(pairs, fleet.trainer):  # publishes versions on its way
                 round.record(step)
-        round.commit()  # the manifest now says: never again
+        round.commit()  # it is never done again
     return run.finish()
 
 
 def rollouts(round: Round, fleet: Fleet, prompts: Sequence[Part]) -> list[Part]:
-    """Preference pairs of the round's own policy: n completions a prompt, scored, the best against the worst."""
+    """Preference pairs from the round's policy: n completions a prompt, scored, the best against the worst."""
     completions = round.sample(round.prompts(prompts), fleet.generators)
     return round.best_against_worst(round.score(completions, fleet.rewards))

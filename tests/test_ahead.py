@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sampo_ray.config.fleet import GeneratorsConfig
-from sampo_ray.loop.ahead import readied
+from sampo_ray.loop.ahead import prepare_next_round
 from sampo_ray.loop.fleet import Fleet
 
 
@@ -40,7 +40,7 @@ SCALING = {"max_ongoing_requests": 8, "target_ongoing_requests": 6}
 
 def test_generators_are_called_for_so_many_that_all_start() -> None:
     handle = Handle()
-    fleet(handle).grow(GeneratorsConfig(min_replicas=0, max_replicas=4, **SCALING), ("run", 8))
+    fleet(handle).start_generators(GeneratorsConfig(min_replicas=0, max_replicas=4, **SCALING), ("run", 8))
     assert handle.calls == [("run", 8)] * 24
 
 
@@ -54,14 +54,14 @@ def test_generators_are_called_for_so_many_that_all_start() -> None:
 )
 def test_nobody_is_called_where_all_run_anyway(settings: GeneratorsConfig, changes: dict[str, Any]) -> None:
     handle = Handle()
-    dataclasses.replace(fleet(handle), **changes).grow(settings, ("run", 8))
+    dataclasses.replace(fleet(handle), **changes).start_generators(settings, ("run", 8))
     assert handle.calls == []
 
 
 def test_they_are_called_when_the_training_lasts_no_longer_than_their_start_took(monkeypatch) -> None:
-    monkeypatch.setattr("sampo_ray.loop.ahead.LOOK_S", 0.01)
+    monkeypatch.setattr("sampo_ray.loop.ahead.CHECK_EVERY_S", 0.01)
     handle, training = Handle(), a_round()
-    with readied(training, fleet(handle), []):
+    with prepare_next_round(training, fleet(handle), []):
         training.seconds_left = 61.0
         time.sleep(0.1)
         assert handle.calls == []
@@ -74,13 +74,13 @@ def test_they_are_called_when_the_training_lasts_no_longer_than_their_start_took
 
 @pytest.mark.parametrize("training", [a_round(mode="offline"), a_round(index=1)])
 def test_an_offline_and_a_last_round_have_nothing_to_make_ready(monkeypatch, training: Any) -> None:
-    monkeypatch.setattr("sampo_ray.loop.ahead.LOOK_S", 0.01)
+    monkeypatch.setattr("sampo_ray.loop.ahead.CHECK_EVERY_S", 0.01)
     handle, training.seconds_left = Handle(), 1.0
-    with readied(training, fleet(handle), []):
+    with prepare_next_round(training, fleet(handle), []):
         time.sleep(0.1)
     assert handle.calls == []
 
 
 def test_a_failure_of_the_training_is_not_held_up(monkeypatch) -> None:
-    with pytest.raises(ValueError, match="lost"), readied(a_round(), fleet(Handle()), []):
+    with pytest.raises(ValueError, match="lost"), prepare_next_round(a_round(), fleet(Handle()), []):
         raise ValueError("lost")

@@ -34,7 +34,7 @@ def plain():
 
 
 def test_a_pipe_gets_a_line_at_the_begin_and_the_end_of_a_stage(plain):
-    plain.display.round(0, 3)
+    plain.display.begin_round(0, 3)
     with plain.display.stage("generate", 64, "prompts") as stage:
         plain.clock.now = 4.0
         stage.advance(64)
@@ -91,7 +91,7 @@ def test_a_terminal_shows_the_stage_while_it_runs_and_keeps_its_result():
     console = Console(file=out, force_terminal=True, width=120, color_system=None, _environ={"TERM": "xterm"})
     with open_display(console) as display:
         assert isinstance(display, LiveDisplay)
-        display.round(1, 3)
+        display.begin_round(1, 3)
         with display.stage("train", 4, "steps") as stage:
             stage.advance(3)
             display.metrics(STEP)

@@ -415,15 +415,15 @@ def test_a_round_takes_the_votes_that_no_earlier_one_used_and_takes_them_again_i
         return _paired_votes(rounds[index], run, rounds[:index], run.at("tokenizer"), DataConfig(max_length=64))
 
     assert take(0) == take(0)
-    assert take(0).tokenized.rows == [] and take(0).votes == 0
+    assert take(0).rows == [] and take(0).votes == 0
     store(better(A, B), thumb("up", C), vote([A, B], tie=["a", "b"]))
     first = take(1)
-    assert (first.tokenized.rows, first.votes) == ([1], 1)
+    assert (first.rows, first.votes) == ([1], 1)
     assert first.left == {"tie": 1, "a thumb without its counterpart": 1}
     store(thumb("down", answer("d")))
     assert take(1) == first
     second = take(2)
-    assert (second.tokenized.rows, second.votes, second.left) == ([1], 2, {"tie": 1})
+    assert (second.rows, second.votes, second.left) == ([1], 2, {"tie": 1})
     [pair] = rounds[2].at("part-00000.parquet").read_table().to_pylist()
     assert pair["id"].startswith("feedback-") and pair["chosen_reward"] is None
     assert pair["chosen"] == chat.response_ids("c") and pair["prompt"] == chat.prompt_ids(ASK)
@@ -442,7 +442,7 @@ def test_pairs_from_feedback_come_on_top_of_the_round_s_own(tmp_path, monkeypatc
     orders = []
     for name, more in (("with", said), ("without", 0)):
         run = create_run(load_config(tree, [f"run.dir={tmp_path / name}"]))
-        monkeypatch.setattr(stages, "gather", lambda parts, order, *_: orders.append(sorted(order.tolist())) or [])
+        monkeypatch.setattr(stages, "reorder", lambda parts, order, *_: orders.append(sorted(order.tolist())) or [])
         for index in range(3):
             round = Round(run, index, open_display())
             assert round.feedback() == [], "it is off"

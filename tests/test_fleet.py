@@ -11,7 +11,7 @@ from sampo_ray.loop.fleet import applications, last_words
 from sampo_ray.loop.rounds import Round
 from sampo_ray.run.directory import create_run
 from sampo_ray.run.parts import Part
-from tests.test_rounds import QuietDisplay
+from tests.notes import Notes
 
 REPORT = """Deploying application r1-policy failed: Failed to update the deployments ['policy'].
 The deployment failed to start 3 times in a row due to an internal error. Error:
@@ -55,5 +55,5 @@ def test_losses_without_a_reference_have_no_reference_workers_and_no_such_stage(
     assert list(applications(run, live)) == ([f"{run.id}-references"] if referenced else [])
     if not referenced:
         pairs = [Part(run.place.at("pairs"), 3)]
-        round = Round(run, 0, QuietDisplay())  # type: ignore[arg-type]
+        round = Round(run, 0, Notes())
         assert round.reference(pairs, None) == pairs and "reference" not in run.round(0).stages

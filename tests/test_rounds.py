@@ -17,6 +17,7 @@ from sampo_ray.run.directory import Run, create_run
 from sampo_ray.run.manifest import Age
 from sampo_ray.run.storage import Place
 from tests.conftest import assert_greedy
+from tests.notes import Notes
 
 logger = logging.getLogger(__name__)
 pytestmark = pytest.mark.slow
@@ -26,18 +27,6 @@ def reward(prompts, completions):
     """Distinct by text, so that there are few ties; a run of it is no use to anybody."""
     return [sum(map(ord, text)) % 97 / 97 for text in completions]
 '''
-
-
-class QuietDisplay:
-    """Takes what a display takes; the tests look at the run directory instead."""
-
-    def __getattr__(self, name):
-        return lambda *args, **kwargs: None
-
-    def stage(self, *args):
-        import contextlib
-
-        return contextlib.nullcontext(type("Stage", (), {"advance": staticmethod(lambda n=1: None)}))
 
 
 def new_run(folder: Path, tiny_model: Path, *overrides: str) -> Run:
@@ -97,7 +86,7 @@ def finished(fleet, tiny_model, tmp_path_factory) -> tuple[Run, Client]:
     client = Client(fleet.endpoint, begun=run.place.at("rounds", "0", "prompts"))
     fleet.attach(run)
     client.start()
-    iterate(run, fleet, QuietDisplay())
+    iterate(run, fleet, Notes())
     last = run.manifest.rounds[-1]
     final, deadline = str(last.start_version + last.steps), time.monotonic() + 60
     while client.answers[-1][1] != final and time.monotonic() < deadline:
@@ -193,7 +182,7 @@ def test_a_killed_engine_costs_only_what_was_not_stored(fleet, tiny_model, tmp_p
 
     killer = threading.Thread(target=kill)
     killer.start()
-    iterate(run, fleet, QuietDisplay())
+    iterate(run, fleet, Notes())
     killer.join(10)
     assert killed and ended and run.manifest.finished
     last = run.manifest.rounds[0].start_version + run.manifest.rounds[0].steps
@@ -214,7 +203,7 @@ def test_completions_drawn_ahead_are_older_than_their_round_by_no_more_than_one_
     # Four epochs: three steps of this model may be over before the first completion has begun.
     overrides = ["rollout.ahead=1", "rounds.count=3", "rollout.prompts=20", "rounds.epochs=4"]
     run = new_run(tmp_path, tiny_model, *overrides)
-    iterate(run, fleet, QuietDisplay())
+    iterate(run, fleet, Notes())
     for record, before in zip(run.manifest.rounds[1:], run.manifest.rounds, strict=False):
         drawn = stage(run, record.index, "completions")
         ages = [record.start_version - first for first in drawn["first_version"].to_pylist()]
@@ -323,7 +312,7 @@ def test_within_its_rounds_a_run_with_adapters_publishes_these_alone(fleet, tiny
     from sampo_ray.run.version_folders import complete_versions, read_info, version_folder
 
     run = new_run(tmp_path, tiny_model, "model.lora.rank=4", "rounds.count=1", "optim.batch_size=2")
-    iterate(run, fleet, QuietDisplay())
+    iterate(run, fleet, Notes())
     versions = {v: read_info(version_folder(run.versions.url, v)) for v in complete_versions(run.versions.url)}
     last, adapters = run.manifest.rounds[0].steps, [v for v, info in versions.items() if info.adapters]
     assert versions.keys() - set(adapters) == {0, last} and adapters[-1] == last - 1
@@ -347,7 +336,7 @@ def test_a_version_that_fails_its_checks_is_listed_and_never_goes_live(fleet, ti
 
     overrides = "rounds.count=1", "rollout.prompts=16", "publish.every_steps=50"
     run = new_run(tmp_path, tiny_model, *overrides, "serve.gates.finite=true", "serve.gates.max_mean_tokens=1.5")
-    iterate(run, fleet, QuietDisplay())
+    iterate(run, fleet, Notes())
     deadline = time.monotonic() + 120
     while not (state := read_serving(run.place)).refused and time.monotonic() < deadline:
         time.sleep(0.2)

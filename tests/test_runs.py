@@ -120,7 +120,7 @@ records = st.builds(
     steps=st.none() | st.integers(1, 50),
     stages=st.dictionaries(
         st.sampled_from(["pairs", "train"]),
-        st.builds(StageRecord, rows=st.none() | st.just([1]), dropped=st.none() | st.just({"tie": 2})),
+        st.builds(StageRecord, rows=st.lists(st.integers(0, 9)), dropped=st.just({"tie": 2})),
     ),
     committed=st.booleans(),
 )
@@ -135,12 +135,16 @@ checkpoints = st.builds(
 
 
 data = st.builds(
-    DataRecord, source=st.text(), fingerprint=st.text(), rows=st.lists(st.integers(1, 9)), dropped=st.just({"long": 1})
+    DataRecord,
+    source=st.text(),
+    fingerprint=st.none() | st.text(),
+    rows=st.lists(st.integers(1, 9)),
+    dropped=st.just({"long": 1}),
 )
 manifests = st.builds(
     Manifest,
     id=st.text(max_size=8),
-    data=st.none() | data,
+    data=data,
     rounds=st.lists(records, max_size=4),
     checkpoint=st.none() | checkpoints,
 )

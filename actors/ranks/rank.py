@@ -186,7 +186,7 @@ class Rank:
             "step": metrics.step,
             "parent": spec.start_version,
             "labels": labels_of(spec.round, metrics.step, last, spec.config.rounds.count),
-            **dataclasses.asdict(lineage(spec.config, read_manifest(self.place).data)),
+            **dataclasses.asdict(lineage(spec.config, read_manifest(self.place).data.fingerprint)),
             "metrics": metrics.numbers,
             "created": int(time.time()),
         }

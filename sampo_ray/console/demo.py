@@ -19,6 +19,7 @@ from sampo_ray.console import session
 from sampo_ray.console.demo_task import ROWS, Answers, DemoAssets, make_demo, render, summarise
 from sampo_ray.iterate import iterate
 from sampo_ray.loop import stages
+from sampo_ray.loop.blocks import StageOutput
 from sampo_ray.loop.display import Display, open_display
 from sampo_ray.loop.fleet import Fleet, open_fleet
 from sampo_ray.run.directory import Run, create_run
@@ -86,9 +87,8 @@ def evaluate(fleet: Fleet, run: Run, version: int, assets: DemoAssets, display: 
     rollout = run.config.rollout.model_copy(update={"samples": 1, "temperature": TEMPERATURE, "top_p": 1.0})
     window = run.config.fleet.generators.max_ongoing_requests
     with display.stage("evaluate", sum(data.rows), "prompts") as progress:
-        parts = stages.sample(
-            fleet.generators, prompts, place, rollout, run.config.run.seed, (run.id, version), window, progress.advance
-        )
+        out = StageOutput(place, progress.advance)
+        parts = stages.sample(fleet.generators, prompts, out, rollout, run.config.run.seed, (run.id, version), window)
     table = pa.concat_tables([part.table() for part in parts])
     return Answers(table["text"].to_pylist(), pc.list_value_length(table["completion"]).to_pylist())
 

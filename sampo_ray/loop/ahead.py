@@ -1,4 +1,4 @@
-"""What the next round's rollouts need, readied while this round trains: their completions, or replicas to draw them."""
+"""Prepares the next round while one trains: samples its completions, or starts the replicas that will sample them."""
 
 import contextlib
 import threading
@@ -6,53 +6,54 @@ from collections.abc import Iterator, Sequence
 
 from sampo_ray.errors import StageError
 from sampo_ray.loop import stages
-from sampo_ray.loop.blocks import STALL_SECONDS
+from sampo_ray.loop.blocks import STAGE_STALL_S, StageOutput
 from sampo_ray.loop.fleet import Fleet
-from sampo_ray.loop.rounds import Round, draw, prompts_of
+from sampo_ray.loop.rounds import Round, prompts_of, sample
 from sampo_ray.run.parts import Part
 
-LOOK_S = 0.5
+CHECK_EVERY_S = 0.5
 
 
 @contextlib.contextmanager
-def readied(round: Round, fleet: Fleet, prompts: Sequence[Part]) -> Iterator[None]:
-    """Around an online round's training: gets the next round's rollouts ready meanwhile.
+def prepare_next_round(round: Round, fleet: Fleet, prompts: Sequence[Part]) -> Iterator[None]:
+    """Prepares the next online round in a thread, for as long as the block runs.
 
-    With `rollout.ahead` their completions are drawn from whatever weights the replicas hold, so they are older than the
-    next round's start by at most this round's steps; what is not drawn by the end of the training is left to the next
-    round. Otherwise generators that were scaled down are started again, so that they are there when it begins.
+    With `rollout.ahead` its completions are sampled from whatever weights the replicas have, so they are older than the
+    next round's start by at most this round's steps; the next round samples the rest. Otherwise generators that were
+    scaled down are started in time for it.
     """
     if not round.config.online or round.index + 1 == round.config.rounds.count:
         yield
         return
     over = threading.Event()
-    work = _draw if round.config.rollout.ahead else _grow
+    work = _sample_ahead if round.config.rollout.ahead else _start_generators
     thread = threading.Thread(target=work, args=(round, fleet, prompts, over), name="next-round", daemon=True)
     thread.start()
     try:
         yield
     finally:
         over.set()
-    thread.join(timeout=STALL_SECONDS)
+    thread.join(timeout=STAGE_STALL_S)
     if thread.is_alive():
-        raise StageError(f"completions drawn ahead were not complete {STALL_SECONDS:.0f} s after the training's end")
+        raise StageError(f"completions sampled ahead were not complete {STAGE_STALL_S:.0f} s after the training ended")
 
 
-def _draw(round: Round, fleet: Fleet, prompts: Sequence[Part], over: threading.Event) -> None:
+def _sample_ahead(round: Round, fleet: Fleet, prompts: Sequence[Part], over: threading.Event) -> None:
     config, index = round.config, round.index + 1
-    place = round.run.place.at("rounds", str(index))
+    folder = round.run.place.at("rounds", str(index))
     try:
-        mine = prompts_of(config, index, sum(part.rows for part in prompts))
-        parts = stages.gather(prompts, mine, place.at("prompts"), stages.PART_PROMPTS, lambda rows: None)
-        drawn = draw(config, index, parts, place.at("completions"), fleet.generators, None, enough=over.is_set)
-    except Exception as error:  # whatever it is: the next round asks again, and fails if it must
-        round.display.note(f"no more completions were drawn ahead: {error}")
+        order = prompts_of(config, index, sum(part.rows for part in prompts))
+        parts = stages.reorder(prompts, order, StageOutput(folder.at("prompts")), stages.PART_PROMPTS)
+        out = StageOutput(folder.at("completions"), enough=over.is_set)
+        made = sample(config, index, parts, out, fleet.generators, weights=None)
+    except Exception as error:  # of any kind: the next round samples again, and fails if it must
+        round.reporter.note(f"no more completions were sampled ahead: {error}")
     else:
-        round.display.note(f"drawn ahead for round {index + 1}: {sum(part.rows for part in drawn)} completions")
+        round.reporter.note(f"sampled ahead for round {index + 1}: {sum(part.rows for part in made)} completions")
 
 
-def _grow(round: Round, fleet: Fleet, prompts: Sequence[Part], over: threading.Event) -> None:
-    while not over.wait(LOOK_S):
+def _start_generators(round: Round, fleet: Fleet, prompts: Sequence[Part], over: threading.Event) -> None:
+    while not over.wait(CHECK_EVERY_S):
         if round.seconds_left is not None and round.seconds_left < fleet.start_seconds:
-            fleet.grow(round.config.fleet.generators, round.end)
+            fleet.start_generators(round.config.fleet.generators, round.end)
             return

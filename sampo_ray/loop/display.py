@@ -115,7 +115,7 @@ class Display(ABC):
         if self._file:
             self._file.close()
 
-    def work_on(self, run: Place) -> None:
+    def begin_run(self, run: Place) -> None:
         """From now on what happens belongs to this run, and its directory is told."""
         if self._file:
             self._file.close()
@@ -147,7 +147,7 @@ class Display(ABC):
     @abstractmethod
     def _ended(self, stage: Stage) -> None: ...
 
-    def round(self, index: int, count: int) -> None:
+    def begin_round(self, index: int, count: int) -> None:
         """Round `index` (from 0) of `count` begins."""
         self._round = f"round {index + 1}/{count}"
         self._tell(round=index + 1, rounds=count)

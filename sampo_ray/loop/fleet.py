@@ -64,7 +64,7 @@ class Fleet:
         assert self.own_generators is not None, "the configuration asks for no rollouts"
         return self.own_generators
 
-    def grow(self, settings: GeneratorsConfig, weights: tuple[str, int]) -> None:
+    def start_generators(self, settings: GeneratorsConfig, weights: tuple[str, int]) -> None:
         """Has Serve start the generators that are scaled down before rollouts of these weights (run, version) are asked
         for: by calls that wait for them, as many as make it want all replicas.
         """
@@ -219,7 +219,7 @@ def attach(store: ActorHandle, run: Run) -> None:
             ChatFormat.load(run.config.model.path, run.config.model.template).save(draft)
             tokenizer.take(draft)
     if not run.versions.at("000000", "version.json").exists():
-        source = lineage(run.config, run.manifest.data)
+        source = lineage(run.config, None)
         base = VersionInfo(version=0, round=0, step=0, created=int(time.time()), base=source.base, recipe=source.recipe)
         new = NewVersion(run.id, run.versions, base, reference=True)
         ray.get(_publish_base.remote(run.config.model.path, tokenizer, store, new), timeout=BASE_SECONDS)

@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,14 +10,15 @@ import pyarrow as pa
 import ray
 
 from sampo_ray.config.data import DataConfig
+from sampo_ray.config.fleet import FleetConfig
 from sampo_ray.config.rollout import RolloutConfig
 from sampo_ray.config.run import RunConfig
 from sampo_ray.data.layouts import Counts
 from sampo_ray.data.preferences import best_against_worst, pairs_of, tokenized_pairs, tokenized_prompts
 from sampo_ray.errors import DataError
-from sampo_ray.loop.blocks import collect, is_lost, run_stage
+from sampo_ray.loop.blocks import StageOutput, collect, is_lost, run_stage
 from sampo_ray.run.feedback import as_jsonl, pairs_from, read_votes
-from sampo_ray.run.manifest import Age, Tokenized
+from sampo_ray.run.manifest import Age, StageRecord
 from sampo_ray.run.parts import Part, part_place
 from sampo_ray.run.storage import Place
 from sampo_ray.training.batching import Lengths, lengths_of
@@ -26,23 +26,24 @@ from sampo_ray.training.batching import Lengths, lengths_of
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
-
 PART_PAIRS = 512
 PART_PROMPTS = 32
-ITEM_SAMPLES = 8
+CALL_SAMPLES = 8
 """Completions of one generator call, about: few, so that queues tell how busy a replica is; more than one, because with
 a small model a call costs more than a completion."""
-ASSIGN_SECONDS = 900.0
-TOKENIZE_SECONDS = 24 * 3600.0
-
-Progress = Callable[[int], None]
+PAIRINGS_AT_ONCE, GATHERS_AT_ONCE = 8, 2
+ASSIGN_S = 900.0
+"""Until a replica takes a call."""
+SUMMARY_S = 900.0
+"""For figures of a stage's parts."""
+TOKENIZE_S = 24 * 3600.0
 
 
 def _tokenized(
     out: Place, source: str, kind: str, tokenizer: Place, data: DataConfig, none_is_fine: bool = False
-) -> Tokenized:
+) -> StageRecord:
     """Tokenizes a source into parts, from its start even if some exist already."""
-    from sampo_ray.data.chat import ChatFormat  # only here: it would cost every stage's processes seconds
+    from sampo_ray.data.chat import ChatFormat  # takes seconds, which other stages' processes save
 
     counts = Counts()
     with tokenizer.on_disk() as folder:
@@ -60,7 +61,7 @@ def _tokenized(
     except DataError:
         if counts.usable or not none_is_fine:
             raise
-    return Tokenized(
+    return StageRecord(
         rows=rows,
         rows_read=counts.rows,
         dropped=dict(counts.dropped),
@@ -72,101 +73,86 @@ def _tokenized(
 _tokenize = ray.remote(num_cpus=0.5)(_tokenized)
 
 
-def tokenize(out: Place, source: str, kind: str, tokenizer: Place, data: DataConfig) -> Tokenized:
+def tokenize(out: Place, source: str, kind: str, tokenizer: Place, data: DataConfig) -> StageRecord:
     """Tokenizes a source of preference pairs or prompts (`kind`) into parts."""
-    return ray.get(_tokenize.remote(out, source, kind, tokenizer, data), timeout=TOKENIZE_SECONDS)
+    return ray.get(_tokenize.remote(out, source, kind, tokenizer, data), timeout=TOKENIZE_S)
 
 
-@dataclass(frozen=True)
-class PairedVotes:
-    """The tokenized pairs that `votes` of users made, and how many votes made none, by reason."""
-
-    tokenized: Tokenized
-    votes: int
-    left: dict[str, int]
-
-
-def _paired_votes(out: Place, run: Place, earlier: Sequence[Place], tokenizer: Place, data: DataConfig) -> PairedVotes:
+def _paired_votes(out: Place, run: Place, earlier: Sequence[Place], tokenizer: Place, data: DataConfig) -> StageRecord:
     source, unpaired = out.at("pairs.jsonl"), out.at("left.json")
-    if not source.exists():  # else an attempt that was cut off has chosen its votes
-        used = {vote for place in earlier for votes in _votes_in(place.at("pairs.jsonl")) for vote in votes}
+    if not source.exists():  # else an attempt that was interrupted has chosen its votes
+        used = {vote for place in earlier for vote in _votes_in(place.at("pairs.jsonl"))}
         rows, left = pairs_from(vote for vote in read_votes(run) if vote.id not in used)
         unpaired.write(json.dumps(left).encode())
         source.write(as_jsonl(rows))
-    votes = sum(map(len, _votes_in(source)))
-    tokenized = _tokenized(out, source.url, "pairs", tokenizer, data, none_is_fine=True)
-    return PairedVotes(tokenized, votes, json.loads(unpaired.read()))
+    counts = {"votes": len(_votes_in(source)), "left": json.loads(unpaired.read())}
+    return _tokenized(out, source.url, "pairs", tokenizer, data, none_is_fine=True).model_copy(update=counts)
 
 
 _feedback = ray.remote(num_cpus=0.5)(_paired_votes)
 
 
-def _votes_in(pairs: Place) -> list[list[str]]:
-    """The ids of the votes that each pair of a file comes from."""
-    return [json.loads(line)["feedback"]["votes"] for line in pairs.read().splitlines()]
+def _votes_in(pairs: Place) -> list[str]:
+    """The ids of the votes that a file's pairs come from."""
+    return [vote for line in pairs.read().splitlines() for vote in json.loads(line)["feedback"]["votes"]]
 
 
-def feedback(out: Place, run: Place, earlier: Sequence[Place], tokenizer: Place, data: DataConfig) -> PairedVotes:
+def feedback(out: Place, run: Place, earlier: Sequence[Place], tokenizer: Place, data: DataConfig) -> StageRecord:
     """Tokenizes the pairs that a run's votes make, without votes that `earlier` stages of this kind have used.
 
-    `pairs.jsonl` in `out` has the pairs with their sources.
+    `pairs.jsonl` in `out` has the pairs with the votes they come from.
     """
-    return ray.get(_feedback.remote(out, run, earlier, tokenizer, data), timeout=TOKENIZE_SECONDS)
+    return ray.get(_feedback.remote(out, run, earlier, tokenizer, data), timeout=TOKENIZE_S)
 
 
 @ray.remote(num_cpus=0.2)
-def _gather(out: Place, indices: np.ndarray, *tables: pa.Table) -> pa.Table:
+def _take(out: Place, indices: np.ndarray, *tables: pa.Table) -> pa.Table:
     table = pa.concat_tables(tables).take(pa.array(indices)).combine_chunks()
     out.write_table(table)
     return table
 
 
-def gather(parts: Sequence[Part], order: np.ndarray, out: Place, rows_per_part: int, progress: Progress) -> list[Part]:
-    """The rows of `parts` in a new order, as parts of `rows_per_part`."""
+def reorder(parts: Sequence[Part], order: np.ndarray, out: StageOutput, rows_per_part: int) -> list[Part]:
+    """The rows of `parts` in another order, as parts of `rows_per_part`."""
     tables = [part.argument() for part in parts]
     chunks = [order[start : start + rows_per_part] for start in range(0, len(order), rows_per_part)]
-    return run_stage(out, len(chunks), lambda i, place: _gather.remote(place, chunks[i], *tables), 2, progress)
+    return run_stage(out, GATHERS_AT_ONCE, len(chunks), lambda i, place: _take.remote(place, chunks[i], *tables))
 
 
 def sample(
     generators: Callable[[int | None], "DeploymentHandle"],
     prompts: Sequence[Part],
-    out: Place,
+    out: StageOutput,
     rollout: RolloutConfig,
     seed: int,
     weights: tuple[str, int] | None,
     window: int,
-    progress: Progress,
-    enough: Callable[[], bool] = lambda: False,
 ) -> list[Part]:
-    """Rollouts: COMPLETIONS for each part of prompts, drawn from (run, version) `weights`, or from those that a replica
-    holds (None); a few prompts a call.
+    """COMPLETIONS for each part of prompts, sampled from (run, version) `weights`, or from those that a replica has
+    (None); a few prompts a call, about `window` prompts at a time.
 
-    `generators` says which replicas to ask for a version; asked again for each part, since that may change. Once there
-    is `enough`, no further part is begun.
+    `generators` returns the replicas that serve a version. It is called again for each part, since they may change.
     """
-    together, parts_at_once = max(1, ITEM_SAMPLES // rollout.samples), max(1, window // PART_PROMPTS)
+    together, parts_at_once = max(1, CALL_SAMPLES // rollout.samples), max(1, window // PART_PROMPTS)
     issued: dict[int, list[ray.ObjectRef]] = {}
 
     def start(index: int, place: Place) -> ray.ObjectRef:
         block, rows = prompts[index].argument(), range(prompts[index].rows)
         handle = generators(weights[1] if weights else None)
-
-        def item(first: int) -> ray.ObjectRef:
-            some = rows[first : first + together]
-            how = rollout.samples, rollout.temperature, rollout.top_p, rollout.max_tokens, seed, weights
-            return as_ref(handle.generate.remote(block, some, *how))
-
-        # Of a part that is begun again, only the items of dead replicas are issued again.
+        settings = rollout.samples, rollout.temperature, rollout.top_p, rollout.max_tokens, seed, weights
+        # A part that is made again calls again only for what dead replicas had.
         before = issued.get(index)
         issued[index] = [
-            before[i] if before and not is_lost(before[i]) else item(first) for i, first in enumerate(rows[::together])
+            before[i]
+            if before and not is_lost(before[i])
+            else as_ref(handle.generate.remote(block, rows[first : first + together], *settings))
+            for i, first in enumerate(rows[::together])
         ]
         if len(issued) > 2 * parts_at_once:
-            del issued[next(iter(issued))]  # long complete, and held no longer than needed
+            del issued[next(iter(issued))]  # complete for long; its completions need not stay in memory
         return collect.remote(place, *issued[index])
 
-    return run_stage(out, len(prompts), start, parts_at_once, progress, enough)
+    return run_stage(out, parts_at_once, len(prompts), start)
 
 
 @ray.remote(num_cpus=0.1)
@@ -176,20 +162,18 @@ def _ages(completions: pa.Table, version: int) -> np.ndarray:
 
 def age(completions: Sequence[Part], version: int) -> Age:
     """How many steps before `version` the weights were that completions were begun with."""
-    ages = ray.get([_ages.remote(part.argument(), version) for part in completions], timeout=ASSIGN_SECONDS)
+    ages = ray.get([_ages.remote(part.argument(), version) for part in completions], timeout=SUMMARY_S)
     steps = np.concatenate(ages)
     return Age(mean=float(steps.mean()), most=int(steps.max()))
 
 
-def score(
-    rewards: "DeploymentHandle", completions: Sequence[Part], out: Place, window: int, progress: Progress
-) -> list[Part]:
+def score(rewards: "DeploymentHandle", completions: Sequence[Part], out: StageOutput, window: int) -> list[Part]:
     """SCORES for each part of completions."""
 
     def start(index: int, place: Place) -> ray.ObjectRef:
         return collect.remote(place, as_ref(rewards.score.remote(completions[index].argument())))
 
-    return run_stage(out, len(completions), start, window, progress)
+    return run_stage(out, window, len(completions), start)
 
 
 @ray.remote(num_cpus=0.1)
@@ -207,32 +191,33 @@ def _dropped(pairs: pa.Table) -> Counter[str]:
     return Counter({key.removeprefix("dropped:"): count for key, count in counts.items()})
 
 
-def pair(scores: Sequence[Part], out: Place) -> tuple[list[Part], Counter[str]]:
-    """Best against worst for each part of scores, and how many prompts gave no pair, by reason."""
-    parts = run_stage(out, len(scores), lambda i, place: _pair.remote(place, scores[i].argument()), 8)
-    dropped = ray.get([_dropped.remote(part.argument()) for part in parts], timeout=ASSIGN_SECONDS)
-    return parts, sum(dropped, Counter())
+def pair(scores: Sequence[Part], out: StageOutput) -> list[Part]:
+    """Best against worst for each part of scores."""
+    return run_stage(out, PAIRINGS_AT_ONCE, len(scores), lambda i, place: _pair.remote(place, scores[i].argument()))
+
+
+def dropped(candidates: Sequence[Part]) -> Counter[str]:
+    """How many prompts gave no pair, by reason."""
+    counts = ray.get([_dropped.remote(part.argument()) for part in candidates], timeout=SUMMARY_S)
+    return sum(counts, Counter())
 
 
 def reference(
     references: "DeploymentHandle",
     pairs: Sequence[Part],
-    out: Place,
+    out: StageOutput,
     weights: tuple[str, int],
     versions: Place,
     config: RunConfig,
     round: int,
-    window: int,
-    progress: Progress,
 ) -> list[Part]:
-    """Each part of pairs with the token log-probs of the given (run, version) as reference."""
+    """Each part of a round's pairs with the token log-probs of (run, version) `weights` as reference."""
 
     def start(index: int, place: Place) -> ray.ObjectRef:
         block = pairs[index].argument()
-        run, version = weights
-        return as_ref(references.score.remote(block, run, version, versions.url, config, round, place.url))
+        return as_ref(references.score.remote(block, *weights, versions.url, config, round, place.url))
 
-    return run_stage(out, len(pairs), start, window, progress)
+    return run_stage(out, capacity(config.fleet.references), len(pairs), start)
 
 
 @ray.remote(num_cpus=0.1)
@@ -241,10 +226,15 @@ def _lengths(pairs: pa.Table) -> np.ndarray:
 
 
 def lengths(pairs: Sequence[Part]) -> Lengths:
-    """[pairs, 3] token counts: all that the driver ever sees of a round's pairs."""
-    return np.concatenate(ray.get([_lengths.remote(part.argument()) for part in pairs], timeout=ASSIGN_SECONDS))
+    """[pairs, 3] token counts: all that the driver sees of a round's pairs."""
+    return np.concatenate(ray.get([_lengths.remote(part.argument()) for part in pairs], timeout=SUMMARY_S))
 
 
 def as_ref(response: "DeploymentResponse") -> ray.ObjectRef:
-    """A Serve call's result as an object reference of this process, to hand on without looking at it."""
-    return response._to_object_ref_sync(_timeout_s=ASSIGN_SECONDS)
+    """A Serve call's result as an object reference of this process, to pass on without fetching it."""
+    return response._to_object_ref_sync(_timeout_s=ASSIGN_S)
+
+
+def capacity(fleet: FleetConfig) -> int:
+    """How many calls a fleet works on at once when all its replicas run."""
+    return (fleet.max_replicas or 1) * fleet.max_ongoing_requests

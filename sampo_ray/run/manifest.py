@@ -3,16 +3,8 @@
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Annotated
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    Field,
-    SerializerFunctionWrapHandler,
-    field_serializer,
-    model_serializer,
-)
+from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer
 
 from sampo_ray.config.run import RunConfig
 from sampo_ray.run.storage import Place
@@ -32,25 +24,6 @@ class Checkpoint(BaseModel):
     """Of the round's steps so far, for losses that look back at them."""
 
 
-class Tokenized(BaseModel):
-    """The blocks that a source was tokenized into, and what became of its rows."""
-
-    rows: list[int]
-    """Of each block."""
-    rows_read: int = 0
-    dropped: dict[str, int] = Field(default_factory=dict)
-    """Rows left out, by reason."""
-    prompts_cut: int = 0
-    responses_cut: int = 0
-
-
-class DataRecord(Tokenized):
-    """The tokenized data of a run."""
-
-    source: str
-    fingerprint: str
-
-
 class Age(BaseModel):
     """How many optimizer steps older than its start the weights were that a round's completions were begun with."""
 
@@ -59,26 +32,33 @@ class Age(BaseModel):
 
 
 class StageRecord(BaseModel):
-    """A finished stage of a round. Fields that a stage has no value for are not written."""
+    """A finished stage. Only the fields that were set are written."""
 
-    rows: list[int] | None = None
+    rows: list[int] = []
     """Of each of its parts."""
-    steps: int | None = None
+    steps: int = 0
     seconds: float | None = None
     age: Age | None = None
-    rows_read: int | None = None
-    dropped: dict[str, int] | None = None
-    """What was left out, by reason."""
-    prompts_cut: int | None = None
-    responses_cut: int | None = None
-    votes: int | None = None
-    """How many votes its pairs come from."""
-    left: dict[str, int] | None = None
+    rows_read: int = 0
+    dropped: dict[str, int] = {}
+    """Rows of a source, or prompts, that were left out, by reason."""
+    prompts_cut: int = 0
+    responses_cut: int = 0
+    votes: int = 0
+    """How many votes the pairs come from."""
+    left: dict[str, int] = {}
     """Votes that made no pair, by reason."""
 
     @model_serializer(mode="wrap")
-    def _without_nulls(self, serialize: SerializerFunctionWrapHandler) -> dict[str, object]:
-        return {name: value for name, value in serialize(self).items() if value is not None}
+    def _only_set(self, serialize: SerializerFunctionWrapHandler) -> dict[str, object]:
+        return {name: value for name, value in serialize(self).items() if name in self.model_fields_set}
+
+
+class DataRecord(StageRecord):
+    """The tokenized data of a run; without a fingerprint until there is any."""
+
+    source: str = ""
+    fingerprint: str | None = None
 
 
 class RoundRecord(BaseModel):
@@ -87,7 +67,7 @@ class RoundRecord(BaseModel):
     index: int
     start_version: int
     steps: int | None = None
-    stages: dict[str, StageRecord] = Field(default_factory=dict)
+    stages: dict[str, StageRecord] = {}
     committed: bool = False
 
     @property
@@ -99,18 +79,13 @@ class RoundRecord(BaseModel):
 class Manifest(BaseModel):
     format: int = 1
     id: str
-    packages: dict[str, str | None] = Field(default_factory=dict)
-    data: Annotated[DataRecord | None, BeforeValidator(lambda found: found or None)] = None
-    """None until the data is tokenized, which is `{}` in the file."""
-    rounds: list[RoundRecord] = Field(default_factory=list)
+    packages: dict[str, str | None] = {}
+    data: DataRecord = DataRecord()
+    rounds: list[RoundRecord] = []
     checkpoint: Checkpoint | None = None
     earlier: Checkpoint | None = None
     """The one before, for when that is damaged."""
     finished: bool = False
-
-    @field_serializer("data")
-    def _data(self, data: DataRecord | None) -> dict[str, object]:
-        return data.model_dump() if data else {}
 
 
 @dataclass(frozen=True)
@@ -123,7 +98,7 @@ class Lineage:
     data: str | None
 
 
-def lineage(config: RunConfig, data: DataRecord | None) -> Lineage:
+def lineage(config: RunConfig, fingerprint: str | None) -> Lineage:
     method = config.method
     decisive = config.model_dump(
         mode="json", include={"model", "data", "rounds", "method", "optim", "rollout", "reward", "run"}
@@ -133,7 +108,7 @@ def lineage(config: RunConfig, data: DataRecord | None) -> Lineage:
         base=config.model.path.rstrip("/").rsplit("/", 1)[-1],
         method=f"{method.loss}/{method.reduction}, beta {method.beta:g}",
         recipe=hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12],
-        data=data.fingerprint if data else None,
+        data=fingerprint,
     )
 
 

@@ -1,4 +1,4 @@
-"""Blocks of rows: where they lie, and their object references while those live."""
+"""Blocks of rows: files of a run directory, and their copies in the object store."""
 
 import logging
 from collections.abc import Sequence
@@ -13,31 +13,30 @@ from sampo_ray.run.storage import Place
 
 logger = logging.getLogger(__name__)
 
-FETCH_SECONDS = 120.0
-# What a process that died leaves behind, or one that holds other weights by now: the call is made again. Anything else
-# is the call's own answer.
+BLOCK_FETCH_S = 120.0
 LOST = (RayActorError, WorkerCrashedError, ObjectLostError, Elsewhere)
+"""Errors of a call whose process died, or has other weights by now: it is made again. Others are the call's result."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One block: `rows` rows at `place` (complete once that exists), and maybe still in the object store."""
+    """One block: `rows` rows at `place`, complete once that exists; `ref` is its copy in the object store, if any."""
 
     place: Place
     rows: int
     ref: ray.ObjectRef | None = field(default=None, compare=False)
 
     def table(self) -> pa.Table:
-        """The rows: from the object store, or from the Parquet part when the object or its owner is gone."""
+        """The rows, from the object store or, where the object or its owner is gone, from the file."""
         if self.ref is not None:
             try:
-                return ray.get(self.ref, timeout=FETCH_SECONDS)
+                return ray.get(self.ref, timeout=BLOCK_FETCH_S)
             except (*LOST, GetTimeoutError) as error:
-                logger.warning("block %s is read from disk: %s", self.place.url, type(error).__name__)
+                logger.warning("block %s is read from its file (%s)", self.place.url, type(error).__name__)
         return self.place.read_table()
 
     def argument(self) -> ray.ObjectRef:
-        """The block as an argument of a remote call, which arrives there as a table."""
+        """The block as an argument of a remote call, where it arrives as a table."""
         return self.ref if self.ref is not None else read_part.remote(self)
 
 
