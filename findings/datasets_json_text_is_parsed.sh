@@ -5,18 +5,18 @@
 # Input      Valid JSON Lines with preference pairs, read with `load_dataset("json", data_files=...)`.
 # Expected   A JSON string is read as that string.
 # Happens    1. Content is text in all messages but one, which has a list of parts (the chat format allows both). The field
-#               becomes `Json`. From then on text that is itself JSON is parsed, in the other rows: an answer `007`
+#               becomes `Json`. Then text that is itself JSON, or nearly, is parsed in the other rows: an answer `007`
 #               becomes the number 7, `null` becomes None, an object becomes a dict. There is no warning.
 #            2. All answers of a file are dates or times in ISO 8601. The column becomes `timestamp[s]`; the time zone is
 #               applied and dropped. A chosen and a rejected answer that differ become equal. With `features` that say
 #               `Value("string")` the text is still read as a time first, and written in another form.
 # Seen       answers of six rows
-#              all content is text:   '007'  'null'  '{"a": 1.50}'  '"yes"'  '1e3'  'plain'
-#              one row has parts:     7  None  {'a': 1.5}  'yes'  1000.0  'plain'
+#              all content is text:    '007'  'null'  '{"a": 1.50}'  '"yes"'  '1e3'  'plain'
+#              one row has parts:      7  None  {'a': 1.5}  'yes'  1000.0  'plain'
 #            pair of a file of times
-#              in the file:           '2024-02-29T12:00:00+02:00'  '2024-02-29T10:00:00'
-#              loaded:                datetime.datetime(2024, 2, 29, 10, 0)  datetime.datetime(2024, 2, 29, 10, 0)
-#              loaded as strings:     '2024-02-29 10:00:00'  '2024-02-29 10:00:00'
+#              in the file:            '2024-02-29T12:00:00+02:00'  '2024-02-29T10:00:00'
+#              loaded:                 datetime.datetime(2024, 2, 29, 10, 0)  datetime.datetime(2024, 2, 29, 10, 0)
+#              loaded as strings:      '2024-02-29 10:00:00'  '2024-02-29 10:00:00'
 # Matters    Answers in JSON are common in preference data for tools and for structured output. A chat template renders a
 #            parsed one as other text, or fails on None. Whether it happens depends on other rows of the file.
 #            Python's `json`, line by line, gives the strings of the file.
