@@ -22,7 +22,7 @@ class Handle:
 
 def fleet(handle: Handle, start_seconds: float = 60.0) -> Fleet:
     values = dict.fromkeys(field.name for field in dataclasses.fields(Fleet))
-    return Fleet(**{**values, "own_generators": handle, "start_seconds": start_seconds})  # type: ignore[arg-type]
+    return Fleet(**{**values, "separate_generators": handle, "start_seconds": start_seconds})  # type: ignore[arg-type]
 
 
 def a_round(index: int = 0, mode: str = "online", generators: GeneratorsConfig | None = None) -> Any:
@@ -49,7 +49,7 @@ def test_generators_are_called_for_so_many_that_all_start() -> None:
     [
         (GeneratorsConfig(min_replicas=2, max_replicas=2), {}),
         (GeneratorsConfig(min_replicas=0, max_replicas=2), {"shared_policy": "the live policy's, which never sleep"}),
-        (GeneratorsConfig(min_replicas=0, max_replicas=2), {"own_generators": None}),
+        (GeneratorsConfig(min_replicas=0, max_replicas=2), {"separate_generators": None}),
     ],
 )
 def test_nobody_is_called_where_all_run_anyway(settings: GeneratorsConfig, changes: dict[str, Any]) -> None:

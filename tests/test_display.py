@@ -9,7 +9,7 @@ from rich.console import Console
 
 from sampo_ray.config.recipe import load_config
 from sampo_ray.errors import ConfigError
-from sampo_ray.loop.display import SECONDS_BETWEEN_LINES, LiveDisplay, PlainDisplay, duration, open_display
+from sampo_ray.loop.display import BETWEEN_LINES_S, LiveDisplay, PlainDisplay, duration, open_display
 from sampo_ray.run.steps import StepMetrics
 from sampo_ray.run.storage import Place
 from sampo_ray.run.trackers import TRACKERS, check_trackers, open_trackers
@@ -47,7 +47,7 @@ def test_a_pipe_gets_a_line_at_the_begin_and_the_end_of_a_stage(plain):
 def test_a_running_stage_says_no_more_than_a_line_every_few_seconds(plain):
     with plain.display.stage("train", 1000, "steps") as stage:
         for _ in range(999):
-            plain.clock.now += SECONDS_BETWEEN_LINES / 100
+            plain.clock.now += BETWEEN_LINES_S / 100
             stage.advance()
     assert len(plain.lines()) == 2 + 9
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from sampo_ray.config.recipe import load_config
-from sampo_ray.loop.fleet import applications, last_words
+from sampo_ray.loop.fleet import applications
 from sampo_ray.loop.rounds import Round
+from sampo_ray.loop.serving import last_error
 from sampo_ray.run.directory import create_run
 from sampo_ray.run.parts import Part
 from tests.notes import Notes
@@ -37,12 +38,12 @@ RuntimeError: Failed to create the config: 1 validation error for ModelConfig
         ("", "an application could not be started"),
     ],
 )
-def test_the_last_words_of_a_replica_are_its_error(report: str, words: str) -> None:
-    assert last_words(report) == words
+def test_the_reason_of_a_failed_start_is_the_last_error_in_the_report(report: str, words: str) -> None:
+    assert last_error(report) == words
 
 
-def test_last_words_are_not_endless() -> None:
-    assert len(last_words(f"ValueError: {'too much ' * 1000}")) <= 500
+def test_the_reason_of_a_failed_start_is_cut_to_500_characters() -> None:
+    assert len(last_error(f"ValueError: {'too much ' * 1000}")) <= 500
 
 
 @pytest.mark.parametrize(("loss", "referenced"), [("sigmoid", True), ("mix", True), ("orpo", False), ("simpo", False)])
@@ -51,8 +52,8 @@ def test_losses_without_a_reference_have_no_reference_workers_and_no_such_stage(
 ) -> None:
     tree = {"model": {"path": "m"}, "data": {"train": "d"}, "run": {"dir": str(tmp_path)}, "serve": {"enabled": False}}
     run = create_run(load_config(tree, [f"method.loss={loss}"]))
-    live: Any = SimpleNamespace(store_name="store")
-    assert list(applications(run, live)) == ([f"{run.id}-references"] if referenced else [])
+    serving: Any = SimpleNamespace(store_name="store")
+    assert list(applications(run, serving)) == ([f"{run.id}-references"] if referenced else [])
     if not referenced:
         pairs = [Part(run.place.at("pairs"), 3)]
         round = Round(run, 0, Notes())

@@ -1,8 +1,8 @@
-"""Rounds in, results out: the log through which the driver and the training ranks talk for the life of a driver.
+"""Passes rounds from the driver to the training ranks, and the results of their steps back.
 
-The ranks live in one long Ray Train run; the loop hands it a round at a time. Entries are numbered; a rank asks for the
-first one after the last it knows, with a limit and never inside a collective. Results are keyed by (entry, step) and
-the first write wins, since a rank that came back from its checkpoint trains steps again that were reported already.
+The ranks live in one long Ray Train run; the loop posts a round at a time. Rounds are numbered; a rank takes the first
+one after the last it has, with a time limit and never inside a collective. The first result of a step counts, since
+ranks that went back to a checkpoint train steps again that were reported already.
 """
 
 import asyncio
@@ -33,8 +33,8 @@ class RoundSpec:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A round that was posted, and its number in the log."""
+class Posted:
+    """A round that was posted, and its number."""
 
     number: int
     spec: RoundSpec
@@ -44,39 +44,43 @@ class Closed:
     """The driver posts no more rounds."""
 
 
+EXCHANGE_ANSWER_S = 60.0
+"""For any call of the exchange; those that wait for something return sooner."""
+
+
 class Exchange:
-    """Async Ray actor; lives and dies with the driver, which posts again what is not committed when it comes back."""
+    """Async Ray actor that dies with the driver. A resumed driver posts the round again that is not committed."""
 
     def __init__(self) -> None:
         self._changed = asyncio.Condition()
-        self._entry: Entry | None = None
+        self._posted: Posted | None = None
         self._results: dict[int, StepResult] = {}
         self._failure: str | None = None
         self._closed = False
 
     async def post(self, spec: RoundSpec) -> None:
-        """Makes a round the current entry; the one before must be finished."""
+        """Makes a round the current one; the one before must be finished."""
         async with self._changed:
-            self._entry, self._results = Entry(self._number + 1, spec), {}
+            self._posted, self._results = Posted(self._number + 1, spec), {}
             self._changed.notify_all()
 
     async def close(self) -> None:
-        """Tells the ranks that there is nothing more to come."""
+        """Tells the ranks that no more rounds are posted."""
         async with self._changed:
             self._closed = True
             self._changed.notify_all()
 
-    async def take(self, after: int, timeout_s: float) -> Entry | Closed | None:
-        """The current entry once its number is above `after`; None when there is none within `timeout_s`."""
+    async def take(self, after: int, timeout_s: float) -> Posted | Closed | None:
+        """The current round once its number is above `after`; None when there is none within `timeout_s`."""
         async with self._changed:
             try:
                 await asyncio.wait_for(self._changed.wait_for(lambda: self._closed or self._number > after), timeout_s)
             except TimeoutError:
                 return None
-            return self._entry if self._number > after else Closed()
+            return self._posted if self._number > after else Closed()
 
     async def report(self, number: int, result: StepResult) -> None:
-        """Adds a step's result to the entry of that number."""
+        """Keeps a step's result of the round of that number."""
         async with self._changed:
             if number == self._number:
                 self._results.setdefault(result.metrics.step, result)
@@ -89,8 +93,7 @@ class Exchange:
             self._changed.notify_all()
 
     async def results(self, after_step: int, timeout_s: float) -> list[StepResult]:
-        """Results of the current entry beyond `after_step`, in order, as soon as there are any; empty after
-        `timeout_s`.
+        """Results of the current round after `after_step`, in order, once there are any; empty after `timeout_s`.
 
         Raises TrainingError with the ranks' reason when they gave up.
         """
@@ -109,4 +112,4 @@ class Exchange:
 
     @property
     def _number(self) -> int:
-        return self._entry.number if self._entry else 0
+        return self._posted.number if self._posted else 0

@@ -1,4 +1,4 @@
-"""A training rank: takes rounds from the exchange, has its learner train on them, publishes weights and checkpoints."""
+"""A training rank: takes rounds from the exchange, trains on them, publishes weights and writes checkpoints."""
 
 import dataclasses
 import gc
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from ray.actor import ActorHandle
 from transformers import AutoConfig
 
-from sampo_ray.actors.ranks.exchange import Closed, Entry, RoundSpec
+from sampo_ray.actors.ranks.exchange import EXCHANGE_ANSWER_S, Closed, Posted, RoundSpec
 from sampo_ray.actors.transfer.sending import start_sender
 from sampo_ray.actors.weights.store import NewVersion, find_weight_store, publish_adapters, publish_version
 from sampo_ray.data.preferences import pairs_of, with_reference
@@ -38,10 +38,9 @@ from sampo_ray.training.streams import adapter_seed
 
 logger = logging.getLogger(__name__)
 
-CALL_SECONDS = 60.0
-PUBLISH_SECONDS = 900.0
-# Trying these again gives the same: the driver is told, and nothing is retried.
+PUBLISH_S = 900.0
 DETERMINISTIC = (TrainingError, WeightsError, ValueError, TypeError, LookupError, AttributeError, ImportError)
+"""Errors that would come again: they are reported to the driver and not retried."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +55,10 @@ class RankSettings:
 def train_rank(config: dict[str, RankSettings]) -> None:
     """Ray Train's training function, with its `settings`: takes rounds from the exchange until it is closed.
 
-    What would fail again is reported to the driver and ends the run cleanly; anything else ends this process, and Ray
-    Train starts all ranks again from the last checkpoint that the manifest names.
+    DETERMINISTIC errors are reported to the driver and end the run cleanly. Any other ends this process, and Ray Train
+    starts all ranks again from the last checkpoint that the manifest names.
     """
-    import deepspeed  # noqa: F401  # for seconds, while engines start; the learner needs it
+    import deepspeed  # noqa: F401  # takes seconds; imported while engines start
 
     settings = config["settings"]
     exchange = settings.exchange
@@ -68,7 +67,9 @@ def train_rank(config: dict[str, RankSettings]) -> None:
     number, rank = 0, None
     try:
         while True:
-            taken: Entry | Closed | None = ray.get(exchange.take.remote(number, CALL_SECONDS / 2), timeout=CALL_SECONDS)
+            taken: Posted | Closed | None = ray.get(
+                exchange.take.remote(number, EXCHANGE_ANSWER_S / 2), timeout=EXCHANGE_ANSWER_S
+            )
             if isinstance(taken, Closed):
                 if rank is not None and rank.sender is not None:
                     rank.sender.wait()  # it sends from this process
@@ -82,11 +83,11 @@ def train_rank(config: dict[str, RankSettings]) -> None:
                 rank = Rank(taken.spec, find_weight_store(settings.store))
             for result in rank.train(taken.spec):
                 if rank.first:
-                    ray.get(exchange.report.remote(number, result), timeout=CALL_SECONDS)
+                    ray.get(exchange.report.remote(number, result), timeout=EXCHANGE_ANSWER_S)
     except DETERMINISTIC as error:
         logger.exception("training stops")
         reason = f"{type(error).__name__}: {error}" if not isinstance(error, TrainingError) else str(error)
-        ray.get(exchange.fail.remote(reason), timeout=CALL_SECONDS)
+        ray.get(exchange.fail.remote(reason), timeout=EXCHANGE_ANSWER_S)
 
 
 class Rank:
@@ -102,7 +103,7 @@ class Rank:
         self._restore(spec)
 
     def _load(self, spec: RoundSpec) -> Learner:
-        """A learner on what the run began with or, where each round has adapters of its own, the round."""
+        """A learner on the base or, with adapters, on what the round starts from."""
         lora = self.config.model.lora
         version = spec.start_version if lora else 0
         with Place(version_folder(self.place.at("versions").url, version)).on_disk() as base:
@@ -115,12 +116,12 @@ class Rank:
         return learner
 
     def _reference(self, spec: RoundSpec) -> Policy:
-        """What the round starts from, frozen."""
+        """The policy that the round starts from, frozen."""
         with Place(version_folder(self.place.at("versions").url, spec.start_version)).on_disk() as folder:
             return load_policy(folder, device=str(self.device), flex=self.config.model.flex).requires_grad_(False)
 
     def _begin(self, spec: RoundSpec) -> None:
-        """The next round: with the same learner or, where it has adapters of its own, with another."""
+        """Begins the next round, with new adapters if there are any."""
         if self.config.model.lora:
             del self.learner
             gc.collect()
@@ -129,7 +130,7 @@ class Rank:
             self.learner.begin_round(spec.round, lambda: self._reference(spec))
 
     def train(self, spec: RoundSpec) -> Iterator[StepResult]:
-        """Trains what is left of a round and yields each step's result, published and checkpointed as configured."""
+        """Trains the remaining steps of a round and yields their results, published and checkpointed as configured."""
         if spec.round != self.learner.round:
             self._begin(spec)
         learner, config = self.learner, spec.config
@@ -156,7 +157,7 @@ class Rank:
             yield StepResult(metrics, publish, self._checkpoint(spec) if store else None)
 
     def _scored(self, spec: RoundSpec) -> Iterator[pa.Table]:
-        """The round's parts of pairs with reference log-probs: the policy's own, written before its first step."""
+        """The round's parts with reference log-probs: the policy computes and writes them before its first step."""
         out = spec.place.at("rounds", str(spec.round), "reference")
         for index, part in enumerate(spec.parts):
             place = part_place(out, index)
@@ -166,7 +167,10 @@ class Rank:
                 yield place.read_table()
                 continue
             if self.learner.step:
-                raise TrainingError(f"{place.url} is gone, and the policy no longer is the reference that it came from")
+                raise TrainingError(
+                    f"{place.url} is missing and cannot be computed again, since the policy has been trained since; "
+                    "restore the file, or begin another run"
+                )
             block, ask = part.table(), asked_of_reference(self.config, spec.round)
             scored = with_reference(block, self.learner.score(pairs_of(block), ask))
             if self.first:
@@ -174,7 +178,7 @@ class Rank:
             yield scored
 
     def _publish(self, spec: RoundSpec, metrics: StepMetrics, last: bool) -> None:
-        """Publishes the weights or, where there are adapters and the round goes on, these."""
+        """Publishes the weights or, except at the round's end, only the adapters if there are any."""
         lora, versions = None if last else spec.config.model.lora, spec.place.at("versions")
         weights: Iterator[Any] = self.learner.adapters() if lora else self.learner.weights()
         if not self.first:
@@ -194,10 +198,10 @@ class Rank:
             entries["adapters"] = adapters_info(lora, spec.start_version)
         new = NewVersion(spec.run, versions, VersionInfo.model_validate(entries), reference=last)
         if lora:
-            publish_adapters(self.store, new, weights, lora, PUBLISH_SECONDS)
+            publish_adapters(self.store, new, weights, lora, PUBLISH_S)
         else:
             shell = version_folder(versions.url, 0)
-            publish_version(self.store, new, weights, shell, PUBLISH_SECONDS, self.sender)
+            publish_version(self.store, new, weights, shell, PUBLISH_S, self.sender)
 
     def _export(self, spec: RoundSpec) -> None:
         """The round's Hugging Face folder, from the fp32 masters."""
@@ -212,7 +216,7 @@ class Rank:
             drain(masters)
 
     def _checkpoint(self, spec: RoundSpec) -> Checkpoint:
-        """Writes the learner's state; complete once the driver has named it, with its checksums, in the manifest."""
+        """Writes the learner's state; complete once the manifest names it with its checksums."""
         learner = self.learner
         target = spec.place.at("checkpoints", f"{spec.round}-{learner.step:06d}")
         if self.first:
@@ -220,9 +224,9 @@ class Rank:
         dist.barrier()
         with target.draft() as scratch:
             learner.save(scratch, "state")
-            mine = checksums(scratch / "state")
+            sums = checksums(scratch / "state")
             target.take(scratch / "state")
-        files = {name: sum for files in of_all_ranks(mine) for name, sum in files.items()}
+        files = {name: sum for files in of_all_ranks(sums) for name, sum in files.items()}
         return Checkpoint(
             path=f"checkpoints/{spec.round}-{learner.step:06d}",
             round=spec.round,
@@ -233,9 +237,9 @@ class Rank:
         )
 
     def _restore(self, spec: RoundSpec) -> None:
-        """Goes to where the newest checkpoint stands or, if that is damaged, the one before."""
+        """Loads the newest checkpoint or, if that is damaged, the one before."""
         if self.first:
-            self.place.at("checkpoints").clear_drafts()  # of ranks that died over them
+            self.place.at("checkpoints").clear_drafts()  # of ranks that died while writing
         found = [self._checkpoints(spec) if self.first else []]
         dist.broadcast_object_list(found)
         damaged = list[str]()
@@ -247,16 +251,16 @@ class Rank:
                     damaged += files
                     continue
                 if damaged and self.first:
-                    logger.warning("%s is damaged; training goes on from %s", damaged[0], checkpoint.path)
-                self._go_to(checkpoint, folder)
+                    logger.warning("%s is damaged; training continues from %s", damaged[0], checkpoint.path)
+                self._load_checkpoint(checkpoint, folder)
                 return
         if damaged:
             raise TrainingError(
-                f"{damaged[0]} is damaged (its checksum does not match), and there is no other checkpoint to go on from"
+                f"{damaged[0]} is damaged (its checksum does not match), and no other checkpoint can be continued from"
             )
 
     def _checkpoints(self, spec: RoundSpec) -> list[Checkpoint]:
-        """Those from which a round can go on or begin, the newest first."""
+        """Checkpoints from which the round can continue or begin, the newest first."""
         manifest = read_manifest(self.place)
 
         def fits(checkpoint: Checkpoint) -> bool:
@@ -266,7 +270,7 @@ class Rank:
         return [each for each in (manifest.checkpoint, manifest.earlier) if each and fits(each)]
 
     def _damaged(self, folder: Path, checkpoint: Checkpoint) -> list[str]:
-        """Files that are not what was written; each rank looks at some, and knows of all."""
+        """Files that differ from what was written; each rank checks some, and returns those of all."""
         mine = [
             f"{checkpoint.path}/{name}"
             for name in sorted(checkpoint.files)[self.learner.rank :: self.learner.world]
@@ -274,23 +278,28 @@ class Rank:
         ]
         return [name for some in of_all_ranks(mine) for name in some]
 
-    def _go_to(self, checkpoint: Checkpoint, folder: Path) -> None:
-        """Loads what is in a checkpoint's folder, whatever number of ranks wrote it."""
-        standing = checkpoint.round, checkpoint.step, checkpoint.statistics
+    def _load_checkpoint(self, checkpoint: Checkpoint, folder: Path) -> None:
+        """Loads a checkpoint from its folder; one of another number of ranks is converted first."""
+        position = checkpoint.round, checkpoint.step, checkpoint.statistics
         universal = self.place.at(f"{checkpoint.path}-universal")
         if self.first:
-            universal.remove()  # of ranks that died over it
+            universal.remove()  # of ranks that died while writing
         if checkpoint.world == self.learner.world:
-            self.learner.load(folder.parent, folder.name, *standing)
+            self.learner.load(folder.parent, folder.name, *position)
             return
         if self.first:
-            logger.info("%s is of %d ranks, not %d", checkpoint.path, checkpoint.world, self.learner.world)
+            logger.info(
+                "%s was written by %d ranks; it is converted for %d",
+                checkpoint.path,
+                checkpoint.world,
+                self.learner.world,
+            )
             with universal.draft() as scratch:
                 write_universal(folder, scratch / "state")
                 universal.take(scratch / "state")
         dist.barrier()
         with universal.on_disk() as merged:
-            self.learner.load(merged.parent, merged.name, *standing, universal=True)
+            self.learner.load(merged.parent, merged.name, *position, universal=True)
         dist.barrier()
         if self.first:
             universal.remove()

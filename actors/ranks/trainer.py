@@ -1,4 +1,4 @@
-"""The driver's side of training: one Ray Train run for the driver's life, to which the loop hands a round at a time."""
+"""The driver's side of training: one Ray Train run, to which the loop hands a round at a time."""
 
 import logging
 import os
@@ -11,7 +11,7 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from sampo_ray.actors.ranks.exchange import Exchange, RoundSpec
+from sampo_ray.actors.ranks.exchange import EXCHANGE_ANSWER_S, Exchange, RoundSpec
 from sampo_ray.actors.ranks.rank import RankSettings, train_rank
 from sampo_ray.config.training import TrainerConfig
 from sampo_ray.errors import TrainingError
@@ -20,21 +20,21 @@ from sampo_ray.run.storage import Place
 
 logger = logging.getLogger(__name__)
 
-POLL_SECONDS = 5.0
-CALL_SECONDS = 60.0
-STOP_SECONDS = 120.0
-HEALTH_CHECK_SECONDS = 1
-START_SECONDS = 600
-"""That ranks may wait for their resources."""
-ELASTIC_SECONDS = 30
-"""How long all ranks are waited for before fewer train (a node that is gone is counted with for a while), and how often
-it is looked whether there is room for more."""
+RESULT_WAIT_S = 5.0
+"""Between looks whether Ray Train still runs."""
+STOP_S = 120.0
+HEALTH_CHECK_EVERY_S = 1
+RESOURCES_S = 600
+"""How long ranks may wait for their resources."""
+ELASTIC_S = 30
+"""With `min_workers`: how long fewer ranks wait for the others (Ray counts a lost node for a while), and how often Ray
+Train looks for room for more."""
 
 
 class Trainer:
     """Data-parallel ranks under Ray Train, waiting for rounds. Close it to end them.
 
-    With `lifetime: round` they are started for each round, which goes on from the checkpoint that ended the last.
+    With `lifetime: round` they are started for each round, from the checkpoint that ended the last.
     """
 
     def __init__(self, config: TrainerConfig, store: str, storage: Place) -> None:
@@ -46,9 +46,9 @@ class Trainer:
 
     def _start(self) -> None:
         config = self._config
-        start = ELASTIC_SECONDS if config.min_workers else START_SECONDS
+        start = ELASTIC_S if config.min_workers else RESOURCES_S
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(start))
-        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(HEALTH_CHECK_SECONDS))
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(HEALTH_CHECK_EVERY_S))
         self._exchange = ray.remote(Exchange).options(num_cpus=0.1).remote()
         workers = config.workers or 1
         gpus = config.num_gpus or 0
@@ -61,9 +61,9 @@ class Trainer:
                 num_workers=(config.min_workers, workers) if config.min_workers else workers,
                 use_gpu=bool(gpus),
                 resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
-                elastic_resize_monitor_interval_s=ELASTIC_SECONDS,
+                elastic_resize_monitor_interval_s=ELASTIC_S,
             ),
-            # A name of its own each time: Ray must not find state of an earlier driver, our manifest is the truth.
+            # A new name each time: the manifest decides where to continue, not Ray's state of an earlier driver.
             run_config=RunConfig(
                 name=f"train-{uuid.uuid4().hex[:8]}",
                 storage_path=self._storage.url,
@@ -76,11 +76,11 @@ class Trainer:
     def _run(self, fit: TorchTrainer) -> None:
         try:
             fit.fit()
-        except BaseException as error:  # handed to the loop, which is waiting for results
+        except BaseException as error:  # raised in the loop, which waits for results
             self._error = error
 
     def train(self, spec: RoundSpec, after_step: int) -> Iterator[StepResult]:
-        """Hands a round to the ranks and yields the results of its steps beyond `after_step`, as they come.
+        """Hands a round to the ranks and yields the results of its steps after `after_step`, as they come.
 
         Raises TrainingError when the ranks gave up, or when Ray Train ended before the round did.
         """
@@ -88,11 +88,11 @@ class Trainer:
             return
         if self._thread is None:
             self._start()
-        ray.get(self._exchange.post.remote(spec), timeout=CALL_SECONDS)
+        ray.get(self._exchange.post.remote(spec), timeout=EXCHANGE_ANSWER_S)
         while after_step < spec.steps:
-            waiting = self._exchange.results.remote(after_step, POLL_SECONDS)
+            waiting = self._exchange.results.remote(after_step, RESULT_WAIT_S)
             try:
-                results = ray.get(waiting, timeout=CALL_SECONDS)
+                results = ray.get(waiting, timeout=EXCHANGE_ANSWER_S)
             except ray.exceptions.RayTaskError as error:
                 raise TrainingError(str(error.cause)) from None
             for result in results:
@@ -107,14 +107,14 @@ class Trainer:
         """Tells the ranks to end and waits for them."""
         if self._thread is None:
             return
-        ray.get(self._exchange.close.remote(), timeout=CALL_SECONDS)
-        self._thread.join(timeout=STOP_SECONDS)
+        ray.get(self._exchange.close.remote(), timeout=EXCHANGE_ANSWER_S)
+        self._thread.join(timeout=STOP_S)
         if self._thread.is_alive():
-            logger.warning("the training ranks did not end within %d s", STOP_SECONDS)
+            logger.warning("the training ranks did not end within %d s", STOP_S)
         self._thread = None
 
 
 def last_line(error: BaseException | None) -> str:
-    """The last line of an error's text: with Ray, what the remote process itself said."""
+    """The last line of an error's text: with Ray, the message of the remote process."""
     lines = [line for line in str(error or "they returned early").splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__

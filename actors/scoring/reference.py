@@ -1,4 +1,4 @@
-"""Reference workers: the trainer's own forward, without gradients, over the same rows; a log-prob a token."""
+"""Reference workers: the trainer's forward, without gradients, over the same rows; a log-prob a token."""
 
 import logging
 import threading
@@ -22,20 +22,19 @@ from sampo_ray.training.policy import Policy, load_policy, score_pairs
 
 logger = logging.getLogger(__name__)
 
-STORE_SECONDS = 300.0
+WEIGHTS_S = 300.0
+"""For the store to load a version, and for each of its buckets to arrive."""
 
 
 class ReferenceWorker:
-    """Serve replica that holds one version of the policy and scores pairs with it; each call names the version it
-    wants.
-    """
+    """Serve replica that scores pairs with the version that each call names; it keeps the last one loaded."""
 
     def __init__(self, store: str, threads: int | None) -> None:
         if threads:
             torch.set_num_threads(threads)
         self._store = find_weight_store(store)
-        self._computing = threading.Lock()  # Serve runs calls in threads; each may bring another version in
-        self._held: WeightsId | None = None
+        self._computing = threading.Lock()  # Serve runs calls in threads, and each may load another version
+        self._loaded: WeightsId | None = None
         self._policy: Policy | None = None
 
     def score(
@@ -50,26 +49,26 @@ class ReferenceWorker:
         return scored
 
     def _load(self, wanted: WeightsId, versions_url: str, flex: bool) -> Policy:
-        if self._held == wanted and self._policy is not None:
+        if self._loaded == wanted and self._policy is not None:
             return self._policy
         started = time.monotonic()
-        if self._policy is None or self._held is None or self._held.run != wanted.run:
+        if self._policy is None or self._loaded is None or self._loaded.run != wanted.run:
             with Place(versions_url).at("000000").on_disk() as base:
                 device = "cuda" if torch.cuda.is_available() else "cpu"
                 self._policy = load_policy(base, device=device, flex=flex).eval().requires_grad_(False)
-        self._held = None
-        weights = ray.get(self._store.get.remote(wanted.run, wanted.version), timeout=STORE_SECONDS)
+        self._loaded = None
+        weights = ray.get(self._store.get.remote(wanted.run, wanted.version), timeout=WEIGHTS_S)
         parameters = dict(self._policy.model.named_parameters())
         for bucket in weights.buckets:
-            for name, tensor in unpack(fetch(bucket, STORE_SECONDS)):
+            for name, tensor in unpack(fetch(bucket, WEIGHTS_S)):
                 parameters[name].copy_(tensor)
-        self._held = wanted
+        self._loaded = wanted
         logger.info("reference %s loaded in %.2f s", wanted, time.monotonic() - started)
         return self._policy
 
 
 def build_reference_app(store: str, fleet: FleetConfig, threads: int | None) -> serve.Application:
-    """The reference workers as a Serve application; they load nothing before the first call says what it wants."""
+    """The reference workers as a Serve application; they load nothing before the first call."""
     deployment = serve.deployment(
         ReferenceWorker,
         name="references",

@@ -23,7 +23,7 @@ def serve_run(directory: str, overrides: list[str]) -> None:
     tree = run.config.model_dump()
     config = load_config({**tree, "serve": {**tree["serve"], "enabled": True}}, overrides)
     session.quiet_libraries()
-    from sampo_ray.loop.fleet import open_live
+    from sampo_ray.loop.serving import open_live
     from sampo_ray.loop.validate import check_keys_file
 
     check_keys_file(config.serve.keys_file)

@@ -20,7 +20,7 @@ from sampo_ray.run.status import Activity, Status, StatusFile
 from sampo_ray.run.steps import StepMetrics
 from sampo_ray.run.storage import Place
 
-SECONDS_BETWEEN_LINES = 5.0
+BETWEEN_LINES_S = 5.0
 """Plain output: a running stage says no more than one line in this time."""
 
 SHOWN = {
@@ -270,7 +270,7 @@ class PlainDisplay(Display):
         self._say(f"{stage.name} begins{of}")
 
     def _advanced(self, stage: Stage) -> None:
-        if stage.done != stage.total and self.clock() - self._last_line >= SECONDS_BETWEEN_LINES:
+        if stage.done != stage.total and self.clock() - self._last_line >= BETWEEN_LINES_S:
             self._say(stage.progress(self._elapsed(stage)))
 
     def _ended(self, stage: Stage) -> None:

@@ -232,7 +232,9 @@ def lengths(pairs: Sequence[Part]) -> Lengths:
 
 def as_ref(response: "DeploymentResponse") -> ray.ObjectRef:
     """A Serve call's result as an object reference of this process, to pass on without fetching it."""
-    return response._to_object_ref_sync(_timeout_s=ASSIGN_S)
+    from sampo_ray.internals.serve import result_ref  # ray.serve takes seconds, which stages' processes save
+
+    return result_ref(response, ASSIGN_S)
 
 
 def capacity(fleet: FleetConfig) -> int:

@@ -13,14 +13,14 @@ import filelock
 from sampo_ray.errors import ConfigError
 from sampo_ray.run.storage import Place, absolute
 
-LEASE_SECONDS = 60
+LEASE_S = 60
 
 
 @contextlib.contextmanager
 def exclusive(url: str) -> Iterator[None]:
     """Holds the run directory for this process; ConfigError when another one has it.
 
-    Locally an OS lock, gone with the process; elsewhere a lease that is renewed and runs out after LEASE_SECONDS.
+    Locally an OS lock, which ends with the process; elsewhere a lease, which is renewed and ends after LEASE_S.
     """
     place = Place(absolute(url))
     if place.local:
@@ -34,13 +34,13 @@ def exclusive(url: str) -> Iterator[None]:
             yield
         return
     lease, owner, stop = place.at("lease.json"), uuid.uuid4().hex, threading.Event()
-    if lease.exists() and time.time() - json.loads(lease.read())["time"] < LEASE_SECONDS:
-        raise ConfigError(f"run.dir={url!r} is in use by another process (lease younger than {LEASE_SECONDS} s)")
+    if lease.exists() and time.time() - json.loads(lease.read())["time"] < LEASE_S:
+        raise ConfigError(f"run.dir={url!r} is in use by another process (lease younger than {LEASE_S} s)")
 
     def renew() -> None:
         while True:
             lease.write(json.dumps({"owner": owner, "time": time.time()}).encode())
-            if stop.wait(LEASE_SECONDS / 4):
+            if stop.wait(LEASE_S / 4):
                 return
 
     thread = threading.Thread(target=renew, daemon=True)
@@ -49,5 +49,5 @@ def exclusive(url: str) -> Iterator[None]:
         yield
     finally:
         stop.set()
-        thread.join(timeout=LEASE_SECONDS)
+        thread.join(timeout=LEASE_S)
         lease.remove()
