@@ -256,7 +256,7 @@ class Rank:
                 return
         if damaged:
             raise TrainingError(
-                f"{damaged[0]} is damaged (its checksum does not match), and no other checkpoint can be continued from"
+                f"{damaged[0]} is damaged (its checksum does not match), and there is no other checkpoint to go on from"
             )
 
     def _checkpoints(self, spec: RoundSpec) -> list[Checkpoint]:
