@@ -32,10 +32,9 @@ from sampo_ray.serve.middleware.auth import Access, KeyGuard
 from sampo_ray.serve.middleware.headers import Hardened
 from sampo_ray.serve.middleware.limits import MAX_IN_FLIGHT, Limited, Limits
 from sampo_ray.serve.policy_app import Answer, PolicyApp
-from sampo_ray.serve.requests import bodies
-from sampo_ray.serve.requests.bodies import ChatCompletionRequest, CompletionRequest
+from sampo_ray.serve.requests.openai import ChatCompletionRequest, CompletionRequest, read_request
 from sampo_ray.serve.routes.admin import ADMIN_ROUTES, AdminRoutes
-from sampo_ray.serve.routes.feedback import FEEDBACK_ROUTES, FeedbackRoutes, Keeper, draft_of
+from sampo_ray.serve.routes.feedback import FEEDBACK_ROUTES, FeedbackRoutes, FeedbackStore, pending_answer
 from sampo_ray.serve.routes.page import PAGE_ROUTES, PageRoutes, Slash, load_assets
 from sampo_ray.serve.routes.run import RUN_ROUTES, RunRoutes
 
@@ -63,7 +62,7 @@ class PolicyIngress(AdminRoutes, FeedbackRoutes, PageRoutes, RunRoutes, OpenAiIn
         super().__init__(llm_deployments={}, model_cards={})
         self.live: WeightsId | None = None
         self.catalogue = Catalogue(policy_app, store)
-        self.keeper = Keeper(self.catalogue.run_place, config.feedback)
+        self.feedback_store = FeedbackStore(self.catalogue.run_place, config.feedback)
         self._policy = PolicyApp(policy_app)
         self._apps = {policy_app: self._policy}
         self._config = config
@@ -88,11 +87,11 @@ class PolicyIngress(AdminRoutes, FeedbackRoutes, PageRoutes, RunRoutes, OpenAiIn
         return JSONResponse(await self.catalogue.card(model))
 
     async def create_chat_completion(self, request: Request) -> Response:
-        body = await bodies.read(request, ChatCompletionRequest, self._config.max_body_bytes)
+        body = await read_request(request, ChatCompletionRequest, self._config.max_body_bytes)
         return await self._process_llm_request(body, "chat")
 
     async def create_completion(self, request: Request) -> Response:
-        body = await bodies.read(request, CompletionRequest, self._config.max_body_bytes)
+        body = await read_request(request, CompletionRequest, self._config.max_body_bytes)
         return await self._process_llm_request(body, "completions")
 
     async def _process_llm_request(
@@ -107,15 +106,15 @@ class PolicyIngress(AdminRoutes, FeedbackRoutes, PageRoutes, RunRoutes, OpenAiIn
         answer, weights, first = await self._opened(policy, target, body, call_method, deadline, start_by)
         policy.note(answer.origin)
         headers = stamp.headers(weights)
-        draft = draft_of(body, weights) if self.keeper.on else None
+        pending = pending_answer(body, weights) if self.feedback_store.enabled else None
         if isinstance(first, BaseModel):
-            if draft:
-                self.keeper.keep(draft.whole(first))
+            if pending:
+                self.feedback_store.keep(pending.from_response(first))
             content = first.model_copy(update={"model": asked_for or body.model}).model_dump_json()
             return Response(content, media_type="application/json", headers=headers)
         stream = _stream(first, answer, policy)
-        if draft:
-            stream = self.keeper.passing(stream, draft)
+        if pending:
+            stream = self.feedback_store.keep_stream(stream, pending)
         return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
 
     @retry(

@@ -1,4 +1,4 @@
-"""From votes to preference pairs, and the journal that keeps answers and votes; no Ray."""
+"""From votes to preference pairs, and the endpoint's route for feedback; no Ray."""
 
 import asyncio
 import itertools
@@ -12,19 +12,19 @@ from fastapi import FastAPI, Request
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from ray.serve.llm.openai_api_models import ChatCompletionRequest
 from typer.testing import CliRunner
 
 from sampo_ray.config.serve import FeedbackConfig
 from sampo_ray.console.main import app as cli
 from sampo_ray.data.layouts import read_rows
 from sampo_ray.errors import FeedbackError
-from sampo_ray.run.feedback import Answer, Judgement, Vote, pairs_from, read_votes, vote_of
+from sampo_ray.run.feedback import Answer, Judgement, Vote, make_vote, pairs_from, read_votes, votes_journal
 from sampo_ray.run.storage import Place
 from sampo_ray.run.version_folders import WeightsId
 from sampo_ray.serve import errors
 from sampo_ray.serve.errors import ApiError
-from sampo_ray.serve.routes.feedback import Draft, FeedbackRoutes, Keeper, draft_of
+from sampo_ray.serve.requests.openai import ChatCompletionRequest, validated
+from sampo_ray.serve.routes.feedback import FeedbackRoutes, FeedbackStore, PendingAnswer, pending_answer
 
 ASK = [{"role": "user", "content": "Is it?"}]
 OTHER = [{"role": "user", "content": "Why?"}]
@@ -37,8 +37,8 @@ def answer(key, text=None, messages=ASK, reason="stop", version=3, when=0.0):
     )  # fmt: skip
 
 
-def vote(answers, when=1.0, **said):
-    return vote_of(Judgement.model_validate(said), answers, when)
+def vote(answers, when=1.0, **judgement):
+    return make_vote(Judgement.model_validate(judgement), answers, when)
 
 
 def better(best, worst, when=1.0):
@@ -49,63 +49,67 @@ def thumb(direction, each, when=1.0):
     return vote([each], when, response=each.id, thumb=direction)
 
 
-def texts(*votes):
-    rows, left = pairs_from(votes)
-    return [(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in rows], dict(left)
+def pairs_and_unused(*votes):
+    rows, unused = pairs_from(votes)
+    return [(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in rows], dict(unused)
 
 
 A, B, C = answer("a"), answer("b"), answer("c")
 CUT = answer("cut", reason="length")
 
 
-def test_a_comparison_is_a_pair_that_knows_where_it_is_from():
-    [row], left = pairs_from([better(answer("a", version=2), answer("b", version=5), when=7.0)])
-    assert row["prompt"] == ASK and not left
+def test_a_comparison_is_a_pair_with_its_evidence():
+    [row], unused = pairs_from([better(answer("a", version=2), answer("b", version=5), when=7.0)])
+    assert row["prompt"] == ASK and not unused
     assert row["chosen"] == [{"role": "assistant", "content": "a"}]
     assert row["rejected"] == [{"role": "assistant", "content": "b"}]
-    about = row["feedback"]
-    assert (about["for"], about["against"], about["answers"], about["runs"]) == (1, 0, ["a", "b"], ["r"])
-    assert (about["versions"], about["times"]) == ([2, 5], [7.0, 7.0])
+    evidence = row["feedback"]
+    assert (evidence["for"], evidence["against"]) == (1, 0)
+    assert (evidence["answers"], evidence["runs"]) == (["a", "b"], ["r"])
+    assert (evidence["versions"], evidence["times"]) == ([2, 5], [7.0, 7.0])
 
 
-def test_an_edit_is_better_than_what_it_mends_even_if_that_was_cut():
-    assert texts(vote([CUT], response="cut", edited="whole")) == ([("whole", "cut")], {})
+def test_an_edit_is_better_than_the_original_even_if_that_was_cut():
+    assert pairs_and_unused(vote([CUT], response="cut", edited="whole")) == ([("whole", "cut")], {})
 
 
 def test_thumbs_up_and_down_of_one_prompt_make_pairs_in_the_order_of_time():
     votes = [thumb("up", A, 1), thumb("down", B, 2), thumb("down", C, 3), thumb("up", answer("x", messages=OTHER), 4)]
-    assert texts(*votes) == ([("a", "b")], {"a thumb without its counterpart": 2})
-    assert texts(*votes, thumb("up", answer("d"), 5))[0] == [("a", "b"), ("d", "c")]
+    assert pairs_and_unused(*votes) == ([("a", "b")], {"a thumb without its counterpart": 2})
+    assert pairs_and_unused(*votes, thumb("up", answer("d"), 5))[0] == [("a", "b"), ("d", "c")]
 
 
 def test_ties_make_no_pair():
-    assert texts(vote([A, B], tie=["a", "b"])) == ([], {"tie": 1})
+    assert pairs_and_unused(vote([A, B], tie=["a", "b"])) == ([], {"tie": 1})
 
 
 def test_contradicting_votes_cancel_and_the_majority_wins():
     again = answer("a2", "a")
-    assert texts(better(A, B), better(B, A)) == ([], {"votes that contradict each other": 2})
-    assert texts(better(A, B), better(B, A), better(again, B)) == ([("a", "b")], {})
-    assert texts(better(B, A), thumb("up", A), thumb("down", B)) == ([], {"votes that contradict each other": 3})
-    assert texts(thumb("up", A), thumb("down", again)) == ([], {"thumbs up and down for the same answer": 2})
+    assert pairs_and_unused(better(A, B), better(B, A)) == ([], {"votes that contradict each other": 2})
+    assert pairs_and_unused(better(A, B), better(B, A), better(again, B)) == ([("a", "b")], {})
+    assert pairs_and_unused(better(B, A), thumb("up", A), thumb("down", B)) == (
+        [],
+        {"votes that contradict each other": 3},
+    )
+    assert pairs_and_unused(thumb("up", A), thumb("down", again)) == ([], {"thumbs up and down for the same answer": 2})
     [row], _ = pairs_from([better(A, B), better(B, A), better(again, B)])
     assert (row["feedback"]["for"], row["feedback"]["against"]) == (2, 1)
 
 
 def test_a_cut_answer_is_rejected_but_never_chosen():
-    assert texts(better(A, CUT)) == ([("a", "cut")], {})
-    assert texts(better(CUT, A)) == ([], {"a cut answer is never chosen": 1})
-    assert texts(thumb("up", CUT), thumb("down", A))[0] == []
-    assert texts(better(CUT, A), vote([A], response="a", edited="cut")) == ([("cut", "a")], {})
+    assert pairs_and_unused(better(A, CUT)) == ([("a", "cut")], {})
+    assert pairs_and_unused(better(CUT, A)) == ([], {"a cut answer is never chosen": 1})
+    assert pairs_and_unused(thumb("up", CUT), thumb("down", A))[0] == []
+    assert pairs_and_unused(better(CUT, A), vote([A], response="a", edited="cut")) == ([("cut", "a")], {})
 
 
 def test_identical_and_empty_answers_make_no_pair():
-    assert texts(better(A, answer("a2", "a"))) == ([], {"identical answers": 1})
-    assert texts(better(A, answer("e", " "))) == ([], {"an empty answer": 1})
+    assert pairs_and_unused(better(A, answer("a2", "a"))) == ([], {"identical answers": 1})
+    assert pairs_and_unused(better(A, answer("e", " "))) == ([], {"an empty answer": 1})
 
 
 @pytest.mark.parametrize(
-    ("said", "word"),
+    ("body", "word"),
     [
         ({}, "give better"),
         ({"better": "a"}, "give better"),
@@ -123,9 +127,9 @@ def test_identical_and_empty_answers_make_no_pair():
         ({"response": "a", "thumb": "up", "more": 1}, "more"),
     ],
 )
-def test_a_judgement_that_is_none_says_which_field(said, word):
+def test_an_invalid_judgement_names_the_field(body, word):
     with pytest.raises(ValidationError) as caught:
-        Judgement.model_validate(said)
+        Judgement.model_validate(body)
     assert word in errors.from_validation(caught.value).message
 
 
@@ -138,21 +142,23 @@ FIELDS = [*Judgement.model_fields, "more"]
 
 @given(body=st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4))
 def test_any_object_is_a_judgement_or_names_its_mistake(body):
-    mistake = said = None
+    mistake = judgement = None
     try:
-        said = Judgement.model_validate(body)
+        judgement = Judgement.model_validate(body)
     except ValidationError as error:
         mistake = errors.from_validation(error).message
     if mistake:
         assert mistake.partition(":")[0].partition("[")[0] in (*FIELDS, "body")
     else:
-        assert 1 <= len(set(said.ids)) == len(said.ids) <= 2 and len(said.vote_id) == 32 and said.kind
+        assert (
+            1 <= len(set(judgement.ids)) == len(judgement.ids) <= 2 and len(judgement.vote_id) == 32 and judgement.kind
+        )
 
 
 def test_a_judgement_must_fit_the_answers():
     with pytest.raises(FeedbackError, match="different prompts"):
         better(A, answer("x", messages=OTHER))
-    with pytest.raises(FeedbackError, match="as it was"):
+    with pytest.raises(FeedbackError, match="equals the original"):
         vote([A], response="a", edited="a")
 
 
@@ -185,13 +191,13 @@ VOTES = st.lists(
 
 @given(votes=VOTES, seed=st.integers(0, 99))
 def test_pairs_do_not_depend_on_the_order_of_votes_and_each_vote_is_used_once_or_counted(votes, seed):
-    rows, left = pairs_from(votes)
+    rows, unused = pairs_from(votes)
     shuffled = votes + votes[:3]
     random.Random(seed).shuffle(shuffled)
-    assert (rows, left) == pairs_from(shuffled)
+    assert (rows, unused) == pairs_from(shuffled)
     used = [each for row in rows for each in row["feedback"]["votes"]]
     assert len(set(used)) == len(used)
-    assert len(used) + left.total() == len(votes)
+    assert len(used) + unused.total() == len(votes)
     assert len({row["id"] for row in rows}) == len(rows)
     ended = {(a.messages[0]["content"], a.text) for v in votes for a in v.answers if a.finish_reason == "stop"}
     pairs = set()
@@ -204,7 +210,7 @@ def test_pairs_do_not_depend_on_the_order_of_votes_and_each_vote_is_used_once_or
 
 
 @given(votes=VOTES)
-def test_votes_that_were_used_and_those_that_come_later_make_no_vote_count_twice(votes):
+def test_votes_that_made_pairs_are_not_used_again_with_later_ones(votes):
     first, _ = pairs_from(votes[::2])
     used = {each for row in first for each in row["feedback"]["votes"]}
     second, _ = pairs_from(vote for vote in votes if vote.id not in used)
@@ -221,25 +227,25 @@ def chunk(content=None, reason=None, stop=None, **more):
 
 
 @given(parts=st.lists(st.text(st.characters(exclude_categories=["Cs"]))), cuts=st.sets(st.integers(0, 9)))
-def test_a_streamed_answer_is_put_together_whatever_it_says(parts, cuts):
+def test_a_streamed_answer_has_the_text_of_its_chunks(parts, cuts):
     events = [sse(chunk(part)) for part in parts] + [sse(chunk("", "stop", 7)), "data: [DONE]\n\n"]
-    draft, found = Draft(ASK, WeightsId("r", 4)), []
+    pending, found = PendingAnswer(ASK, WeightsId("r", 4)), []
     bounds = [0, *sorted(cut for cut in cuts if 0 < cut < len(events)), len(events)]
     for start, end in itertools.pairwise(bounds):
-        found.append(draft.add("".join(events[start:end])))
+        found.append(pending.add_events("".join(events[start:end])))
     assert found[:-1] == [None] * (len(found) - 1)
     assert (found[-1].text, found[-1].finish_reason, found[-1].versions) == ("".join(parts), "stop", (4,))
     assert found[-1].messages == ASK and found[-1].id == "chatcmpl-1"
 
 
-def test_a_streamed_answer_knows_its_versions_and_whether_the_policy_ended_it():
-    draft = Draft(ASK, WeightsId("r", 4))
+def test_a_streamed_answer_has_its_versions_and_the_reason_why_it_ended():
+    pending = PendingAnswer(ASK, WeightsId("r", 4))
     spans = [{"version": 4}, {"version": 5, "from_tokens": [3]}]
     last = {"id": "chatcmpl-1", "choices": [], "policy_versions": spans}
-    kept = draft.add(sse(chunk("hi"), chunk("", "stop", "###"), last) + "data: [DONE]\n\n")
+    kept = pending.add_events(sse(chunk("hi"), chunk("", "stop", "###"), last) + "data: [DONE]\n\n")
     assert (kept.versions, kept.finish_reason) == ((4, 5), "stop_string")
-    broken = Draft(ASK, WeightsId("r", 4))
-    assert broken.add(sse(chunk("hi"), {"error": {"code": "timeout"}})) is None
+    broken = PendingAnswer(ASK, WeightsId("r", 4))
+    assert broken.add_events(sse(chunk("hi"), {"error": {"code": "timeout"}})) is None
 
 
 @pytest.mark.parametrize(
@@ -255,51 +261,49 @@ def test_a_streamed_answer_knows_its_versions_and_whether_the_policy_ended_it():
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, False),
     ],
 )  # fmt: skip
-def test_only_answers_that_a_pair_could_be_made_of_are_kept(change, kept):
-    from sampo_ray.serve.requests.bodies import _validated
-
-    request = _validated({"model": "policy", "messages": ASK, **change}, ChatCompletionRequest)
-    draft = draft_of(request, WeightsId("r", 1))
-    assert (draft is not None) == kept
+def test_only_answers_that_a_pair_can_be_made_of_are_kept(change, kept):
+    request = validated({"model": "policy", "messages": ASK, **change}, ChatCompletionRequest)
+    pending = pending_answer(request, WeightsId("r", 1))
+    assert (pending is not None) == kept
     if "content" in str(change.get("messages", "")) and isinstance(request.messages[0]["content"], list):
-        assert draft._messages == [{"role": "user", "content": "a\nb"}]
+        assert pending._messages == [{"role": "user", "content": "a\nb"}]
 
 
-class Desk(FeedbackRoutes):
-    def __init__(self, keeper):
-        self.keeper = keeper
+class Routes(FeedbackRoutes):
+    def __init__(self, store):
+        self.feedback_store = store
 
     def __del__(self):
         pass
 
 
 @pytest.fixture
-def keeping(tmp_path):
-    """Runs `work(keeper, post)` on a keeper of a folder; each call of it is a new endpoint of the same run."""
+def endpoint(tmp_path):
+    """Runs `work(store, post)` in an endpoint with a feedback store; each call is a new endpoint of the same run."""
 
     def run(work, **config):
         async def inside():
             async def where():
                 return Place(str(tmp_path))
 
-            keeper = Keeper(where, FeedbackConfig(**{"keep_hours": 1, **config}))
+            store = FeedbackStore(where, FeedbackConfig(**{"keep_hours": 1, **config}))
             app = FastAPI()
             errors.install(app)
-            desk = Desk(keeper)
+            routes = Routes(store)
 
             @app.post("/feedback")
             async def feedback(request: Request):
-                return await desk.feedback(request)
+                return await routes.feedback(request)
 
             transport = httpx.ASGITransport(app, raise_app_exceptions=False)
             async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
 
-                async def post(**said):
-                    reply = await client.post("/feedback", json=said)
+                async def post(**judgement):
+                    reply = await client.post("/feedback", json=judgement)
                     return reply.status_code, reply.json() if reply.is_success else reply.json()["error"]["message"]
 
-                await work(keeper, post)
-            await keeper.close()
+                await work(store, post)
+            await store.close()
 
         asyncio.run(inside())
         return Place(str(tmp_path))
@@ -311,98 +315,98 @@ NOW = {"when": time.time()}
 STORED = (200, {"stored": True, "duplicate": False})
 
 
-def test_votes_are_durable_and_answers_outlive_the_endpoint(keeping):
-    async def first(keeper, post):
-        keeper.keep(answer("a", **NOW))
-        keeper.keep(answer("b", **NOW))
+def test_votes_are_durable_and_answers_outlive_the_endpoint(endpoint):
+    async def first(store, post):
+        store.keep(answer("a", **NOW))
+        store.keep(answer("b", **NOW))
         assert await post(better="a", worse="b", note="clear") == STORED
         assert await post(better="a", worse="b") == (200, {"stored": True, "duplicate": True})
         assert [vote.note for vote in read_votes(place)] == ["clear"]
 
-    async def second(keeper, post):
+    async def second(store, post):
         assert await post(better="a", worse="b") == (200, {"stored": True, "duplicate": True})
         assert await post(response="b", thumb="down") == STORED
         assert await post(response="a", edited="a") == (
             400,
-            "edited: is the answer as it was; use a thumb to say that it is good",
+            "edited: equals the original answer; send thumb 'up' if the answer is good",
         )
-        status, said = await post(response="nobody", thumb="up")
-        assert status == 404 and "'nobody'" in said
+        status, message = await post(response="nobody", thumb="up")
+        assert status == 404 and "'nobody'" in message
 
-    place = keeping(lambda keeper, post: asyncio.sleep(0))
-    keeping(first)
-    keeping(second)
+    place = endpoint(lambda store, post: asyncio.sleep(0))
+    endpoint(first)
+    endpoint(second)
     assert len(read_votes(place)) == 2
 
 
-def test_an_answer_is_kept_no_longer_than_the_operator_says(keeping):
-    async def work(keeper, post):
-        keeper.keep(answer("old", when=time.time() - 4000))
-        keeper.keep(answer("new", **NOW))
-        await keeper._flush()
+def test_an_answer_is_kept_no_longer_than_the_operator_says(endpoint):
+    async def work(store, post):
+        store.keep(answer("old", when=time.time() - 4000))
+        store.keep(answer("new", **NOW))
+        await store._flush()
         assert (await post(response="old", thumb="up"))[0] == 404
         assert await post(response="new", thumb="up") == STORED
 
-    keeping(work)
+    endpoint(work)
 
 
-def test_what_is_kept_is_bounded(keeping):
-    async def work(keeper, post):
-        keeper._flushing.cancel()  # it would divide the answers as time has it
+def test_kept_answers_and_votes_are_bounded(endpoint):
+    async def work(store, post):
+        store._flushing.cancel()  # else it flushes now and then, and segments differ from run to run
         for index in range(5):
-            keeper.keep(answer(f"k{index}", when=NOW["when"] + index))
-        assert len(keeper._buffer) == 3
+            store.keep(answer(f"k{index}", when=NOW["when"] + index))
+        assert len(store._buffer) == 3
         for index in range(5, 12):
-            await keeper._flush()
-            keeper.keep(answer(f"k{index}", when=NOW["when"] + index))
-        await keeper._flush()
-        assert len(keeper._books.answers) == 3
+            await store._flush()
+            store.keep(answer(f"k{index}", when=NOW["when"] + index))
+        await store._flush()
+        assert len(store._journals.answers) == 3
         assert await post(response="k11", thumb="up") == STORED
         assert await post(response="k10", thumb="up") == STORED
         assert (await post(response="k9", thumb="up"))[0] == 507
 
-    keeping(work, max_answers=3, max_votes=2)
+    endpoint(work, max_answers=3, max_votes=2)
 
 
-def test_feedback_that_is_off_says_how_to_turn_it_on(keeping):
-    async def work(keeper, post):
-        status, said = await post(better="a", worse="b")
-        assert status == 403 and "serve.feedback.keep_hours" in said
+def test_feedback_that_is_off_says_which_option_turns_it_on(endpoint):
+    async def work(store, post):
+        status, message = await post(better="a", worse="b")
+        assert status == 403 and "serve.feedback.keep_hours" in message
 
-    keeping(work, keep_hours=0)
+    endpoint(work, keep_hours=0)
 
 
-def test_a_folder_that_cannot_be_written_is_a_503_and_answers_wait(keeping, monkeypatch):
-    async def work(keeper, post):
-        keeper.keep(answer("a", **NOW))
+def test_a_folder_that_cannot_be_written_is_a_503_and_answers_stay_buffered(endpoint, monkeypatch):
+    async def work(store, post):
+        store.keep(answer("a", **NOW))
         with monkeypatch.context() as broken:
             broken.setattr(Place, "write", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
             assert (await post(response="a", thumb="up"))[0] == 503
             with pytest.raises(ApiError):
-                await keeper._flush()
+                await store._flush()
         assert await post(response="a", thumb="up") == STORED
 
-    keeping(work)
+    endpoint(work)
 
 
 def test_votes_are_exported_as_preference_data(tmp_path):
-    from sampo_ray.run.feedback import votes_journal
 
     run, out = tmp_path / "run", tmp_path / "out.jsonl"
     assert CliRunner().invoke(cli, ["feedback", "export", str(run), str(out)]).exit_code == 1
     votes_journal(Place(str(run))).append([v.model_dump_json().encode() for v in (better(A, B), thumb("up", C))])
-    said = CliRunner().invoke(cli, ["feedback", "export", str(run), str(out)])
-    assert said.exit_code == 0 and "1 pairs from 2 votes (without: 1 a thumb without its counterpart)" in said.output
+    result = CliRunner().invoke(cli, ["feedback", "export", str(run), str(out)])
+    assert (
+        result.exit_code == 0 and "1 pairs from 2 votes (without: 1 a thumb without its counterpart)" in result.output
+    )
     [row] = read_rows(str(out), "pairs")
     assert (row.prompt, row.chosen, row.rejected) == (ASK, "a", "b")
     assert row.id.startswith("feedback-") and row.columns["feedback"]["for"] == 1
 
 
-def test_a_round_takes_the_votes_that_no_earlier_one_used_and_takes_them_again_if_it_was_cut_off(tmp_path, tiny_model):
+def test_a_round_uses_votes_that_no_earlier_round_used_and_the_same_again_after_an_interruption(tmp_path, tiny_model):
     from sampo_ray.config.data import DataConfig
     from sampo_ray.data.chat import ChatFormat
     from sampo_ray.loop.stages import _paired_votes
-    from sampo_ray.run.feedback import votes_journal
 
     run, chat = Place(str(tmp_path)), ChatFormat.load(tiny_model, "llama3-sampo")
     chat.save(tmp_path / "tokenizer")
@@ -429,8 +433,8 @@ def test_a_round_takes_the_votes_that_no_earlier_one_used_and_takes_them_again_i
     assert pair["chosen"] == chat.response_ids("c") and pair["prompt"] == chat.prompt_ids(ASK)
 
 
-@pytest.mark.parametrize(("data", "said"), [("all", 0), ("all", 5), ("split", 5)])
-def test_pairs_from_feedback_come_on_top_of_the_round_s_own(tmp_path, monkeypatch, data, said):
+@pytest.mark.parametrize(("data", "from_feedback"), [("all", 0), ("all", 5), ("split", 5)])
+def test_pairs_from_feedback_come_on_top_of_the_round_s_own(tmp_path, monkeypatch, data, from_feedback):
     from sampo_ray.config.recipe import load_config
     from sampo_ray.loop import stages
     from sampo_ray.loop.display import open_display
@@ -440,12 +444,12 @@ def test_pairs_from_feedback_come_on_top_of_the_round_s_own(tmp_path, monkeypatc
 
     tree = {"model": {"path": "m"}, "data": {"train": "d"}, "rounds": {"data": data, "count": 3}, "run": {"dir": ""}}
     orders = []
-    for name, more in (("with", said), ("without", 0)):
+    for name, more in (("with", from_feedback), ("without", 0)):
         run = create_run(load_config(tree, [f"run.dir={tmp_path / name}"]))
         monkeypatch.setattr(stages, "reorder", lambda parts, order, *_: orders.append(sorted(order.tolist())) or [])
         for index in range(3):
             round = Round(run, index, open_display())
             assert round.feedback() == [], "it is off"
             round.pairs([Part(run.place, 40)], [Part(run.place, more)] if more else [])
-    assert orders[:3] == [[*order, *range(40, 40 + said)] for order in orders[3:]]
+    assert orders[:3] == [[*order, *range(40, 40 + from_feedback)] for order in orders[3:]]
     assert sorted(itertools.chain(*orders[3:])) == sorted([*range(40)] * (1 if data == "split" else 3))

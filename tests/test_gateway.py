@@ -29,8 +29,8 @@ from sampo_ray.serve.gateway import PolicyIngress, _stream
 from sampo_ray.serve.middleware.auth import Access, KeyGuard
 from sampo_ray.serve.middleware.stamp import Stamp
 from sampo_ray.serve.policy_app import PolicyApp
-from sampo_ray.serve.requests import bodies
-from sampo_ray.serve.requests.bodies import ChatCompletionRequest, CompletionRequest
+from sampo_ray.serve.requests.json_body import decode
+from sampo_ray.serve.requests.openai import ChatCompletionRequest, CompletionRequest, read_request, validated
 
 KEYS = (SecretStr("one"), SecretStr("two words"))
 
@@ -60,7 +60,7 @@ def small_app(*keys: SecretStr) -> FastAPI:
 
     @app.post("/body")
     async def body(request: Request) -> dict[str, Any]:
-        return (await bodies.read(request, CompletionRequest, 100)).model_dump(include={"prompt"})
+        return (await read_request(request, CompletionRequest, 100)).model_dump(include={"prompt"})
 
     return app
 
@@ -103,14 +103,14 @@ JSON = st.recursive(
 @settings(deadline=None)
 @given(st.dictionaries(st.text(max_size=5), JSON, max_size=3))
 def test_any_json_object_of_text_and_finite_numbers_decodes_to_itself(body: dict[str, Any]) -> None:
-    assert bodies.decode(json.dumps(body).encode()) == body
+    assert decode(json.dumps(body).encode()) == body
 
 
 @settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_other_bytes_are_an_object_or_a_400(raw: bytes) -> None:
     with suppress(ApiError):
-        assert isinstance(bodies.decode(raw), dict)
+        assert isinstance(decode(raw), dict)
 
 
 def test_a_validation_error_names_the_field_and_keeps_the_value_to_itself() -> None:
@@ -234,12 +234,12 @@ def test_pictures_do_not_slip_in_beside_tool_calls() -> None:
     picture = {"type": "image_url", "image_url": {"url": "http://elsewhere.example"}}
     message = {"role": "assistant", "content": [picture], "tool_calls": [{"id": "1"}]}
     with pytest.raises(ApiError, match="content"):
-        bodies._validated({"messages": [message]}, ChatCompletionRequest)
+        validated({"messages": [message]}, ChatCompletionRequest)
 
 
 def test_lazy_parts_of_a_message_are_settled_so_that_it_can_travel() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    request = bodies._validated({"messages": [{"role": "user", "content": parts}]}, ChatCompletionRequest)
+    request = validated({"messages": [{"role": "user", "content": parts}]}, ChatCompletionRequest)
     assert pickle.loads(pickle.dumps(request)).messages[0]["content"] == parts
 
 

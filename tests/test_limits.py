@@ -22,8 +22,9 @@ from sampo_ray.serve.errors import ApiError
 from sampo_ray.serve.middleware import limits
 from sampo_ray.serve.middleware.auth import Access, KeyGuard
 from sampo_ray.serve.middleware.limits import Bucket, Limited, Limits, Meter
-from sampo_ray.serve.requests import bodies, constraints
-from sampo_ray.serve.requests.bodies import ChatCompletionRequest, CompletionRequest
+from sampo_ray.serve.requests import constraints
+from sampo_ray.serve.requests.json_body import read_json
+from sampo_ray.serve.requests.openai import ChatCompletionRequest, CompletionRequest, read_request
 
 
 class Clock:
@@ -112,7 +113,7 @@ def small_app(clock: Clock | None = None, keys: tuple[str, ...] = ("a", "b"), **
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        body = await bodies.read(request, CompletionRequest, 2000)
+        body = await read_request(request, CompletionRequest, 2000)
         if body.stream:
             asked = body.stream_options is not None and bool(body.stream_options.include_usage)
             return StreamingResponse(words(asked), media_type="text/event-stream")
@@ -123,7 +124,7 @@ def small_app(clock: Clock | None = None, keys: tuple[str, ...] = ("a", "b"), **
 
     @app.post("/feedback")
     async def feedback(request: Request) -> Response:
-        return JSONResponse(await bodies.read_json(request, 2000))
+        return JSONResponse(await read_json(request, 2000))
 
     @app.post("/admin/promote")
     @app.get("/v1/models")
@@ -282,7 +283,7 @@ def within(kind: Any, body: dict[str, Any], **limit: int) -> Any:
 
     state = {"limits": Limits(**limit), "meter": Meter()}
     scope = {"type": "http", "method": "POST", "headers": [], "state": state}
-    return asyncio.run(bodies.read(Request(scope, receive), kind, 1 << 20))
+    return asyncio.run(read_request(Request(scope, receive), kind, 1 << 20))
 
 
 @pytest.mark.parametrize(

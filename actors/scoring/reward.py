@@ -6,8 +6,7 @@ import json
 import logging
 import threading
 import traceback
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import pyarrow as pa
 import tenacity
@@ -27,7 +26,7 @@ _LONGEST_PAUSE_S = 30.0
 
 
 class RewardWorker:
-    """One replica. `source` is the text of a `file.py:function`, so that the file need not exist on this node."""
+    """A replica. `source` is the text of the file in `file.py:function`, which need not exist on this node."""
 
     def __init__(self, config: RewardConfig, source: str | None, hung_limit: int) -> None:
         self.config, self.hung_limit = config, hung_limit
@@ -35,11 +34,11 @@ class RewardWorker:
         self.scorer = _load(config, source)
 
     async def score(self, completions: pa.Table) -> pa.Table:
-        """COMPLETIONS -> SCORES, in the same order; the source sees the whole block in one call.
+        """COMPLETIONS -> SCORES, in the same order; the source gets the whole block in one call.
 
-        A call that raises or takes longer than `timeout_s` is repeated `retries` times with growing pauses; after that
-        the rewards of the block are null. Raises RewardError when the source returns anything but one finite number
-        per completion.
+        A call that raises or takes longer than `timeout_s` is repeated `retries` times with growing pauses; if all
+        fail, the block's rewards are null. Raises RewardError if the source returns anything but one finite number per
+        completion.
         """
         prompts = [json.loads(text) for text in completions["messages"].to_pylist()]
         call = functools.partial(self.scorer, prompts, completions["text"].to_pylist(), columns_of(completions))
@@ -54,7 +53,7 @@ class RewardWorker:
         return completions.append_column(SCORES.field("reward"), pa.array(rewards, pa.float64()))
 
     def check_health(self) -> None:
-        """A thread cannot be stopped: when too many calls hang, Serve is to replace the whole replica."""
+        """Fails when too many calls hang: threads cannot be stopped, so Serve must replace the replica."""
         if self.hung >= self.hung_limit:
             raise RuntimeError(f"{self.hung} calls of the reward source hang beyond reward.timeout_s")
 
@@ -68,23 +67,22 @@ class RewardWorker:
         log.warning("reward call %d of %d failed: %s in %s:%s", state.attempt_number, 1 + self.config.retries, *found)
 
     async def _call(self, call: functools.partial[list[float]]) -> list[float]:
-        """Runs the call in a thread of its own, so that one that hangs cannot hold up the others."""
+        """Runs the call in a new thread, so that a call that hangs does not delay the others."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[list[float]] = loop.create_future()
 
-        def settle(method: Any, value: Any) -> None:
-            if answer.done():
-                self.hung -= 1  # late, but it came back
+        def finish(set_outcome: Callable[[], None]) -> None:
+            if answer.done():  # given up, but it returned after all
+                self.hung -= 1
             else:
-                method(value)
+                set_outcome()
 
         def work() -> None:
             try:
-                result = call()
-            except Exception as error:  # handed to the waiting request
-                loop.call_soon_threadsafe(settle, answer.set_exception, error)
-            else:
-                loop.call_soon_threadsafe(settle, answer.set_result, result)
+                outcome = functools.partial(answer.set_result, call())
+            except Exception as error:  # raised by the waiting request
+                outcome = functools.partial(answer.set_exception, error)
+            loop.call_soon_threadsafe(finish, outcome)
 
         threading.Thread(target=work, daemon=True).start()
         try:
@@ -97,8 +95,8 @@ class RewardWorker:
 def build_reward_app(config: RewardConfig, fleet: FleetConfig) -> serve.Application:
     """The application of a run's reward workers; its handle has `score(COMPLETIONS) -> SCORES`.
 
-    A function in a file travels as text, so the file is needed here only; a module must be importable on every node
-    (through the job's working directory, for example), and a reward model's path readable there.
+    A function in a file is sent as text, so only this machine needs the file. A module must be importable on every
+    node (through the job's working directory, for example), and a reward model's path must be readable there.
     """
     source = None if config.function is None else function_source(config.function)
     deploy = serve.deployment(
@@ -117,15 +115,4 @@ def _load(config: RewardConfig, source: str | None) -> Scorer:
     if config.function is not None:
         return functools.partial(call_function, load_function(config.function, source))
     assert config.model is not None
-    return _one_at_a_time(RewardModel(config.model, "cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def _one_at_a_time(scorer: Scorer) -> Scorer:
-    """Calls of a model queue up here, so that their batches do not share its memory."""
-    lock = threading.Lock()
-
-    def call(prompts: Any, completions: Any, columns: Any) -> list[float]:
-        with lock:
-            return scorer(prompts, completions, columns)
-
-    return call
+    return RewardModel(config.model, "cuda" if torch.cuda.is_available() else "cpu")

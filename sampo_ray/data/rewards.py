@@ -12,6 +12,7 @@ import inspect
 import json
 import math
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -151,10 +152,15 @@ class RewardModel:
             path, config=config, use_safetensors=True, dtype=torch.float32 if device == "cpu" else "auto"
         )
         self.model.to(device).eval()
+        self._lock = threading.Lock()  # one call at a time: batches of several would add up in memory
 
     def __call__(
         self, prompts: list[list[Message]], completions: list[str], columns: dict[str, list[object]]
     ) -> list[float]:
+        with self._lock:
+            return _finite_rewards(self._score(prompts, completions), prompts)
+
+    def _score(self, prompts: list[list[Message]], completions: list[str]) -> list[float]:
         encoded = [self._encode(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
         rewards = [math.nan] * len(encoded)
         for batch in self._batches([len(row["input_ids"]) for row in encoded]):
@@ -164,7 +170,7 @@ class RewardModel:
                 logits = self.model(**padded).logits  # [batch, 1]
             for i, reward in zip(batch, logits[:, 0].float().tolist(), strict=True):
                 rewards[i] = reward
-        return _finite_rewards(rewards, prompts)
+        return rewards
 
     def _encode(self, prompt: list[Message], text: str) -> dict[str, list[int]]:
         if self.tokenizer.chat_template:

@@ -1,9 +1,9 @@
-"""What users said of answers, and how that becomes preference pairs.
+"""Users' votes on answers, and how votes become preference pairs.
 
-A vote carries the answers that it is about, so it keeps its meaning when they are kept no longer. In a run directory:
+A vote includes the answers that it is about, so it can be used after the answers are dropped. In a run directory:
 
-    feedback/answers/     answers of the last `serve.feedback.keep_hours` (a journal)
-    feedback/votes/       votes, for good (a journal)
+    feedback/answers/     journal of the answers of the last `serve.feedback.keep_hours`
+    feedback/votes/       journal of all votes
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
@@ -19,8 +19,8 @@ from sampo_ray.errors import FeedbackError
 from sampo_ray.run.journal import Journal
 from sampo_ray.run.storage import Place
 
-VOTES_TOGETHER_S = 24 * 3600.0
-"""Votes of one day end up in one file."""
+VOTES_SPAN_S = 24 * 3600.0
+"""The journal merges the votes of a day into one file."""
 
 ResponseId = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Kind = Literal["better", "tie", "up", "down", "edited"]
@@ -28,7 +28,7 @@ FORMS = ({"better", "worse"}, {"tie"}, {"response", "thumb"}, {"response", "edit
 
 
 class Answer(BaseModel):
-    """One answer of the policy as it was given; `finish_reason` "stop" means that the policy itself ended it."""
+    """One answer of the policy as it was sent; `finish_reason` is "stop" only if the policy itself ended it."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -39,13 +39,13 @@ class Answer(BaseModel):
     finish_reason: str
     run: str
     versions: tuple[int, ...]
-    """The weights it began with, and those that came in on the way."""
+    """The weights that it began with, then those that were swapped in before it ended."""
     time: float
     """When it ended, seconds since 1970."""
 
 
 class Judgement(BaseModel):
-    """Body of `POST /feedback`: one of the four FORMS, maybe with a note. Responses are named by their ids."""
+    """Body of `POST /feedback`: the fields of one of the four FORMS, and optionally a note. Responses are ids."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -58,19 +58,19 @@ class Judgement(BaseModel):
     note: Annotated[str, Field(max_length=2000)] | None = None
 
     @model_validator(mode="after")
-    def _whole(self) -> "Judgement":
+    def _has_one_form(self) -> "Judgement":
         if {name for name, value in self if value is not None} - {"note"} not in FORMS:
             raise ValueError("give better and worse, or tie, or response with thumb, or response with edited")
         if len(set(self.ids)) < len(self.ids):
-            raise ValueError("names the same response twice; a comparison needs two")
+            raise ValueError("names the same response twice; name two different responses")
         if self.edited is not None and not self.edited.strip():
             raise ValueError("edited is empty; write the answer as it should be")
         return self
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """The responses judged; the better one first."""
-        return self.tie or tuple(each for each in (self.better, self.worse, self.response) if each is not None)
+        """Ids of the responses; the better one first."""
+        return self.tie or tuple(key for key in (self.better, self.worse, self.response) if key is not None)
 
     @property
     def kind(self) -> Kind:
@@ -80,13 +80,13 @@ class Judgement(BaseModel):
 
     @property
     def vote_id(self) -> str:
-        """The same for the same judgement of the same responses, whatever the note."""
+        """Equal for equal judgements of the same responses; the note does not count."""
         ids = sorted(self.ids) if self.tie else self.ids
         return _digest([self.kind, *ids, self.edited])
 
 
 class Vote(BaseModel):
-    """A judgement with the answers that it is about."""
+    """A judgement together with its answers."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -97,88 +97,119 @@ class Vote(BaseModel):
     edited: str | None = None
     note: str | None = None
     time: float
-    """When it came in, seconds since 1970."""
+    """When it was received, seconds since 1970."""
 
 
-def vote_of(said: Judgement, answers: Sequence[Answer], time: float) -> Vote:
-    """The vote, given the answers named by `said.ids`. FeedbackError when it makes no sense for these."""
+def make_vote(judgement: Judgement, answers: Sequence[Answer], time: float) -> Vote:
+    """The vote for a judgement and the answers named by its `ids`. FeedbackError if they do not fit together."""
     if any(answer.messages != answers[0].messages for answer in answers):
-        raise FeedbackError(f"{'tie' if said.tie else 'worse'}: the responses answer different prompts")
-    if said.edited == answers[0].text:
-        raise FeedbackError("edited: is the answer as it was; use a thumb to say that it is good")
-    return Vote(id=said.vote_id, kind=said.kind, answers=tuple(answers), edited=said.edited, note=said.note, time=time)
+        raise FeedbackError(f"{'tie' if judgement.tie else 'worse'}: the responses answer different prompts")
+    if judgement.edited == answers[0].text:
+        raise FeedbackError("edited: equals the original answer; send thumb 'up' if the answer is good")
+    kind, edited, note = judgement.kind, judgement.edited, judgement.note
+    return Vote(id=judgement.vote_id, kind=kind, answers=tuple(answers), edited=edited, note=note, time=time)
 
 
 def votes_journal(run: Place) -> Journal:
-    return Journal(run.at("feedback", "votes"), VOTES_TOGETHER_S)
+    return Journal(run.at("feedback", "votes"), VOTES_SPAN_S)
 
 
 def read_votes(run: Place) -> list[Vote]:
     """All votes stored in a run directory."""
     journal = votes_journal(run)
     journal.refresh()
-    return [Vote.model_validate(record) for record in journal.records()]
+    return [Vote.model_validate_json(record) for record in journal.records()]
+
+
+Evidence = TypedDict(
+    "Evidence",
+    {
+        "for": int,
+        "against": int,
+        "votes": list[str],
+        "answers": list[str],
+        "runs": list[str],
+        "versions": list[int],
+        "times": list[float],
+    },
+)
+"""Where a pair is from: votes for and against it, ids of votes and answers, and the first and last vote's time."""
+
+
+class FeedbackRow(TypedDict):
+    """A preference pair in the conversational layout of `data.train`."""
+
+    id: str
+    prompt: list[dict[str, str]]
+    chosen: list[dict[str, str]]
+    rejected: list[dict[str, str]]
+    feedback: Evidence
 
 
 @dataclass(frozen=True)
-class _Ballot:
-    """One opinion on two texts; a vote, or two thumbs (with all their company) that make one."""
+class _Opinion:
+    """That one text is better than another: a comparison, an edit, or the thumbs on two answers."""
 
     chosen: str
     rejected: str
     votes: tuple[Vote, ...]
 
 
-def pairs_from(votes: Iterable[Vote]) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """Votes -> preference rows, and how many votes made none, by reason. Their order does not matter.
+class _NoPair(Exception):
+    """Votes on two texts that make no pair; the message is the reason they are counted under."""
+
+
+def pairs_from(votes: Iterable[Vote]) -> tuple[list[FeedbackRow], Counter[str]]:
+    """Votes -> preference rows, and the number of unused votes by reason. The order of the votes does not matter.
 
     * Answers to the same prompt with the same text are the same answer.
-    * A comparison is for (better, worse), an edited answer for (edited, original). Of thumbs each answer has the
-      majority; then, in the order of time, the first liked one is paired with the first disliked one of the same
-      prompt, and so on, each of them once.
-    * All that is said of the same two texts is settled together, by majority; where it is even there is no pair.
+    * A comparison prefers the better answer, an edit the edited answer to the original. The thumbs on an answer count
+      as their majority; the first liked answer of a prompt is paired with its first disliked one, and so on, by time.
+    * All opinions on the same two texts give one row, by majority, or none if they are balanced.
     * An answer that the policy did not end itself (`max_tokens`, a stop string) is never chosen, unless one of these
       votes has the same text as an edit.
 
-    A vote is in one row at most; those in none may still make one together with later votes. Rows are as `data.train`
-    has them, in conversational form; `id` depends on prompt and texts alone, and `feedback` says where a row is from:
-    votes for and against it and their ids, ids of the answers, runs, versions, and times of the first and last vote.
+    A vote is used in at most one row. Unused votes may make a row together with later ones. A row's `id` depends on
+    prompt and texts alone.
     """
     by_prompt: dict[str, dict[str, Vote]] = {}
     for vote in votes:
         by_prompt.setdefault(_json(vote.answers[0].messages), {})[vote.id] = vote
-    rows: list[dict[str, Any]] = []
-    left: Counter[str] = Counter()
+    rows: list[FeedbackRow] = []
+    unused: Counter[str] = Counter()
     for prompt in sorted(by_prompt):
-        mine = sorted(by_prompt[prompt].values(), key=lambda vote: (vote.time, vote.id))
-        by_texts: dict[tuple[str, ...], list[_Ballot]] = {}
-        for ballot in [*_comparisons(mine, left), *_matched_thumbs(mine, left)]:
-            by_texts.setdefault(tuple(sorted((ballot.chosen, ballot.rejected))), []).append(ballot)
-        for texts in sorted(by_texts):
-            row = _settled(json.loads(prompt), by_texts[texts])
-            if isinstance(row, str):
-                left[row] += sum(len(ballot.votes) for ballot in by_texts[texts])
-            else:
-                rows.append(row)
-    return rows, left
+        ordered = _by_time(by_prompt[prompt].values())
+        by_texts: dict[tuple[str, ...], list[_Opinion]] = {}
+        for opinion in [*_comparisons(ordered, unused), *_matched_thumbs(ordered, unused)]:
+            by_texts.setdefault(tuple(sorted((opinion.chosen, opinion.rejected))), []).append(opinion)
+        for _, opinions in sorted(by_texts.items()):
+            try:
+                rows.append(_majority_row(json.loads(prompt), opinions))
+            except _NoPair as reason:
+                unused[str(reason)] += sum(len(opinion.votes) for opinion in opinions)
+    return rows, unused
 
 
-def as_jsonl(rows: Iterable[dict[str, Any]]) -> bytes:
-    """Rows as a file that `data.train` reads."""
+def as_jsonl(rows: Iterable[FeedbackRow]) -> bytes:
+    """Rows as the content of a file that `data.train` can name."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-def _comparisons(votes: Sequence[Vote], left: Counter[str]) -> Iterable[_Ballot]:
+def _by_time(votes: Iterable[Vote]) -> list[Vote]:
+    return sorted(votes, key=lambda vote: (vote.time, vote.id))
+
+
+def _comparisons(votes: Sequence[Vote], unused: Counter[str]) -> Iterable[_Opinion]:
     for vote in votes:
         if vote.kind == "tie":
-            left["tie"] += 1
+            unused["tie"] += 1
         elif vote.kind == "better":
-            yield _Ballot(vote.answers[0].text, vote.answers[1].text, (vote,))
+            yield _Opinion(vote.answers[0].text, vote.answers[1].text, (vote,))
         elif vote.kind == "edited":
-            yield _Ballot(vote.edited or "", vote.answers[0].text, (vote,))
+            yield _Opinion(vote.edited or "", vote.answers[0].text, (vote,))
 
 
-def _matched_thumbs(votes: Sequence[Vote], left: Counter[str]) -> Iterable[_Ballot]:
+def _matched_thumbs(votes: Sequence[Vote], unused: Counter[str]) -> Iterable[_Opinion]:
     by_text: dict[str, list[Vote]] = {}
     for vote in votes:
         if vote.kind in ("up", "down"):
@@ -188,35 +219,34 @@ def _matched_thumbs(votes: Sequence[Vote], left: Counter[str]) -> Iterable[_Ball
     for text, thumbs in by_text.items():  # in the order of their first vote
         balance = sum(1 if vote.kind == "up" else -1 for vote in thumbs)
         if balance > 0 and not _ended(text, thumbs):
-            left["a cut answer is never chosen"] += len(thumbs)
+            unused["a cut answer is never chosen"] += len(thumbs)
         elif balance:
             (liked if balance > 0 else disliked).append(text)
         else:
-            left["thumbs up and down for the same answer"] += len(thumbs)
+            unused["thumbs up and down for the same answer"] += len(thumbs)
     for up, down in zip(liked, disliked, strict=False):
-        yield _Ballot(up, down, (*by_text[up], *by_text[down]))
+        yield _Opinion(up, down, (*by_text[up], *by_text[down]))
     matched = min(len(liked), len(disliked))
     for text in (*liked[matched:], *disliked[matched:]):
-        left["a thumb without its counterpart"] += len(by_text[text])
+        unused["a thumb without its counterpart"] += len(by_text[text])
 
 
-def _settled(prompt: list[dict[str, str]], ballots: Sequence[_Ballot]) -> dict[str, Any] | str:
-    """The row that the majority of the ballots on two texts wants, or the reason why there is none."""
-    chosen, rejected = ballots[0].chosen, ballots[0].rejected
+def _majority_row(prompt: list[dict[str, str]], opinions: Sequence[_Opinion]) -> FeedbackRow:
+    """The row that most opinions on the same two texts agree with. Raises _NoPair."""
+    chosen, rejected = opinions[0].chosen, opinions[0].rejected
     if chosen == rejected:
-        return "identical answers"
-    favour = [ballot.chosen == chosen for ballot in ballots]
-    if 2 * sum(favour) == len(favour):
-        return "votes that contradict each other"
-    if 2 * sum(favour) < len(favour):
-        chosen, rejected, favour = rejected, chosen, [not each for each in favour]
-    votes = sorted(
-        {v.id: v for ballot in ballots for v in ballot.votes}.values(), key=lambda vote: (vote.time, vote.id)
-    )
+        raise _NoPair("identical answers")
+    agree = sum(opinion.chosen == chosen for opinion in opinions)
+    against = len(opinions) - agree
+    if agree == against:
+        raise _NoPair("votes that contradict each other")
+    if agree < against:
+        chosen, rejected, agree, against = rejected, chosen, against, agree
+    votes = _by_time({vote.id: vote for opinion in opinions for vote in opinion.votes}.values())
     if not chosen.strip() or not rejected.strip():
-        return "an empty answer"
+        raise _NoPair("an empty answer")
     if not _ended(chosen, votes):
-        return "a cut answer is never chosen"
+        raise _NoPair("a cut answer is never chosen")
     answers = {answer.id: answer for vote in votes for answer in vote.answers}
     return {
         "id": f"feedback-{_digest([prompt, chosen, rejected])}",
@@ -224,8 +254,8 @@ def _settled(prompt: list[dict[str, str]], ballots: Sequence[_Ballot]) -> dict[s
         "chosen": [{"role": "assistant", "content": chosen}],
         "rejected": [{"role": "assistant", "content": rejected}],
         "feedback": {
-            "for": sum(favour),
-            "against": len(favour) - sum(favour),
+            "for": agree,
+            "against": against,
             "votes": [vote.id for vote in votes],
             "answers": sorted(answers),
             "runs": sorted({answer.run for answer in answers.values()}),
@@ -236,15 +266,15 @@ def _settled(prompt: list[dict[str, str]], ballots: Sequence[_Ballot]) -> dict[s
 
 
 def _ended(text: str, votes: Iterable[Vote]) -> bool:
-    """Whether the text is whole: an answer that ended by itself, or somebody's own words."""
+    """Whether the policy ended an answer with this text itself, or a user wrote it as an edit."""
     return any(
         vote.edited == text or any(a.text == text and a.finish_reason == "stop" for a in vote.answers) for vote in votes
     )
 
 
-def _json(value: Any) -> str:
+def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
-def _digest(value: Any) -> str:
+def _digest(value: object) -> str:
     return hashlib.sha256(_json(value).encode()).hexdigest()[:32]

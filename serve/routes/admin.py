@@ -8,7 +8,7 @@ from starlette.responses import JSONResponse, Response
 
 from sampo_ray.serve import errors
 from sampo_ray.serve.catalogue import Catalogue
-from sampo_ray.serve.requests import bodies
+from sampo_ray.serve.requests.json_body import read_json
 
 MAX_BODY_BYTES = 4096
 Name = Annotated[str, StringConstraints(min_length=1, max_length=80)]
@@ -51,7 +51,7 @@ class AdminRoutes:
 
     async def _command(self, request: Request, verb: str) -> Response:
         try:
-            command = Command.model_validate(await bodies.read_json(request, MAX_BODY_BYTES))
+            command = Command.model_validate(await read_json(request, MAX_BODY_BYTES))
         except ValidationError as error:
             raise errors.from_validation(error) from None
         if verb != "rollback" and command.version is None:

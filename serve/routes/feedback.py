@@ -1,7 +1,7 @@
-"""`POST /feedback`: answers are kept for a while, and what users say of them is stored with them, in the run directory.
+"""`POST /feedback`: keeps answers for a while and stores users' votes on them in the run directory.
 
-Off unless `serve.feedback.keep_hours` is set. Only chat answers are kept, of requests that a preference pair could be
-made of: plain text turns, one choice, the ordinary prompt format. Nothing of them is ever logged.
+Off unless `serve.feedback.keep_hours` is set. Only chat answers that a preference pair can be made of are kept: to
+plain text turns, one choice, in the ordinary prompt format. Their content is never logged.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
@@ -20,39 +20,40 @@ from starlette.responses import JSONResponse, Response
 
 from sampo_ray.config.serve import FeedbackConfig
 from sampo_ray.errors import FeedbackError
-from sampo_ray.run.feedback import Answer, Judgement, Vote, vote_of, votes_journal
+from sampo_ray.run.feedback import Answer, Judgement, make_vote, votes_journal
 from sampo_ray.run.journal import Journal
 from sampo_ray.run.storage import Place
 from sampo_ray.run.version_folders import WeightsId
 from sampo_ray.serve import errors
 from sampo_ray.serve.errors import ApiError, unavailable
-from sampo_ray.serve.requests import bodies
+from sampo_ray.serve.requests.json_body import read_json
 
-logger = logging.getLogger("ray.serve")  # the one that Serve sends to its log files
+logger = logging.getLogger("ray.serve")  # Serve writes it to its log files
+T = TypeVar("T")
 
 FLUSH_S = 1.0
-"""Answers of the last second are lost if the endpoint is killed; votes never are."""
-TIDY_S = 60.0
+"""Answers of the last second are lost if the endpoint is killed; votes are not."""
+CLEANUP_S = 60.0
 MAX_BODY_BYTES = 1 << 20
 SPANS = 24
-"""Into how many files, about, the kept answers go in the end; each goes as a whole."""
+"""Kept answers are merged into about so many files; each is dropped as a whole."""
 
 
-class Draft:
-    """A chat answer on its way to the client, put together from its chunks."""
+class PendingAnswer:
+    """A chat answer that is being sent, put together from its chunks."""
 
     def __init__(self, messages: list[dict[str, str]], weights: WeightsId) -> None:
         self._messages, self._weights = messages, weights
         self._id, self._text, self._reason = "", [""], ""
         self._versions = [weights.version]
 
-    def whole(self, response: BaseModel) -> Answer | None:
-        """The answer, given the one object that it is."""
+    def from_response(self, response: BaseModel) -> Answer | None:
+        """The answer of a request that does not stream."""
         self._take(response.model_dump(), "message")
         return self._finished()
 
-    def add(self, chunks: str) -> Answer | None:
-        """Takes the next events of the stream; the answer once its last one is among them."""
+    def add_events(self, chunks: str) -> Answer | None:
+        """Adds the next events of a stream; returns the answer when the last event is among them."""
         for event in chunks.split("\n\n"):
             data = event.removeprefix("data: ")
             if data == "[DONE]":
@@ -66,7 +67,7 @@ class Draft:
         for choice in body.get("choices") or ():
             self._text.append((choice.get(field) or {}).get("content") or "")
             if reason := choice.get("finish_reason"):
-                # A stop string of the request ended it, not the policy.
+                # With a stop reason that is text, a stop string of the request ended the answer, not the policy.
                 self._reason = "stop_string" if isinstance(choice.get("stop_reason"), str) else reason
         if spans := body.get("policy_versions"):
             self._versions = [span["version"] for span in spans]
@@ -85,32 +86,31 @@ class Draft:
         )
 
 
-def draft_of(request: BaseModel, weights: WeightsId) -> Draft | None:
-    """A draft of the answer to a request; None for one that no preference pair could be made of."""
+def pending_answer(request: BaseModel, weights: WeightsId) -> PendingAnswer | None:
+    """The answer to a request, still empty; None if no preference pair can be made of it."""
     if not isinstance(request, ChatCompletionRequest) or (request.n or 1) != 1 or request.tools:
         return None
     if not request.add_generation_prompt or request.continue_final_message or request.truncate_prompt_tokens:
         return None
-    messages = [_plain(message) for message in request.messages]
-    plain = [message for message in messages if message is not None]
-    roles = [message["role"] for message in plain]
-    if len(plain) < len(messages) or roles[-1] != "user" or "system" in roles[1:]:
+    messages = [message for message in map(_plain_message, request.messages) if message is not None]
+    roles = [message["role"] for message in messages]
+    if len(messages) < len(request.messages) or roles[-1] != "user" or "system" in roles[1:]:
         return None
-    return Draft(plain, weights)
+    return PendingAnswer(messages, weights)
 
 
-def _plain(message: Any) -> dict[str, str] | None:
-    """Role and text of a turn, its parts joined as vLLM does; None if there is more to it."""
-    if message.get("role") not in ("system", "user", "assistant") or message.get("tool_calls"):
+def _plain_message(message: Mapping[str, object]) -> dict[str, str] | None:
+    """A turn of text as role and content, its parts joined as vLLM joins them; None for any other turn."""
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or role not in ("system", "user", "assistant") or message.get("tool_calls"):
         return None
-    content = message.get("content")
     if isinstance(content, list):
         content = "\n".join(part["text"] for part in content)
-    return {"role": message["role"], "content": content} if isinstance(content, str) else None
+    return {"role": role, "content": content} if isinstance(content, str) else None
 
 
-class _Books:
-    """The two journals of one run."""
+class _Journals:
+    """The answers and votes of one run."""
 
     def __init__(self, place: Place, config: FeedbackConfig) -> None:
         sizes = 3600 * config.keep_hours / SPANS, max(1, config.max_answers // SPANS), config.max_bytes // SPANS
@@ -118,31 +118,30 @@ class _Books:
         self.answers, self.votes = Journal(place.at("feedback", "answers"), *sizes), votes_journal(place)
         self.answers.refresh()
         self.votes.refresh()
-        self.listed = time.monotonic()
+        self.refreshed = time.monotonic()
 
 
-class Keeper:
-    """Keeps answers and stores votes in the run directory that `where` says (or an ApiError, while it is not known).
-    Made in a running event loop.
+class FeedbackStore:
+    """Keeps answers and stores votes in the run directory that `place` gives; ApiError while that is unknown.
 
-    The event loop fills a buffer; files are touched by one thread, one job at a time.
+    Create it in a running event loop. The loop fills a buffer of answers; one thread reads and writes the files.
     """
 
-    def __init__(self, where: Callable[[], Awaitable[Place]], config: FeedbackConfig) -> None:
-        self._where, self._config, self._keep_s = where, config, 3600 * config.keep_hours
+    def __init__(self, place: Callable[[], Awaitable[Place]], config: FeedbackConfig) -> None:
+        self._place, self._config, self._keep_s = place, config, 3600 * config.keep_hours
         self._buffer: dict[str, bytes] = {}
         self._buffered = 0
         self._thread = ThreadPoolExecutor(1, "feedback")
-        self._books: _Books | None = None
-        self._tidied = 0.0
-        self._flushing = asyncio.get_running_loop().create_task(self._flush_forever()) if self.on else None
+        self._journals: _Journals | None = None
+        self._cleaned_up = 0.0
+        self._flushing = asyncio.get_running_loop().create_task(self._flush_forever()) if self.enabled else None
 
     @property
-    def on(self) -> bool:
+    def enabled(self) -> bool:
         return self._keep_s > 0
 
     def keep(self, answer: Answer | None) -> None:
-        """Takes an answer (None: one that broke off). Returns at once; what is too much pushes the oldest out."""
+        """Buffers an answer (None: one that broke off) without waiting; drops the oldest beyond the limits."""
         if answer is None:
             return
         record = answer.model_dump_json().encode()
@@ -151,67 +150,70 @@ class Keeper:
         while len(self._buffer) > self._config.max_answers or self._buffered > self._config.max_bytes:
             self._buffered -= len(self._buffer.pop(next(iter(self._buffer))))
 
-    async def passing(self, chunks: AsyncIterator[str], draft: Draft) -> AsyncIterator[str]:
-        """The chunks as they are; the answer is kept just before its last one goes on."""
+    async def keep_stream(self, chunks: AsyncIterator[str], pending: PendingAnswer) -> AsyncIterator[str]:
+        """Passes the chunks on unchanged; keeps the answer before its last chunk is passed on."""
         async for text in chunks:
-            self.keep(draft.add(text))
+            self.keep(pending.add_events(text))
             yield text
 
-    async def store(self, said: Judgement) -> bool:
-        """Stores a judgement; durable when it returns. True: it was stored already. ApiError when it cannot be."""
-        place = await self._where()
-        held = {key: self._buffer[key] for key in said.ids if key in self._buffer}
-        return await self._in_thread(lambda: self._judge(place, said, held))
+    async def store(self, judgement: Judgement) -> bool:
+        """Stores a vote durably; returns True if it was stored already. Raises ApiError if it cannot be stored."""
+        place = await self._place()
+        buffered = {key: self._buffer[key] for key in judgement.ids if key in self._buffer}
+        return await self._in_thread(lambda: self._store(place, judgement, buffered))
 
-    def _judge(self, place: Place, said: Judgement, held: Mapping[str, bytes]) -> bool:
-        books, config = self._open(place), self._config
-        if said.vote_id in books.votes:
+    def _store(self, place: Place, judgement: Judgement, buffered: Mapping[str, bytes]) -> bool:
+        journals, config = self._open(place), self._config
+        if judgement.vote_id in journals.votes:
             return True
-        answers = [Answer.model_validate(self._answer(books, key, held)) for key in said.ids]
-        if len(books.votes) >= config.max_votes or books.votes.nbytes >= config.max_bytes:
-            raise ApiError(507, "this run takes no more feedback: it has as much as it may hold", code="feedback_full")
+        answers = [self._answer(journals, key, buffered) for key in judgement.ids]
+        if len(journals.votes) >= config.max_votes or journals.votes.nbytes >= config.max_bytes:
+            message = "this run takes no more feedback: serve.feedback.max_votes or max_bytes is reached"
+            raise ApiError(507, message, code="feedback_full")
         try:
-            vote: Vote = vote_of(said, answers, time.time())
+            vote = make_vote(judgement, answers, time.time())
         except FeedbackError as error:
             raise ApiError(400, str(error), param=str(error).partition(":")[0]) from None
-        books.votes.append([vote.model_dump_json().encode()])
+        journals.votes.append([vote.model_dump_json().encode()])
         return False
 
-    def _answer(self, books: _Books, key: str, held: Mapping[str, bytes]) -> dict[str, Any]:
-        if key in held:
-            return json.loads(held[key])
-        if key not in books.answers and time.monotonic() - books.listed > FLUSH_S:
-            books.listed = time.monotonic()
-            books.answers.refresh()  # another endpoint of the run may have given it
-        found = books.answers.get(key)
-        if found is None or found["time"] < time.time() - self._keep_s:
-            raise ApiError(404, f"response {key!r}: not kept by this endpoint, or no longer", code="response_not_found")
-        return found
+    def _answer(self, journals: _Journals, key: str, buffered: Mapping[str, bytes]) -> Answer:
+        if key in buffered:
+            return Answer.model_validate_json(buffered[key])
+        if key not in journals.answers and time.monotonic() - journals.refreshed > FLUSH_S:
+            journals.refreshed = time.monotonic()
+            journals.answers.refresh()  # another endpoint of the run may have written it
+        record = journals.answers.get(key)
+        answer = None if record is None else Answer.model_validate_json(record)
+        if answer is None or answer.time < time.time() - self._keep_s:
+            message = f"response {key!r}: not kept by this endpoint, or too old; send feedback on a newer response"
+            raise ApiError(404, message, code="response_not_found")
+        return answer
 
     async def close(self) -> None:
-        """Writes what is still in the buffer, for an end in peace."""
+        """Writes the buffered answers; for an orderly end."""
         if self._flushing is not None:
             self._flushing.cancel()
             with suppress(ApiError):
                 await self._flush()
 
     async def _flush(self) -> None:
-        """Writes what was kept since the last time, and lets go of what is too old."""
-        tidy = time.monotonic() - self._tidied >= TIDY_S
-        if not self._buffer and not tidy:
+        """Writes the buffered answers and drops old ones."""
+        clean_up = time.monotonic() - self._cleaned_up >= CLEANUP_S
+        if not self._buffer and not clean_up:
             return
-        batch, place = dict(self._buffer), await self._where()
+        batch, place = dict(self._buffer), await self._place()
 
         def write() -> None:
-            books, now = self._open(place), time.time()
-            books.answers.append(list(batch.values()))
-            books.answers.merge(now)
-            books.answers.drop(now - self._keep_s, self._config.max_answers, self._config.max_bytes)
-            if tidy:
-                books.votes.merge(now)
+            journals, now = self._open(place), time.time()
+            journals.answers.append(list(batch.values()))
+            journals.answers.merge(now)
+            journals.answers.drop(now - self._keep_s, self._config.max_answers, self._config.max_bytes)
+            if clean_up:
+                journals.votes.merge(now)
 
         await self._in_thread(write)
-        self._tidied = time.monotonic() if tidy else self._tidied
+        self._cleaned_up = time.monotonic() if clean_up else self._cleaned_up
         for key in batch.keys() & self._buffer.keys():
             self._buffered -= len(self._buffer.pop(key))
 
@@ -221,40 +223,40 @@ class Keeper:
             try:
                 await self._flush()
             except ApiError:
-                logger.warning("answers cannot be kept for feedback just now; they wait")
+                logger.warning("the run's feedback folder cannot be used now; answers stay in memory until it can")
 
-    def _open(self, place: Place) -> _Books:
-        if self._books is None or self._books.place != place:
-            self._books = _Books(place, self._config)
-        return self._books
+    def _open(self, place: Place) -> _Journals:
+        if self._journals is None or self._journals.place != place:
+            self._journals = _Journals(place, self._config)
+        return self._journals
 
-    async def _in_thread(self, job: Callable[[], Any]) -> Any:
+    async def _in_thread(self, job: Callable[[], T]) -> T:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, job)
         except ApiError:
             raise
         except Exception as error:  # each file system has its own library's errors, which share no other base
             logger.error("the run's feedback folder cannot be used: %s", type(error).__name__)
-            raise unavailable("feedback cannot be stored just now; try again soon") from None
+            raise unavailable("feedback cannot be stored now; try again soon") from None
 
 
 class FeedbackRoutes:
-    """Handler of `POST /feedback`; the class that has it brings a `keeper`."""
+    """Handler of `POST /feedback` for a class with a `feedback_store`."""
 
-    keeper: Keeper
+    feedback_store: FeedbackStore
 
     async def __del__(self) -> None:  # Serve awaits it when a replica is stopped
-        await self.keeper.close()
+        await self.feedback_store.close()
 
     async def feedback(self, request: Request) -> Response:
-        if not self.keeper.on:
+        if not self.feedback_store.enabled:
             message = "feedback is off on this endpoint; its operator turns it on with serve.feedback.keep_hours"
             raise ApiError(403, message, code="feedback_off")
         try:
-            said = Judgement.model_validate(await bodies.read_json(request, MAX_BODY_BYTES))
+            judgement = Judgement.model_validate(await read_json(request, MAX_BODY_BYTES))
         except ValidationError as error:
             raise errors.from_validation(error) from None
-        return JSONResponse({"stored": True, "duplicate": await self.keeper.store(said)})
+        return JSONResponse({"stored": True, "duplicate": await self.feedback_store.store(judgement)})
 
 
-FEEDBACK_ROUTES: dict[str, Any] = {"feedback": lambda app: app.post("/feedback")}
+FEEDBACK_ROUTES = {"feedback": lambda app: app.post("/feedback")}

@@ -23,7 +23,7 @@ SEEN: Counter[int] = Counter()
 @cache
 def fields(route: str) -> dict[str, str]:
     """Names of a request's fields, and how they are declared."""
-    from sampo_ray.serve.requests.bodies import ChatCompletionRequest, CompletionRequest
+    from sampo_ray.serve.requests.openai import ChatCompletionRequest, CompletionRequest
 
     kind = ChatCompletionRequest if route.endswith("chat/completions") else CompletionRequest
     return {name: str(field.annotation) for name, field in kind.model_fields.items()}
