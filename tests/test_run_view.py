@@ -51,7 +51,7 @@ def wait_for(said: Any) -> None:
 
 def test_a_run_says_what_it_does_and_that_it_has_ended(place: Place) -> None:
     file = StatusFile(place)
-    file.tell(Status(round=1, rounds=3, stage=TRAINING))
+    file.update(Status(round=1, rounds=3, stage=TRAINING))
     wait_for(lambda: read_status(place) is not None)
     status = read_status(place)
     assert status is not None and status.alive()
@@ -66,7 +66,7 @@ def test_news_are_written_once_a_second_at_most_and_the_last_is(tmp_path: Path, 
     monkeypatch.setattr(Place, "write", lambda self, content: writes.append(content))
     file, began = StatusFile(Place(str(tmp_path))), time.monotonic()
     for done in range(200):
-        file.tell(Status(round=done))
+        file.update(Status(round=done))
         time.sleep(0.005)
     file.close()
     assert len(writes) <= 3 + (time.monotonic() - began)
@@ -83,7 +83,7 @@ def test_a_store_that_hangs_or_fails_does_not_hold_up_the_run(tmp_path: Path, mo
     monkeypatch.setattr(Place, "write", write)
     file, began = StatusFile(Place(str(tmp_path))), time.monotonic()
     for _ in range(1000):
-        file.tell(Status(stage=TRAINING))
+        file.update(Status(stage=TRAINING))
     assert time.monotonic() - began < 1
     hung.set()
     file.close()

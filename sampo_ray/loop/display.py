@@ -184,7 +184,7 @@ class Display(ABC):
     def _tell(self, **changes: object) -> None:
         if self._file:
             self._told = self._told.model_copy(update=changes)
-            self._file.tell(self._told)
+            self._file.update(self._told)
 
     def _update(self, facts: dict[str, str]) -> None:
         self._status.update(facts)

@@ -16,8 +16,7 @@ from sampo_ray.actors.scoring.reference import build_reference_app
 from sampo_ray.actors.scoring.reward import build_reward_app
 from sampo_ray.config.fleet import GeneratorsConfig
 from sampo_ray.config.run import RunConfig
-from sampo_ray.loop.base import attach_run
-from sampo_ray.loop.serving import PolicyServing
+from sampo_ray.loop.serving import PolicyServing, attach_run
 from sampo_ray.run.directory import Run
 
 STORE_ANSWER_S = 120.0

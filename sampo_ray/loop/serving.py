@@ -1,21 +1,32 @@
-"""Serves the policy of a run: weight store, policy replicas and endpoint, with or without training beside them."""
+"""Serves the policy of a run, with or without training: base version, weight store, policy replicas, endpoint."""
 
 import contextlib
 import re
+import tempfile
 import textwrap
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import ray
+import torch
 from ray import serve
+from ray.actor import ActorHandle
 from ray.serve.handle import DeploymentHandle
+from transformers import AutoModelForCausalLM
 
 from sampo_ray.actors.weights.pinned import delete_apps, delete_pinned
-from sampo_ray.actors.weights.store import Channel, start_weight_store
+from sampo_ray.actors.weights.store import Channel, NewVersion, publish_version, start_weight_store
 from sampo_ray.config.fleet import GeneratorsConfig
+from sampo_ray.data.chat import ChatFormat
 from sampo_ray.errors import FleetError
-from sampo_ray.loop.base import ATTACH_S
 from sampo_ray.run.directory import Run
+from sampo_ray.run.manifest import lineage
+from sampo_ray.run.storage import Place
+from sampo_ray.run.version_folders import VersionInfo
 from sampo_ray.serve.endpoint import await_endpoint, deploy_endpoint, free_port, start_serve, stop_endpoint
+
+ATTACH_S = 120.0
+PUBLISH_BASE_S = 3600.0
 
 
 @contextlib.contextmanager
@@ -99,3 +110,33 @@ def last_error(report: str) -> str:
     errors = [n for n, line in enumerate(lines) if re.match(r"^[\w.]*(Error|Exception)\b", line)]
     last = lines[errors[-1] :] if errors else lines[-1:] or ["an application could not be started"]
     return textwrap.shorten(" ".join(line for line in last if not line.startswith("For further information")), 500)
+
+
+def attach_run(store: ActorHandle, run: Run) -> None:
+    """Makes the store serve this run; a new run first gets its tokenizer with its template, and its version 0."""
+    ray.get(store.attach.remote(run.id, run.versions.url), timeout=ATTACH_S)
+    tokenizer = run.place.at("tokenizer")
+    if not tokenizer.at("tokenizer_config.json").exists():
+        with tokenizer.draft() as draft:
+            ChatFormat.load(run.config.model.path, run.config.model.template).save(draft)
+            tokenizer.take(draft)
+    if not run.versions.at("000000", "version.json").exists():
+        source = lineage(run.config, None)
+        base = VersionInfo(version=0, round=0, step=0, created=int(time.time()), base=source.base, recipe=source.recipe)
+        new = NewVersion(run.id, run.versions, base, reference=True)
+        ray.get(_publish_base.remote(run.config.model.path, tokenizer, store, new), timeout=PUBLISH_BASE_S)
+
+
+@ray.remote(num_cpus=0.5, max_retries=1)
+def _publish_base(path: str, tokenizer: Place, store: ActorHandle, new: NewVersion) -> None:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, use_safetensors=True)
+    with tokenizer.on_disk() as folder:
+        chat = ChatFormat.load(folder, "tokenizer")
+    ends = model.generation_config.eos_token_id
+    others = [end for end in (ends if isinstance(ends, list) else [ends]) if end not in (None, chat.end_of_turn_id)]
+    model.generation_config.eos_token_id = [chat.end_of_turn_id, *others]
+    with tempfile.TemporaryDirectory(prefix="sampo-") as shell:
+        model.config.save_pretrained(shell)
+        model.generation_config.save_pretrained(shell)
+        chat.save(shell)
+        publish_version(store, new, model.named_parameters(), shell, PUBLISH_BASE_S)

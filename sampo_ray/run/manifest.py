@@ -1,4 +1,4 @@
-"""The manifest: what of a run is finished."""
+"""The manifest: which stages, rounds and checkpoints of a run are finished."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ class Checkpoint(BaseModel):
     files: dict[str, str]
     """Checksums by file name."""
     statistics: Statistics = Statistics()
-    """Of the round's steps so far, for losses that look back at them."""
+    """Of the round's steps so far, for losses that use them."""
 
 
 class Age(BaseModel):
@@ -72,7 +72,7 @@ class RoundRecord(BaseModel):
 
     @property
     def end_version(self) -> int:
-        """The version that the round ends with; where it starts, until its number of steps is known."""
+        """The version that the round ends with, once its number of steps is known."""
         return self.start_version + (self.steps or 0)
 
 
@@ -84,7 +84,7 @@ class Manifest(BaseModel):
     rounds: list[RoundRecord] = []
     checkpoint: Checkpoint | None = None
     earlier: Checkpoint | None = None
-    """The one before, for when that is damaged."""
+    """The checkpoint before, used if that is damaged."""
     finished: bool = False
 
 
@@ -113,5 +113,4 @@ def lineage(config: RunConfig, fingerprint: str | None) -> Lineage:
 
 
 def read_manifest(place: Place) -> Manifest:
-    """The manifest as it is now, for readers in other processes."""
     return Manifest.model_validate_json(place.at("manifest.json").read())

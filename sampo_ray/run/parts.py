@@ -37,16 +37,14 @@ class Part:
 
     def argument(self) -> ray.ObjectRef:
         """The block as an argument of a remote call, where it arrives as a table."""
-        return self.ref if self.ref is not None else read_part.remote(self)
+        return self.ref if self.ref is not None else _read.remote(self)
 
 
 def part_place(stage: Place, index: int) -> Place:
     return stage.at(f"part-{index:05d}.parquet")
 
 
-@ray.remote(num_cpus=0.1)
-def read_part(part: Part) -> pa.Table:
-    return part.table()
+_read = ray.remote(num_cpus=0.1)(Part.table)
 
 
 def parts_of(stage: Place, rows: Sequence[int]) -> list[Part]:

@@ -1,7 +1,6 @@
-"""Where a run's metrics are drawn: TensorBoard always, Weights & Biases and MLflow when asked for.
+"""Trackers of a run's metrics: TensorBoard always, Weights & Biases and MLflow where `run.trackers` names them.
 
-metrics.jsonl in the run directory is the record and these are views of it. The last two have settings of their own
-(WANDB_*, MLFLOW_*).
+The record is metrics.jsonl in the run directory; these show it. The last two are set up with WANDB_* and MLFLOW_*.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,11 +13,11 @@ from sampo_ray.errors import ConfigError
 from sampo_ray.run.storage import Place
 
 Log = Callable[[Mapping[str, float], int], None]
-"""Draws one optimizer step's metrics: (values by name, global step)."""
+"""Takes one optimizer step's metrics: (values by name, global step)."""
 
 
 def check_trackers(config: RunConfig) -> None:
-    """Raises ConfigError when a tracker that was asked for is not installed."""
+    """Raises ConfigError when a tracker of `run.trackers` is not installed."""
     for name in config.run.trackers:
         if find_spec(name) is None:
             raise ConfigError(f"run.trackers: {name!r} is not installed; pip install {name}, or leave it out")
@@ -26,9 +25,9 @@ def check_trackers(config: RunConfig) -> None:
 
 @contextmanager
 def open_trackers(config: RunConfig, place: Place, run_id: str) -> Iterator[Log]:
-    """Opens TensorBoard under `place`/tensorboard and what `run.trackers` names; entering gives the `Log`.
+    """Opens TensorBoard under `place`/tensorboard and what `run.trackers` names; yields the `Log`.
 
-    A remote run directory gets its TensorBoard files at the end. ConfigError when a tracker is missing or refuses.
+    A remote run directory gets its TensorBoard files at the end. ConfigError when a tracker cannot be opened.
     """
     check_trackers(config)
     with ExitStack() as stack:
@@ -47,7 +46,7 @@ def _opened(name: str, config: RunConfig, run_id: str) -> Iterator[Log]:
     with ExitStack() as stack:
         try:
             log = stack.enter_context(TRACKERS[name](config, run_id))
-        except Exception as error:  # a missing login, a server that is away: each library has its own errors
+        except Exception as error:  # each library has its errors for a missing login or server
             reason = (str(error) or repr(error)).splitlines()[0]
             raise ConfigError(f"run.trackers: {name} cannot be opened: {reason}") from error
         yield log
@@ -87,8 +86,7 @@ def _mlflow(config: RunConfig, run_id: str) -> Iterator[Log]:
         mlflow.log_dict(config.model_dump(mode="json"), "config.yaml")
 
         def log(values: Mapping[str, float], step: int) -> None:
-            # In the background: a slow or absent server must not hold up training.
-            mlflow.log_metrics(dict(values), step=step, synchronous=False)
+            mlflow.log_metrics(dict(values), step=step, synchronous=False)  # training must not wait for a server
 
         yield log
 

@@ -1,12 +1,6 @@
 """`GET /run`: what the attached run does now and how its training goes, read from its directory.
 
-    run, base, method           its id; what is trained, and how
-    finished, alive             whether it is done; whether a process works on it
-    round, rounds, stage        see sampo_ray/run/status.py; null where unknown
-    history                     the last rounds: round, steps, committed, start_version, stages with their seconds
-    steps                       columns over the last optimizer steps, thinned: version, round and COLUMNS
-
-It is bounded, and names no path of the machine.
+The answer has a bounded size, and names no path of the machine.
 """
 
 import asyncio
@@ -35,42 +29,26 @@ FRESH_S = 1.0
 READ_TIMEOUT_S = 10.0
 
 
-class StageView(TypedDict):
-    """A finished stage."""
-
-    name: str
-    seconds: float | None
-
-
-class RoundView(TypedDict):
-    """A round, counted from 1, and its finished stages."""
-
-    round: int
-    start_version: int
-    steps: int | None
-    committed: bool
-    stages: list[StageView]
-
-
 class RunView(TypedDict):
-    """The answer to `GET /run`."""
-
     run: str
     base: str | None
     method: str | None
     finished: bool
     alive: bool
+    """Whether a process works on it."""
     round: int | None
+    """From 1; null before the first, as `rounds` is without a configuration."""
     rounds: int | None
     stage: dict[str, object] | None
-    history: list[RoundView]
+    """See sampo_ray/run/status.py."""
+    history: list[dict[str, object]]
+    """The last rounds: round, steps, committed, start_version, and stages with their seconds."""
     steps: dict[str, list[float | str | None]]
+    """Columns over some of the last optimizer steps: version, round and COLUMNS."""
 
 
 class RunRoutes:
-    """The handler of `/run`; the class that has it brings a `catalogue`. A view is at most FRESH_S old, and read in a
-    thread, once for all who ask.
-    """
+    """The handler of `/run`, for a class with a `catalogue`. All requests within FRESH_S share one view."""
 
     catalogue: Catalogue
 
@@ -127,14 +105,10 @@ def columns(steps: list[StepMetrics]) -> dict[str, list[float | str | None]]:
     return {"version": [step.version for step in kept], "round": [step.round for step in kept], **curves}
 
 
-def _round_view(record: RoundRecord) -> RoundView:
-    return {
-        "round": record.index + 1,
-        "start_version": record.start_version,
-        "steps": record.steps,
-        "committed": record.committed,
-        "stages": [{"name": name, "seconds": stage.seconds} for name, stage in record.stages.items()],
-    }
+def _round_view(record: RoundRecord) -> dict[str, object]:
+    fields = record.model_dump(include={"start_version", "steps", "committed"})
+    stages = [{"name": name, "seconds": stage.seconds} for name, stage in record.stages.items()]
+    return {"round": record.index + 1, **fields, "stages": stages}
 
 
 @functools.lru_cache(maxsize=8)
