@@ -145,14 +145,13 @@ def with_deepspeed(args: Namespace, policy: Any) -> "Optimize":
 
 def alone(args: Namespace, policy: Any) -> "Optimize":
     """The same step where there is no DeepSpeed."""
-    from sampo_ray.training.objective import Draw
-    from sampo_ray.training.statistics import Statistics
+    from sampo_ray.training.objective import Draw, LossInputs
     from sampo_ray.training.step import MasterWeights, train_step
 
     weights = MasterWeights(policy)
 
     def optimize(step: Any, pairs: list[Any], objective: Any) -> None:
-        train_step(policy, weights, step, pairs, objective, Draw(0, 0, 0), Statistics(), LEARNING_RATE)
+        train_step(policy, weights, step, pairs, LossInputs(objective, Draw(0, 0, 0)), LEARNING_RATE)
 
     return optimize
 

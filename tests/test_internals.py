@@ -3,8 +3,10 @@
 A test that fails after an upgrade names the version that the wrapper was written for, and what has changed since.
 """
 
+import importlib
 import inspect
 from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -140,3 +142,74 @@ def test_torch_asks_for_amx_tiles() -> None:
 
     assert hasattr(torch.cpu, "_init_amx"), found("torch", "2.13.0")
     init_amx()
+
+
+def deepspeed_found() -> str:
+    return found("deepspeed", "0.19.8")
+
+
+@pytest.fixture
+def compatible_ops(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
+    """A copy of DeepSpeed's table of the operators that it may compile."""
+    from deepspeed import ops
+
+    copied = dict(ops.__compatible_ops__)
+    monkeypatch.setattr(ops, "__compatible_ops__", copied)
+    return copied
+
+
+def test_deepspeed_compiles_only_what_its_table_of_operators_allows(compatible_ops: dict[str, bool]) -> None:
+
+    from sampo_ray.internals.deepspeed import skip_shared_memory_extension
+
+    communication = importlib.import_module("deepspeed.comm.torch")
+    assert "deepspeed_shm_comm" in compatible_ops, deepspeed_found()
+    assert "ops.__compatible_ops__" in inspect.getsource(communication.build_shm_op), deepspeed_found()
+    skip_shared_memory_extension()
+    assert compatible_ops["deepspeed_shm_comm"] is False, deepspeed_found()
+
+
+def test_deepspeed_asks_its_settings_whether_a_checkpoint_is_universal() -> None:
+    from deepspeed import DeepSpeedEngine
+
+    for universal in (True, False):
+        engine = SimpleNamespace(_config=SimpleNamespace(load_universal_checkpoint=universal))
+        assert DeepSpeedEngine.load_universal_checkpoint(engine) is universal, deepspeed_found()
+
+
+def test_deepspeed_keeps_the_optimizer_that_it_was_given_inside_its_own() -> None:
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    for optimizer in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3):
+        assert "self.optimizer = init_optimizer" in inspect.getsource(optimizer.__init__), deepspeed_found()
+
+
+def test_deepspeed_makes_universal_checkpoints_with_these_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.checkpoint import ds_to_universal
+
+    from sampo_ray.internals.deepspeed import write_universal
+
+    monkeypatch.setattr("sys.argv", ["ds_to_universal", "--input_folder", "in", "--output_folder", "out"])
+    known, given = vars(ds_to_universal.parse_arguments()), []
+    monkeypatch.setattr(ds_to_universal, "main", given.append)
+    write_universal(Path("in"), Path("out"))
+    assert vars(given[0]).keys() == known.keys(), deepspeed_found()
+
+
+def test_torch_knows_whether_the_cpu_has_bf16_products() -> None:
+    from sampo_ray.internals.torch import cpu_has_bf16
+
+    if not Path("/proc/cpuinfo").exists():
+        pytest.skip("the flags of the CPU are read from /proc/cpuinfo")
+    flags = Path("/proc/cpuinfo").read_text().split()
+    assert cpu_has_bf16() == ("avx512_bf16" in flags or "amx_tile" in flags), found("torch", "2.13.0")
+
+
+def test_torch_limits_recompilations(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sampo_ray.internals.torch import limit_recompilations
+
+    config = torch._dynamo.config
+    with config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+        limit_recompilations(32)
+        assert (config.recompile_limit, config.fail_on_recompile_limit_hit) == (32, True), found("torch", "2.13.0")

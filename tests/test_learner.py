@@ -24,8 +24,7 @@ from sampo_ray.run.buckets import unpack
 from sampo_ray.run.version_files import write_version
 from sampo_ray.run.version_folders import VersionInfo
 from sampo_ray.training.batching import Step, assemble, lengths_of, plan_round
-from sampo_ray.training.learner import write_universal
-from sampo_ray.training.objective import METRICS, Draw
+from sampo_ray.training.objective import METRICS, Draw, LossInputs
 from sampo_ray.training.policy import load_policy
 from sampo_ray.training.step import MasterWeights, train_step
 
@@ -119,8 +118,8 @@ def test_it_does_what_torch_alone_does(alone, tiny_model, pairs, loss, reduction
     reference = load_policy(tiny_model).requires_grad_(False).distributions
     for step in plan(pairs)[:2]:
         theirs = learner.optimize(step, pairs, 4)
-        where, rate = (step, pairs, learner.objective, Draw(0, 0, step.epoch)), theirs["learning_rate"]
-        ours, statistics = train_step(policy, weights, *where, statistics, rate, reference=reference)
+        inputs = LossInputs(learner.objective, Draw(0, 0, step.epoch), statistics, reference)
+        ours, statistics = train_step(policy, weights, step, pairs, inputs, theirs["learning_rate"])
         assert ours == pytest.approx({name: theirs[name] for name in ours}, rel=1e-5)
         assert statistics == learner.statistics
         for mine, its in zip(weights.masters, masters(learner), strict=True):
@@ -209,6 +208,8 @@ def test_what_was_saved_goes_on_to_the_same_bits(alone, tiny_model, pairs, tmp_p
 def test_what_two_ranks_saved_goes_on_with_one(alone, tiny_model, pairs, tmp_path, zero_stage, lora):
     mp.spawn(_two_ranks, (tiny_model, pairs, tmp_path, zero_stage, lora), nprocs=2)
     theirs = torch.load(tmp_path / "masters.pt")
+    from sampo_ray.internals.deepspeed import write_universal
+
     write_universal(tmp_path / "state", tmp_path / "universal")
     learner = make(tiny_model, "sigmoid", lora=lora, zero_stage=zero_stage)
     learner.load(tmp_path, "universal", 0, 2, learner.statistics, universal=True)

@@ -20,7 +20,7 @@ from sampo_ray.errors import ConfigError
 from sampo_ray.run.manifest import Checkpoint
 from sampo_ray.training.batching import Pair, assemble
 from sampo_ray.training.losses import ScoredPairs, evaluate, sigmoid
-from sampo_ray.training.objective import METRICS, Draw, Objective, objective_of, row_losses, row_positions
+from sampo_ray.training.objective import METRICS, Draw, LossInputs, Objective, objective_of, row_losses, row_positions
 from sampo_ray.training.policy import Policy, load_policy
 from sampo_ray.training.reduction import REDUCTIONS, MaskKey, reduce_pairs, sampled_positions
 from sampo_ray.training.statistics import Statistics
@@ -194,7 +194,9 @@ def at_reference(loss: str, chosen: int, rejected: int) -> float:
 @pytest.mark.parametrize(("loss", "reduction"), [each for each in COMBINED if each[0] not in ("mix", "orpo", "simpo")])
 def test_policy_equal_to_reference_gives_delta_zero_exactly(policy, referenced, loss, reduction):
     pairs, row = referenced, assemble(referenced)
-    losses, sums = row_losses(policy, row, pairs, method_of(loss, reduction), DRAW, START, policy.distributions)
+    losses, sums = row_losses(
+        policy, row, pairs, LossInputs(method_of(loss, reduction), DRAW, reference=policy.distributions)
+    )
     metrics = dict(zip(METRICS, (sums / len(pairs)).tolist(), strict=True))
     assert metrics["margin"] == 0.0 and metrics["chosen_reward"] == 0.0 and metrics["rejected_reward"] == 0.0
     assert losses.tolist() == pytest.approx([at_reference(loss, s.chosen, s.rejected) for s in row.segments], rel=1e-6)
@@ -213,7 +215,7 @@ def mean_logprobs(pairs: list[Pair]) -> list[torch.Tensor]:
 @pytest.mark.parametrize("reduction", ["sum", "sample"])
 def test_mix_adds_the_likelihood_of_all_chosen_tokens_whatever_the_reduction(policy, referenced, reduction):
     pairs = referenced
-    losses, sums = row_losses(policy, assemble(pairs), pairs, method_of("mix", reduction, weight=0.5), DRAW, START)
+    losses, sums = row_losses(policy, assemble(pairs), pairs, LossInputs(method_of("mix", reduction, weight=0.5), DRAW))
     assert torch.allclose(losses, math.log(2) - 0.5 * mean_logprobs(pairs)[0].float(), atol=1e-5)
     assert sums[METRICS.index("margin")] == 0.0
 
@@ -222,7 +224,7 @@ def test_mix_adds_the_likelihood_of_all_chosen_tokens_whatever_the_reduction(pol
 def test_losses_without_a_reference_need_no_reference_log_probs_and_report_log_probs(policy, referenced, loss):
     pairs = without_reference(referenced)
     method = method_of(loss)
-    losses, sums = row_losses(policy, assemble(pairs), pairs, method, DRAW, START)
+    losses, sums = row_losses(policy, assemble(pairs), pairs, LossInputs(method, DRAW))
     chosen, rejected = mean_logprobs(referenced)
     expected = [
         naive_loss(loss, w, r, 1, 1, [], (), method.settings, START) for w, r in zip(chosen, rejected, strict=True)
@@ -240,7 +242,7 @@ def test_tdpo_compares_whole_distributions(tiny_model, policy, referenced):
         for parameter in other.parameters():
             parameter.mul_(3)
     method, pairs = method_of("tdpo", "sum"), without_reference(referenced)
-    losses, _ = row_losses(policy, assemble(pairs), pairs, method, DRAW, START, other.distributions)
+    losses, _ = row_losses(policy, assemble(pairs), pairs, LossInputs(method, DRAW, reference=other.distributions))
     plain = [AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16) for _ in range(2)]
     plain[1].load_state_dict(dict(other.model.named_parameters()), strict=False)
 
@@ -280,7 +282,7 @@ def test_logits_are_computed_only_at_the_positions_that_the_loss_asks_for(
     pairs, row, method = referenced, assemble(referenced), method_of("watched")
     asked = []
     hook = policy.register_forward_pre_hook(lambda module, arguments: asked.append(len(arguments[3])))
-    losses, _ = row_losses(policy, row, pairs, method, DRAW, START)
+    losses, _ = row_losses(policy, row, pairs, LossInputs(method, DRAW))
     hook.remove()
     kept = row_positions(method, DRAW, pairs)[0]
     counts = [
@@ -327,7 +329,7 @@ def test_steps_from_a_stored_checkpoint_have_the_bits_of_steps_without_a_stop(ti
         optimizer = torch.optim.SGD(learner.parameters(), lr=0.5)
         for step in range(4):
             mine = pairs[4 * (step % 2) :][:4]
-            losses, sums = row_losses(learner, assemble(mine), mine, method, DRAW, statistics)
+            losses, sums = row_losses(learner, assemble(mine), mine, LossInputs(method, DRAW, statistics))
             losses.mean().backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -418,10 +420,10 @@ def own_losses(tmp_path, monkeypatch):
 
 def test_a_loss_of_the_user_s_own_is_named_by_where_it_is(own_losses, policy, referenced):
     pairs, row = referenced, assemble(referenced)
-    losses, _ = row_losses(policy, row, pairs, method_of("own_losses:mine"), DRAW, START)
+    losses, _ = row_losses(policy, row, pairs, LossInputs(method_of("own_losses:mine"), DRAW))
     assert losses.tolist() == [0.0] * 6
     method = method_of("own_losses:weighted")
-    losses, _ = row_losses(policy, row, pairs, method, DRAW, START)
+    losses, _ = row_losses(policy, row, pairs, LossInputs(method, DRAW))
     assert method.settings.weight == 3.0 and torch.allclose(losses, -3 * mean_logprobs(pairs)[0].float(), atol=1e-4)
     with pytest.raises(ValueError, match="not one number for each pair"):
-        row_losses(policy, row, pairs, method_of("own_losses:one_number"), DRAW, START)
+        row_losses(policy, row, pairs, LossInputs(method_of("own_losses:one_number"), DRAW))

@@ -97,7 +97,7 @@ def test_adapters_that_would_be_nowhere_are_refused():
         on_meta(config, LoraConfig(targets=("lm_head",)))
 
 
-def test_a_model_that_can_never_fit_is_refused_with_the_mend():
+def test_a_model_that_can_never_fit_is_refused_with_the_fix():
     gpu = 80 << 30
     with pytest.raises(
         ConfigError, match=r"8\.03B.*workers=2.*zero_stage=2.*74\.8 GiB.*each GPU.*40\.0 GiB.*zero_stage=3"

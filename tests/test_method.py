@@ -17,10 +17,9 @@ from sampo_ray.config.method import MethodConfig
 from sampo_ray.config.rows import RowBudget
 from sampo_ray.training.batching import assemble
 from sampo_ray.training.logprobs import Tile, token_comparisons, token_logprobs
-from sampo_ray.training.objective import Draw, Sampled, objective_of, row_losses
+from sampo_ray.training.objective import Draw, LossInputs, MaskedPositions, objective_of, row_losses
 from sampo_ray.training.policy import every_token, load_policy, pair_logprobs, score_pairs
 from sampo_ray.training.reduction import REDUCTIONS, MaskKey, all_positions, reduce_pairs, sampled_positions
-from sampo_ray.training.statistics import Statistics
 from sampo_ray.training.streams import Stream
 from tests.conftest import random_pairs, with_reference
 
@@ -200,7 +199,7 @@ def test_nothing_is_ever_as_large_as_tokens_times_vocabulary(compared):
         else:
             out = token_logprobs(hidden, weight, targets, tile)
         out.sum().backward()
-    assert tile.tokens * tile.words <= largest.numbers <= max(tile.tokens * tile.words, weight.numel())
+    assert tile.tokens * tile.vocabulary <= largest.numbers <= max(tile.tokens * tile.vocabulary, weight.numel())
 
 
 def test_a_frozen_head_gets_no_gradient_and_changes_none():
@@ -239,9 +238,9 @@ def test_a_pair_s_loss_does_not_depend_on_what_shares_its_row_or_its_prompt(poli
     falling = np.arange(99, dtype=np.float32) / 10
     pairs = [replace(pair, chosen_ref=pair.chosen_ref - falling[: len(pair.chosen)]) for pair in pairs]
     method = objective_of(MethodConfig(reduction="sample"))
-    together, _ = row_losses(policy, assemble(pairs), pairs, method, DRAW, Statistics())
+    together, _ = row_losses(policy, assemble(pairs), pairs, LossInputs(method, DRAW))
     shuffled = [pairs[i] for i in (3, 1, 7, 0)]
-    apart, _ = row_losses(policy, assemble(shuffled), shuffled, method, DRAW, Statistics())
+    apart, _ = row_losses(policy, assemble(shuffled), shuffled, LossInputs(method, DRAW))
     assert torch.equal(together[[3, 1, 7, 0]], apart)
 
 
@@ -268,7 +267,7 @@ def test_checkpointing_computes_again_what_it_should(tiny_model, how, again):
 def test_a_reference_that_is_asked_for_sampled_tokens_has_their_bits(policy):
     pairs, method, epochs = random_pairs(8, seed=9, longest=60), objective_of(MethodConfig()), 2
     every = score_pairs(policy, pairs, RowBudget(4, 256))
-    some = score_pairs(policy, pairs, RowBudget(4, 256), Sampled(method, DRAW.seed, DRAW.round, epochs))
+    some = score_pairs(policy, pairs, RowBudget(4, 256), MaskedPositions(method, DRAW.seed, DRAW.round, epochs))
     left_out = 0
     for side in ("chosen_ref", "rejected_ref"):
         for full, asked in ((getattr(a, side), getattr(b, side)) for a, b in zip(every, some, strict=True)):
@@ -277,7 +276,7 @@ def test_a_reference_that_is_asked_for_sampled_tokens_has_their_bits(policy):
     assert left_out
     for epoch in range(epochs):
         draw = replace(DRAW, epoch=epoch)
-        ours, theirs = (row_losses(policy, assemble(t), t, method, draw, Statistics())[0] for t in (some, every))
+        ours, theirs = (row_losses(policy, assemble(t), t, LossInputs(method, draw))[0] for t in (some, every))
         assert torch.equal(ours, theirs)
 
 
@@ -289,7 +288,7 @@ def test_the_gradient_is_that_of_a_naive_computation(tiny_model, loss):
     policy = load_policy(tiny_model).double()
     pairs = with_reference(load_policy(tiny_model), random_pairs(4, seed=7, prompts=3))
     method = objective_of(MethodConfig(loss=loss, beta=0.3))
-    losses, _ = row_losses(policy, assemble(pairs), pairs, method, DRAW, Statistics())
+    losses, _ = row_losses(policy, assemble(pairs), pairs, LossInputs(method, DRAW))
     losses.mean().backward()
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64, attn_implementation="eager")
     naive = []

@@ -42,9 +42,7 @@ from sampo_ray.training.batching import Pair, lengths_of, plan_round
 from sampo_ray.config.rows import RowBudget
 from sampo_ray.training.learner import Learner
 from sampo_ray.config.losses import LOSSES, LossSettings
-from sampo_ray.training.objective import Objective
-from sampo_ray.training.statistics import Statistics
-from sampo_ray.training.objective import Draw
+from sampo_ray.training.objective import Draw, LossInputs, Objective
 from sampo_ray.training.policy import load_policy, score_pairs
 from sampo_ray.training.reduction import REDUCTIONS
 from sampo_ray.training.step import MasterWeights, train_step
@@ -55,7 +53,8 @@ pairs = score_pairs(load_policy(sys.argv[1]), pairs, budget)
 policy = load_policy(sys.argv[1], "selective").train()
 objective = Objective(LOSSES["sigmoid"], LossSettings(0.1), REDUCTIONS["sample"])
 [step] = plan_round(lengths_of(pairs), budget, epochs=1, seed=0, round=0)
-metrics, _ = train_step(policy, MasterWeights(policy), step, pairs, objective, Draw(0, 0, 0), Statistics(), 1e-4)
+inputs = LossInputs(objective, Draw(0, 0, 0))
+metrics, _ = train_step(policy, MasterWeights(policy), step, pairs, inputs, 1e-4)
 print(metrics["loss"])
 """
 

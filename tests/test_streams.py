@@ -54,7 +54,7 @@ def test_the_epochs_of_a_round_keep_their_orders():
 
 
 def test_online_rounds_keep_their_prompts():
-    tree = {"run": {"dir": "r", "seed": 7}, "model": {"path": "m"}, "data": {"train": "d.jsonl"}}
+    tree = {"run": {"dir": "r", "seed": 7}, "model": {"path": "m"}, "data": {"prompts": "d.jsonl"}}
     tree |= {
         "rounds": {"mode": "online", "count": 3},
         "rollout": {"prompts": 6},

@@ -8,7 +8,7 @@ import torch
 
 from sampo_ray.actors.weights.handout import rest
 from sampo_ray.run.buckets import Bucket, checksum, flat, unpack, verify, views
-from sampo_ray.training.lora import SIDES, file_name, merged
+from sampo_ray.training.lora import MATRICES, file_name, merged
 
 
 def merging(adapters: Bucket, scaling: float, share: float = 1.0) -> Callable[[Bucket], Bucket]:
@@ -28,7 +28,7 @@ def merging(adapters: Bucket, scaling: float, share: float = 1.0) -> Callable[[B
         rest(begun, share)
         for spec, (name, weight) in zip(adapted, views(adapted, flat(bucket.data)), strict=True):
             begun = time.perf_counter()
-            a, b = (parts[file_name(name, side)] for side in SIDES)
+            a, b = (parts[file_name(name, side)] for side in MATRICES)
             new = merged(weight, a, b, scaling).to(weight.dtype)
             flat(data)[spec.offset : spec.offset + spec.nbytes] = new.view(torch.uint8).flatten()
             rest(begun, share)

@@ -9,7 +9,7 @@ from ray.serve.llm import LLMConfig, build_llm_deployment
 from sampo_ray.actors.policy.server import PolicyServer, Source
 from sampo_ray.actors.transfer.backend import BACKEND
 from sampo_ray.config.fleet import GeneratorsConfig
-from sampo_ray.training.cpu import has_bf16
+from sampo_ray.internals.torch import cpu_has_bf16
 
 
 def cpu_engine(max_model_len: int) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def cpu_engine(max_model_len: int) -> dict[str, Any]:
     the engine ("CPU Generator does not use offset").
     """
     return {
-        "dtype": "bfloat16" if has_bf16() else "float32",
+        "dtype": "bfloat16" if cpu_has_bf16() else "float32",
         "enforce_eager": True,
         "kv_cache_memory_bytes": 1 << 30,
         "enable_chunked_prefill": False,

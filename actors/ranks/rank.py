@@ -30,9 +30,9 @@ from sampo_ray.run.version_files import write_version
 from sampo_ray.run.version_folders import VersionInfo, version_folder
 from sampo_ray.run.versions import labels_of
 from sampo_ray.training.batching import plan_round
-from sampo_ray.training.learner import Learner, drain, of_all_ranks, write_universal
+from sampo_ray.training.learner import Learner, drain, from_all_ranks
 from sampo_ray.training.memory import check_device
-from sampo_ray.training.objective import asked_of_reference
+from sampo_ray.training.objective import reference_positions
 from sampo_ray.training.policy import Policy, load_policy
 from sampo_ray.training.streams import adapter_seed
 
@@ -171,8 +171,8 @@ class Rank:
                     f"{place.url} is missing and cannot be computed again, since the policy has been trained since; "
                     "restore the file, or begin another run"
                 )
-            block, ask = part.table(), asked_of_reference(self.config, spec.round)
-            scored = with_reference(block, self.learner.score(pairs_of(block), ask))
+            block, select = part.table(), reference_positions(self.config, spec.round)
+            scored = with_reference(block, self.learner.score(pairs_of(block), select))
             if self.first:
                 place.write_table(scored)
             yield scored
@@ -226,7 +226,7 @@ class Rank:
             learner.save(scratch, "state")
             sums = checksums(scratch / "state")
             target.take(scratch / "state")
-        files = {name: sum for files in of_all_ranks(sums) for name, sum in files.items()}
+        files = {name: sum for files in from_all_ranks(sums) for name, sum in files.items()}
         return Checkpoint(
             path=f"checkpoints/{spec.round}-{learner.step:06d}",
             round=spec.round,
@@ -276,7 +276,7 @@ class Rank:
             for name in sorted(checkpoint.files)[self.learner.rank :: self.learner.world]
             if not (folder / name).is_file() or checksum_of_file(folder / name) != checkpoint.files[name]
         ]
-        return [name for some in of_all_ranks(mine) for name in some]
+        return [name for some in from_all_ranks(mine) for name in some]
 
     def _load_checkpoint(self, checkpoint: Checkpoint, folder: Path) -> None:
         """Loads a checkpoint from its folder; one of another number of ranks is converted first."""
@@ -295,6 +295,8 @@ class Rank:
                 self.learner.world,
             )
             with universal.draft() as scratch:
+                from sampo_ray.internals.deepspeed import write_universal
+
                 write_universal(folder, scratch / "state")
                 universal.take(scratch / "state")
         dist.barrier()

@@ -17,7 +17,7 @@ from sampo_ray.data.preferences import pairs_of, with_reference
 from sampo_ray.run.buckets import unpack
 from sampo_ray.run.storage import Place
 from sampo_ray.run.version_folders import WeightsId
-from sampo_ray.training.objective import asked_of_reference
+from sampo_ray.training.objective import reference_positions
 from sampo_ray.training.policy import Policy, load_policy, score_pairs
 
 logger = logging.getLogger(__name__)
@@ -43,8 +43,8 @@ class ReferenceWorker:
         """Scores a PAIRS block of a round with `version` of `run`; writes and returns a REFERENCE block."""
         with self._computing:
             policy = self._load(WeightsId(run, version), versions_url, config.model.flex)
-            ask = asked_of_reference(config, round)
-            scored = with_reference(pairs, score_pairs(policy, pairs_of(pairs), config.row_budget, ask))
+            select = reference_positions(config, round)
+            scored = with_reference(pairs, score_pairs(policy, pairs_of(pairs), config.row_budget, select))
         Place(out).write_table(scored)
         return scored
 

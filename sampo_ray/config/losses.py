@@ -1,7 +1,7 @@
-"""Which preference losses and length reductions there are, and what each asks for; importable without torch.
+"""The preference losses and length reductions that a configuration may name, and what each needs; without torch.
 
-`sampo_ray.training.losses` and `sampo_ray.training.reduction` compute them. A loss from outside this package is named
-in the configuration as `package.module:name`: a function of (pairs, settings), or a `PreferenceLoss`.
+`sampo_ray.training.losses` and `sampo_ray.training.reduction` compute them. A user's loss is named in the configuration
+as `package.module:name`: a function of (pairs, settings), or a `PreferenceLoss`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 REDUCTIONS: dict[str, tuple[str, ...]] = {
     "sum": (),
@@ -21,7 +24,7 @@ REDUCTIONS: dict[str, tuple[str, ...]] = {
     "top_k": (),
     "ld": ("alpha",),
 }
-"""Length reductions, and the fields of `method` that each one needs."""
+"""Length reductions, and the fields of `method` that each needs."""
 
 Positions = Literal["reduction", "chosen", "all"]
 FromReference = Literal["log-probs", "nothing", "distributions"]
@@ -29,7 +32,7 @@ FromReference = Literal["log-probs", "nothing", "distributions"]
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What a loss may depend on besides the pairs; fields of `method`, 0 where the loss does not use one."""
+    """The fields of `method` that a loss may use; 0 for those that it does not use."""
 
     beta: float
     label_smoothing: float = 0.0
@@ -39,18 +42,18 @@ class LossSettings:
 
 @dataclass(frozen=True)
 class PreferenceLoss:
-    """A loss and what it asks of the stages before it.
+    """A loss and what it needs from the stages before it.
 
-    `function`: called with (ScoredPairs, LossSettings), and with Statistics where `statistics` says so; or where it is,
-    as `package.module:name`, if importing it is left to those who call it.
-    `settings`: the fields of LossSettings that it uses besides beta, with defaults; beta too, where that is not 0.1.
-    `positions`: the tokens whose log-probs it reads: those of the `reduction`, all of the `chosen` besides, or `all`.
-    `reference`: what it needs of the reference: its token `log-probs`, `nothing`, or besides the log-probs its
-    `distributions` over the vocabulary, for which it must be resident where the policy is.
+    `function`: called with (ScoredPairs, LossSettings), and with Statistics if `statistics` is true; or its name, as
+    `package.module:name`, which is imported at the first call.
+    `settings`: the fields of LossSettings that it uses, with defaults; beta only if its default is not 0.1.
+    `positions`: the tokens whose log-probs it reads: those of the `reduction`, also all `chosen` tokens, or `all`.
+    `reference`: what it needs of the reference: its token `log-probs`, `nothing`, or also its `distributions` over the
+    vocabulary, for which the reference must be in the policy's process.
     `reductions`: the length reductions it can be combined with.
     """
 
-    function: Callable[..., Any] | str
+    function: Callable[..., Tensor] | str
     settings: Mapping[str, float] = field(default_factory=dict)
     positions: Positions = "reduction"
     reference: FromReference = "log-probs"
@@ -58,7 +61,7 @@ class PreferenceLoss:
     statistics: bool = False
 
 
-def _own(
+def _builtin(
     function: str,
     settings: Mapping[str, float] | None = None,
     positions: Positions = "reduction",
@@ -66,25 +69,25 @@ def _own(
     reductions: tuple[str, ...] = tuple(REDUCTIONS),
     statistics: bool = False,
 ) -> PreferenceLoss:
-    place = f"sampo_ray.training.losses:{function}"
-    return PreferenceLoss(place, settings or {}, positions, reference, reductions, statistics)
+    name = f"sampo_ray.training.losses:{function}"
+    return PreferenceLoss(name, settings or {}, positions, reference, reductions, statistics)
 
 
 LOSSES: dict[str, PreferenceLoss] = {
-    "sigmoid": _own("sigmoid", {"label_smoothing": 0.0}),
-    "robust": _own("robust", {"label_smoothing": 0.1}),
-    "hinge": _own("hinge"),
-    "ipo": _own("ipo"),
-    "dpop": _own("dpop", {"weight": 50.0}),
-    "mix": _own("mix", {"weight": 1.0}, positions="chosen"),
-    "lenN": _own("len_n", {"weight": 0.01}),
-    "orpo": _own("orpo", reference="nothing", reductions=("mean",)),
-    "simpo": _own("simpo", {"beta": 2.5, "margin": 1.4}, reference="nothing", reductions=("mean",)),
-    "kto_pair": _own("kto_pair", statistics=True),
-    "bco_pair": _own("bco_pair", statistics=True),
-    "sppo_hard": _own("sppo_hard"),
-    "nca_pair": _own("nca_pair"),
-    "tdpo": _own(
+    "sigmoid": _builtin("sigmoid", {"label_smoothing": 0.0}),
+    "robust": _builtin("robust", {"label_smoothing": 0.1}),
+    "hinge": _builtin("hinge"),
+    "ipo": _builtin("ipo"),
+    "dpop": _builtin("dpop", {"weight": 50.0}),
+    "mix": _builtin("mix", {"weight": 1.0}, positions="chosen"),
+    "lenN": _builtin("len_n", {"weight": 0.01}),
+    "orpo": _builtin("orpo", reference="nothing", reductions=("mean",)),
+    "simpo": _builtin("simpo", {"beta": 2.5, "margin": 1.4}, reference="nothing", reductions=("mean",)),
+    "kto_pair": _builtin("kto_pair", statistics=True),
+    "bco_pair": _builtin("bco_pair", statistics=True),
+    "sppo_hard": _builtin("sppo_hard"),
+    "nca_pair": _builtin("nca_pair"),
+    "tdpo": _builtin(
         "tdpo",
         {"weight": 0.5},
         reference="distributions",
@@ -94,13 +97,13 @@ LOSSES: dict[str, PreferenceLoss] = {
 
 
 REFUSED = {"ld_dpo": "is loss='sigmoid' with reduction='ld'"}
-"""Names that somebody will look for, and why they are no losses here."""
+"""Known names of losses that are configured in another way, and how."""
 
 
 def find_loss(name: str) -> PreferenceLoss:
-    """The loss of that name in LOSSES, or at `package.module:name` a PreferenceLoss or a function of (pairs, settings).
+    """The loss of that name in LOSSES, or the PreferenceLoss or function of (pairs, settings) at `package.module:name`.
 
-    Raises ValueError when there is none that could be called.
+    Raises ValueError when there is none, or it cannot be called.
     """
     if name in LOSSES:
         return LOSSES[name]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RowBudget:
-    """What rows are planned for: pairs in a global batch, tokens in a row, and ranks that work on rows side by side."""
+    """What rows are planned for: pairs per global batch, tokens per row, and ranks that work on rows in parallel."""
 
     batch_size: int
     tokens_per_row: int
@@ -15,7 +15,7 @@ class RowBudget:
 
 
 def default_row(max_length: int) -> int:
-    """Tokens of a row that holds any pair of two sequences of `max_length`, and no fewer than 4,096: each row costs a
+    """Tokens of a row that holds any pair of two sequences of `max_length`, and at least 4,096, as each row costs a
     pass over all gradients.
     """
     return max(2 * max_length, 4096)

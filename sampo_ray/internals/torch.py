@@ -1,10 +1,12 @@
 """torch's private interfaces, checked with torch 2.13.0."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import flex_attention
 
 ModuleState: TypeAlias = dict[str, object]
 """All attributes of a module: its `__dict__`, which holds parameters and buffers in dictionaries of their own."""
@@ -39,3 +41,26 @@ def copied_state(module: nn.Module, parameters: Mapping[str, Tensor | None]) -> 
 def set_state(module: nn.Module, state: ModuleState) -> None:
     """Gives the module another state at once. torch sets attribute by attribute, which takes ten times as long."""
     object.__setattr__(module, "__dict__", state)
+
+
+@functools.cache
+def cpu_has_bf16() -> bool:
+    """Whether this CPU has instructions for bf16 products (AVX512-BF16 or AMX); reads torch.cpu's private checks."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def limit_recompilations(kernels: int) -> None:
+    """Lets torch.compile keep this many kernels of a function; one more is an error. Sets torch._dynamo.config."""
+    torch._dynamo.config.recompile_limit = kernels
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+
+def create_block_mask(
+    sees: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], tokens: int, device: torch.device
+) -> flex_attention.BlockMask:
+    """FlexAttention's mask [tokens, tokens], compiled except on CPUs: uncompiled it is made from a whole matrix.
+
+    Uses the private parameter `_compile`.
+    """
+    compiled = device.type != "cpu"
+    return flex_attention.create_block_mask(sees, None, None, tokens, tokens, device=device, _compile=compiled)

@@ -16,7 +16,7 @@ from sampo_ray.config.model import LoraConfig
 from sampo_ray.run.buckets import Bucket
 from sampo_ray.run.version_files import drafted, read_version
 from sampo_ray.run.version_folders import AdaptersInfo, VersionInfo, is_complete
-from sampo_ray.training.lora import SIDES, file_name, peft_settings
+from sampo_ray.training.lora import MATRICES, file_name, peft_settings
 
 
 def adapters_info(config: LoraConfig, base: int) -> AdaptersInfo:
@@ -39,7 +39,7 @@ def write_adapters(
     layers = []
     for name, parts in weights:
         layers.append(name.removesuffix(".weight"))
-        held |= {file_name(name, side): part.to("cpu", copy=True) for side, part in zip(SIDES, parts, strict=True)}
+        held |= {file_name(name, side): part.to("cpu", copy=True) for side, part in zip(MATRICES, parts, strict=True)}
     if not is_complete(folder_url):
         settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", **peft_settings(config, layers)}
         with drafted(folder_url, info) as draft:

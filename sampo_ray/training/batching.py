@@ -22,15 +22,16 @@ if TYPE_CHECKING:
     from jaxtyping import Float32, Int32, Int64
 
 
-# Rows are filled up to a multiple of this many tokens: matrix kernels take other paths for a few rows, and so round
-# differently.
 ROW_MULTIPLE = 64
+"""Rows are filled up to a multiple of this many tokens, as matrix kernels round differently for a few rows."""
 
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """A prompt with a chosen and a rejected response, in tokens; once there is a reference, with its log-probs of the
-    responses' tokens, nats (NaN where not asked for).
+    """A prompt with a chosen and a rejected response, in tokens.
+
+    `chosen_ref`, `rejected_ref`: the reference's log-probs of the responses' tokens, nats, once it has scored the pair;
+    NaN at tokens that were not selected.
     """
 
     id: str
@@ -84,24 +85,24 @@ def plan_rows(pairs: Int64[np.ndarray, " pairs"], lengths: Lengths, budget: RowB
     `world`-th.
 
     Each row is a collective operation, in which all ranks wait for the one with the most tokens. So there are as few
-    rows as will do, the same number for each rank (the last may be empty), and they are filled evenly: each pair, the
-    longest first, goes to the row that has the fewest tokens so far. A pair that is longer than a row gets one of its
-    own.
+    rows as possible, the same number for each rank (the last may be empty), and they are filled evenly: each pair, the
+    longest first, goes to the row that has the fewest tokens so far. A pair that is longer than a row has a row to
+    itself.
     """
     totals = lengths[pairs].sum(axis=1)
-    longest_first = [(int(totals[place]), int(pairs[place])) for place in np.argsort(-totals, kind="stable")]
-    turns = max(1, -(-int(totals.sum()) // (budget.tokens_per_row * budget.world)))
-    while (rows := _spread(longest_first, turns * budget.world, budget.tokens_per_row)) is None:
-        turns += 1
+    longest_first = [(int(totals[i]), int(pairs[i])) for i in np.argsort(-totals, kind="stable")]
+    rows_per_rank = max(1, -(-int(totals.sum()) // (budget.tokens_per_row * budget.world)))
+    while (rows := _fill_rows(longest_first, rows_per_rank * budget.world, budget.tokens_per_row)) is None:
+        rows_per_rank += 1
     return [np.array(members, dtype=np.int64) for _, members in sorted(rows, key=lambda row: -row[0])]
 
 
-def _spread(items: list[tuple[int, int]], count: int, room: int) -> list[tuple[int, list[int]]] | None:
-    """(tokens, pairs) of `count` rows filled evenly with (tokens, pair); None if there is not enough room."""
+def _fill_rows(items: list[tuple[int, int]], count: int, capacity: int) -> list[tuple[int, list[int]]] | None:
+    """`count` rows as (tokens, pairs), filled evenly with `items` (tokens, pair); None if these do not fit."""
     rows: list[tuple[int, int, list[int]]] = [(0, row, []) for row in range(count)]
     for tokens, pair in items:
         used, row, members = rows[0]
-        if used and used + tokens > room:
+        if used and used + tokens > capacity:
             return None
         heapq.heapreplace(rows, (used + tokens, row, [*members, pair]))
     return [(used, members) for used, _, members in sorted(rows, key=lambda row: row[1])]
@@ -111,7 +112,7 @@ def _spread(items: list[tuple[int, int]], count: int, room: int) -> list[tuple[i
 class Segments:
     """Where one pair lies in a row: chosen, then rejected, and the prompt that both see.
 
-    The prompt, computed once, is just before them, or with an earlier pair of the row that has the same.
+    The prompt is computed once. It is just before the responses, or with an earlier pair of the row that has the same.
     """
 
     prompt_start: int
@@ -148,9 +149,9 @@ class Segments:
 
 @dataclass(frozen=True)
 class Row:
-    """A micro-batch: pairs end to end in one row of tokens, without padding but at the very end.
+    """A micro-batch: pairs end to end in one row of tokens, with padding only at its end.
 
-    `positions` are those in prompt and response: each prompt begins at 0, each response where its prompt ended.
+    `positions`: each prompt begins at 0, each response where its prompt ended.
     """
 
     tokens: Int64[Tensor, " tokens"]
@@ -162,15 +163,12 @@ class Row:
 
 
 def assemble(pairs: Sequence[Pair]) -> Row:
-    """Lays pairs into one row, filled up to a multiple of ROW_MULTIPLE tokens.
-
-    A prompt that several of them have is there once.
-    """
+    """A row of these pairs, filled up to a multiple of ROW_MULTIPLE tokens; it holds a prompt of several pairs once."""
     tokens, positions, segments, end = list[np.ndarray](), list[np.ndarray](), list[Segments](), 0
-    known: dict[bytes, int] = {}
+    prompts: dict[bytes, int] = {}
     for pair in pairs:
         prompt = len(pair.prompt)
-        if (start := known.setdefault(pair.prompt.tobytes(), end)) == end:
+        if (start := prompts.setdefault(pair.prompt.tobytes(), end)) == end:
             tokens.append(pair.prompt)
             positions.append(np.arange(prompt))
             end += prompt
@@ -180,8 +178,10 @@ def assemble(pairs: Sequence[Pair]) -> Row:
             tokens.append(response)
             positions.append(np.arange(prompt, prompt + len(response)))
     fill = np.zeros(-end % ROW_MULTIPLE, np.int64)
-    laid, at = (torch.from_numpy(np.concatenate([*parts, fill]).astype(np.int64)) for parts in (tokens, positions))
-    return Row(laid, at, tuple(segments))
+    joined, places = (
+        torch.from_numpy(np.concatenate([*parts, fill]).astype(np.int64)) for parts in (tokens, positions)
+    )
+    return Row(joined, places, tuple(segments))
 
 
 def lengths_of(pairs: Sequence[Pair]) -> Lengths:

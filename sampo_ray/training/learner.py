@@ -1,6 +1,6 @@
-"""The training core: DeepSpeed optimizer steps over packed rows of preference pairs, one process a data-parallel rank.
+"""DeepSpeed optimizer steps over packed rows of preference pairs, one process per data-parallel rank.
 
-It knows neither Ray nor the run directory. torch.distributed must be initialised; all methods are collective.
+torch.distributed must be initialised; all methods are collective. Ray and the run directory are not known here.
 """
 
 from __future__ import annotations
@@ -8,13 +8,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import io
 import math
-from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,13 +22,13 @@ from torch.nn import Parameter
 from sampo_ray.errors import TrainingError
 from sampo_ray.training.batching import Pair, Row, Step
 from sampo_ray.training.lora import named_weights, without_adapters
-from sampo_ray.training.objective import METRICS, Draw, accumulate, idle_loss, objective_of
+from sampo_ray.training.objective import METRICS, Draw, LossInputs, accumulate, objective_of, zero_loss
 from sampo_ray.training.policy import (
-    Ask,
     Distributions,
     Policy,
     Reference,
     Scores,
+    SelectPositions,
     batch_rows,
     every_token,
     row_logprobs,
@@ -39,14 +37,18 @@ from sampo_ray.training.policy import (
 from sampo_ray.training.statistics import Statistics
 
 if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
     from sampo_ray.config.run import RunConfig
     from sampo_ray.config.training import OptimConfig
 
 
 T = TypeVar("T")
+StepValues = dict[str, float | str | None]
+"""Metrics of a step by name; `reason` is text, and `grad_norm` None where DeepSpeed has none."""
 
 NAMED_PAIRS = 10
-"""Pairs that an error names at most."""
+"""The most pairs that an error names."""
 
 
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
@@ -57,12 +59,11 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
     return optim.learning_rate * (steps - step + 1) / (steps - warmup)
 
 
-def deepspeed_config(config: RunConfig) -> dict[str, Any]:
-    """DeepSpeed's settings: bf16 compute; fp32 masters, accumulation and reduction; we say when a step ends.
-
-    A step whose gradients are not finite is discarded (`check_grad_overflow`).
+def deepspeed_config(config: RunConfig) -> dict[str, object]:
+    """DeepSpeed's settings: bf16 compute; fp32 masters, accumulation and reduction; the learner decides when a step
+    ends. A step whose gradients are not finite is discarded (`check_grad_overflow`).
     """
-    zero: dict[str, Any] = {
+    zero: dict[str, object] = {
         "stage": config.trainer.zero_stage,
         "overlap_comm": False,
         "contiguous_gradients": True,
@@ -82,7 +83,7 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW, on the host as well: nothing to compile
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW on the host, too, which needs no compiler
         "zero_optimization": zero,
         "steps_per_print": 10**9,
         "timers": {"throughput": {"enabled": False}},  # waits for the GPU in each forward
@@ -95,8 +96,9 @@ class Learner:
     def __init__(self, policy: Policy, config: RunConfig, device: torch.device) -> None:
         import deepspeed
 
-        # Without this DeepSpeed compiles a shared-memory extension, for minutes, that gloo runs do not use.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        from sampo_ray.internals.deepspeed import skip_shared_memory_extension
+
+        skip_shared_memory_extension()
         self.config, self.device, self.objective = config, device, objective_of(config.method)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         optim = config.optim
@@ -108,9 +110,9 @@ class Learner:
             weight_decay=optim.weight_decay,
             fused=True,
         )
-        self._engine, *_ = deepspeed.initialize(
+        self._engine: DeepSpeedEngine = deepspeed.initialize(
             model=policy, optimizer=adamw, config=deepspeed_config(config), dist_init_required=False
-        )
+        )[0]
         self._engine.train()
         self.round, self.step, self.statistics = 0, 0, Statistics()
         self._reference: Reference | None = None
@@ -118,57 +120,50 @@ class Learner:
 
     @property
     def policy(self) -> Policy:
-        return self._engine.module
+        policy: Policy = self._engine.module
+        return policy
 
     def begin_round(self, round: int, reference: Callable[[], Policy] | None = None) -> None:
-        """The optimizer starts afresh, in place: ZeRO keeps views of these tensors. The fp32 masters stay.
+        """Resets the optimizer's moments and step counts; the fp32 masters stay.
 
-        `reference` loads what the round starts from, for a loss that asks for its distributions. It is not called where
-        the policy has adapters: without these it is the reference.
+        `reference` loads the policy that the round starts from, for a loss that needs its distributions. It is not
+        called where the policy has adapters: without these it is the reference.
         """
-        for state in self._engine.optimizer.optimizer.state.values():
-            for name in ("exp_avg", "exp_avg_sq", "step"):
-                if name in state:
-                    state[name].zero_()
+        from sampo_ray.internals.deepspeed import clear_moments
+
+        clear_moments(self._engine)
         self.round, self.step, self.statistics = round, 0, Statistics()
         if self.config.method.needs_distributions and self.config.model.lora:
             self._reference = self._without_adapters
         elif self.config.method.needs_distributions:
             assert reference is not None, "a loss of distributions needs a reference"
             self._reference = None
-            gc.collect()  # the last one goes before the next is loaded; a model is in cycles
+            gc.collect()  # frees the old one, which is in reference cycles, before the next is loaded
             self._reference = reference().distributions
 
     def _without_adapters(self, row: Row, states: Tensor) -> Distributions:
         self._engine.eval()
         with without_adapters(self.policy.model):
-            found = self.policy.distributions(row, states)
+            distributions = self.policy.distributions(row, states)
         self._engine.train()
-        return found
+        return distributions
 
-    def optimize(self, step: Step, pairs: Sequence[Pair], steps: int) -> dict[str, Any]:
+    def optimize(self, step: Step, pairs: Sequence[Pair], steps: int) -> StepValues:
         """The round's next step of `steps`: mean loss over the pairs of the global batch, summed over rows and ranks.
 
         `pairs` are all of the round's. Returns METRICS, `learning_rate`, `grad_norm` and `skipped`: 0, or how many
         steps in a row had a loss or gradient that is not finite and so changed nothing. Such a step has a `reason`
         instead of METRICS. TrainingError, naming pairs, when there are more of them than `trainer.max_skipped`.
         """
-        sums, rows = accumulate(
-            self._engine,
-            step.rows[self.rank],
-            pairs,
-            self.objective,
-            Draw(self.config.run.seed, self.round, step.epoch),
-            self.statistics,
-            self.world / step.pairs,
-            self._reference,
-            self._engine.backward,
-        )
+        draw = Draw(self.config.run.seed, self.round, step.epoch)
+        inputs = LossInputs(self.objective, draw, self.statistics, self._reference)
+        weight, backward = self.world / step.pairs, self._engine.backward
+        sums, rows = accumulate(self._engine, step.rows[self.rank], pairs, inputs, weight, backward)
         dist.all_reduce(sums)
         metrics = dict(zip(METRICS, (sums / step.pairs).tolist(), strict=True))
         if not math.isfinite(metrics["loss"]):
-            # A loss that is not finite may have finite gradients; with these the step is discarded, on all ranks.
-            self._engine.backward(idle_loss(self._engine, self.device) * math.nan)
+            # Such a loss may have finite gradients; this adds ones that are not, so that all ranks discard the step.
+            self._engine.backward(zero_loss(self._engine, self.device) * math.nan)
         rate = learning_rate(self.config.optim, step.index, steps)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
@@ -181,35 +176,35 @@ class Learner:
         norm = self._engine.get_global_grad_norm()
         return metrics | {"learning_rate": rate, "grad_norm": float(norm) if norm is not None else None, "skipped": 0.0}
 
-    def score(self, pairs: Sequence[Pair], ask: Ask = every_token) -> list[Pair]:
-        """The pairs with the policy's own log-probs as their reference's: at a round's start they are.
+    def score(self, pairs: Sequence[Pair], select: SelectPositions = every_token) -> list[Pair]:
+        """The pairs with the policy's log-probs as those of their reference, which it is when a round starts.
 
         They begin with a whole global batch. Each rank computes its own rows, in the shapes of the first epoch.
         """
         budget = dataclasses.replace(self.config.row_budget, world=self.world)
-        mine: Scores = {}
+        scores: Scores = {}
         self._engine.eval()
         with torch.no_grad():
             for rows in batch_rows(pairs, budget):
                 for indices in rows[self.rank :: self.world]:
                     if len(indices):
-                        mine |= row_logprobs(self._engine, pairs, indices, ask)
+                        scores |= row_logprobs(self._engine, pairs, indices, select)
                     else:
-                        idle_loss(self._engine, self.device)  # under ZeRO-3 a forward gathers weights from all ranks
+                        zero_loss(self._engine, self.device)  # under ZeRO-3 a forward gathers weights from all ranks
         self._engine.train()
-        return with_logprobs(pairs, {place: scores for some in of_all_ranks(mine) for place, scores in some.items()})
+        return with_logprobs(pairs, {index: each for part in from_all_ranks(scores) for index, each in part.items()})
 
-    def _skip(self, rows: list[tuple[list[Pair], Tensor]]) -> dict[str, Any]:
-        """Counts a discarded step and says why it was."""
-        mine = [
+    def _skip(self, rows: list[tuple[list[Pair], Tensor]]) -> StepValues:
+        """Counts a discarded step; `skipped` and `reason` of its result."""
+        not_finite = [
             pair.id
             for pairs, losses in rows
             for pair, loss in zip(pairs, losses.tolist(), strict=True)
             if not math.isfinite(loss)
         ]
         self._skipped += 1
-        self._not_finite |= dict.fromkeys(pair for some in of_all_ranks(mine) for pair in some)
-        reason, allowed = _which(list(self._not_finite)), self.config.trainer.max_skipped
+        self._not_finite |= dict.fromkeys(pair for part in from_all_ranks(not_finite) for pair in part)
+        reason, allowed = _skip_reason(list(self._not_finite)), self.config.trainer.max_skipped
         if self._skipped > allowed:
             raise TrainingError(
                 f"{self._skipped} steps in a row, up to step {self.step} of round {self.round + 1}, had to be skipped "
@@ -219,13 +214,13 @@ class Learner:
         return {"skipped": float(self._skipped), "reason": reason}
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The bf16 weights, parameter by parameter; under ZeRO-3 each is gathered for as long as it is looked at."""
+        """The bf16 weights, parameter by parameter; under ZeRO-3 each is gathered until the next is taken."""
         for name, weight in named_weights(self.policy.model):
             with self._gathered(weight.parts):
                 yield name, weight.merged(lambda part: part.data).bfloat16()
 
     def adapters(self) -> Iterator[tuple[str, list[Tensor]]]:
-        """The bf16 adapters: of each adapted weight its name, and A [rank, in] and B [out, rank]."""
+        """The bf16 adapters: the name of each adapted weight, with A [rank, in] and B [out, rank]."""
         for name, weight in named_weights(self.policy.model):
             _, *parts = weight.parts
             if parts:
@@ -243,16 +238,16 @@ class Learner:
             with self._gathered([part for part in weight.parts if not part.requires_grad]):
                 yield name, weight.merged(master)
 
-    def _gathered(self, parameters: list[Parameter]) -> AbstractContextManager[Any]:
+    def _gathered(self, parameters: list[Parameter]) -> AbstractContextManager[object]:
         from deepspeed import zero
 
         sharded = self.config.trainer.zero_stage == 3 and parameters
         return zero.GatheredParameters(parameters) if sharded else contextlib.nullcontext()
 
     def save(self, folder: Path, tag: str) -> None:
-        """Writes this rank's share of optimizer and weights, but for frozen ones, to `folder`/`tag`.
+        """Writes this rank's share of optimizer and weights, without frozen ones, to `folder`/`tag`.
 
-        Pickles: trusted input for resuming.
+        The files are pickles: resuming must trust them.
         """
         frozen = self.config.model.lora is not None
         self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=frozen)
@@ -260,45 +255,28 @@ class Learner:
     def load(
         self, folder: Path, tag: str, round: int, step: int, statistics: Statistics, universal: bool = False
     ) -> None:
-        """Goes back to what `save` wrote when it stood there; `universal`: to what `write_universal` made of that."""
-        whole = self.config.model.lora is None
-        # DeepSpeed takes this from its settings, but other checkpoints of this engine are not universal.
-        self._engine._config.load_universal_checkpoint = universal
-        self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=whole)
-        self._engine._config.load_universal_checkpoint = False
-        if universal:  # DeepSpeed leaves the count of steps on the host, and one tensor for all parameters
-            for parameter, state in self._engine.optimizer.optimizer.state.items():
-                state["step"] = state["step"].to(parameter.device, copy=True)
+        """Continues from what `save` wrote at this step of this round; `universal`: or `write_universal` made of it."""
+        from sampo_ray.internals.deepspeed import load_checkpoint
+
+        load_checkpoint(self._engine, folder, tag, strict=self.config.model.lora is None, universal=universal)
         self.round, self.step, self.statistics = round, step, statistics
 
 
-def write_universal(checkpoint: Path, out: Path) -> None:
-    """Writes what all ranks saved in `checkpoint` as one that any number of ranks can load: masters and moments by
-    parameter (DeepSpeed's universal format; Lian et al. 2024, arXiv 2406.18820), the same bits.
-    """
-    from deepspeed.checkpoint import ds_to_universal
-
-    settings = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
-    folders = {"input_folder": str(checkpoint), "output_folder": str(out)}
-    with contextlib.redirect_stdout(io.StringIO()):
-        ds_to_universal.main(Namespace(**folders, **settings, inject_missing_state=True))
-
-
-def _which(pairs: list[str]) -> str:
+def _skip_reason(pairs: list[str]) -> str:
     if not pairs:
         return "all losses were finite, but a gradient was not"
     named, more = ", ".join(pairs[:NAMED_PAIRS]), len(pairs) - NAMED_PAIRS
     return f"the loss is not finite of pair {named}" + (f" and {more} more" if more > 0 else "")
 
 
-def of_all_ranks(mine: T) -> list[T]:
-    """What each rank has to say, by rank; collective."""
-    everyone = [mine] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
+def from_all_ranks(value: T) -> list[T]:
+    """The values of all ranks, by rank; collective."""
+    values = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
-def drain(tensors: Iterator[Any]) -> None:
+def drain(tensors: Iterator[object]) -> None:
     """Takes part in the collectives of an iteration whose values another rank uses."""
     for _ in tensors:
         pass

@@ -1,20 +1,21 @@
-"""From hidden states to token log-probabilities, only at the positions that are asked for, in tiles.
+"""From hidden states to token log-probabilities, only at selected positions, in tiles.
 
-Neither forward nor backward ever holds a [tokens, vocabulary] tensor: logits come in tiles of some tokens by some words
-of the vocabulary, and are computed again in the backward pass. The words' loop is the outer one, so that each part of
-the head's weight is read, and the gradient of it written, once. Tiles have a fixed shape, so that a token's result does
-not depend on how many others are asked for.
+Neither forward nor backward ever holds a [tokens, vocabulary] tensor: logits come in tiles of some tokens by some
+entries of the vocabulary, and are computed again in the backward pass. The loop over the vocabulary is the outer one,
+so each part of the head's weight is read once, and its gradient written once. Tiles have a fixed shape, so a token's
+result does not depend on how many others are selected.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from sampo_ray.training import cpu
 from sampo_ray.training.cpu import bf16_products
 
 if TYPE_CHECKING:
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tile:
-    """Shape of a tile of logits: enough tokens to keep the device busy, few enough words for 64 MiB at most."""
+    """Shape of a tile of logits: enough tokens to keep the device busy, and at most 64 MiB."""
 
     tokens: int
-    words: int
+    vocabulary: int
 
     @classmethod
     def of(cls, device: torch.device) -> Tile:
@@ -44,7 +45,8 @@ def token_logprobs(
     Of bf16 inputs the logits are exact products summed in fp32; in the backward pass the logits' gradients are rounded
     to bf16 before they are multiplied where the device has bf16 arithmetic.
     """
-    return _TokenLogProbs.apply(hidden, weight, targets, tile or Tile.of(hidden.device))
+    logprobs: Tensor = _TokenLogProbs.apply(hidden, weight, targets, tile or Tile.of(hidden.device))
+    return logprobs
 
 
 def token_comparisons(
@@ -56,7 +58,7 @@ def token_comparisons(
     tile: Tile | None = None,
 ) -> Float[Tensor, "3 tokens"]:
     """Log-probs of the targets under the policy, as `token_logprobs`, and under a reference, and KL(reference ||
-    policy) over the whole vocabulary at each token, nats; in one walk over the tiles.
+    policy) over the whole vocabulary at each token, nats; all in one pass over the tiles.
 
     The reference's distribution is softmax(reference_hidden @ reference_weight^T). Differentiable in the policy's
     `hidden` and `weight`; the divergence is exactly 0 where both are the reference's.
@@ -66,9 +68,7 @@ def token_comparisons(
 
 
 class TiledHead(nn.Module):
-    """Takes the place of a model's output embedding; a module of its own, so that ZeRO-3 gathers its weight around the
-    call.
-    """
+    """Replaces a model's output embedding. It is a module, so that ZeRO-3 gathers its weight around the call."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
@@ -78,43 +78,51 @@ class TiledHead(nn.Module):
         return token_logprobs(hidden, self.weight, targets)
 
 
+class _Context(cpu.Context, Protocol):
+    tile: Tile
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
+
+
 class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, tile: Tile) -> Tensor:  # type: ignore[no-untyped-def]
-        states, wanted = _filled(_operand(hidden), tile), _filled(targets, tile)
+    def forward(ctx: _Context, hidden: Tensor, weight: Tensor, targets: Tensor, tile: Tile) -> Tensor:
+        states, padded_targets = _filled(_operand(hidden), tile), _filled(targets, tile)
         picked = states.new_zeros(len(states), dtype=_accumulator(weight.dtype))
         sums = _Sums(picked)
         with bf16_products(of=weight):
-            for words, part in _parts(weight, tile):
-                for some in _rows(states, tile):
-                    logits = _product(states[some], part.T, picked.dtype)
-                    place, here = _places(wanted[some], words)
-                    picked[some] += logits.gather(1, place)[:, 0] * here
-                    sums.add(some, logits)
+            for columns, part in _parts(weight, tile):
+                for rows in _rows(states, tile):
+                    logits = _product(states[rows], part.T, picked.dtype)
+                    column, inside = _columns_of(padded_targets[rows], columns)
+                    picked[rows] += logits.gather(1, column)[:, 0] * inside
+                    sums.add(rows, logits)
         normalizer = sums.log()
         ctx.save_for_backward(hidden, weight, targets, normalizer)
         ctx.tile = tile
         return (picked - normalizer)[: len(hidden)]
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, normalizer = ctx.saved_tensors
-        states, wanted, given = (_filled(x, ctx.tile) for x in (_operand(hidden), targets, grad.to(normalizer.dtype)))
+        states, padded_targets, upstream = (
+            _filled(x, ctx.tile) for x in (_operand(hidden), targets, grad.to(normalizer.dtype))
+        )
 
-        def by_logits(some: slice, words: slice, part: Tensor) -> Tensor:
+        def by_logits(rows: slice, columns: slice, part: Tensor) -> Tensor:
             """d log p(target) / d logits = onehot(target) - softmax"""
-            tile = _product(states[some], part.T, normalizer.dtype)
-            tile.sub_(normalizer[some, None]).exp_().mul_(-given[some, None])
-            place, here = _places(wanted[some], words)
-            return tile.scatter_add_(1, place, (given[some] * here)[:, None])
+            tile = _product(states[rows], part.T, normalizer.dtype)
+            tile.sub_(normalizer[rows, None]).exp_().mul_(-upstream[rows, None])
+            column, inside = _columns_of(padded_targets[rows], columns)
+            return tile.scatter_add_(1, column, (upstream[rows] * inside)[:, None])
 
         return *_gradients(ctx, hidden, states, weight, _parts(weight, ctx.tile), by_logits), None, None
 
 
 class _TokenComparisons(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx,
+    def forward(
+        ctx: _Context,
         hidden: Tensor,
         weight: Tensor,
         reference_hidden: Tensor,
@@ -122,75 +130,75 @@ class _TokenComparisons(torch.autograd.Function):
         targets: Tensor,
         tile: Tile,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        states, others = (_filled(_operand(x), tile) for x in (hidden, reference_hidden))
-        wanted = _filled(targets, tile)
-        excess, picked, others_picked = states.new_zeros(3, len(states), dtype=_accumulator(weight.dtype))
+        states, reference_states = (_filled(_operand(x), tile) for x in (hidden, reference_hidden))
+        padded_targets = _filled(targets, tile)
+        excess, picked, reference_picked = states.new_zeros(3, len(states), dtype=_accumulator(weight.dtype))
         sums, reference_sums = _Sums(excess), _Sums(excess)
         with bf16_products(of=weight):
-            for words, part, other in _both_parts(weight, reference_weight, tile):
-                for some in _rows(states, tile):
-                    logits = _product(states[some], part.T, excess.dtype)
-                    reference = _product(others[some], other.T, excess.dtype)
-                    place, here = _places(wanted[some], words)
-                    picked[some] += logits.gather(1, place)[:, 0] * here
-                    others_picked[some] += reference.gather(1, place)[:, 0] * here
+            for columns, part, other in _both_parts(weight, reference_weight, tile):
+                for rows in _rows(states, tile):
+                    logits = _product(states[rows], part.T, excess.dtype)
+                    reference = _product(reference_states[rows], other.T, excess.dtype)
+                    column, inside = _columns_of(padded_targets[rows], columns)
+                    picked[rows] += logits.gather(1, column)[:, 0] * inside
+                    reference_picked[rows] += reference.gather(1, column)[:, 0] * inside
                     difference = reference - logits
-                    sums.add(some, logits)
-                    excess[some] *= reference_sums.add(some, reference)
-                    excess[some] += difference.mul_(reference).sum(1)  # `reference` is exp(logits - peak) by now
+                    sums.add(rows, logits)
+                    excess[rows] *= reference_sums.add(rows, reference)
+                    excess[rows] += difference.mul_(reference).sum(1)  # `reference` is now exp(logits - peak)
         normalizer, reference_normalizer = sums.log(), reference_sums.log()
         tensors = hidden, weight, reference_hidden, reference_weight, targets, normalizer, reference_normalizer
         ctx.save_for_backward(*tensors)
         ctx.tile = tile
         divergences = excess / reference_sums.total + normalizer - reference_normalizer
-        found = picked - normalizer, others_picked - reference_normalizer, divergences
-        ours, theirs, divergences = (each[: len(hidden)] for each in found)
-        ctx.mark_non_differentiable(theirs)
-        return ours, theirs, divergences
+        found = picked - normalizer, reference_picked - reference_normalizer, divergences
+        logprobs, reference_logprobs, divergences = (each[: len(hidden)] for each in found)
+        ctx.mark_non_differentiable(reference_logprobs)
+        return logprobs, reference_logprobs, divergences
 
     @staticmethod
-    def backward(  # type: ignore[no-untyped-def]
-        ctx, of_logprobs: Tensor, _: Tensor, of_divergences: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        hidden, weight, reference_hidden, reference_weight, targets, ours, theirs = ctx.saved_tensors
-        states, others = (_filled(_operand(x), ctx.tile) for x in (hidden, reference_hidden))
-        wanted = _filled(targets, ctx.tile)
-        by_logprob, by_divergence = (_filled(x.to(ours.dtype), ctx.tile) for x in (of_logprobs, of_divergences))
+    def backward(ctx: _Context, of_logprobs: Tensor, _: Tensor, of_divergences: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, reference_hidden, reference_weight, targets, *normalizers = ctx.saved_tensors
+        normalizer, reference_normalizer = normalizers
+        states, reference_states = (_filled(_operand(x), ctx.tile) for x in (hidden, reference_hidden))
+        padded_targets = _filled(targets, ctx.tile)
+        by_logprob, by_divergence = (_filled(x.to(normalizer.dtype), ctx.tile) for x in (of_logprobs, of_divergences))
 
-        def by_logits(some: slice, words: slice, part: Tensor, other: Tensor) -> Tensor:
+        def by_logits(rows: slice, columns: slice, part: Tensor, other: Tensor) -> Tensor:
             """d log p(target) = onehot(target) - softmax; d KL(reference || policy) = softmax - the reference's"""
-            tile = _product(states[some], part.T, ours.dtype).sub_(ours[some, None]).exp_()
-            reference = _product(others[some], other.T, ours.dtype).sub_(theirs[some, None]).exp_()
-            tile.mul_((by_divergence - by_logprob)[some, None]).sub_(reference.mul_(by_divergence[some, None]))
-            place, here = _places(wanted[some], words)
-            return tile.scatter_add_(1, place, (by_logprob[some] * here)[:, None])
+            tile = _product(states[rows], part.T, normalizer.dtype).sub_(normalizer[rows, None]).exp_()
+            reference = _product(reference_states[rows], other.T, normalizer.dtype)
+            reference.sub_(reference_normalizer[rows, None]).exp_()
+            tile.mul_((by_divergence - by_logprob)[rows, None]).sub_(reference.mul_(by_divergence[rows, None]))
+            column, inside = _columns_of(padded_targets[rows], columns)
+            return tile.scatter_add_(1, column, (by_logprob[rows] * inside)[:, None])
 
         parts = _both_parts(weight, reference_weight, ctx.tile)
         return *_gradients(ctx, hidden, states, weight, parts, by_logits), None, None, None, None
 
 
-def _gradients(  # type: ignore[no-untyped-def]
-    ctx,
+def _gradients(
+    ctx: _Context,
     hidden: Tensor,
     states: Tensor,
     weight: Tensor,
-    parts: Iterator[tuple[Any, ...]],
+    parts: Iterator[tuple[slice, Tensor, *tuple[Tensor, ...]]],
     by_logits: Callable[..., Tensor],
 ) -> tuple[Tensor, Tensor | None]:
-    """Those of hidden states and weight, from that of each tile of logits: by_logits(tokens, *part)."""
+    """Gradients of hidden states and weight, from that of each tile of logits: by_logits(tokens, *part)."""
     of_states = torch.zeros_like(states, dtype=_accumulator(weight.dtype))
     of_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None  # the head may be frozen
     memory = _memory(weight, ctx.tile) if of_weight is not None else None
     with bf16_products(of=weight):
-        for words, part, *rest in parts:
+        for columns, part, *rest in parts:
             of_part = memory[: len(part)].zero_() if memory is not None else None
-            for some in _rows(states, ctx.tile):
-                tile = by_logits(some, words, part, *rest)
-                of_states[some] += _product(tile, part, of_states.dtype)
+            for rows in _rows(states, ctx.tile):
+                tile = by_logits(rows, columns, part, *rest)
+                of_states[rows] += _product(tile, part, of_states.dtype)
                 if of_part is not None:
-                    _add_product(of_part, tile.T, states[some])
+                    _add_product(of_part, tile.T, states[rows])
             if of_weight is not None and of_part is not None:
-                of_weight[words] = of_part
+                of_weight[columns] = of_part
     return of_states[: len(hidden)].to(hidden.dtype), of_weight
 
 
@@ -200,15 +208,15 @@ class _Sums:
     def __init__(self, like: Tensor) -> None:
         self.peak, self.total = torch.full_like(like, -torch.inf), torch.zeros_like(like)
 
-    def add(self, some: slice, logits: Tensor) -> Tensor:
-        """Takes a tile in, and leaves exp(logits - peak) in it; returns what sums with the peak before are to be
-        multiplied by, [tokens].
+    def add(self, rows: slice, logits: Tensor) -> Tensor:
+        """Adds a tile and overwrites it with exp(logits - peak); returns the factor from the old peak to the new one,
+        [tokens].
         """
-        peak = torch.maximum(self.peak[some], logits.amax(1))
-        scale = (self.peak[some] - peak).exp_()
-        self.total[some] *= scale
-        self.total[some] += logits.sub_(peak[:, None]).exp_().sum(1)
-        self.peak[some] = peak
+        peak = torch.maximum(self.peak[rows], logits.amax(1))
+        scale = (self.peak[rows] - peak).exp_()
+        self.total[rows] *= scale
+        self.total[rows] += logits.sub_(peak[:, None]).exp_().sum(1)
+        self.peak[rows] = peak
         return scale
 
     def log(self) -> Tensor:
@@ -220,12 +228,12 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def _operand(x: Tensor) -> Tensor:
-    """A factor as the products want it: on CPU a copy in fp32, since `mm` has no `out_dtype` there."""
+    """A factor of a product: on CPU a copy in fp32, since `mm` has no `out_dtype` there."""
     return x.to(_accumulator(x.dtype)) if x.device.type == "cpu" else x
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left @ right with sums in `dtype`; the left one is rounded to the right one's dtype."""
+    """left @ right with sums in `dtype`; `left` is rounded to the dtype of `right`."""
     left = left.to(right.dtype)
     return left @ right if right.dtype == dtype else torch.mm(left, right, out_dtype=dtype)
 
@@ -244,30 +252,30 @@ def _filled(x: Tensor, tile: Tile) -> Tensor:
 
 
 def _parts(weight: Tensor, tile: Tile) -> Iterator[tuple[slice, Tensor]]:
-    """The weight by tiles' words; copies of them share their memory, so each is good until the next."""
+    """The weight in parts of a tile's vocabulary; copies share their memory, so each is valid until the next."""
     copies = _operand(weight[:0]).dtype != weight.dtype
     memory = _memory(weight, tile) if copies else None
-    for start in range(0, len(weight), tile.words):
-        words = slice(start, min(start + tile.words, len(weight)))
-        part = weight[words]
-        yield words, part if memory is None else memory[: len(part)].copy_(part)
+    for start in range(0, len(weight), tile.vocabulary):
+        columns = slice(start, min(start + tile.vocabulary, len(weight)))
+        part = weight[columns]
+        yield columns, part if memory is None else memory[: len(part)].copy_(part)
 
 
 def _both_parts(weight: Tensor, other: Tensor, tile: Tile) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    for (words, part), (_, counterpart) in zip(_parts(weight, tile), _parts(other, tile), strict=True):
-        yield words, part, counterpart
+    for (columns, part), (_, counterpart) in zip(_parts(weight, tile), _parts(other, tile), strict=True):
+        yield columns, part, counterpart
 
 
 def _memory(weight: Tensor, tile: Tile) -> Tensor:
     """Memory for one part of the weight, in the dtype of sums."""
-    return weight.new_empty(min(tile.words, len(weight)), weight.shape[1], dtype=_accumulator(weight.dtype))
+    return weight.new_empty(min(tile.vocabulary, len(weight)), weight.shape[1], dtype=_accumulator(weight.dtype))
 
 
 def _rows(states: Tensor, tile: Tile) -> Iterator[slice]:
     return (slice(start, start + tile.tokens) for start in range(0, len(states), tile.tokens))
 
 
-def _places(targets: Tensor, words: slice) -> tuple[Int64[Tensor, "tokens 1"], Tensor]:
-    """Columns of the targets in the words' tile, and whether they are among these at all."""
-    here = (targets >= words.start) & (targets < words.stop)
-    return (targets - words.start).clamp_(0, words.stop - words.start - 1)[:, None], here
+def _columns_of(targets: Tensor, columns: slice) -> tuple[Int64[Tensor, "tokens 1"], Tensor]:
+    """The targets' columns in a tile of these columns, and whether they are in it."""
+    inside = (targets >= columns.start) & (targets < columns.stop)
+    return (targets - columns.start).clamp_(0, columns.stop - columns.start - 1)[:, None], inside

@@ -1,8 +1,8 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685): low-rank adapters on the linear layers of a frozen model.
 
-Adapters live for a round. They start at zero on the round's reference, so that the policy *is* the reference there.
-Within the round they are published alone; what ends it, is exported and begins the next is the model with them merged
-in.
+Each round has adapters of its own. They start at zero on the round's reference, so that the policy *is* the reference
+at that point. Within the round they are published alone. What ends the round, is exported and starts the next is the
+model with the adapters merged in.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 ADAPTER = "default"
-"""peft's name for the only adapter there is."""
-SIDES = ("A", "B")
+"""peft's name for the only adapter of a model."""
+MATRICES = ("A", "B")
 
 
 def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
@@ -40,19 +40,26 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
         peft.inject_adapter_in_model(peft.LoraConfig(**peft_settings(config, _targets(model, config))), model, ADAPTER)
 
 
-def peft_settings(config: LoraConfig, layers: list[str]) -> dict[str, Any]:
-    """peft's settings of adapters on these layers."""
+class PeftSettings(TypedDict):
+    r: int
+    lora_alpha: int
+    target_modules: list[str]
+    lora_dropout: float
+
+
+def peft_settings(config: LoraConfig, layers: list[str]) -> PeftSettings:
+    """peft's settings for adapters on these layers."""
     return {"r": config.rank, "lora_alpha": config.scaled_by, "target_modules": layers, "lora_dropout": 0.0}
 
 
-def file_name(weight: str, side: str) -> str:
-    """What peft's files call the A or B that belongs to a weight (`model.layers.0.mlp.down_proj.weight`)."""
-    return f"base_model.model.{weight.removesuffix('.weight')}.lora_{side}.weight"
+def file_name(weight: str, matrix: str) -> str:
+    """The name in peft's files of the A or B of a weight (`model.layers.0.mlp.down_proj.weight`)."""
+    return f"base_model.model.{weight.removesuffix('.weight')}.lora_{matrix}.weight"
 
 
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """Within, the model is the frozen one that its adapters were added to."""
+    """Within, the model computes without its adapters."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
@@ -81,19 +88,19 @@ def _targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter of the model as it was before, and peft's layer around it, if it has an adapter."""
+    """A parameter of the model without adapters, and peft's layer around it if it has one."""
 
     parameter: nn.Parameter
     layer: Any
 
     @property
     def parts(self) -> list[nn.Parameter]:
-        """What `merged` reads: the parameter and, with an adapter, A [rank, in] and B [out, rank]."""
+        """The parameter and, with an adapter, A [rank, in] and B [out, rank]."""
         adapter = [self.layer.lora_A[ADAPTER].weight, self.layer.lora_B[ADAPTER].weight] if self.layer else []
         return [self.parameter, *adapter]
 
     def merged(self, value: Callable[[nn.Parameter], Tensor]) -> Tensor:
-        """W + alpha/rank * B A, in fp32, of the `value` of each part; without an adapter just that of the parameter."""
+        """W + alpha/rank * B A, fp32, from the `value` of each part; without an adapter that of the parameter."""
         if self.layer is None:
             return value(self.parameter)
         weight, a, b = map(value, self.parts)
@@ -106,10 +113,10 @@ def merged(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Weight]]:
-    """The parameters of a model, with adapters or without, under the names they have without."""
+    """The parameters of a model, with adapters or without, by their names in the model without adapters."""
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             continue
-        outer, inner, own = name.rpartition(".base_layer.")
-        layer = model.get_submodule(outer) if inner and own == "weight" else None
-        yield f"{outer}.{own}" if inner else name, Weight(parameter, layer)
+        outer, adapted, last = name.rpartition(".base_layer.")
+        layer = model.get_submodule(outer) if adapted and last == "weight" else None
+        yield f"{outer}.{last}" if adapted else name, Weight(parameter, layer)

@@ -1,7 +1,7 @@
-"""The preference-loss family: plain functions from the pairs of a batch to one loss a pair.
+"""The preference losses: functions from the pairs of a batch to one loss per pair.
 
 A new loss is one function here and one line in `sampo_ray.config.losses.LOSSES`.
-docs/method.md has the whole family in a table.
+docs/method.md lists all of them in a table.
 
 In the docstrings s_w and s_l are sequence log-ratios under the run's reduction, r = beta * s rewards, and
 Delta = r_w - r_l.
@@ -30,14 +30,14 @@ PerPair: TypeAlias = "Float[Tensor, ' pairs']"
 
 @dataclass(frozen=True)
 class ScoredPairs:
-    """The pairs of a batch as a loss sees them, in fp32.
+    """The pairs of a batch as a loss reads them, in fp32.
 
-    `ratios`: sequence log-ratios under the run's reduction, nats; of a loss without a reference: log-probs.
+    `ratios`: sequence log-ratios under the run's reduction, nats; for a loss without a reference: log-probs.
     `chosen_length`, `rejected_length`: tokens of the whole responses, T_w and T_l.
-    `chosen_logprob`, `rejected_logprob`: the policy's mean log-prob of all tokens of a response, nats a token; None
-    unless the loss asks for these positions.
+    `chosen_logprob`, `rejected_logprob`: the policy's mean log-prob of all tokens of a response, nats per token; None
+    unless the loss needs these positions.
     `chosen_divergence`, `rejected_divergence`: KL(reference || policy), summed over the tokens that the reduction
-    counts, nats; None unless the loss asks for the reference's distributions.
+    counts, nats; None unless the loss needs the reference's distributions.
     """
 
     ratios: SequenceLogRatios
@@ -49,13 +49,13 @@ class ScoredPairs:
     rejected_divergence: PerPair | None = None
 
 
-def evaluate(loss: PreferenceLoss, pairs: ScoredPairs, settings: LossSettings, before: Statistics) -> PerPair:
-    """One number for each pair, [pairs]. ValueError for a loss that returns anything else."""
+def evaluate(loss: PreferenceLoss, pairs: ScoredPairs, settings: LossSettings, statistics: Statistics) -> PerPair:
+    """The loss of each pair, [pairs]. ValueError for a loss that returns anything else."""
     function = loss.function
     if isinstance(function, str):
         module, _, name = function.partition(":")
         function = getattr(importlib.import_module(module), name)
-    losses = function(pairs, settings, *([before] if loss.statistics else []))
+    losses: Tensor = function(pairs, settings, *([statistics] if loss.statistics else []))
     if losses.shape != pairs.chosen_length.shape:
         raise ValueError(f"the loss returned shape {tuple(losses.shape)}, not one number for each pair")
     return losses
@@ -108,16 +108,16 @@ def dpop(pairs: ScoredPairs, settings: LossSettings) -> PerPair:
 
 
 def mix(pairs: ScoredPairs, settings: LossSettings) -> PerPair:
-    """-log sigmoid(Delta) - lambda * (sum_t log pi(y^w_t)) / T_w: DPO and the negative log-likelihood of supervised
-    fine-tuning a chosen token, of all chosen tokens whatever the reduction (Lu et al. 2024, "Hybrid DPO+SFT").
+    """-log sigmoid(Delta) - lambda * (sum_t log pi(y^w_t)) / T_w: DPO and the mean negative log-likelihood of the
+    chosen tokens, of all of them under every reduction (Lu et al. 2024, "Hybrid DPO+SFT").
     """
-    assert pairs.chosen_logprob is not None, "asked for in LOSSES"
+    assert pairs.chosen_logprob is not None, "LOSSES gives `mix` the chosen positions"
     return -logsigmoid(settings.beta * pairs.ratios.delta) - settings.weight * pairs.chosen_logprob
 
 
 def len_n(pairs: ScoredPairs, settings: LossSettings) -> PerPair:
     """-log sigmoid(Delta + lambda * (T_w - T_l)): R-DPO (Park et al. 2024, arXiv 2403.19159); a longer chosen response
-    needs less of a margin, since length is taken for a part of what it was chosen for.
+    needs a smaller margin, as part of the preference is attributed to its length.
     """
     lengths = pairs.chosen_length - pairs.rejected_length
     return -logsigmoid(settings.beta * pairs.ratios.delta + settings.weight * lengths)
@@ -125,7 +125,7 @@ def len_n(pairs: ScoredPairs, settings: LossSettings) -> PerPair:
 
 def orpo(pairs: ScoredPairs, settings: LossSettings) -> PerPair:
     """-s_w - beta * log sigmoid(log odds_w - log odds_l), log odds = s - log(1 - e^s): ORPO (Hong et al. 2024, arXiv
-    2403.07691, Eqs. 6 and 7), s a response's mean log-prob a token; beta is its lambda.
+    2403.07691, Eqs. 6 and 7), s a response's mean log-prob per token; beta is the paper's lambda.
     """
 
     def log_odds(s: Tensor) -> Tensor:
@@ -138,27 +138,27 @@ def orpo(pairs: ScoredPairs, settings: LossSettings) -> PerPair:
 
 def simpo(pairs: ScoredPairs, settings: LossSettings) -> PerPair:
     """-log sigmoid(beta * (s_w - s_l) - gamma): SimPO (Meng et al. 2024, arXiv 2405.14734, Eq. 6), s a response's mean
-    log-prob a token, gamma the margin.
+    log-prob per token, gamma the margin.
     """
     return -logsigmoid(settings.beta * pairs.ratios.delta - settings.margin)
 
 
-def kto_pair(pairs: ScoredPairs, settings: LossSettings, before: Statistics) -> PerPair:
+def kto_pair(pairs: ScoredPairs, settings: LossSettings, statistics: Statistics) -> PerPair:
     """1/2 (1 - sigmoid(r_w - z_l)) + 1/2 (1 - sigmoid(z_w - r_l)): KTO (Ethayarajh et al. 2024, arXiv 2402.01306) of a
-    pair as two examples of equal weight; z, the reference point of one side, is the mean reward of the other side in
-    the last step, at least 0.
+    pair as two examples of equal weight; z, the reference point of one response, is the mean reward of the other kind
+    of response in the last step, at least 0.
     """
     chosen, rejected = rewards(pairs, settings)
-    wanted, unwanted = chosen - max(0.0, before.rejected), max(0.0, before.chosen) - rejected
-    return ((-wanted).sigmoid() + (-unwanted).sigmoid()) / 2
+    of_chosen, of_rejected = chosen - max(0.0, statistics.rejected), max(0.0, statistics.chosen) - rejected
+    return ((-of_chosen).sigmoid() + (-of_rejected).sigmoid()) / 2
 
 
-def bco_pair(pairs: ScoredPairs, settings: LossSettings, before: Statistics) -> PerPair:
+def bco_pair(pairs: ScoredPairs, settings: LossSettings, statistics: Statistics) -> PerPair:
     """-log sigmoid(r_w - delta) - log sigmoid(delta - r_l), delta the running mean of all rewards: BCO (Jung et al.
     2024, arXiv 2404.04656), of a pair as two examples.
     """
     chosen, rejected = rewards(pairs, settings)
-    return -logsigmoid(chosen - before.both) - logsigmoid(before.both - rejected)
+    return -logsigmoid(chosen - statistics.both) - logsigmoid(statistics.both - rejected)
 
 
 def sppo_hard(pairs: ScoredPairs, settings: LossSettings) -> PerPair:
@@ -182,6 +182,6 @@ def tdpo(pairs: ScoredPairs, settings: LossSettings) -> PerPair:
     response's KL(reference || policy) summed over the reduction's tokens (all in the paper); D_w carries no gradient,
     and lambda is the paper's alpha.
     """
-    assert pairs.chosen_divergence is not None and pairs.rejected_divergence is not None, "asked for in LOSSES"
+    assert pairs.chosen_divergence is not None and pairs.rejected_divergence is not None, "LOSSES gives them"
     divergence = pairs.rejected_divergence - pairs.chosen_divergence.detach()
     return -logsigmoid(settings.beta * (pairs.ratios.delta - settings.weight * divergence))

@@ -1,4 +1,4 @@
-"""How much memory training takes, from a model's shape alone: for planners, and to refuse what can never fit."""
+"""How much memory training takes, estimated from a model's shape: for plans, and to refuse models that cannot fit."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a model: parameters in all and those that train, layers, and the widths of hidden states, of the MLP and of
-    the vocabulary.
-    """
+    """A model's number of parameters, all and trained, and of layers; widths of hidden states, MLP and vocabulary."""
 
     parameters: int
     trained: int
@@ -45,7 +43,7 @@ class Shape:
 class MemoryPlan:
     """Bytes of one data-parallel rank, without what is offloaded.
 
-    The first three are exact but for DeepSpeed's buckets, the last two are estimates.
+    The first three are exact except for DeepSpeed's buckets, the last two are estimates.
     """
 
     weights: int
@@ -56,7 +54,7 @@ class MemoryPlan:
 
     @property
     def states(self) -> int:
-        """What is there whatever the rows are."""
+        """Bytes that do not depend on the rows."""
         return self.weights + self.gradients + self.optimizer
 
     @property
@@ -71,9 +69,9 @@ def plan_memory(
     gradients, masters and two moments, the last three (at stage 3 all) divided over the ranks. A `resident` reference
     is a second copy of the weights.
 
-    Activations are those of a Llama layer for one row; with gradient checkpointing only the inputs of all layers and
-    one whole layer, with the selective kind attention and the MLP's first products as well. The head takes its bf16
-    gradient, a tile of logits and that of its words in fp32, twice.
+    Activations are those of a Llama layer for one row. With gradient checkpointing they are the inputs of all layers
+    and one whole layer, with the selective kind also attention and the MLP's first products. The head takes its bf16
+    gradient and, twice in fp32, a tile of logits and the tile's part of the weight.
     """
     world = trainer.fewest
     each = -(-shape.trained // world)
@@ -82,10 +80,11 @@ def plan_memory(
     layer = tokens_per_row * (2 * (10 * shape.hidden + 4 * shape.intermediate) + 4 * 4 * shape.hidden)
     activations = shape.layers * layer
     if recomputing := trainer.gradient_checkpointing:
-        dear = 2 * (shape.hidden + 2 * shape.intermediate) * tokens_per_row
-        activations = shape.layers * (inputs + dear * (recomputing == "selective")) + layer
+        selected = 2 * (shape.hidden + 2 * shape.intermediate) * tokens_per_row
+        activations = shape.layers * (inputs + selected * (recomputing == "selective")) + layer
     tile = Tile.of(torch.device(device))
-    head = 2 * shape.vocabulary * shape.hidden + 8 * min(tile.words, shape.vocabulary) * (tile.tokens + shape.hidden)
+    entries = min(tile.vocabulary, shape.vocabulary)
+    head = 2 * shape.vocabulary * shape.hidden + 8 * entries * (tile.tokens + shape.hidden)
     kept = trainer.offload == "none"
     weights = 0 if trainer.offload == "parameters" else weights
     weights += 2 * shape.parameters * resident
@@ -97,9 +96,9 @@ def check_memory(
 ) -> None:
     """ConfigError when the trainer's states alone are more than `available` bytes.
 
-    On CPU all ranks are taken to share it, on a GPU it is one rank's.
+    `available` is for all ranks together on CPU, and for one rank on a GPU.
     """
-    if device == "cpu":  # all of it is the same memory
+    if device == "cpu":  # offloading moves nothing out of this memory
         trainer = trainer.model_copy(update={"offload": "none", "min_workers": None})
     plan = plan_memory(shape, trainer, tokens_per_row, device, resident)
     ranks = trainer.fewest if device == "cpu" else 1
@@ -108,17 +107,17 @@ def check_memory(
     count = "min_workers" if trainer.min_workers else "workers"
     asked = f"trainer.{count}={trainer.fewest} and trainer.zero_stage={trainer.zero_stage}"
     need, have = (f"{size / 2**30:.1f} GiB" for size in (ranks * plan.states, available))
-    mend = "a smaller model.path" if device == "cpu" else f"more trainer.{count}"
+    fix = "a smaller model.path" if device == "cpu" else f"more trainer.{count}"
     if resident:
-        mend += ", or model.lora, whose base is the reference"
+        fix += ", or model.lora, whose base is the reference"
     elif device != "cpu" and trainer.zero_stage == 2:
-        mend += ", or trainer.zero_stage=3"
+        fix += ", or trainer.zero_stage=3"
     if device != "cpu" and trainer.offload == "none":
-        mend += ", or trainer.offload=optimizer"
+        fix += ", or trainer.offload=optimizer"
     raise ConfigError(
         f"model.path: training its {shape.parameters / 1e9:.2f}B parameters with {asked} takes {need} for weights, "
         "gradients and optimizer alone"
-        f"{'' if device == 'cpu' else ' on each GPU'}, there are {have}; use {mend}"
+        f"{'' if device == 'cpu' else ' on each GPU'}, but there are only {have}; use {fix}"
     )
 
 

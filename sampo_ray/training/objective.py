@@ -1,6 +1,4 @@
-"""One row's contribution to a training step: losses of its pairs, and the sums that metrics are made of. No Ray, no
-DeepSpeed.
-"""
+"""The losses of a row's pairs, and the sums that metrics are made of. No Ray, no DeepSpeed."""
 
 from __future__ import annotations
 
@@ -16,7 +14,14 @@ from sampo_ray.config.losses import REDUCTIONS as REDUCTION_SETTINGS
 from sampo_ray.config.losses import LossSettings, PreferenceLoss, find_loss
 from sampo_ray.training.batching import Pair, Row, assemble
 from sampo_ray.training.losses import ScoredPairs, evaluate
-from sampo_ray.training.policy import Ask, Reference, Sides, every_token, pair_divergences, pair_logprobs
+from sampo_ray.training.policy import (
+    PairValues,
+    Reference,
+    SelectPositions,
+    every_token,
+    pair_divergences,
+    pair_logprobs,
+)
 from sampo_ray.training.reduction import REDUCTIONS, MaskKey, Positions, Reduction, reduce_pairs
 from sampo_ray.training.statistics import Statistics
 from sampo_ray.training.streams import Stream
@@ -26,6 +31,26 @@ if TYPE_CHECKING:
 
     from sampo_ray.config.method import MethodConfig
     from sampo_ray.config.run import RunConfig
+
+
+METRICS = (
+    "loss",
+    "margin",
+    "accuracy",
+    "chosen_reward",
+    "rejected_reward",
+    "chosen_tokens",
+    "rejected_tokens",
+    "chosen_logratio_per_token",
+    "rejected_logratio_per_token",
+)
+"""Means over the pairs of a step. margin = beta * (s_w - s_l), accuracy = share with margin > 0, rewards in beta *
+nats. For a loss without a reference s is a log-prob, and so are the two `logratio_per_token`.
+"""
+
+RESPONSES = ("chosen", "rejected")
+WHOLE_RESPONSES = {"reduction": 0, "chosen": 1, "all": 2}
+"""How many of RESPONSES a loss needs the log-probs of all tokens of, by its `positions`."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +69,7 @@ class Objective:
 
 
 def objective_of(method: MethodConfig) -> Objective:
-    """What the configuration asks to be minimised."""
+    """The objective that a configuration describes."""
     return Objective(
         find_loss(method.loss),
         LossSettings(method.beta, method.label_smoothing or 0.0, method.weight or 0.0, method.margin or 0.0),
@@ -54,35 +79,26 @@ def objective_of(method: MethodConfig) -> Objective:
     )
 
 
-METRICS = (
-    "loss",
-    "margin",
-    "accuracy",
-    "chosen_reward",
-    "rejected_reward",
-    "chosen_tokens",
-    "rejected_tokens",
-    "chosen_logratio_per_token",
-    "rejected_logratio_per_token",
-)
-"""Means over the pairs of a step. margin = beta * (s_w - s_l), accuracy = share with margin > 0, rewards in beta *
-nats. Of a loss without a reference s is a log-prob, and so are the two `logratio_per_token`.
-"""
-
-WHOLE_SIDES = {"reduction": 0, "chosen": 1, "all": 2}
-"""Of how many sides (chosen, then rejected) a loss wants log-probs of all tokens, by its `positions`."""
-
-SIDES = ("chosen", "rejected")
-IDLE_PAIR = Pair("", *[np.zeros(1, np.int32)] * 3)
-
-
 @dataclass(frozen=True)
 class Draw:
-    """Which epoch of which round of a run this is: with the pair's id, all that a token mask depends on."""
+    """The part of a MaskKey that all pairs of a step share: the run's seed, the round and the epoch."""
 
     seed: int
     round: int
     epoch: int
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """What the losses of a step depend on besides the policy and the pairs.
+
+    `statistics`: of earlier steps of the round. `reference`: required by losses that need its distributions.
+    """
+
+    objective: Objective
+    draw: Draw
+    statistics: Statistics = field(default_factory=Statistics)
+    reference: Reference | None = None
 
 
 def row_positions(objective: Objective, draw: Draw, pairs: Sequence[Pair]) -> tuple[list[Positions], list[Positions]]:
@@ -98,8 +114,8 @@ def row_positions(objective: Objective, draw: Draw, pairs: Sequence[Pair]) -> tu
 
 
 @dataclass(frozen=True)
-class Sampled:
-    """Asks for the tokens that a round's masks keep in any of its epochs (an `Ask`)."""
+class MaskedPositions:
+    """Selects the tokens that the reference's masks keep in any epoch of a round (a `SelectPositions`)."""
 
     objective: Objective
     seed: int
@@ -118,132 +134,117 @@ class Sampled:
         ]
 
 
-def asked_of_reference(config: RunConfig, round: int) -> Ask:
-    """Of which tokens the round's reference gives log-probs."""
+def reference_positions(config: RunConfig, round: int) -> SelectPositions:
+    """Selects the tokens that the round's reference is to score."""
     if config.reference.positions == "all":
         return every_token
-    return Sampled(objective_of(config.method), config.run.seed, round, config.rounds.epochs)
-
-
-def row_losses(
-    policy: nn.Module,
-    row: Row,
-    pairs: Sequence[Pair],
-    objective: Objective,
-    draw: Draw,
-    before: Statistics,
-    reference: Reference | None = None,
-) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " metrics"]]:
-    """Losses of a row's pairs, at least one, and the sums over them of METRICS (detached, fp32).
-
-    For a loss that needs stored log-probs the pairs have some; `before` tells of earlier steps; `reference` must be
-    there for a loss that asks for its distributions.
-    """
-    scored = score_row(policy, row, pairs, objective, draw, reference)
-    losses = evaluate(objective.loss, scored, objective.settings, before)
-    return losses, _sums(losses, scored, objective.settings.beta)
+    return MaskedPositions(objective_of(config.method), config.run.seed, round, config.rounds.epochs)
 
 
 def accumulate(
     policy: nn.Module,
     rows: Sequence[Int64[np.ndarray, " pairs"]],
     pairs: Sequence[Pair],
-    objective: Objective,
-    draw: Draw,
-    before: Statistics,
+    inputs: LossInputs,
     weight: float,
-    reference: Reference | None = None,
     backward: Callable[[Tensor], object] = Tensor.backward,
 ) -> tuple[Float[Tensor, " metrics"], list[tuple[list[Pair], Tensor]]]:
-    """Rows forward and backward: adds to the gradients that of `weight` times the sum of the losses of their pairs.
+    """Forward and backward passes of rows: adds the gradients of `weight` times the sum of their pairs' losses.
 
-    Returns the sums of METRICS, and each row's pairs with their losses. `rows` are indices into `pairs`; an empty one,
-    that only other ranks have, adds zeros.
+    Returns the sums of METRICS, and each row's pairs with their losses. `rows` are indices into `pairs`; a row is empty
+    where only other ranks have one, and adds zeros.
     """
     device = next(policy.parameters()).device
     sums, done = torch.zeros(len(METRICS), device=device), []
     for indices in rows:
         if len(indices):
-            mine = [pairs[index] for index in indices]
-            losses, row_sums = row_losses(policy, assemble(mine).to(device), mine, objective, draw, before, reference)
+            row_pairs = [pairs[index] for index in indices]
+            losses, row_sums = row_losses(policy, assemble(row_pairs).to(device), row_pairs, inputs)
             sums += row_sums
-            done.append((mine, losses.detach()))
+            done.append((row_pairs, losses.detach()))
             backward(losses.sum() * weight)
         else:
-            backward(idle_loss(policy, device))
+            backward(zero_loss(policy, device))
     return sums, done
 
 
-def score_row(
-    policy: nn.Module,
-    row: Row,
-    pairs: Sequence[Pair],
-    objective: Objective,
-    draw: Draw,
-    reference: Reference | None = None,
-) -> ScoredPairs:
-    """A row's pairs as the loss wants to see them."""
-    loss = objective.loss
+def row_losses(
+    policy: nn.Module, row: Row, pairs: Sequence[Pair], inputs: LossInputs
+) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " metrics"]]:
+    """Losses of a row's pairs, at least one, and the sums over them of METRICS (detached, fp32).
+
+    For a loss that needs the reference's log-probs the pairs hold them.
+    """
+    objective = inputs.objective
+    scored = _score_row(policy, row, pairs, inputs)
+    losses = evaluate(objective.loss, scored, objective.settings, inputs.statistics)
+    return losses, _sums(losses, scored, objective.settings.beta)
+
+
+def _score_row(policy: nn.Module, row: Row, pairs: Sequence[Pair], inputs: LossInputs) -> ScoredPairs:
+    """A row's pairs as the loss reads them."""
+    objective, device = inputs.objective, row.tokens.device
     lengths = [(pair.chosen, pair.rejected) for pair in row.segments]
-    positions, reference_positions = row_positions(objective, draw, pairs)
-    asked = asked_positions(loss, positions, lengths)
-    # What the device is to be told goes there first: later the copies would wait for the forward pass.
-    tokens = torch.tensor(lengths).to(row.tokens.device)
-    theirs, divergences = list[list[Tensor]](), list[Tensor]()
-    if loss.reference == "log-probs":
-        theirs = [_stored(pairs, reference_positions, side, row.tokens.device) for side in SIDES]
-    if loss.reference == "distributions":
-        assert reference is not None, "checked where the learner begins a round"
-        sides, resident, by_token = pair_divergences(policy, reference, row, asked)
-        theirs = _counted(resident, positions)
-        divergences = [torch.stack([each.sum() for each in side]) for side in _counted(by_token, positions)]
+    positions, of_reference = row_positions(objective, inputs.draw, pairs)
+    selected = _logit_positions(objective.loss, positions, lengths)
+    # All copies to the device come first: after the forward pass they would wait for it.
+    tokens = torch.tensor(lengths).to(device)
+    references, divergences = list[list[Tensor]](), list[Tensor]()
+    if objective.loss.reference == "log-probs":
+        references = [_stored(pairs, of_reference, response, device) for response in RESPONSES]
+    if objective.loss.reference == "distributions":
+        assert inputs.reference is not None, "checked where the learner begins a round"
+        logprobs, reference_logprobs, by_token = pair_divergences(policy, inputs.reference, row, selected)
+        references = _counted(reference_logprobs, positions)
+        divergences = [torch.stack([each.sum() for each in values]) for values in _counted(by_token, positions)]
     else:
-        sides = pair_logprobs(policy, row, asked)
-    reduced = _counted(sides, positions)
-    if theirs:
-        both = zip(reduced, theirs, strict=True)
-        reduced = [[p - ref.to(p) for p, ref in zip(*side, strict=True)] for side in both]
-    ratios = reduce_pairs(objective.reduction, reduced[0], reduced[1], lengths, **objective.reduced_with)
-    whole = [torch.stack([p.mean() for p in logprobs]) for logprobs in sides[: WHOLE_SIDES[loss.positions]]]
-    named = dict(zip(("chosen_logprob", "rejected_logprob"), whole, strict=False))
-    named |= zip(("chosen_divergence", "rejected_divergence"), divergences, strict=False)
-    tokens = tokens.to(ratios.chosen)
-    return ScoredPairs(ratios, tokens[:, 0], tokens[:, 1], **named)
+        logprobs = pair_logprobs(policy, row, selected)
+    ratios = _counted(logprobs, positions)
+    if references:
+        both = zip(ratios, references, strict=True)
+        ratios = [[p - ref.to(p) for p, ref in zip(*each, strict=True)] for each in both]
+    reduced = reduce_pairs(objective.reduction, ratios[0], ratios[1], lengths, **objective.reduced_with)
+    whole = logprobs[: WHOLE_RESPONSES[objective.loss.positions]]
+    means = [torch.stack([p.mean() for p in values]) for values in whole]
+    optional = dict(zip(("chosen_logprob", "rejected_logprob"), means, strict=False))
+    optional |= zip(("chosen_divergence", "rejected_divergence"), divergences, strict=False)
+    tokens = tokens.to(reduced.chosen)
+    return ScoredPairs(reduced, tokens[:, 0], tokens[:, 1], **optional)
 
 
-def asked_positions(
+def _logit_positions(
     loss: PreferenceLoss, reduction: list[Positions], lengths: list[tuple[int, int]]
 ) -> list[Positions]:
-    """The positions of each pair that the policy needs logits at: the reduction's, and whole responses if asked for."""
-    whole = WHOLE_SIDES[loss.positions]
+    """The positions at which the policy computes logits: the reduction's, or whole responses if the loss needs them."""
+    whole = WHOLE_RESPONSES[loss.positions]
     return [
         Positions(np.arange(w) if whole > 0 else at.chosen, np.arange(r) if whole > 1 else at.rejected)
         for at, (w, r) in zip(reduction, lengths, strict=True)
     ]
 
 
-def _stored(pairs: Sequence[Pair], positions: list[Positions], side: str, device: torch.device) -> list[Tensor]:
-    """The reference's log-probs at those positions of each pair; in one copy to the device."""
-    kept = [getattr(pair, f"{side}_ref")[getattr(at, side)] for pair, at in zip(pairs, positions, strict=True)]
-    return list(torch.from_numpy(np.concatenate(kept)).to(device).split([len(each) for each in kept]))
+def _stored(pairs: Sequence[Pair], positions: list[Positions], response: str, device: torch.device) -> list[Tensor]:
+    """The reference's log-probs at those positions of each pair, in one copy to the device."""
+    kept = [getattr(pair, f"{response}_ref")[getattr(at, response)] for pair, at in zip(pairs, positions, strict=True)]
+    return list(torch.split(torch.from_numpy(np.concatenate(kept)).to(device), [len(each) for each in kept]))
 
 
-def _counted(values: Sides, positions: list[Positions]) -> list[list[Tensor]]:
-    """Of both sides' numbers of asked tokens those of the tokens that the reduction counts."""
-    both = zip(values, SIDES, strict=True)
-    return [[_at(x, getattr(at, side)) for x, at in zip(each, positions, strict=True)] for each, side in both]
+def _counted(values: PairValues, positions: list[Positions]) -> list[list[Tensor]]:
+    """Of values at the selected tokens those at the tokens that the reduction counts."""
+    both = zip(values, RESPONSES, strict=True)
+    return [[_at(x, getattr(at, name)) for x, at in zip(each, positions, strict=True)] for each, name in both]
 
 
-def _at(values: Float[Tensor, " asked"], kept: np.ndarray) -> Float[Tensor, " kept"]:
+def _at(values: Float[Tensor, " selected"], kept: np.ndarray) -> Float[Tensor, " kept"]:
     return values if len(values) == len(kept) else values[torch.from_numpy(kept).to(values.device)]
 
 
-def idle_loss(policy: nn.Module, device: torch.device) -> Tensor:
-    """A rank's part in a row that only others have: exactly zero, with a gradient of zeros for every parameter.
+def zero_loss(policy: nn.Module, device: torch.device) -> Tensor:
+    """Exactly zero, with a gradient of zeros for every parameter: a rank's part in a row that only other ranks have.
 
     A parameter without a gradient would take no part in the reduction, and the ranks would mismatch.
     """
-    row = assemble([IDLE_PAIR]).to(device)
+    row = assemble([Pair("", *[np.zeros(1, np.int32)] * 3)]).to(device)
     chosen, _ = pair_logprobs(policy, row, [Positions(np.zeros(1, np.int64), np.zeros(1, np.int64))])
     return chosen[0].sum() * 0.0
 

@@ -1,4 +1,4 @@
-"""The model as trainer and reference worker see it: a row of pairs in, log-probabilities of chosen tokens out."""
+"""The model of trainer and reference worker: from a row of pairs to log-probabilities of selected tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sampo_ray.config.rows import RowBudget
 from sampo_ray.errors import ConfigError
+from sampo_ray.internals.torch import limit_recompilations
 from sampo_ray.training import attention, cpu
 from sampo_ray.training.batching import Pair, Row, Segments, assemble, lengths_of, plan_rows
 from sampo_ray.training.logprobs import TiledHead, token_comparisons
@@ -28,11 +29,20 @@ if TYPE_CHECKING:
     from sampo_ray.config.model import LoraConfig
 
 
-Distributions: TypeAlias = "tuple[Float[Tensor, 'asked dim'], Float[Tensor, 'vocabulary dim']]"
-"""Distributions over the next token: softmax(hidden states @ a head's weight^T)."""
+Distributions: TypeAlias = "tuple[Float[Tensor, 'selected dim'], Float[Tensor, 'vocabulary dim']]"
+"""Distributions over the next token, as hidden states and a head's weight: softmax(hidden states @ weight^T)."""
 
 Reference: TypeAlias = "Callable[[Row, Tensor], Distributions]"
-"""A reference that is resident where the policy is: (row, [asked] positions of states) to what it says comes next."""
+"""A reference in the policy's process: from (row, [selected] positions of states) to its distributions there."""
+
+PairValues: TypeAlias = "tuple[list[Float[Tensor, ' kept_w']], list[Float[Tensor, ' kept_l']]]"
+"""Values at the selected tokens of each pair of a row, chosen and rejected, fp32."""
+
+SelectPositions = Callable[[Sequence[Pair]], list[Positions]]
+"""Selects the response tokens of each pair whose log-probs are computed."""
+
+Scores = dict[int, tuple[np.ndarray, np.ndarray]]
+"""By a pair's index: log-probs of its response tokens, chosen and rejected, fp32 nats; NaN where not selected."""
 
 
 ATTENTION = {
@@ -40,70 +50,76 @@ ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
 }
-"""What SDPA may turn out to be."""
+"""The kernels that SDPA may call."""
 
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
-"""What a linear layer is, without and with a bias; its weight is the last operand."""
+"""The operations of a linear layer, without and with a bias; its weight is the last operand."""
 
 OTHER_HEADS = ("classifier_", "summary_")
-"""How names of settings begin that are not of the language model."""
+"""Prefixes of settings that do not concern the language model."""
 
 
 class Policy(nn.Module):
-    """A causal language model whose head is computed only where asked, over rows of segments."""
+    """A causal language model over rows of pairs, whose head is computed at selected positions only."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, flex: bool = False) -> None:
         super().__init__()
         check_architecture(model)
         cpu.use_fp32_kernels(model)
         model.set_output_embeddings(TiledHead(model.get_output_embeddings().weight))
-        self.model = model
+        self.model, self.flex = model, flex
+
+    @property
+    def head(self) -> TiledHead:
+        head: TiledHead = self.model.get_output_embeddings()
+        return head
 
     def forward(
         self,
         tokens: Int64[Tensor, " tokens"],
         positions: Int64[Tensor, " tokens"],
         segments: tuple[Segments, ...],
-        states: Int64[Tensor, " asked"],
-        targets: Int64[Tensor, " asked"],
+        states: Int64[Tensor, " selected"],
+        targets: Int64[Tensor, " selected"],
         reference: Distributions | None = None,
-    ) -> Float[Tensor, " asked"] | Float[Tensor, "3 asked"]:
+    ) -> Float[Tensor, " selected"] | Float[Tensor, "3 selected"]:
         """Log-probabilities, fp32 nats, of `targets` given the hidden states at row positions `states`.
 
-        With `reference`, the distributions of another policy there, its log-probabilities come second, and
+        With `reference`, the distributions of a reference there, its log-probabilities come second, and
         KL(reference || policy) third.
         """
-        head = self.model.get_output_embeddings()
         hidden = self.hidden(tokens, positions, segments, states)
         if reference is None:
-            return head(hidden, targets)
-        return token_comparisons(hidden, head.weight, *reference, targets)
+            logprobs: Tensor = self.head(hidden, targets)
+            return logprobs
+        return token_comparisons(hidden, self.head.weight, *reference, targets)
 
     def hidden(
         self,
         tokens: Int64[Tensor, " tokens"],
         positions: Int64[Tensor, " tokens"],
         segments: tuple[Segments, ...],
-        states: Int64[Tensor, " asked"],
-    ) -> Float[Tensor, "asked dim"]:
+        states: Int64[Tensor, " selected"],
+    ) -> Float[Tensor, "selected dim"]:
         """The last hidden states at row positions `states`."""
-        decoder = self.model.get_decoder()
-        if self.model.config._attn_implementation == attention.FLEX:
-            sight = {"attention_mask": attention.block_mask(segments, len(tokens), tokens.device)}
+        layout: dict[str, object]
+        if self.flex:
+            layout = {"attention_mask": attention.block_mask(segments, len(tokens), tokens.device)}
         else:
-            sight = attention.sight(segments, tokens.device)
-        everything = decoder(input_ids=tokens[None], position_ids=positions[None], use_cache=False, **sight)
-        return everything.last_hidden_state[0][states]
+            layout = {"row_layout": attention.RowLayout.of(segments, tokens.device)}
+        decoder = self.model.get_decoder()
+        output = decoder(input_ids=tokens[None], position_ids=positions[None], use_cache=False, **layout)
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden[states]
 
     @torch.no_grad()
-    def distributions(self, row: Row, states: Int64[Tensor, " asked"]) -> Distributions:
-        """What this policy says comes next at positions `states` of a row."""
-        hidden = self.hidden(row.tokens, row.positions, row.segments, states)
-        return hidden, self.model.get_output_embeddings().weight.detach()
+    def distributions(self, row: Row, states: Int64[Tensor, " selected"]) -> Distributions:
+        """This policy's distributions over the next token at positions `states` of a row (a `Reference`)."""
+        return self.hidden(row.tokens, row.positions, row.segments, states), self.head.weight.detach()
 
 
 def check_architecture(model: PreTrainedModel) -> None:
-    """Raises ConfigError for a model whose head or attention would be computed wrongly (it may be without weights)."""
+    """ConfigError for a model whose head or attention would be computed wrongly; it may be on the meta device."""
     name, config = type(model).__name__, model.config.get_text_config()
     head = model.get_output_embeddings()
     if head is None:
@@ -126,16 +142,16 @@ def check_architecture(model: PreTrainedModel) -> None:
 
 
 def on_meta(config: PretrainedConfig, lora: LoraConfig | None = None) -> PreTrainedModel:
-    """The model of a configuration, with adapters if asked for, without its weights.
+    """The model of a configuration on the meta device, without its weights; with adapters if `lora` is given.
 
-    ConfigError, naming `model.path`, if it is no causal one, or `model.lora.targets` if these match nothing.
+    ConfigError, naming `model.path`, if it is not a causal one, or `model.lora.targets` if these match nothing.
     """
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
     except ValueError as error:
         raise ConfigError(f"model.path: not a causal language model: {str(error).splitlines()[0]}") from None
-    except KeyError:  # it looks in a table of its own
+    except KeyError:  # some models look up their attention in a table of their own
         raise ConfigError(f"model.path: {config.model_type} models have an attention of their own") from None
     if lora is not None:
         add_adapters(model, lora, seed=0)
@@ -150,10 +166,10 @@ def load_policy(
     seed: int = 0,
     flex: bool = False,
 ) -> Policy:
-    """Loads a Hugging Face folder or hub name in bf16, safetensors only, for rows of segments; `flex`: whose attention
-    is FlexAttention. `gradient_checkpointing`: see TrainerConfig.
+    """Loads a Hugging Face folder or hub name in bf16, safetensors only. `flex`: with FlexAttention.
+    `gradient_checkpointing`: see TrainerConfig.
 
-    With `lora` all of it is frozen but new adapters (sampo_ray/training/lora.py), random by `seed`.
+    With `lora` the model is frozen and gets new adapters (sampo_ray/training/lora.py), random by `seed`.
     Raises ConfigError naming `model.path` when it cannot be opened or its head is not a plain matrix.
     """
     try:
@@ -165,121 +181,114 @@ def load_policy(
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path={str(path)!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    if flex:
-        attention.allow_flex_shapes()
+    if flex:  # for rows, scoring and adapters; where no kernel is compiled, FlexAttention makes matrices of all scores
+        limit_recompilations(32)
     if gradient_checkpointing:
-        how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        settings: dict[str, object] = {"use_reentrant": False, "preserve_rng_state": False}
         if gradient_checkpointing == "selective":
             width = model.config.get_text_config().hidden_size
-            how["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_kept, width))
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+            settings["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_checkpoint_policy, width))
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
     if lora is not None:
         add_adapters(model, lora, seed)
-    return Policy(model).to(device)
+    return Policy(model, flex).to(device)
 
 
-def _kept(width: int, _: object, op: object, *operands: Any, **__: object) -> CheckpointPolicy:
-    """What selective checkpointing does not compute again: attention, and what makes a layer's states wider."""
+def _checkpoint_policy(width: int, _: object, op: object, *operands: Tensor, **__: object) -> CheckpointPolicy:
+    """Selective checkpointing: keeps attention and the products that make a layer's states wider."""
     wider = op in PRODUCTS and width <= operands[-1].shape[0] < operands[-1].shape[1]
     return CheckpointPolicy.MUST_SAVE if wider or op in ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-Sides: TypeAlias = "tuple[list[Float[Tensor, ' kept_w']], list[Float[Tensor, ' kept_l']]]"
-"""Numbers of the asked token positions of each pair of a row, chosen and rejected, fp32."""
+def pair_logprobs(policy: nn.Module, row: Row, positions: list[Positions]) -> PairValues:
+    """Log-probabilities of the selected tokens of each pair of a row, nats."""
+    return _by_pair(*_selected_logprobs(policy, row, positions))
 
 
-def pair_logprobs(policy: nn.Module, row: Row, positions: list[Positions]) -> Sides:
-    """Log-probabilities of the asked token positions of each pair of a row, nats."""
-    return _sides(*_answers(policy, row, positions))
-
-
-def _answers(policy: nn.Module, row: Row, positions: list[Positions]) -> tuple[Float[Tensor, " asked"], list[int]]:
-    """Log-probabilities of the asked tokens, and how many there are of each side."""
-    states, targets, counts = _asked(row, positions)
+def _selected_logprobs(
+    policy: nn.Module, row: Row, positions: list[Positions]
+) -> tuple[Float[Tensor, " selected"], list[int]]:
+    """Log-probabilities of the selected tokens, and how many of them each response has."""
+    states, targets, counts = _states_and_targets(row, positions)
     return policy(row.tokens, row.positions, row.segments, states, targets), counts
 
 
 def pair_divergences(
     policy: nn.Module, reference: Reference, row: Row, positions: list[Positions]
-) -> tuple[Sides, Sides, Sides]:
-    """Log-probabilities under the policy, under the reference, and KL(reference || policy), as `pair_logprobs`."""
-    states, targets, counts = _asked(row, positions)
+) -> tuple[PairValues, PairValues, PairValues]:
+    """Log-probabilities under the policy and under the reference, and KL(reference || policy); see `pair_logprobs`."""
+    states, targets, counts = _states_and_targets(row, positions)
     compared = policy(row.tokens, row.positions, row.segments, states, targets, reference(row, states))
-    ours, theirs, divergences = (_sides(each, counts) for each in compared)
-    return ours, theirs, divergences
+    logprobs, reference_logprobs, divergences = (_by_pair(values, counts) for values in compared)
+    return logprobs, reference_logprobs, divergences
 
 
-def _asked(row: Row, positions: list[Positions]) -> tuple[Tensor, Tensor, list[int]]:
-    """Row positions of the states that the asked tokens follow, those tokens, and how many there are of each side."""
+def _states_and_targets(row: Row, positions: list[Positions]) -> tuple[Tensor, Tensor, list[int]]:
+    """Row positions of the states that predict the selected tokens, those tokens, and how many each response has."""
     states, tokens, counts = [], [], []
-    for pair, asked in zip(row.segments, positions, strict=True):
-        states += [pair.chosen_states(asked.chosen), pair.rejected_states(asked.rejected)]
-        tokens += [pair.chosen_start + asked.chosen, pair.rejected_start + asked.rejected]
-        counts += [len(asked.chosen), len(asked.rejected)]
+    for pair, selected in zip(row.segments, positions, strict=True):
+        states += [pair.chosen_states(selected.chosen), pair.rejected_states(selected.rejected)]
+        tokens += [pair.chosen_start + selected.chosen, pair.rejected_start + selected.rejected]
+        counts += [len(selected.chosen), len(selected.rejected)]
     where, what = (torch.from_numpy(np.concatenate(x)).to(row.tokens.device) for x in (states, tokens))
     return where, row.tokens[what], counts
 
 
-def _sides(values: Tensor, counts: list[int]) -> Sides:
-    parts = values.split(counts)
+def _by_pair(values: Tensor, counts: list[int]) -> PairValues:
+    parts = torch.split(values, counts)
     return list(parts[0::2]), list(parts[1::2])
 
 
-Ask = Callable[[Sequence[Pair]], list[Positions]]
-"""Of which response tokens of each pair log-probs are wanted."""
-
-Scores = dict[int, tuple[np.ndarray, np.ndarray]]
-"""By a pair's place: log-probs of its response tokens, chosen and rejected, fp32 nats; NaN where not asked for."""
-
-
 def every_token(pairs: Sequence[Pair]) -> list[Positions]:
+    """Selects all response tokens (a `SelectPositions`)."""
     return [Positions(np.arange(len(pair.chosen)), np.arange(len(pair.rejected))) for pair in pairs]
 
 
-def score_pairs(policy: Policy, pairs: Sequence[Pair], budget: RowBudget, ask: Ask = every_token) -> list[Pair]:
-    """The pairs with a policy's log-probs as those of their reference.
+def score_pairs(
+    policy: Policy, pairs: Sequence[Pair], budget: RowBudget, select: SelectPositions = every_token
+) -> list[Pair]:
+    """The pairs with this policy's log-probs as those of their reference.
 
-    They are in training order and begin with a whole global batch, so the rows are those that the trainer will plan for
+    They are in training order and begin with a whole global batch. So the rows are those that the trainer will plan for
     its first epoch, and on every device policy and reference run through the same shapes.
     """
     scores: Scores = {}
     for rows in batch_rows(pairs, budget):
         for indices in rows:
             if len(indices):
-                scores |= row_logprobs(policy, pairs, indices, ask)
+                scores |= row_logprobs(policy, pairs, indices, select)
     return with_logprobs(pairs, scores)
 
 
 def batch_rows(pairs: Sequence[Pair], budget: RowBudget) -> Iterator[list[np.ndarray]]:
-    """The rows of each global batch, as the first epoch has them; see `plan_rows`."""
+    """The rows of each global batch in the first epoch; see `plan_rows`."""
     lengths = lengths_of(pairs)
     for start in range(0, len(pairs), budget.batch_size):
         yield plan_rows(np.arange(start, min(start + budget.batch_size, len(pairs))), lengths, budget)
 
 
 @torch.no_grad()
-def row_logprobs(policy: nn.Module, pairs: Sequence[Pair], indices: np.ndarray, ask: Ask) -> Scores:
+def row_logprobs(policy: nn.Module, pairs: Sequence[Pair], indices: np.ndarray, select: SelectPositions) -> Scores:
     """Log-probs of the pairs that make up a row."""
-    mine = [pairs[index] for index in indices]
-    row, asked = assemble(mine).to(next(policy.parameters()).device), ask(mine)
-    logprobs, counts = _answers(policy, row, asked)
-    chosen, rejected = _sides(logprobs.cpu(), counts)  # in one copy
+    row_pairs = [pairs[index] for index in indices]
+    row, positions = assemble(row_pairs).to(next(policy.parameters()).device), select(row_pairs)
+    logprobs, counts = _selected_logprobs(policy, row, positions)
+    chosen, rejected = _by_pair(logprobs.cpu(), counts)  # in one copy
     scores = {}
-    for index, pair, at, w, r in zip(indices, row.segments, asked, chosen, rejected, strict=True):
-        scores[int(index)] = _spread(w, at.chosen, pair.chosen), _spread(r, at.rejected, pair.rejected)
+    for index, pair, at, w, r in zip(indices, row.segments, positions, chosen, rejected, strict=True):
+        scores[int(index)] = _scatter(w, at.chosen, pair.chosen), _scatter(r, at.rejected, pair.rejected)
     return scores
 
 
-def _spread(logprobs: Tensor, positions: np.ndarray, length: int) -> np.ndarray:
-    every = np.full(length, np.nan, np.float32)
-    every[positions] = logprobs.numpy()
-    return every
+def _scatter(logprobs: Tensor, positions: np.ndarray, length: int) -> np.ndarray:
+    """[length] log-probs: those given at `positions`, NaN elsewhere."""
+    values = np.full(length, np.nan, np.float32)
+    values[positions] = logprobs.numpy()
+    return values
 
 
 def with_logprobs(pairs: Sequence[Pair], scores: Scores) -> list[Pair]:
-    """The pairs with what a reference says of them."""
-    sides = (scores[index] for index in range(len(pairs)))
+    """The pairs with a reference's log-probs."""
     return [
-        replace(pair, chosen_ref=chosen, rejected_ref=rejected)
-        for pair, (chosen, rejected) in zip(pairs, sides, strict=True)
+        replace(pair, chosen_ref=scores[index][0], rejected_ref=scores[index][1]) for index, pair in enumerate(pairs)
     ]

@@ -1,4 +1,4 @@
-"""Length reduction: which response tokens of a pair count, and how their log-ratios become one number a response.
+"""Length reduction: which response tokens of a pair count, and how their log-ratios become one number per response.
 
 A log-ratio is r_t = log pi(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t), in nats. SamPO's contribution is `sample`:
 chosen and rejected are down-sampled to the same number of tokens, so that the implicit reward no longer grows with
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MaskKey:
-    """What a pair's token subset is a pure function of: nothing about batches, ranks or restarts."""
+    """All that a pair's mask depends on; batches, ranks and restarts do not matter."""
 
     seed: int
     round: int
@@ -37,7 +37,7 @@ class MaskKey:
 
 @dataclass(frozen=True)
 class Positions:
-    """Token positions of one pair that the loss looks at, ascending, each in [0, T)."""
+    """The selected tokens of one pair's responses: positions, ascending, each in [0, T)."""
 
     chosen: Int64[np.ndarray, " kept_w"]
     rejected: Int64[np.ndarray, " kept_l"]
@@ -47,7 +47,7 @@ class Positions:
 class SequenceLogRatios:
     """Sequence log-ratios s_w and s_l of a batch of pairs in fp32 nats, and how many tokens each one stands for.
 
-    Of losses without a reference these are log-probs: r_t = log pi(y_t | x, y_<t).
+    For losses without a reference these are log-probs: r_t = log pi(y_t | x, y_<t).
     """
 
     chosen: Float[Tensor, " pairs"]
@@ -67,7 +67,7 @@ def all_positions(key: MaskKey, chosen: int, rejected: int, stream: Stream = Str
 
 
 def sampled_positions(key: MaskKey, chosen: int, rejected: int, stream: Stream = Stream.POLICY_MASK) -> Positions:
-    """min(T_w, T_l) tokens of each response, uniformly without replacement; the shorter one keeps all of its own."""
+    """min(T_w, T_l) tokens of each response, uniformly without replacement: all of the shorter one."""
     kept = min(chosen, rejected)
     rng = key.generator(stream)
 
@@ -79,24 +79,24 @@ def sampled_positions(key: MaskKey, chosen: int, rejected: int, stream: Stream =
     return Positions(draw(chosen), draw(rejected))
 
 
-Reduced = tuple[Tensor, Tensor, float, float]
-"""s_w and s_l of one pair, and the tokens that each stands for."""
+ReducedPair = tuple[Tensor, Tensor, float, float]
+"""s_w and s_l of one pair, and how many tokens each stands for."""
 
 
-def _sum(chosen: Tensor, rejected: Tensor, length_w: int, length_l: int) -> Reduced:
+def _sum(chosen: Tensor, rejected: Tensor, length_w: int, length_l: int) -> ReducedPair:
     return chosen.sum(), rejected.sum(), len(chosen), len(rejected)
 
 
-def _average(chosen: Tensor, rejected: Tensor, length_w: int, length_l: int) -> Reduced:
+def _average(chosen: Tensor, rejected: Tensor, length_w: int, length_l: int) -> ReducedPair:
     scale = (length_w + length_l) / 2
     return chosen.mean() * scale, rejected.mean() * scale, scale, scale
 
 
-def _mean(chosen: Tensor, rejected: Tensor, length_w: int, length_l: int) -> Reduced:
+def _mean(chosen: Tensor, rejected: Tensor, length_w: int, length_l: int) -> ReducedPair:
     return chosen.mean(), rejected.mean(), 1, 1
 
 
-def _ld(chosen: Tensor, rejected: Tensor, length_w: int, length_l: int, alpha: float) -> Reduced:
+def _ld(chosen: Tensor, rejected: Tensor, length_w: int, length_l: int, alpha: float) -> ReducedPair:
     shared = min(length_w, length_l)
 
     def part(ratios: Tensor) -> tuple[Tensor, float]:
@@ -106,19 +106,19 @@ def _ld(chosen: Tensor, rejected: Tensor, length_w: int, length_l: int, alpha: f
     return s_w, s_l, n_w, n_l
 
 
-def _top_k(chosen: Tensor, rejected: Tensor, length_w: int, length_l: int) -> Reduced:
+def _top_k(chosen: Tensor, rejected: Tensor, length_w: int, length_l: int) -> ReducedPair:
     kept = min(length_w, length_l)
     return chosen.topk(kept).values.sum(), rejected.topk(kept).values.sum(), kept, kept
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """`positions` says, from lengths alone, which tokens need log-probs; `reduce` makes one pair's log-ratios (w, l,
-    T_w, T_l, and by name the fields of `method` that it needs) two numbers.
+    """A length reduction. `positions` selects, from lengths alone, the tokens that need log-probs; `reduce` turns one
+    pair's log-ratios (w, l, T_w, T_l, and by name the fields of `method` that it needs) into two numbers.
     """
 
     positions: Callable[..., Positions]
-    reduce: Callable[..., Reduced]
+    reduce: Callable[..., ReducedPair]
 
 
 REDUCTIONS: dict[str, Reduction] = {
@@ -129,9 +129,9 @@ REDUCTIONS: dict[str, Reduction] = {
     "top_k": Reduction(all_positions, _top_k),
     "ld": Reduction(all_positions, _ld),
 }
-"""sum: plain DPO (Eq. 7). average: means, rescaled by (T_w + T_l)/2 (Eq. 9). mean: plain means a token. sample: SamPO
+"""sum: plain DPO (Eq. 7). average: means, rescaled by (T_w + T_l)/2 (Eq. 9). mean: means per token. sample: SamPO
 (Eq. 10). top_k: as `sample`, but the tokens with the largest log-ratios (Appendix G, an ablation). ld: LD-DPO (Liu et
-al. 2024, arXiv 2409.06411), tokens beyond the length min(T_w, T_l) that both responses reach count alpha times."""
+al. 2024, arXiv 2409.06411), in which tokens beyond the length min(T_w, T_l) count alpha times."""
 
 
 def reduce_pairs(
@@ -143,7 +143,7 @@ def reduce_pairs(
 ) -> SequenceLogRatios:
     """Reduces token log-ratios pair by pair, so that a pair's numbers do not depend on what else is in the batch.
 
-    `lengths` holds (T_w, T_l), in tokens, of the whole responses; `settings` what the reduction asks for by name.
+    `lengths` holds (T_w, T_l), in tokens, of the whole responses; `settings` are the reduction's own.
     """
     parts = [reduction.reduce(w, r, *pair, **settings) for w, r, pair in zip(chosen, rejected, lengths, strict=True)]
     s_w, s_l, n_w, n_l = zip(*parts, strict=True)

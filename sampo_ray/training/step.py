@@ -1,7 +1,5 @@
 """A train step on one device with torch and transformers alone: the learner's arithmetic without DeepSpeed, ranks and
-checkpoints.
-
-For measuring it, trying something out, and comparing the learner with it.
+checkpoints, for measurements, experiments and as a check on the learner.
 """
 
 from __future__ import annotations
@@ -14,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from sampo_ray.training.batching import Pair, Step
-from sampo_ray.training.objective import METRICS, Draw, Objective, accumulate
-from sampo_ray.training.policy import Policy, Reference
+from sampo_ray.training.objective import METRICS, LossInputs, accumulate
+from sampo_ray.training.policy import Policy
 from sampo_ray.training.statistics import Statistics
 
 
@@ -32,7 +30,7 @@ class MasterWeights:
 
     @torch.no_grad()
     def step(self, learning_rate: float, max_grad_norm: float) -> Tensor:
-        """Moves masters and weights, takes the gradients back to zero, and returns the norm that these had."""
+        """Updates masters and weights, sets the gradients to zero, and returns their norm from before clipping."""
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate
         norm = clip_grad_norm_(self.masters, max_grad_norm)
@@ -54,19 +52,17 @@ def train_step(
     weights: MasterWeights,
     step: Step,
     pairs: Sequence[Pair],
-    objective: Objective,
-    draw: Draw,
-    before: Statistics,
+    inputs: LossInputs,
     learning_rate: float,
     max_grad_norm: float = 1.0,
-    reference: Reference | None = None,
 ) -> tuple[dict[str, float], Statistics]:
-    """One optimizer step over the pairs of a step that was planned for one rank, from the statistics `before` it.
+    """One optimizer step over the pairs of a step that was planned for one rank.
 
-    Returns METRICS and `grad_norm`, and the statistics after it. Nothing is skipped: what is not finite stays so.
+    Returns METRICS and `grad_norm`, and the statistics for the next step. Nothing is skipped: values that are not
+    finite stay so.
     """
     [rows] = step.rows
-    sums, _ = accumulate(policy, rows, pairs, objective, draw, before, 1 / step.pairs, reference)
+    sums, _ = accumulate(policy, rows, pairs, inputs, 1 / step.pairs)
     norm = weights.step(learning_rate, max_grad_norm)
     metrics = dict(zip(METRICS, (sums / step.pairs).tolist(), strict=True))
-    return metrics | {"grad_norm": float(norm)}, before.after(metrics, step.pairs)
+    return metrics | {"grad_norm": float(norm)}, inputs.statistics.after(metrics, step.pairs)
