@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from sampo_ray.config.recipe import load_config
 from sampo_ray.errors import ConfigError
@@ -82,7 +83,9 @@ def test_a_stage_that_fails_says_how_far_it_came_and_lets_the_error_through(plai
 
 
 def test_a_table_in_a_pipe_is_not_cut_to_eighty_columns(plain):
-    plain.display.table("Results", ["policy", "accuracy"], [["x" * 100, "71 % ± 4"]])
+    table = Table("policy", "accuracy")
+    table.add_row("x" * 100, "71 % ± 4")
+    plain.display.console.print(table)
     assert any("x" * 100 in line and "71 % ± 4" in line for line in plain.lines())
 
 

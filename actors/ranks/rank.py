@@ -15,7 +15,7 @@ import torch.distributed as dist
 from ray.actor import ActorHandle
 from transformers import AutoConfig
 
-from sampo_ray.actors.ranks.exchange import EXCHANGE_ANSWER_S, Closed, Posted, RoundSpec
+from sampo_ray.actors.ranks.exchange import EXCHANGE_ANSWER_S, Closed, RoundSpec
 from sampo_ray.actors.transfer.sending import start_sender
 from sampo_ray.actors.weights.store import NewVersion, find_weight_store, publish_adapters, publish_version
 from sampo_ray.data.preferences import pairs_of, with_reference
@@ -38,6 +38,8 @@ from sampo_ray.training.streams import adapter_seed
 
 logger = logging.getLogger(__name__)
 
+TAKE_WAIT_S = 30.0
+"""For the next round, before a rank asks again."""
 PUBLISH_S = 900.0
 DETERMINISTIC = (TrainingError, WeightsError, ValueError, TypeError, LookupError, AttributeError, ImportError)
 """Errors that would come again: they are reported to the driver and not retried."""
@@ -67,9 +69,7 @@ def train_rank(config: dict[str, RankSettings]) -> None:
     number, rank = 0, None
     try:
         while True:
-            taken: Posted | Closed | None = ray.get(
-                exchange.take.remote(number, EXCHANGE_ANSWER_S / 2), timeout=EXCHANGE_ANSWER_S
-            )
+            taken = ray.get(exchange.take.remote(number, TAKE_WAIT_S), timeout=EXCHANGE_ANSWER_S)
             if isinstance(taken, Closed):
                 if rank is not None and rank.sender is not None:
                     rank.sender.wait()  # it sends from this process
@@ -139,8 +139,7 @@ class Rank:
         pairs = [pair for table in tables for pair in pairs_of(table)]
         budget = dataclasses.replace(config.row_budget, world=learner.world)
         seed, epochs = config.run.seed, config.rounds.epochs
-        plan = plan_round(spec.lengths, budget, epochs=epochs, seed=seed, round=spec.round)
-        for step in plan:
+        for step in plan_round(spec.lengths, budget, epochs=epochs, seed=seed, round=spec.round):
             if step.index <= learner.step:
                 continue
             started = time.monotonic()
@@ -288,12 +287,7 @@ class Rank:
             self.learner.load(folder.parent, folder.name, *position)
             return
         if self.first:
-            logger.info(
-                "%s was written by %d ranks; it is converted for %d",
-                checkpoint.path,
-                checkpoint.world,
-                self.learner.world,
-            )
+            logger.info("converting %s from %d to %d ranks", checkpoint.path, checkpoint.world, self.learner.world)
             with universal.draft() as scratch:
                 from sampo_ray.internals.deepspeed import write_universal
 

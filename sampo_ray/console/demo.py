@@ -52,7 +52,7 @@ def run_demo(directory: Path, seed: int, keep_serving: bool) -> None:
                 answers["base"] = evaluate(fleet, run, 0, assets, display)
             display.heading(f"{name}: {run.place.url}")
             iterate(run, fleet, display)
-            answers[name] = evaluate(fleet, run, last_version(run), assets, display)
+            answers[name] = evaluate(fleet, run, run.manifest.rounds[-1].end_version, assets, display)
         display.console.print(render(summarise(answers, rightful), TEMPERATURE))
         display.note(f"{time.monotonic() - started:.0f} s in all; runs and exported models are in {folder}")
         if keep_serving and fleet.endpoint:
@@ -91,8 +91,3 @@ def evaluate(fleet: Fleet, run: Run, version: int, assets: DemoAssets, display: 
         parts = stages.sample(fleet.generators, prompts, out, rollout, run.config.run.seed, (run.id, version), window)
     table = pa.concat_tables([part.table() for part in parts])
     return Answers(table["text"].to_pylist(), pc.list_value_length(table["completion"]).to_pylist())
-
-
-def last_version(run: Run) -> int:
-    last = run.manifest.rounds[-1]
-    return last.start_version + (last.steps or 0)

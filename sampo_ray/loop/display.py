@@ -1,11 +1,8 @@
-"""What the user sees of a run: one live display on a terminal, plain lines everywhere else.
-
-The loop only says what happens (`round`, `stage`, `metrics`, `version`, `note`); nothing here knows of Ray.
-"""
+"""What the user sees of a run: a live display on a terminal, plain lines elsewhere. Both implement `Reporter`."""
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
@@ -13,7 +10,6 @@ from typing import Self
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from rich.table import Table
 from rich.text import Text
 
 from sampo_ray.run.status import Activity, Status, StatusFile
@@ -21,8 +17,7 @@ from sampo_ray.run.steps import StepMetrics
 from sampo_ray.run.storage import Place
 
 BETWEEN_LINES_S = 5.0
-"""Plain output: a running stage says no more than one line in this time."""
-
+"""Plain output: a running stage prints at most one line in this time."""
 SHOWN = {
     "loss": ("loss", "{:.4f}"),
     "margin": ("margin", "{:+.4f}"),
@@ -30,16 +25,17 @@ SHOWN = {
     "chosen_tokens": ("chosen", "{:.0f} tok"),
     "rejected_tokens": ("rejected", "{:.0f} tok"),
 }
-"""Which of a step's metrics are shown, under which name and how; the rest are for the trackers."""
+"""The metrics of a step that are shown: name and format."""
 
 
 @dataclass
 class Stage:
-    """The progress of one stage of a round. Elapsed times are seconds since its start and come from the display."""
+    """The progress of one stage of a round."""
 
     name: str
     total: int | None
     unit: str
+    clock: Callable[[], float]
     started: float
     advanced: Callable[["Stage"], None]
     done: int = 0
@@ -49,39 +45,47 @@ class Stage:
         self.done += count
         self.advanced(self)
 
+    @property
+    def elapsed(self) -> float:
+        return self.clock() - self.started
+
+    @property
+    def pace(self) -> float | None:
+        """Units per second; None while unknown."""
+        elapsed = self.elapsed
+        return self.done / elapsed if self.done and elapsed > 0 else None
+
+    def activity(self) -> Activity:
+        facts = {"name": self.name, "done": self.done, "total": self.total, "unit": self.unit}
+        return Activity.model_validate({**facts, "seconds": self.elapsed, "rate": self.pace})
+
     def amount(self) -> str:
         return f"{self.done:,} {self.unit}" if self.total is None else f"{self.done:,}/{self.total:,} {self.unit}"
 
-    def activity(self, elapsed: float) -> Activity:
-        rate = self.done / elapsed if self.done and elapsed > 0 else None
-        return Activity(name=self.name, done=self.done, total=self.total, unit=self.unit, seconds=elapsed, rate=rate)
-
-    def rate(self, elapsed: float) -> str:
+    def rate(self) -> str:
         """Units per second, or seconds per unit where that reads better; empty while unknown."""
-        if not self.done or elapsed <= 0:
+        pace = self.pace
+        if pace is None:
             return ""
-        rate = self.done / elapsed
-        if rate >= 10:
-            return f"{rate:,.0f}/s"
-        return f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
+        if pace >= 10:
+            return f"{pace:,.0f}/s"
+        return f"{pace:.1f}/s" if pace >= 1 else f"{1 / pace:.1f} s each"
 
-    def left(self, elapsed: float) -> str:
+    def left(self) -> str:
         """Time left at the present pace; empty while unknown and at the end."""
         if self.total is None or not self.done or self.done >= self.total:
             return ""
-        return f"{duration(elapsed / self.done * (self.total - self.done))} left"
+        return f"{duration(self.elapsed / self.done * (self.total - self.done))} left"
 
-    def progress(self, elapsed: float) -> str:
-        facts = self.amount(), self.rate(elapsed), self.left(elapsed)
-        return f"{self.name}: " + ", ".join(fact for fact in facts if fact)
+    def progress(self) -> str:
+        return f"{self.name}: " + ", ".join(filter(None, (self.amount(), self.rate(), self.left())))
 
-    def result(self, elapsed: float) -> str:
-        """What is left to say at the end; names both numbers where units are missing."""
+    def result(self) -> str:
+        """The line at the stage's end; both numbers where units are missing."""
         if not self.done and self.total is None:
-            return f"{self.name}: {duration(elapsed)}"
+            return f"{self.name}: {duration(self.elapsed)}"
         amount = f"{self.done:,} {self.unit}" if self.done == self.total else self.amount()
-        rate = self.rate(elapsed)
-        return f"{self.name}: {amount} in {duration(elapsed)}" + (f", {rate}" if rate else "")
+        return ", ".join(filter(None, (f"{self.name}: {amount} in {duration(self.elapsed)}", self.rate())))
 
 
 def duration(seconds: float) -> str:
@@ -97,16 +101,15 @@ def duration(seconds: float) -> str:
 
 
 class Display(ABC):
-    """Progress of a run, on a terminal or in a pipe. `open_display` picks; use it as a context manager."""
+    """Shows a run on a terminal or in a pipe, and writes its status file. A context manager; see `open_display`."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
-        self.console = console
-        self.clock = clock
+        self.console, self.clock = console, clock
         self._round = ""
-        self._status: dict[str, str] = {}
-        self._news = False
+        self._facts: dict[str, str] = {}
+        self._changed = False
         self._file: StatusFile | None = None
-        self._told = Status()
+        self._status = Status()
 
     def __enter__(self) -> Self:
         return self
@@ -116,90 +119,78 @@ class Display(ABC):
             self._file.close()
 
     def begin_run(self, run: Place) -> None:
-        """From now on what happens belongs to this run, and its directory is told."""
+        """What follows belongs to this run, and goes to its status file."""
         if self._file:
             self._file.close()
-        self._file, self._told = StatusFile(run), Status()
+        self._file, self._status = StatusFile(run), Status()
 
     @contextmanager
     def stage(self, name: str, total: int | None, unit: str) -> Iterator[Stage]:
-        """A stage of `total` units (None: not known), such as `stage("generate", 64, "prompts")`."""
+        """A stage of `total` units (None: unknown), such as `stage("generate", 64, "prompts")`."""
 
         def advanced(stage: Stage) -> None:
-            self._advanced(stage)
-            self._tell(stage=stage.activity(self._elapsed(stage)))
+            self._on_advance(stage)
+            self._write(stage=stage.activity())
 
-        stage = Stage(name, total, unit, self.clock(), advanced)
-        self._begun(stage)
-        self._tell(stage=stage.activity(0.0))
+        stage = Stage(name, total, unit, self.clock, self.clock(), advanced)
+        self._on_begin(stage)
+        self._write(stage=stage.activity())
         try:
             yield stage
         finally:
-            self._ended(stage)
-            self._tell(stage=None)
+            self._on_end(stage)
+            self._write(stage=None)
 
     @abstractmethod
-    def _begun(self, stage: Stage) -> None: ...
+    def _on_begin(self, stage: Stage) -> None: ...
 
     @abstractmethod
-    def _advanced(self, stage: Stage) -> None: ...
+    def _on_advance(self, stage: Stage) -> None: ...
 
-    @abstractmethod
-    def _ended(self, stage: Stage) -> None: ...
+    def _on_end(self, stage: Stage) -> None:
+        self._print(stage.result())
 
     def begin_round(self, index: int, count: int) -> None:
         """Round `index` (from 0) of `count` begins."""
         self._round = f"round {index + 1}/{count}"
-        self._tell(round=index + 1, rounds=count)
+        self._write(round=index + 1, rounds=count)
 
     def metrics(self, step: StepMetrics) -> None:
-        """One optimizer step's metrics; those in `SHOWN` appear."""
+        """Shows the metrics of an optimizer step that are in `SHOWN`."""
         values = step.values
         if values.get("skipped"):
             self.note(f"step {step.step} was skipped: {values['reason']}")
-        self._update({name: form.format(values[metric]) for metric, (name, form) in SHOWN.items() if metric in values})
+        self._show({name: form.format(values[metric]) for metric, (name, form) in SHOWN.items() if metric in values})
 
     def version(self, number: int) -> None:
-        """Policy version `number` is live."""
-        self._update({"policy": f"v{number}"})
+        """Policy version `number` is published."""
+        self._show({"policy": f"v{number}"})
 
     def note(self, text: str) -> None:
-        """One line that stays: something the user should know."""
+        """A line that stays."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def heading(self, text: str) -> None:
-        """Something new begins, such as another run: what was shown of the last one goes."""
-        self._round, self._status, self._news = "", {}, False
+        """Something new begins, such as another run; what was shown of the last one is cleared."""
+        self._round, self._facts, self._changed = "", {}, False
         self.note(f"--- {text}")
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """A table that stays, such as the summary of a run; the first column names the rows."""
-        table = Table(title=title, title_justify="left", title_style="bold")
-        for position, column in enumerate(columns):
-            table.add_column(column, justify="right" if position else "left", no_wrap=True)
-        for row in rows:
-            table.add_row(*(Text(str(cell)) for cell in row))
-        self.console.print(table)
-
-    def _tell(self, **changes: object) -> None:
+    def _write(self, **changes: object) -> None:
         if self._file:
-            self._told = self._told.model_copy(update=changes)
-            self._file.update(self._told)
+            self._status = self._status.model_copy(update=changes)
+            self._file.update(self._status)
 
-    def _update(self, facts: dict[str, str]) -> None:
-        self._status.update(facts)
-        self._news = True
+    def _show(self, facts: dict[str, str]) -> None:
+        self._facts.update(facts)
+        self._changed = True
 
-    def _elapsed(self, stage: Stage) -> float:
-        return self.clock() - stage.started
-
-    def _say(self, line: str) -> None:
-        """A line about a stage, after the round it belongs to and with the facts that are new since the last one."""
-        facts, self._news = (self._facts() if self._news else ""), False
+    def _print(self, line: str) -> None:
+        """A line about a stage: round, line, and facts if they have changed since the last one."""
+        facts, self._changed = (self._facts_line() if self._changed else ""), False
         self.note("  ".join(filter(None, (self._round, line, facts))))
 
-    def _facts(self) -> str:
-        return "  ".join(f"{name} {value}" for name, value in self._status.items())
+    def _facts_line(self) -> str:
+        return "  ".join(f"{name} {value}" for name, value in self._facts.items())
 
 
 class LiveDisplay(Display):
@@ -227,54 +218,46 @@ class LiveDisplay(Display):
         self._live.stop()
         super().__exit__(*exception)
 
-    def _begun(self, stage: Stage) -> None:
+    def _on_begin(self, stage: Stage) -> None:
         task = self._bars.add_task(stage.name, total=stage.total, amount=stage.amount(), rate="", left="")
         self._running[task] = stage
 
-    def _advanced(self, stage: Stage) -> None:
+    def _on_advance(self, stage: Stage) -> None:
         """The next refresh shows it."""
 
-    def _ended(self, stage: Stage) -> None:
+    def _on_end(self, stage: Stage) -> None:
         for task in [task for task, running in self._running.items() if running is stage]:
             del self._running[task]
             self._bars.remove_task(task)
-        self._say(stage.result(self._elapsed(stage)))
+        super()._on_end(stage)
 
     def _render(self) -> RenderableType:
         for task, stage in list(self._running.items()):
-            elapsed = self._elapsed(stage)
-            rate, left = stage.rate(elapsed), stage.left(elapsed)
+            rate, left = stage.rate(), stage.left()
             self._bars.update(task, completed=stage.done, amount=stage.amount(), rate=rate, left=left)
-        return Group(
-            Text(
-                "  ".join(filter(None, (self._round, self._facts()))), style="bold", no_wrap=True, overflow="ellipsis"
-            ),
-            self._bars,
-        )
+        line = "  ".join(filter(None, (self._round, self._facts_line())))
+        return Group(Text(line, style="bold", no_wrap=True, overflow="ellipsis"), self._bars)
 
 
 class PlainDisplay(Display):
-    """Lines for logs and pipes: one when a stage begins and ends, and while it runs at most one every few seconds."""
+    """Lines for logs and pipes: one when a stage begins and ends, and at most one every BETWEEN_LINES_S meanwhile."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(console, clock)
-        console.width = 160  # a pipe has no width of its own, and rich would cut tables to 80 columns
+        console.width = 160  # a pipe has no width, and rich would cut tables to 80 columns
         self._last_line = clock()
 
     def note(self, text: str) -> None:
         self._last_line = self.clock()
         super().note(text)
 
-    def _begun(self, stage: Stage) -> None:
+    def _on_begin(self, stage: Stage) -> None:
         of = "" if stage.total is None else f": {stage.total:,} {stage.unit}"
-        self._say(f"{stage.name} begins{of}")
+        self._print(f"{stage.name} begins{of}")
 
-    def _advanced(self, stage: Stage) -> None:
+    def _on_advance(self, stage: Stage) -> None:
         if stage.done != stage.total and self.clock() - self._last_line >= BETWEEN_LINES_S:
-            self._say(stage.progress(self._elapsed(stage)))
-
-    def _ended(self, stage: Stage) -> None:
-        self._say(stage.result(self._elapsed(stage)))
+            self._print(stage.progress())
 
 
 def open_display(console: Console | None = None) -> Display:
