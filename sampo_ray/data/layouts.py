@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -67,28 +67,16 @@ class _Unusable(Exception):
     """A row that is dropped; the message is the reason it is counted under."""
 
 
-def read_rows(source: str, kind: Kind, counts: Counts | None = None) -> Iterator[Row]:
+def read_rows(source: str, kind: Kind, counts: Counts | None = None, most_records: int | None = None) -> Iterator[Row]:
     """Streams the usable rows of `source`; counts the others by reason in `counts`.
 
     A row's id is its `id` or `prompt_id` (a repeated one gets `#2`, `#3`, ...), else its position in the source. Only
     the ids stay in memory. Raises DataError for a source that cannot be read, and for a line that is not valid JSON.
     """
-    return _rows(read_records(source), kind, Counts() if counts is None else counts)
-
-
-def check_source(source: str, kind: Kind) -> Row:
-    """Opens `source` and returns its first usable row. Raises DataError if there is none near its beginning."""
-    counts = Counts()
-    row = next(_rows(itertools.islice(read_records(source), _ROWS_CHECKED), kind, counts), None)
-    if row is None:
-        raise counts.nothing_usable(source, kind)
-    return row
-
-
-def _rows(records: Iterable[Record], kind: Kind, counts: Counts) -> Iterator[Row]:
+    counts = Counts() if counts is None else counts
     parse = _parse_pair if kind == "pairs" else _parse_prompt
     seen: dict[str, int] = {}
-    for record in records:
+    for record in itertools.islice(read_records(source), most_records):
         counts.rows += 1
         try:
             prompt, chosen, rejected = parse(record.values)
@@ -98,6 +86,14 @@ def _rows(records: Iterable[Record], kind: Kind, counts: Counts) -> Iterator[Row
             continue
         columns = {name: value for name, value in record.values.items() if name not in _LAYOUT_COLUMNS}
         yield Row(row_id, record.where, prompt, chosen, rejected, columns)
+
+
+def check_source(source: str, kind: Kind) -> Row:
+    """Opens `source` and returns its first usable row. Raises DataError if there is none near its beginning."""
+    counts = Counts()
+    for row in read_rows(source, kind, counts, _ROWS_CHECKED):
+        return row
+    raise counts.nothing_usable(source, kind)
 
 
 def _parse_pair(values: Mapping[str, object]) -> tuple[list[Message], str, str]:

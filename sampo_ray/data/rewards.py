@@ -16,7 +16,7 @@ import threading
 import types
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol, SupportsFloat
+from typing import SupportsFloat
 
 import pyarrow as pa
 import torch
@@ -28,16 +28,10 @@ from sampo_ray.data.preferences import cut_prompt
 from sampo_ray.errors import ConfigError, RewardError
 
 RewardFunction = Callable[..., Iterable[SupportsFloat]]
+Scorer = Callable[[list[list[Message]], list[str], dict[str, list[object]]], list[float]]
+"""A loaded reward source: prompts, completions, other columns -> one finite reward per completion, or RewardError."""
 
 _QUOTED = 200  # characters of a prompt in an error message
-
-
-class Scorer(Protocol):
-    """A loaded reward source: returns one finite reward per completion, or raises RewardError."""
-
-    def __call__(
-        self, prompts: list[list[Message]], completions: list[str], columns: dict[str, list[object]]
-    ) -> list[float]: ...
 
 
 def check_reward(reward: RewardConfig) -> None:
@@ -103,10 +97,8 @@ def call_function(
     try:
         signature.bind(prompts, completions, **taken)
     except TypeError as error:
-        names = ", ".join(columns) or "none"
-        raise RewardError(
-            f"the reward function cannot be called: {error}; the data's other columns are {names}"
-        ) from None
+        message = f"{error}; the data's other columns are {', '.join(columns) or 'none'}"
+        raise RewardError(f"the reward function cannot be called: {message}") from None
     return _finite_rewards(function(prompts, completions, **taken), prompts)
 
 

@@ -18,9 +18,9 @@ from fsspec.core import has_magic, url_to_fs
 
 from sampo_ray.errors import DataError
 
-_JSONL = re.compile(r"\.(jsonl|ndjson)(\.(gz|bz2|xz|zst))?$")
-_JSON = re.compile(r"\.json(\.(gz|bz2|xz|zst))?$")
 _PARQUET = re.compile(r"\.(parquet|pq)$")
+_FILE = re.compile(r"\.((jsonl|ndjson|json)(\.(gz|bz2|xz|zst))?|parquet|pq)$")
+_FILE_IN_FOLDER = re.compile(r"\.((jsonl|ndjson)(\.(gz|bz2|xz|zst))?|parquet|pq)$")  # a .json may be anything
 _HELD_OUT = re.compile(r"(^|[^a-z])(test|valid|validation|eval|dev)([^a-z]|$)")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 _CHUNK = 1 << 20
@@ -98,8 +98,10 @@ def _open(source: str) -> _Files | _Dataset:
         return _Dataset(source, None, saved)
     fs, path = url_to_fs(source)
     if has_magic(source):
-        return _Files(fs, _fixed_part(path), _readable(source, sorted(fs.glob(path))))
-    if _is_data(path):
+        return _Files(
+            fs, re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0], _readable(source, sorted(fs.glob(path)))
+        )
+    if _FILE.search(path):
         if fs.exists(path):
             return _Files(fs, path, [path])
     elif "://" in source or fs.exists(path):
@@ -112,7 +114,7 @@ def _open(source: str) -> _Files | _Dataset:
 
 def _saved_dataset(source: str) -> _Files | None:
     """The files of a folder that `datasets` wrote; None for any other source."""
-    if has_magic(source) or _is_data(source):
+    if has_magic(source) or _FILE.search(source):
         return None
     fs, path = url_to_fs(source)
     if any(fs.exists(f"{path}/{mark}") for mark in ("dataset_dict.json", "state.json")):
@@ -123,11 +125,9 @@ def _saved_dataset(source: str) -> _Files | None:
 def _folder(source: str, fs: AbstractFileSystem, path: str) -> _Files:
     if fs.isfile(path):
         return _Files(fs, path, _readable(source, [path]))
-    files = _Files(fs, path, [p for p in sorted(fs.find(path)) if _JSONL.search(p) or _PARQUET.search(p)])
+    files = _Files(fs, path, [p for p in sorted(fs.find(path)) if _FILE_IN_FOLDER.search(p)])
     if not files.paths:
-        raise DataError(
-            f"data source {source!r}: no .jsonl(.gz) or .parquet files in this folder; name one that has some"
-        )
+        raise DataError(f"data source {source!r}: no .jsonl(.gz) or .parquet files in this folder; name another one")
     held_out = [p for p in files.paths if _HELD_OUT.search(files.name(p).lower())]
     if held_out and len(held_out) < len(files.paths):
         raise DataError(
@@ -141,17 +141,9 @@ def _readable(source: str, paths: list[str]) -> list[str]:
     if not paths:
         raise DataError(f"data source {source!r}: no file matches; correct the pattern")
     for path in paths:
-        if not _is_data(path):
+        if not _FILE.search(path):
             raise DataError(f"data source {path!r}: this format cannot be read; use .jsonl(.gz) or .parquet")
     return paths
-
-
-def _is_data(path: str) -> bool:
-    return any(pattern.search(path) for pattern in (_JSONL, _JSON, _PARQUET))
-
-
-def _fixed_part(pattern: str) -> str:
-    return re.split(r"[*?\[]", pattern, maxsplit=1)[0].rpartition("/")[0]
 
 
 def _json_rows(fs: AbstractFileSystem, path: str) -> Iterator[tuple[int, dict[str, object]]]:
@@ -212,6 +204,4 @@ def _as_data_error(where: str) -> Iterator[None]:
         raise
     except Exception as error:  # each file system has its own library's errors, which share no other base
         reason = f"{type(error).__name__}: {error}".split("\n", 1)[0]
-        raise DataError(
-            f"data source {where!r}: cannot be read ({reason}); check that it exists and is complete"
-        ) from error
+        raise DataError(f"data source {where!r}: cannot be read ({reason}); check that it is complete") from error

@@ -19,8 +19,7 @@ from sampo_ray.errors import FeedbackError
 from sampo_ray.run.journal import Journal
 from sampo_ray.run.storage import Place
 
-VOTES_SPAN_S = 24 * 3600.0
-"""The journal merges the votes of a day into one file."""
+VOTES_SPAN_S = 24 * 3600.0  # votes of a day are merged into one file
 
 ResponseId = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Kind = Literal["better", "tie", "up", "down", "edited"]
@@ -33,15 +32,12 @@ class Answer(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     id: str
-    messages: list[dict[str, str]]
-    """The prompt."""
+    messages: list[dict[str, str]]  # the prompt
     text: str
     finish_reason: str
     run: str
-    versions: tuple[int, ...]
-    """The weights that it began with, then those that were swapped in before it ended."""
-    time: float
-    """When it ended, seconds since 1970."""
+    versions: tuple[int, ...]  # the weights that it began with, then those that were swapped in before it ended
+    time: float  # when it ended, seconds since 1970
 
 
 class Judgement(BaseModel):
@@ -92,12 +88,10 @@ class Vote(BaseModel):
 
     id: str
     kind: Kind
-    answers: tuple[Answer, ...]
-    """The better one first."""
+    answers: tuple[Answer, ...]  # the better one first
     edited: str | None = None
     note: str | None = None
-    time: float
-    """When it was received, seconds since 1970."""
+    time: float  # when it was received, seconds since 1970
 
 
 def make_vote(judgement: Judgement, answers: Sequence[Answer], time: float) -> Vote:
@@ -121,29 +115,18 @@ def read_votes(run: Place) -> list[Vote]:
     return [Vote.model_validate_json(record) for record in journal.records()]
 
 
-Evidence = TypedDict(
-    "Evidence",
-    {
-        "for": int,
-        "against": int,
-        "votes": list[str],
-        "answers": list[str],
-        "runs": list[str],
-        "versions": list[int],
-        "times": list[float],
-    },
-)
-"""Where a pair is from: votes for and against it, ids of votes and answers, and the first and last vote's time."""
-
-
 class FeedbackRow(TypedDict):
-    """A preference pair in the conversational layout of `data.train`."""
+    """A preference pair in the conversational layout of `data.train`.
+
+    `feedback` has the number of votes `for` and `against` it, the ids of these `votes` and their `answers`, the `runs`
+    and `versions` of the answers, and the `times` of the first and the last vote.
+    """
 
     id: str
     prompt: list[dict[str, str]]
     chosen: list[dict[str, str]]
     rejected: list[dict[str, str]]
-    feedback: Evidence
+    feedback: dict[str, int | list[str] | list[int] | list[float]]
 
 
 @dataclass(frozen=True)

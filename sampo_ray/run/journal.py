@@ -4,12 +4,12 @@ import json
 import uuid
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from sampo_ray.run.storage import Place
 
-MERGE_AT = 64
-"""Files of one time span that are merged before the span is over."""
+MERGE_AT = 64  # files of one time span that are merged before the span is over
 ATTEMPTS = 5
 
 
@@ -54,7 +54,10 @@ class Journal:
         for _ in range(ATTEMPTS):
             names = [name for name in self._folder.names() if name.endswith(".jsonl")]
             self._forget(self._segments.keys() - names)
-            if all(self._load(name) for name in names if name not in self._segments):
+            with suppress(FileNotFoundError):  # merged or dropped since it was listed
+                for name in names:
+                    if name not in self._segments:
+                        self._add_segment(name, self._folder.at(name).read())
                 return
         raise OSError(f"{self._folder.url}: its files change faster than they can be read; try again")
 
@@ -143,14 +146,6 @@ class Journal:
         for line in lines:
             self._index.pop(json.loads(line)["id"], None)
         self._add_segment(name, content)
-
-    def _load(self, name: str) -> bool:
-        try:
-            content = self._folder.at(name).read()
-        except FileNotFoundError:
-            return False
-        self._add_segment(name, content)
-        return True
 
     def _add_segment(self, name: str, content: bytes) -> None:
         self._segments[name] = len(content)

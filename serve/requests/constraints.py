@@ -80,11 +80,12 @@ def _check_size(tree: JsonValue, field: str) -> None:
     characters = 0
     for count, (value, depth) in enumerate(_walk(tree), 1):
         characters += len(value) if isinstance(value, str) else 0
-        for size, limit, noun in (
-            (count, MAX_VALUES, "values"),
-            (characters, MAX_CHARACTERS, "characters"),
-            (depth, MAX_DEPTH, "levels"),
-        ):
+        sizes = {
+            "values": (count, MAX_VALUES),
+            "characters": (characters, MAX_CHARACTERS),
+            "levels": (depth, MAX_DEPTH),
+        }
+        for noun, (size, limit) in sizes.items():
             if size > limit:
                 raise _refused(field, f"more than the {limit} {noun} that this endpoint takes")
 

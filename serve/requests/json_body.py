@@ -18,9 +18,8 @@ async def read_json(request: Request, max_bytes: int) -> dict[str, JsonValue]:
 
 async def read_bytes(request: Request, max_bytes: int) -> bytes:
     """The request's body. Raises ApiError (413) if it is announced as, or turns out, longer than `max_bytes`."""
-    too_large = ApiError(
-        413, f"body: larger than {max_bytes} bytes, which is all this endpoint takes", code="body_too_large"
-    )
+    message = f"body: larger than {max_bytes} bytes, which is all this endpoint takes"
+    too_large = ApiError(413, message, code="body_too_large")
     announced = request.headers.get("content-length", "0")
     if not announced.isdecimal() or len(announced) > 20 or int(announced) > max_bytes:
         raise too_large

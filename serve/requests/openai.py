@@ -20,28 +20,14 @@ from sampo_ray.serve.requests import constraints
 from sampo_ray.serve.requests.json_body import decode, read_bytes
 
 REFUSED_FIELDS = (
-    # These would change the prompt format that the policy is trained in,
-    "chat_template",
-    "chat_template_kwargs",
-    "documents",
-    # load data that the user names or sends,
-    "prompt_embeds",
-    "media_io_kwargs",
-    "mm_processor_kwargs",
-    # or reach into the engine.
-    "kv_transfer_params",
-    "ec_transfer_params",
-    "vllm_xargs",
-    "priority",
+    *("chat_template", "chat_template_kwargs", "documents"),  # would change the prompt format of training
+    *("prompt_embeds", "media_io_kwargs", "mm_processor_kwargs"),  # load data that the user names or sends
+    *("kv_transfer_params", "ec_transfer_params", "vllm_xargs", "priority"),  # reach into the engine
 )
-
-MAX_COMPLETIONS = 256
-"""Completions of one request over all its prompts: as many as an engine works on at once."""
+MAX_COMPLETIONS = 256  # of one request over all its prompts: as many as an engine works on at once
+# Entries of fields that cost the engine time for each token.
 MAX_ITEMS = {"stop": 16, "stop_token_ids": 64, "bad_words": 64, "logit_bias": 1024, "logprob_token_ids": 64}
-"""Entries of fields that cost the engine time for each token."""
-
 _REQUIRED = {"messages": [{"role": "user", "content": "x"}], "prompt": "x"}
-
 # vLLM's validators compare and take apart raw values before their types are checked.
 _WRONG_TYPES = (TypeError, AttributeError, KeyError, OverflowError, RecursionError)
 
@@ -91,6 +77,7 @@ class CompletionRequest(_Limited, openai_api_models.CompletionRequest):
 
 
 PolicyRequest = TypeVar("PolicyRequest", ChatCompletionRequest, CompletionRequest)
+AnyRequest = ChatCompletionRequest | CompletionRequest
 
 
 async def read_request(request: Request, kind: type[PolicyRequest], max_bytes: int) -> PolicyRequest:
@@ -123,8 +110,7 @@ def _check_raw(body: dict[str, JsonValue]) -> None:
             message = f"{field}: {len(value)} are more than the {most} that this endpoint takes"
             raise ApiError(400, message, param=field)
     if not _is_prompt(body.get("prompt")):
-        message = "prompt: must be text, a list of token ids, or a list of several such"
-        raise ApiError(400, message, param="prompt")
+        raise ApiError(400, "prompt: must be text, a list of token ids, or a list of several such", param="prompt")
     if not _is_ids(body.get("allowed_token_ids") or []):
         raise ApiError(400, "allowed_token_ids: must be a list of token ids", param="allowed_token_ids")
 
@@ -187,15 +173,13 @@ def _read_iterators(request: ChatCompletionRequest) -> None:
                 message[field] = list(message[field])
 
 
-def _completions(request: ChatCompletionRequest | CompletionRequest) -> int:
+def _completions(request: AnyRequest) -> int:
     prompt = getattr(request, "prompt", None)
     prompts = len(prompt) if isinstance(prompt, list) and not (prompt and isinstance(prompt[0], int)) else 1
     return max(1, prompts) * (request.n or 1)
 
 
-def _limit_tokens(
-    request: ChatCompletionRequest | CompletionRequest, body: dict[str, JsonValue], limits: Limits
-) -> None:
+def _limit_tokens(request: AnyRequest, body: dict[str, JsonValue], limits: Limits) -> None:
     """Sets the endpoint's token limits on the request. ApiError (400) if it asks for more."""
     request._max_prompt_tokens = limits.max_prompt_tokens
     most, completions = limits.max_answer_tokens, _completions(request)
@@ -211,7 +195,7 @@ def _limit_tokens(
         raise ApiError(400, message, param=field)
 
 
-def _request_usage(request: ChatCompletionRequest | CompletionRequest) -> bool:
+def _request_usage(request: AnyRequest) -> bool:
     """Makes a stream end with its usage, which the meter counts; True if the client had not asked for it."""
     if request.stream_options is not None and request.stream_options.include_usage:
         return False

@@ -31,12 +31,10 @@ from sampo_ray.serve.requests.json_body import read_json
 logger = logging.getLogger("ray.serve")  # Serve writes it to its log files
 T = TypeVar("T")
 
-FLUSH_S = 1.0
-"""Answers of the last second are lost if the endpoint is killed; votes are not."""
+FLUSH_S = 1.0  # answers of the last second are lost if the endpoint is killed; votes are not
 CLEANUP_S = 60.0
 MAX_BODY_BYTES = 1 << 20
-SPANS = 24
-"""Kept answers are merged into about so many files; each is dropped as a whole."""
+SPANS = 24  # kept answers are merged into about so many files; each is dropped as a whole
 
 
 class PendingAnswer:
@@ -151,7 +149,7 @@ class FeedbackStore:
             self._buffered -= len(self._buffer.pop(next(iter(self._buffer))))
 
     async def keep_stream(self, chunks: AsyncIterator[str], pending: PendingAnswer) -> AsyncIterator[str]:
-        """Passes the chunks on unchanged; keeps the answer before its last chunk is passed on."""
+        """Passes the chunks on; keeps the answer before its last chunk is passed on."""
         async for text in chunks:
             self.keep(pending.add_events(text))
             yield text
