@@ -1,4 +1,4 @@
-"""What the endpoint says when it cannot answer: OpenAI-style JSON, no stack traces, paths or values of a request."""
+"""The endpoint's errors: JSON in OpenAI's form, without stack traces, paths or values of a request."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,14 +10,14 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from sampo_ray.serve.middleware.headers import HARDENING
+from sampo_ray.serve.middleware.headers import SECURITY_HEADERS
 
 RETRY_AFTER_S = 2
 TYPE_NAMES = frozenset({"str", "int", "float", "bool", "list", "dict"})
 
 
 class ApiError(Exception):
-    """An answer other than 2xx: HTTP `status`, a sentence for the user, and the request's field that it is about."""
+    """An answer with an HTTP `status` of 400 or more, a message, and the request's field that it is about (`param`)."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class ApiError(Exception):
 
 
 class ReplicaLost(ApiError):
-    """A replica that died, or cannot answer as asked, before it answered: another one may be asked."""
+    """A replica failed before its answer began; another replica may be asked."""
 
     def __init__(self) -> None:
         super().__init__(503, "the policy is not available just now; try again soon", code="policy_unavailable")
@@ -58,23 +58,23 @@ def unavailable(reason: str = "the policy is not available just now; try again s
 
 
 def from_engine(status: int, message: str, param: str | None = None) -> ApiError:
-    """An error that the engine answered with: its 4xx as they are, what it cannot do as a 400, the rest as a 503."""
+    """The engine answered with an error: a 4xx stays as it is, 501 (not implemented) becomes 400, the rest 503."""
     if status >= 500 and status != 501:
         return ReplicaLost()
     return ApiError(400 if status == 501 else status, message, param=param)
 
 
 def from_policy(error: RayError | RayServeException) -> ApiError:
-    """A failed call of a policy replica: it is gone, dying, or has too much to do."""
+    """A call of a policy replica failed: the replica is gone, dying, or its queue is full."""
     if isinstance(error, BackPressureError):
         return ApiError(429, "the policy has as many requests as it can queue; try again soon", code="queue_full")
     return ReplicaLost()
 
 
 def from_validation(error: ValidationError) -> ApiError:
-    """The first mistake of a request body, by the name of its field. Values are left out: they may be prompts."""
+    """The first invalid field of a request body. Its value is left out, since it may be a prompt."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    # Alternatives of a union put the names of their types into the path; the user knows only fields and positions.
+    # The path of a union names the types of its alternatives as well; the user knows only fields and positions.
     path = [part for part in first["loc"] if isinstance(part, int) or _is_field(part)]
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")[:100]
     message = first["msg"].removeprefix("Value error, ")
@@ -86,7 +86,7 @@ def _is_field(part: str) -> bool:
 
 
 def install(app: FastAPI) -> None:
-    """Makes `app` answer every error in this form, its own 404 and 405 included."""
+    """Makes `app` answer every error in this form, also its own 404 and 405."""
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> JSONResponse:
@@ -94,13 +94,12 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        # Not request.url, which takes the Host header apart, whatever that is.
+        # request.url would parse the Host header, which may hold anything.
         messages = {404: f"{request.method} {request.scope['path']}: no such route", 405: "method not allowed here"}
         known = ApiError(error.status_code, messages.get(error.status_code, "the request was refused"))
         return known.response(error.headers)
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        return ApiError(500, "the endpoint failed in a way it did not expect", code="internal_error").response(
-            HARDENING
-        )
+        failure = ApiError(500, "the endpoint failed in a way it did not expect", code="internal_error")
+        return failure.response(SECURITY_HEADERS)  # sent by Starlette from outside of the middleware

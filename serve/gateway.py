@@ -27,15 +27,14 @@ from sampo_ray.run.version_folders import WeightsId
 from sampo_ray.serve import errors
 from sampo_ray.serve.catalogue import Catalogue, Target
 from sampo_ray.serve.errors import ApiError, ReplicaLost
-from sampo_ray.serve.middleware import stamp
-from sampo_ray.serve.middleware.auth import Access, KeyGuard
-from sampo_ray.serve.middleware.headers import Hardened
-from sampo_ray.serve.middleware.limits import MAX_IN_FLIGHT, Limited, Limits
+from sampo_ray.serve.middleware.auth import Access, Authentication
+from sampo_ray.serve.middleware.headers import SECURITY_HEADERS, ResponseHeaders, version_headers
+from sampo_ray.serve.middleware.limits import MAX_IN_FLIGHT, LimitRequests, Limits
 from sampo_ray.serve.policy_app import Answer, PolicyApp
 from sampo_ray.serve.requests.openai import ChatCompletionRequest, CompletionRequest, read_request
 from sampo_ray.serve.routes.admin import ADMIN_ROUTES, AdminRoutes
 from sampo_ray.serve.routes.feedback import FEEDBACK_ROUTES, FeedbackRoutes, FeedbackStore, pending_answer
-from sampo_ray.serve.routes.page import PAGE_ROUTES, PageRoutes, Slash, load_assets
+from sampo_ray.serve.routes.page import PAGE_ROUTES, PageRoutes, RedirectToPage, load_assets
 from sampo_ray.serve.routes.run import RUN_ROUTES, RunRoutes
 
 ROUTES = {
@@ -105,7 +104,7 @@ class PolicyIngress(AdminRoutes, FeedbackRoutes, PageRoutes, RunRoutes, OpenAiIn
         policy = self._apps.setdefault(target.app, PolicyApp(target.app))
         answer, weights, first = await self._opened(policy, target, body, call_method, deadline, start_by)
         policy.note(answer.origin)
-        headers = stamp.headers(weights)
+        headers = version_headers(weights)
         pending = pending_answer(body, weights) if self.feedback_store.enabled else None
         if isinstance(first, BaseModel):
             if pending:
@@ -172,11 +171,12 @@ def build_endpoint_app(name: str, policy_app: str, store: str, config: ServeConf
     # A redirect would lead wherever the Host header says.
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     errors.install(app)
-    app.add_middleware(Slash)
-    app.add_middleware(stamp.Stamp, live=_live_weights)
-    app.add_middleware(Limited, limits=Limits.of(config))
-    app.add_middleware(KeyGuard, access=Access.of(config))  # nothing happens before it agrees
-    app.add_middleware(Hardened)
+    # The last one added sees a request first.
+    app.add_middleware(RedirectToPage)
+    app.add_middleware(ResponseHeaders, defaults=lambda: version_headers(_live_weights()))
+    app.add_middleware(LimitRequests, limits=Limits.of(config))
+    app.add_middleware(Authentication, access=Access.of(config))
+    app.add_middleware(ResponseHeaders, defaults=lambda: SECURITY_HEADERS)
     ingress = make_fastapi_ingress(PolicyIngress, endpoint_map=ROUTES, app=app)
     deployment = serve.deployment(
         name=name,

@@ -19,8 +19,8 @@ from sampo_ray.config.serve import ServeConfig
 from sampo_ray.run.storage import Place
 from sampo_ray.serve import errors
 from sampo_ray.serve.middleware import auth
-from sampo_ray.serve.middleware.auth import Access, KeyGuard, KeysFile, is_admin, needed_scope, route_path
-from sampo_ray.serve.middleware.headers import HARDENING, Hardened
+from sampo_ray.serve.middleware.auth import Access, Authentication, KeysFile, is_admin_path, needed_scope, route_path
+from sampo_ray.serve.middleware.headers import SECURITY_HEADERS, ResponseHeaders
 
 KEYS = (SecretStr("one"), SecretStr("two words"))
 PATHS = (
@@ -50,14 +50,14 @@ def small_app(**config: Any) -> FastAPI:
     """Routes that answer with the name of the key that opened them."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     errors.install(app)
-    app.add_middleware(KeyGuard, access=Access.of(ServeConfig(**{"api_keys": (), **config})))
-    app.add_middleware(Hardened)
+    app.add_middleware(Authentication, access=Access.of(ServeConfig(**{"api_keys": (), **config})))
+    app.add_middleware(ResponseHeaders, defaults=lambda: SECURITY_HEADERS)
 
     async def who(request: Request) -> dict[str, str | None]:
         return {"key": request.state.key and request.state.key.name}
 
     async def broken() -> None:
-        raise RuntimeError("secret of the house")
+        raise RuntimeError("a secret")
 
     for path in ("/", "/health", "/page/{name}", "/v1/models", "/admin/versions", "/admin"):
         app.add_api_route(path, who, methods=["GET"])
@@ -116,7 +116,7 @@ def test_nothing_else_opens(headers: list[tuple[str, str]]) -> None:
 @settings(deadline=None)
 @given(st.binary(max_size=40))
 def test_random_keys_do_not_open(value: bytes) -> None:
-    guard = KeyGuard(small_app(), Access.of(ServeConfig(api_keys=KEYS)))
+    guard = Authentication(small_app(), Access.of(ServeConfig(api_keys=KEYS)))
     scope = {"type": "http", "headers": [(b"authorization", b"Bearer " + value)]}
     assert bool(asyncio.run(guard._key(scope))) == (value.strip() in (b"one", b"two words"))
 
@@ -151,7 +151,7 @@ def test_what_the_router_takes_for_an_admin_route_needs_admin(path: str, root: s
     below = route_path(scope)
     assert below == f"/{path}"
     if below == "/admin" or below.startswith("/admin/"):
-        assert is_admin(below) and needed_scope(scope) == "admin"
+        assert is_admin_path(below) and needed_scope(scope) == "admin"
     assert needed_scope(scope) is not None
 
 
@@ -223,13 +223,13 @@ def test_a_websocket_needs_a_key_too() -> None:
             sent.append(message)
 
         scope = {"type": "websocket", "path": "/health", "headers": []}
-        await KeyGuard(small_app(), Access.of(ServeConfig(api_keys=KEYS)))(scope, None, send)  # type: ignore[arg-type]
+        await Authentication(small_app(), Access.of(ServeConfig(api_keys=KEYS)))(scope, None, send)  # type: ignore[arg-type]
 
     asyncio.run(knock())
     assert sent == [{"type": "websocket.close", "code": 1008}]
 
 
-def test_every_answer_has_the_hardening_headers_and_none_for_other_sites(tmp_path: Path) -> None:
+def test_every_answer_has_the_security_headers_and_none_for_other_sites(tmp_path: Path) -> None:
     app = keyed(tmp_path)
     answers = [
         call(app, method, path, headers={**bearer("user-key"), "origin": "http://elsewhere.example"})
@@ -239,7 +239,7 @@ def test_every_answer_has_the_hardening_headers_and_none_for_other_sites(tmp_pat
     answers.append(call(app, "GET", "/v1/models"))
     assert {200, 401, 403, 404, 405, 500} <= {answer.status_code for answer in answers}
     for answer in answers:
-        assert {name: answer.headers.get(name) for name in HARDENING} == HARDENING
+        assert {name: answer.headers.get(name) for name in SECURITY_HEADERS} == SECURITY_HEADERS
         assert not [name for name in answer.headers if name.startswith("access-control")]
 
 

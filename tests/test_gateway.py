@@ -26,8 +26,8 @@ from sampo_ray.serve.catalogue import Target
 from sampo_ray.serve.endpoint import base_url, check_port, free_port
 from sampo_ray.serve.errors import ApiError
 from sampo_ray.serve.gateway import PolicyIngress, _stream
-from sampo_ray.serve.middleware.auth import Access, KeyGuard
-from sampo_ray.serve.middleware.stamp import Stamp
+from sampo_ray.serve.middleware.auth import Access, Authentication
+from sampo_ray.serve.middleware.headers import ResponseHeaders, version_headers
 from sampo_ray.serve.policy_app import PolicyApp
 from sampo_ray.serve.requests.json_body import decode
 from sampo_ray.serve.requests.openai import ChatCompletionRequest, CompletionRequest, read_request, validated
@@ -47,8 +47,8 @@ def call(app: Any, method: str, path: str, **more: Any) -> httpx.Response:
 def small_app(*keys: SecretStr) -> FastAPI:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     errors.install(app)
-    app.add_middleware(Stamp, live=lambda: WeightsId("run-a", 7))
-    app.add_middleware(KeyGuard, access=Access.of(ServeConfig(api_keys=keys)))
+    app.add_middleware(ResponseHeaders, defaults=lambda: version_headers(WeightsId("run-a", 7)))
+    app.add_middleware(Authentication, access=Access.of(ServeConfig(api_keys=keys)))
 
     @app.get("/health")
     async def health() -> dict[str, str]:

@@ -20,8 +20,8 @@ from sampo_ray.config.serve import ServeConfig
 from sampo_ray.serve import errors
 from sampo_ray.serve.errors import ApiError
 from sampo_ray.serve.middleware import limits
-from sampo_ray.serve.middleware.auth import Access, KeyGuard
-from sampo_ray.serve.middleware.limits import Bucket, Limited, Limits, Meter
+from sampo_ray.serve.middleware.auth import Access, Authentication
+from sampo_ray.serve.middleware.limits import Bucket, LimitRequests, Limits, TokenCounter
 from sampo_ray.serve.requests import constraints
 from sampo_ray.serve.requests.json_body import read_json
 from sampo_ray.serve.requests.openai import ChatCompletionRequest, CompletionRequest, read_request
@@ -103,8 +103,8 @@ def small_app(clock: Clock | None = None, keys: tuple[str, ...] = ("a", "b"), **
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     errors.install(app)
     settings = ServeConfig(**{"api_keys": tuple(map(SecretStr, keys)), **config})
-    app.add_middleware(Limited, limits=Limits.of(settings), clock=clock or Clock())
-    app.add_middleware(KeyGuard, access=Access.of(settings))
+    app.add_middleware(LimitRequests, limits=Limits.of(settings), clock=clock or Clock())
+    app.add_middleware(Authentication, access=Access.of(settings))
 
     async def words(hint: bool) -> AsyncIterator[str]:
         for text in ("one", 'two "usage":{"total_tokens":999', "three\n\n"):
@@ -164,7 +164,7 @@ def test_an_endpoint_with_its_hands_full_says_when_to_come_again(monkeypatch: py
     monkeypatch.setattr(limits, "MAX_IN_FLIGHT", 2)
     app, release = FastAPI(), asyncio.Event()
     errors.install(app)
-    app.add_middleware(Limited, limits=Limits())
+    app.add_middleware(LimitRequests, limits=Limits())
 
     @app.post("/admin/rollback")
     async def rollback() -> None:
@@ -226,29 +226,29 @@ def test_a_stream_shows_its_usage_to_those_who_asked() -> None:
         assert answer.text.endswith("data: [DONE]\n\n")
 
 
-def meter(*bodies: str, status: int = 200, received: int = 0, ended: bool = True) -> Meter:
-    counting = Meter()
+def counted(*bodies: str, status: int = 200, received: int = 0, ended: bool = True) -> TokenCounter:
+    counting = TokenCounter()
     counting.received(received)
-    counting.passing({"type": "http.response.start", "status": status, "headers": []})
+    counting.count({"type": "http.response.start", "status": status, "headers": []})
     for position, body in enumerate(bodies):
         more = not ended or position < len(bodies) - 1
-        counting.passing({"type": "http.response.body", "body": body.encode(), "more_body": more})
+        counting.count({"type": "http.response.body", "body": body.encode(), "more_body": more})
     return counting
 
 
 def test_an_answer_that_was_cut_off_counts_by_what_had_passed() -> None:
-    assert meter(event(choices=[1]), event(choices=[1]) * 3, received=40, ended=False).tokens == 4 + 10
-    assert meter(received=40, ended=False).tokens == 10
-    assert meter(event(choices=[1]), event(error={}), received=40).tokens == 2 + 10
-    assert meter('{"error": {}}', status=400, received=40).tokens == 0
-    assert meter("{}", received=40).tokens == 0
+    assert counted(event(choices=[1]), event(choices=[1]) * 3, received=40, ended=False).tokens == 4 + 10
+    assert counted(received=40, ended=False).tokens == 10
+    assert counted(event(choices=[1]), event(error={}), received=40).tokens == 2 + 10
+    assert counted('{"error": {}}', status=400, received=40).tokens == 0
+    assert counted("{}", received=40).tokens == 0
 
 
 @given(st.text(), st.integers(0, 10**9))
 def test_no_text_passes_for_usage(text: str, total: int) -> None:
     body = {"choices": [{"text": text + '"usage":{"total_tokens":5}', "logprobs": {text: -1.0, "usage": -2.0}}]}
     dumped = json.dumps({**body, "usage": {"prompt_tokens": 0, "total_tokens": total}}, separators=(",", ":"))
-    assert meter(dumped).tokens == total
+    assert counted(dumped).tokens == total
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/feedback"])
@@ -281,7 +281,7 @@ def within(kind: Any, body: dict[str, Any], **limit: int) -> Any:
     async def receive() -> Any:
         return {"type": "http.request", "body": json.dumps({**right, **body}).encode()}
 
-    state = {"limits": Limits(**limit), "meter": Meter()}
+    state = {"limits": Limits(**limit), "token_counter": TokenCounter()}
     scope = {"type": "http", "method": "POST", "headers": [], "state": state}
     return asyncio.run(read_request(Request(scope, receive), kind, 1 << 20))
 

@@ -10,13 +10,13 @@ from fastapi import FastAPI
 from ray.serve._private.thirdparty.get_asgi_route_name import extract_route_patterns
 
 from sampo_ray.serve import errors
-from sampo_ray.serve.routes.page import PAGE_ROUTES, PageRoutes, Slash, load_assets
+from sampo_ray.serve.routes.page import PAGE_ROUTES, PageRoutes, RedirectToPage, load_assets
 
 
 def served(path: str, prefix: str = "") -> httpx.Response:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     errors.install(app)
-    app.add_middleware(Slash)
+    app.add_middleware(RedirectToPage)
     routes = PageRoutes()
     routes.assets = load_assets()
     for name, route in PAGE_ROUTES.items():

@@ -1,8 +1,8 @@
-"""Who may use the endpoint, and for what: API keys with scopes.
+"""API keys with scopes.
 
-`Authorization: Bearer <key>` on each request is the only way in, for the page too: there are no cookies, hence nothing
-that another site could make a browser send along. `/admin/*` needs the scope `admin`, all else `use`, which `admin`
-includes; `/health`, `/` and `/page/*` (the page carries no data) need none.
+Each request carries `Authorization: Bearer <key>`, also those of the page. There are no cookies, which a browser would
+send for other sites as well. `/admin/*` needs the scope `admin`, other routes need `use`, which `admin` includes.
+`/health`, `/` and `/page/*` (the page holds no data) need none.
 """
 
 import asyncio
@@ -13,8 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -27,7 +26,7 @@ from sampo_ray.run.storage import Place, absolute
 from sampo_ray.serve.cached import CachedRead
 from sampo_ray.serve.errors import ApiError
 
-logger = logging.getLogger("ray.serve")  # the one that Serve sends to its log files
+logger = logging.getLogger("ray.serve")  # Serve writes this one to its log files
 
 MAX_AGE_S = 0.8  # of the keys file: a change takes effect within a second
 BOTH: frozenset[KeyScope] = frozenset({"use", "admin"})
@@ -35,20 +34,20 @@ BOTH: frozenset[KeyScope] = frozenset({"use", "admin"})
 
 @dataclass(frozen=True)
 class Access:
-    """Who gets in. It travels to the replicas, and holds digests, never keys."""
+    """Which keys are valid and what needs none. It is sent to replicas, and holds digests, never keys."""
 
     keys: tuple[Key, ...]
-    """Those of `serve.api_keys`, with both scopes."""
+    """The keys of `serve.api_keys`, with both scopes."""
     keys_file: str | None
-    """Where further keys are; each replica reads it by itself."""
+    """The file with further keys; each replica reads it."""
     anonymous: frozenset[KeyScope]
-    """What needs no key."""
+    """The scopes that need no key."""
     local: bool
     """Whether the endpoint is bound to loopback."""
 
     @classmethod
     def of(cls, config: ServeConfig) -> "Access":
-        """ValueError for an empty key, which anybody has."""
+        """Raises ValueError for an empty key."""
         secrets = [key.get_secret_value() for key in config.api_keys]
         if not all(secrets):
             raise ValueError("serve.api_keys: a key is empty; remove it or give it a value")
@@ -93,11 +92,11 @@ class KeysFile:
         return keys
 
 
-class KeyGuard:
-    """ASGI middleware that answers 401 without a key that is known and 403 where the key lacks the scope.
+class Authentication:
+    """ASGI middleware that answers 401 without a known key and 403 where the key lacks the scope.
 
-    The key's entry (None without one) is `request.state.key` for what comes after. Requests without a key, where those
-    are let in, must not come from another site's page: a browser would send them for any page its user looks at.
+    Later code finds the key's entry (None without one) in `request.state.key`. Where requests without a key are
+    allowed, those from another site's page are not: a browser would send them for any page that its user opens.
     """
 
     def __init__(self, app: ASGIApp, access: Access) -> None:
@@ -111,19 +110,17 @@ class KeyGuard:
         refusal = None if needed is None else self._refusal(scope, needed, key)
         if refusal is None:
             scope["state"] = {**scope.get("state", {}), "key": key}
-            await self._app(scope, receive, send)
-        elif scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008})
-        else:
-            await refusal.response()(scope, receive, send)
-        return None
+            return await self._app(scope, receive, send)
+        if scope["type"] == "websocket":
+            return await send({"type": "websocket.close", "code": 1008})
+        return await refusal.response()(scope, receive, send)
 
     def _refusal(self, scope: Scope, needed: KeyScope, key: Key | None) -> ApiError | None:
         if key is not None:
             return None if key.allows(needed) else ApiError(403, f"this key lacks the scope {needed!r}", code="scope")
         if needed not in self._access.anonymous:
             return ApiError(401, "a valid API key is needed: Authorization: Bearer <key>", code="invalid_api_key")
-        if is_foreign(scope, self._access.local):
+        if is_cross_site(scope, self._access.local):
             wanted = "address it as localhost, or give it keys" if self._access.local else "use a key"
             return ApiError(403, f"requests for or from another site need an API key; {wanted}", code="foreign_site")
         return None
@@ -132,12 +129,12 @@ class KeyGuard:
         scheme, _, presented = header(scope, b"authorization").partition(b" ")
         known = (*self._access.keys, *(await self._file.keys() if self._file else ()))
         sha256 = hashlib.sha256(presented.strip()).hexdigest()
-        matches = [key for key in known if hmac.compare_digest(sha256, key.sha256)]  # all of them, always
+        matches = [key for key in known if hmac.compare_digest(sha256, key.sha256)]  # always compares with all keys
         return matches[0] if matches and scheme.lower() == b"bearer" else None
 
 
 def needed_scope(scope: Scope) -> KeyScope | None:
-    """What a request needs, by its route; None: nothing. OPTIONS has no answer but 405, whatever the route."""
+    """The scope that a request needs, or None. OPTIONS needs none, since every route answers it with 405."""
     path = route_path(scope)
     if scope["type"] == "http" and (
         scope["method"] == "OPTIONS"
@@ -145,11 +142,11 @@ def needed_scope(scope: Scope) -> KeyScope | None:
         or (scope["method"] in ("GET", "HEAD") and (path in ("", "/") or path.startswith("/page/")))
     ):
         return None
-    return "admin" if is_admin(path) else "use"
+    return "admin" if is_admin_path(path) else "use"
 
 
-def is_admin(path: str) -> bool:
-    """However it is spelt: more than the router would take for it does no harm."""
+def is_admin_path(path: str) -> bool:
+    """Also true for spellings that the router does not accept, such as `/ADMIN` and `//admin`."""
     return path.lower().lstrip("/").split("/")[0] == "admin"
 
 
@@ -160,28 +157,24 @@ def route_path(scope: Scope) -> str:
     return below if path.startswith(root) and below[:1] in ("", "/") else path
 
 
-def is_foreign(scope: Scope, local: bool) -> bool:
-    """Whether a request comes from another site's page, or (`local`) by a name that somebody made point to loopback."""
-    host = header(scope, b"host").decode("latin-1").lower()
-    origin = header(scope, b"origin").decode("latin-1").lower()
-    return (bool(origin) and _netloc(origin) != host) or (local and not is_loopback(_hostname(host)))
+def is_cross_site(scope: Scope, local: bool) -> bool:
+    """Whether another site's page sends this request, or (`local`) its Host is a name that resolves to loopback, as in
+    DNS rebinding.
+    """
+    host, origin = (header(scope, name).decode("latin-1").lower() for name in (b"host", b"origin"))
+    return bool(origin and _split(origin).netloc != host) or (
+        local and not is_loopback(_split(f"//{host}").hostname or "")
+    )
 
 
 def header(scope: Scope, name: bytes) -> bytes:
-    """Its value; empty when it is missing or there are several, between which nobody could choose."""
-    values: list[Any] = [value for key, value in scope["headers"] if key == name]
+    """The header's value; empty when it is missing or given more than once."""
+    values = [value for key, value in scope["headers"] if key == name]
     return values[0] if len(values) == 1 else b""
 
 
-def _netloc(url: str) -> str:
+def _split(url: str) -> SplitResult:
     try:
-        return urlsplit(url).netloc
-    except ValueError:
-        return ""
-
-
-def _hostname(host: str) -> str:
-    try:
-        return urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""
+        return urlsplit(url)
+    except ValueError:  # a client may send anything
+        return urlsplit("")

@@ -1,21 +1,17 @@
-"""Headers that keep a browser from doing more with an answer than it must."""
+"""Headers on every answer: what a browser may do with it, and which weights gave it."""
+
+from collections.abc import Callable
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-CONTENT_SECURITY_POLICY = "; ".join(
-    [
-        "default-src 'none'",
-        "script-src 'self'",
-        "style-src 'self'",
-        "img-src 'self' data:",
-        "connect-src 'self'",
-        "base-uri 'none'",
-        "form-action 'none'",
-        "frame-ancestors 'none'",
-    ]
+from sampo_ray.run.version_folders import WeightsId
+
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-HARDENING = {
+SECURITY_HEADERS = {
     "content-security-policy": CONTENT_SECURITY_POLICY,
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -23,16 +19,22 @@ HARDENING = {
 }
 
 
-class Hardened:
-    """ASGI middleware that puts HARDENING on every answer. There are no CORS headers: other sites get no permission."""
+def version_headers(weights: WeightsId | None) -> dict[str, str]:
+    return {} if weights is None else {"x-policy-version": str(weights.version), "x-policy-run": weights.run}
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+
+class ResponseHeaders:
+    """ASGI middleware that adds the headers that `defaults` returns to answers which do not set them themselves."""
+
+    def __init__(self, app: ASGIApp, defaults: Callable[[], dict[str, str]]) -> None:
+        self._app, self._defaults = app, defaults
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def hardened(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HARDENING)
+                headers = MutableHeaders(scope=message)
+                for name, value in self._defaults().items():
+                    headers.setdefault(name, value)
             await send(message)
 
-        await self._app(scope, receive, hardened)
+        await self._app(scope, receive, send_with_headers)

@@ -1,9 +1,9 @@
-"""How much one key may ask for: requests and tokens a minute.
+"""Limits: requests and tokens a minute for each key, requests in flight for all, and the time that a body may take.
 
-Counted in the endpoint's own process: exact for one replica of it (there is one), and forgotten when it restarts.
-Requests are those that make something happen (POST, except `/admin`). Tokens are those of prompt and answer together,
-as the answer's `usage` counts them, taken off once the answer has ended: so a key may overdraw its minute by what it
-has in flight, and waits until that is paid back. Those without a key, where they are let in, share one account.
+Counts live in the endpoint's process: exact for its one replica, and lost when it restarts. Only POST requests outside
+of `/admin` count. Tokens are those of prompt and answer, by the answer's `usage`, and are charged when the answer ends:
+a key may exceed its limit by what it has in flight, and then waits until that is refilled. Requests without a key
+share one quota.
 """
 
 import asyncio
@@ -12,17 +12,17 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sampo_ray.config.keys import Key
 from sampo_ray.config.serve import ServeConfig
 from sampo_ray.serve.errors import ApiError
-from sampo_ray.serve.middleware.auth import is_admin, route_path
+from sampo_ray.serve.middleware.auth import is_admin_path, route_path
 
 BODY_TIMEOUT_S = 30.0
 MAX_IN_FLIGHT = 1000
-"""Requests that the endpoint works on at once, of all keys together; more are told to come again."""
+"""Requests of all keys that the endpoint works on at once; more get a 429."""
 BYTES_PER_TOKEN = 4
 NEGLIGIBLE = 1e-6
 EVENT = b"\n\n"  # what ends an event of a stream; inside of JSON a line break is written \n
@@ -31,9 +31,9 @@ USAGE = re.compile(rb'"usage":\{[^{}]*?"total_tokens":(\d+)')
 
 
 class Bucket:
-    """A token bucket: `per_minute` at most and at first, refilled evenly; `clock` gives seconds.
+    """A token bucket: it starts full with `per_minute` and is refilled evenly. `clock` gives seconds.
 
-    What is taken may exceed what is there: the level is then below zero, and the wait longer.
+    More can be taken than the bucket holds: its level is then below zero, and the wait longer.
     """
 
     def __init__(self, per_minute: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -41,7 +41,7 @@ class Bucket:
         self._level, self._at = self._size, clock()
 
     def wait(self, amount: float = 1.0) -> float:
-        """Seconds until `amount` will be there if nobody takes any; 0: it is there."""
+        """Seconds until `amount` is available, if nobody takes any before; 0 when it is available now."""
         missing = min(amount, self._size) - self._now()
         return missing * 60.0 / self._size if missing > NEGLIGIBLE else 0.0
 
@@ -57,7 +57,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Limits:
-    """None: no limit."""
+    """Limits of each key; None is no limit."""
 
     max_prompt_tokens: int | None = None
     max_answer_tokens: int | None = None
@@ -69,15 +69,15 @@ class Limits:
         return cls(**{field: getattr(config, field) for field in cls.__dataclass_fields__})
 
 
-class Account:
-    """What one key has left."""
+class Quota:
+    """The requests and tokens that one key has left."""
 
     def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
         self._requests = Bucket(limits.requests_per_minute, clock) if limits.requests_per_minute else None
         self._tokens = Bucket(limits.tokens_per_minute, clock) if limits.tokens_per_minute else None
 
     def admit(self) -> None:
-        """Takes one request off. ApiError (429), saying when to come again, where there is none left."""
+        """Takes one request. Raises ApiError (429), which says when to try again, when none is left."""
         for field, bucket in (("requests_per_minute", self._requests), ("tokens_per_minute", self._tokens)):
             if bucket is not None and (wait := bucket.wait()) > 0:
                 seconds = math.ceil(wait)
@@ -91,21 +91,21 @@ class Account:
             self._tokens.take(tokens)
 
 
-class Meter:
-    """Counts the tokens of one answer from what passes. Nothing is parsed as JSON: streams pass one token at a time."""
+class TokenCounter:
+    """Counts the tokens of one answer as it is sent, without parsing JSON for each token of a stream."""
 
     def __init__(self) -> None:
         self.hide_usage = False
-        """The usage at a stream's end was asked for by us, not by the client, who is not to see it."""
+        """Whether to remove the usage at a stream's end: the endpoint asked for it, not the client."""
         self._usage, self._ended = 0, False
         self._events, self._received = 0, 0
         self._failed = False
 
     @property
     def tokens(self) -> int:
-        """Tokens of prompt and answer, by the answer's usage. Of an answer that was cut off before it: one for each
-        event that had passed, and one for each BYTES_PER_TOKEN of the request."""
-        whole = self._ended and not self._events  # answers that are no streams; some have no usage
+        """Tokens of prompt and answer, by the answer's usage. For an answer that was cut off before its usage: one for
+        each event that was sent, and one for each BYTES_PER_TOKEN of the request."""
+        whole = self._ended and not self._events  # not a stream; some of those have no usage
         if self._usage or self._failed or whole:
             return self._usage
         return self._events + self._received // BYTES_PER_TOKEN
@@ -113,8 +113,8 @@ class Meter:
     def received(self, count: int) -> None:
         self._received += count
 
-    def passing(self, message: Message) -> Message:
-        """Looks at a message of the answer; returns what to send in its place."""
+    def count(self, message: Message) -> Message:
+        """Counts one ASGI message of the answer, and returns the message to send in its place."""
         if message["type"] == "http.response.start":
             self._failed = message["status"] >= 400
         elif message["type"] == "http.response.body":
@@ -129,57 +129,56 @@ class Meter:
         return message
 
 
-class Limited:
+class LimitRequests:
     """ASGI middleware that holds each key (`request.state.key`) to its limits, and each body to BODY_TIMEOUT_S.
 
-    The routes find the `limits` and the answer's `meter` in `request.state`.
+    Routes find `limits` and the answer's `token_counter` in `request.state`.
     """
 
     def __init__(self, app: ASGIApp, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
         self._app, self._limits, self._clock = app, limits, clock
-        self._accounts: dict[str | None, Account] = {}
+        self._quotas: dict[str | None, Quota] = {}
         self._in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        account, meter = self._account(scope), Meter()
-        scope["state"] = {**scope.get("state", {}), "limits": self._limits, "meter": meter}
+        quota, counter = self._quota(scope), TokenCounter()
+        scope["state"] = {**scope.get("state", {}), "limits": self._limits, "token_counter": counter}
         try:
-            if self._in_flight >= MAX_IN_FLIGHT and not is_admin(route_path(scope)):
+            if self._in_flight >= MAX_IN_FLIGHT and not is_admin_path(route_path(scope)):
                 raise ApiError(429, "the endpoint has as many requests as it takes; try again soon", code="queue_full")
-            if account is not None:
-                account.admit()
+            if quota is not None:
+                quota.admit()
         except ApiError as refusal:
             return await refusal.response()(scope, receive, send)
 
-        async def metered(message: Message) -> None:
-            await send(meter.passing(message))
+        async def counted(message: Message) -> None:
+            await send(counter.count(message))
 
         self._in_flight += 1
         try:
-            await self._app(scope, _bounded(receive, meter), metered if account else send)
+            await self._app(scope, _with_deadline(receive, counter), counted if quota else send)
         finally:
             self._in_flight -= 1
-            if account is not None:
-                account.charge(meter.tokens)
+            if quota is not None:
+                quota.charge(counter.tokens)
         return None
 
-    def _account(self, scope: Scope) -> Account | None:
-        if scope["method"] != "POST" or is_admin(route_path(scope)):
+    def _quota(self, scope: Scope) -> Quota | None:
+        if scope["method"] != "POST" or is_admin_path(route_path(scope)):
             return None
         if not (self._limits.requests_per_minute or self._limits.tokens_per_minute):
             return None
-        key: Any = scope.get("state", {}).get("key")
-        sha256 = key.sha256 if key else None  # of known keys only: as many accounts as keys
-        return self._accounts.setdefault(sha256, Account(self._limits, self._clock))
+        key: Key | None = scope.get("state", {}).get("key")
+        return self._quotas.setdefault(key.sha256 if key else None, Quota(self._limits, self._clock))
 
 
-def _bounded(receive: Receive, meter: Meter) -> Receive:
-    """Reads on while the body is not too slow; else ApiError (408), where the route reads it."""
+def _with_deadline(receive: Receive, counter: TokenCounter) -> Receive:
+    """`receive`, which raises ApiError (408) where the route reads a body that takes too long."""
     deadline: float | None = asyncio.get_running_loop().time() + BODY_TIMEOUT_S
 
-    async def bounded() -> Message:
+    async def receive_in_time() -> Message:
         nonlocal deadline
         try:
             async with asyncio.timeout_at(deadline):
@@ -187,9 +186,9 @@ def _bounded(receive: Receive, meter: Meter) -> Receive:
         except TimeoutError:
             raise ApiError(408, f"body: did not arrive within {BODY_TIMEOUT_S:.0f} s", code="body_too_slow") from None
         if message["type"] == "http.request":
-            meter.received(len(message.get("body", b"")))
+            counter.received(len(message.get("body", b"")))
             if not message.get("more_body", False):
-                deadline = None  # what comes now is only that the client has left
+                deadline = None  # only a disconnect can follow
         return message
 
-    return bounded
+    return receive_in_time

@@ -94,7 +94,7 @@ async def read_request(request: Request, kind: type[PolicyRequest], max_bytes: i
     if limits is not None:
         _limit_tokens(parsed, body, limits)
         if limits.tokens_per_minute and parsed.stream:
-            request.state.meter.hide_usage = _request_usage(parsed)
+            request.state.token_counter.hide_usage = _request_usage(parsed)
     return parsed
 
 

@@ -1,1 +1,1 @@
-"""What the endpoint answers, route by route."""
+"""HTTP handlers, one module for each group of routes; `gateway` puts them together. They hold no model and no keys."""

@@ -1,4 +1,4 @@
-"""The page: static files of the package, under relative addresses so that any route prefix will do."""
+"""The page: static files of the package. Their links are relative, so that they work under any route prefix."""
 
 from importlib import resources
 from typing import Any
@@ -19,7 +19,7 @@ def load_assets() -> dict[str, tuple[bytes, str]]:
 
 
 class PageRoutes:
-    """Handlers of `/` and `/page/...`. There is no data in them: no key is needed."""
+    """Handlers of `/` and `/page/...`. The files hold no data, so they need no key."""
 
     assets: dict[str, tuple[bytes, str]]
 
@@ -42,11 +42,11 @@ PAGE_ROUTES: dict[str, Any] = {
 }
 
 
-class Slash:
-    """ASGI middleware that sends the route prefix alone to the page, behind whose slash its relative addresses hold.
+class RedirectToPage:
+    """ASGI middleware that redirects the bare route prefix to the page, with the slash that its links need.
 
-    The redirect is relative, too: a proxy on the way may have another name, scheme or prefix. (A route for the empty
-    path would do, but Ray Serve's proxy cannot match such a pattern and would count all requests as one route.)
+    The redirect is relative, since a proxy in between may use another name, scheme or prefix. It is no route, because
+    Ray Serve's proxy cannot match the pattern of an empty path and would count all requests as one route.
     """
 
     def __init__(self, app: ASGIApp) -> None:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from ray import serve
 
-from sampo_ray.serve.middleware.headers import HARDENING
+from sampo_ray.serve.middleware.headers import SECURITY_HEADERS
 from tests.endpoint import fuzzing
 from tests.endpoint.live import Endpoint, message
 
@@ -42,7 +42,7 @@ def test_no_request_makes_it_fail(endpoint: Endpoint, data: st.DataObject) -> No
     assert not fuzzing.complaint(shot, status, headers, text), f"{shot}: {status} {text[:300]}"
     assert seconds < 45, f"{shot}: {status} after {seconds:.0f} s"
     if status >= 400 and headers.get("content-type") == "application/json":
-        assert headers.items() >= HARDENING.items()
+        assert headers.items() >= SECURITY_HEADERS.items()
 
 
 def test_what_the_requests_met(endpoint: Endpoint) -> None:
