@@ -2,13 +2,14 @@
 # peft: a LoRA adapter on a tied head, with `ensure_weight_tying=True`, is merged twice
 #
 # Packages   peft 0.21.2, transformers 5.19.0, torch 2.13.0, on a CPU. Python 3.11 or 3.12.
-#            On a machine where torch would bring CUDA libraries, set PIP_INDEX_URL or PIP_FIND_LINKS for CPU wheels.
+#            On a machine where torch would bring CUDA libraries, set PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS for CPU wheels.
 # Input      A Llama whose head and input embeddings are one tensor; LoRA with `target_modules=["lm_head"]` and
 #            `ensure_weight_tying=True`, which puts the same adapter on both.
 # Expected   `merge_and_unload` gives a model with the logits of the adapted one: both layers use W + D, with D the
 #            adapter's product. The weights stay tied, so W + D has to be written once.
 # Happens    D is added once for the head and once for the embeddings, to the same tensor: W + 2 D. peft warns that tied
-#            layers "can lead to complications"; it does not say that the sum is wrong, and the option is there for this case.
+#            layers "can lead to complications". It does not say that the sum is wrong, and the option is there for tied
+#            layers.
 # Seen       (merged weight - W) / D: 2.0000
 #            largest difference of logits, merged against adapted: 0.3518
 # Matters    Small models are mostly tied, and preference training with adapters ends with a merge for serving. The merged

@@ -2,7 +2,7 @@
 # transformers: with packed rows, `use_cache` changes the log-probs
 #
 # Packages   transformers 5.19.0, torch 2.13.0, on a CPU. Python 3.11 or 3.12.
-#            On a machine where torch would bring CUDA libraries, set PIP_INDEX_URL or PIP_FIND_LINKS for CPU wheels.
+#            On a machine where torch would bring CUDA libraries, set PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS for CPU wheels.
 # Input      Two sequences in one row, `position_ids` that start again at the second, no attention mask: the layout
 #            that transformers documents for training without padding.
 # Expected   `use_cache` decides whether keys and values are returned. It has no effect on the logits.
