@@ -1,4 +1,4 @@
-"""What is made ready for the next round while one trains; nothing of it runs here."""
+"""How the next round is prepared while one trains, without Ray."""
 
 import dataclasses
 import time
@@ -13,7 +13,7 @@ from sampo_ray.loop.fleet import Fleet
 
 
 class Handle:
-    """Stands in for a Serve handle; keeps what its `hold` is called with."""
+    """A Serve handle that keeps the arguments of its `hold`."""
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
@@ -38,7 +38,7 @@ def a_round(index: int = 0, mode: str = "online", generators: GeneratorsConfig |
 SCALING = {"max_ongoing_requests": 8, "target_ongoing_requests": 6}
 
 
-def test_generators_are_called_for_so_many_that_all_start() -> None:
+def test_enough_calls_wait_for_generators_that_all_of_them_start() -> None:
     handle = Handle()
     fleet(handle).start_generators(GeneratorsConfig(min_replicas=0, max_replicas=4, **SCALING), ("run", 8))
     assert handle.calls == [("run", 8)] * 24
@@ -52,13 +52,13 @@ def test_generators_are_called_for_so_many_that_all_start() -> None:
         (GeneratorsConfig(min_replicas=0, max_replicas=2), {"separate_generators": None}),
     ],
 )
-def test_nobody_is_called_where_all_run_anyway(settings: GeneratorsConfig, changes: dict[str, Any]) -> None:
+def test_no_generators_are_called_where_all_of_them_run(settings: GeneratorsConfig, changes: dict[str, Any]) -> None:
     handle = Handle()
     dataclasses.replace(fleet(handle), **changes).start_generators(settings, ("run", 8))
     assert handle.calls == []
 
 
-def test_they_are_called_when_the_training_lasts_no_longer_than_their_start_took(monkeypatch) -> None:
+def test_generators_are_started_once_the_training_lasts_no_longer_than_their_start_took(monkeypatch) -> None:
     monkeypatch.setattr("sampo_ray.loop.ahead.CHECK_EVERY_S", 0.01)
     handle, training = Handle(), a_round()
     with prepare_next_round(training, fleet(handle), []):
@@ -73,7 +73,7 @@ def test_they_are_called_when_the_training_lasts_no_longer_than_their_start_took
 
 
 @pytest.mark.parametrize("training", [a_round(mode="offline"), a_round(index=1)])
-def test_an_offline_and_a_last_round_have_nothing_to_make_ready(monkeypatch, training: Any) -> None:
+def test_nothing_is_prepared_after_an_offline_or_the_last_round(monkeypatch, training: Any) -> None:
     monkeypatch.setattr("sampo_ray.loop.ahead.CHECK_EVERY_S", 0.01)
     handle, training.seconds_left = Handle(), 1.0
     with prepare_next_round(training, fleet(handle), []):
@@ -81,6 +81,6 @@ def test_an_offline_and_a_last_round_have_nothing_to_make_ready(monkeypatch, tra
     assert handle.calls == []
 
 
-def test_a_failure_of_the_training_is_not_held_up(monkeypatch) -> None:
+def test_a_failure_of_the_training_is_raised_at_once(monkeypatch) -> None:
     with pytest.raises(ValueError, match="lost"), prepare_next_round(a_round(), fleet(Handle()), []):
         raise ValueError("lost")

@@ -1,4 +1,4 @@
-"""What a fleet consists of, and what is said when it does not start."""
+"""What a fleet consists of, and the reason that is given when it does not start."""
 
 from pathlib import Path
 from types import SimpleNamespace

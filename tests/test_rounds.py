@@ -1,4 +1,4 @@
-"""Online rounds on one real fleet: on-policy rollouts, a live endpoint meanwhile, and an engine that is killed."""
+"""Online rounds on one real fleet: on-policy rollouts, an endpoint that is live meanwhile, and a killed engine."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 EDITS = 6
 REWARD = '''
 def reward(prompts, completions):
-    """Distinct by text, so that there are few ties; a run of it is no use to anybody."""
+    """Differs by text, so that there are few ties; it means nothing."""
     return [sum(map(ord, text)) % 97 / 97 for text in completions]
 '''
 
@@ -56,8 +56,8 @@ def fleet(own_serve, tiny_model, tmp_path_factory):
 
 
 class Client(threading.Thread):
-    """Asks the live policy again and again until it is stopped; keeps status and version of every answer. Mends a
-    few of them once `begun` is there.
+    """Asks the live policy until it is stopped; keeps status and version of every answer. Edits a few of them once
+    `begun` exists.
     """
 
     def __init__(self, url: str, begun: Place) -> None:
@@ -73,8 +73,8 @@ class Client(threading.Thread):
             )
             if len(self.edits) < EDITS and self.begun.exists():
                 self.edits.append(f"{len(self.edits)}, three.")
-                said = {"response": reply.json()["id"], "edited": self.edits[-1]}
-                assert httpx.post(f"{self.url}/feedback", json=said, timeout=120).status_code == 200
+                vote = {"response": reply.json()["id"], "edited": self.edits[-1]}
+                assert httpx.post(f"{self.url}/feedback", json=vote, timeout=120).status_code == 200
 
 
 @pytest.fixture(scope="module")
@@ -151,11 +151,11 @@ def test_the_second_round_begins_at_delta_zero_on_new_weights(finished):
 def test_the_endpoint_always_answers_and_follows_the_run(finished):
     run, client = finished
     assert {status for status, _, _ in client.answers} == {200}
-    mine = [int(version) for _, version, name in client.answers if name == run.id]
-    assert mine == sorted(mine), "versions never go backwards"
+    versions = [int(version) for _, version, name in client.answers if name == run.id]
+    assert versions == sorted(versions), "versions never go backwards"
     last = run.manifest.rounds[-1]
-    assert mine[-1] == last.start_version + last.steps
-    assert len(set(mine)) > 1
+    assert versions[-1] == last.start_version + last.steps
+    assert len(set(versions)) > 1
 
 
 def test_a_killed_engine_costs_only_what_was_not_stored(fleet, tiny_model, tmp_path):
@@ -190,14 +190,14 @@ def test_a_killed_engine_costs_only_what_was_not_stored(fleet, tiny_model, tmp_p
     held = fleet.shared_policy.weights.remote().result(timeout_s=60)
     assert (held["run"], held["version"], held["state"]) == (run.id, last, "ready")
     greedy = {"samples": 1, "temperature": 0.0, "top_p": 1.0, "max_tokens": 24, "seed": 0, "weights": (run.id, last)}
-    said = fleet.shared_policy.generate.remote(stage(run, 0, "prompts"), [0, 1, 2], **greedy).result(timeout_s=60)
-    assert_greedy(said, run.versions.at(f"{last:06}").path)
+    answers = fleet.shared_policy.generate.remote(stage(run, 0, "prompts"), [0, 1, 2], **greedy).result(timeout_s=60)
+    assert_greedy(answers, run.versions.at(f"{last:06}").path)
     first = min(Path(completions.at(name).path).stat().st_mtime for name in completions.names())
     assert first < killed[0] + 1, "what was stored before was not made again"
     assert stage(run, 0, "completions").num_rows == 64 * 4
 
 
-def test_completions_drawn_ahead_are_older_than_their_round_by_no_more_than_one_and_say_so(fleet, tiny_model, tmp_path):
+def test_completions_sampled_ahead_are_at_most_one_round_old_and_their_age_is_recorded(fleet, tiny_model, tmp_path):
     from sampo_ray.iterate import iterate
 
     # Four epochs: three steps of this model may be over before the first completion has begun.
@@ -205,11 +205,11 @@ def test_completions_drawn_ahead_are_older_than_their_round_by_no_more_than_one_
     run = new_run(tmp_path, tiny_model, *overrides)
     iterate(run, fleet, Notes())
     for record, before in zip(run.manifest.rounds[1:], run.manifest.rounds, strict=False):
-        drawn = stage(run, record.index, "completions")
-        ages = [record.start_version - first for first in drawn["first_version"].to_pylist()]
-        assert drawn.num_rows == 20 * 4 and 0 <= min(ages) <= max(ages) <= before.steps
+        sampled = stage(run, record.index, "completions")
+        ages = [record.start_version - first for first in sampled["first_version"].to_pylist()]
+        assert sampled.num_rows == 20 * 4 and 0 <= min(ages) <= max(ages) <= before.steps
         assert record.stages["completions"].age == Age(mean=sum(ages) / len(ages), most=max(ages))
-        assert max(ages) > 0, "some were drawn while the round before was training"
+        assert max(ages) > 0, "some were sampled while the round before was training"
     assert set(stage(run, 0, "completions")["first_version"].to_pylist()) == {0}
     assert len({row["id"] for index in range(3) for row in stage(run, index, "prompts").to_pylist()}) == 60
 
@@ -230,7 +230,7 @@ def models(url: str) -> list[str]:
 
 
 def sampo(*arguments: object) -> str:
-    """The first line that a command says, up to "for it" or the line's end."""
+    """The first line that a command prints, without "for it" at its end."""
     from typer.testing import CliRunner
 
     from sampo_ray.console.main import app
@@ -241,7 +241,7 @@ def sampo(*arguments: object) -> str:
 
 
 def save_adapter(run: Run, folder: Path) -> Path:
-    """A LoRA adapter, made with peft, that turns what the base model says around."""
+    """A LoRA adapter, made with peft, that changes the base model's answers."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM

@@ -1,4 +1,4 @@
-"""The run directory: atomic, exclusive, and what it says is finished stays finished."""
+"""The run directory: written atomically by one process, and what is finished stays finished."""
 
 import json
 import multiprocessing

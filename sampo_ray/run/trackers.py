@@ -32,23 +32,17 @@ def open_trackers(config: RunConfig, place: Place, run_id: str) -> Iterator[Log]
     check_trackers(config)
     with ExitStack() as stack:
         logs = [stack.enter_context(_tensorboard(place.at("tensorboard")))]
-        logs += [stack.enter_context(_opened(name, config, run_id)) for name in config.run.trackers]
+        for name in config.run.trackers:
+            try:
+                logs.append(stack.enter_context(TRACKERS[name](config, run_id)))
+            except Exception as error:  # each library has its errors for a missing login or server
+                reason = (str(error) or repr(error)).splitlines()[0]
+                raise ConfigError(f"run.trackers: {name} cannot be opened: {reason}") from error
 
         def log(values: Mapping[str, float], step: int) -> None:
             for each in logs:
                 each(values, step)
 
-        yield log
-
-
-@contextmanager
-def _opened(name: str, config: RunConfig, run_id: str) -> Iterator[Log]:
-    with ExitStack() as stack:
-        try:
-            log = stack.enter_context(TRACKERS[name](config, run_id))
-        except Exception as error:  # each library has its errors for a missing login or server
-            reason = (str(error) or repr(error)).splitlines()[0]
-            raise ConfigError(f"run.trackers: {name} cannot be opened: {reason}") from error
         yield log
 
 

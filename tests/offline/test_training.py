@@ -54,8 +54,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def same_bits(a: Path, b: Path) -> bool:
-    ours, theirs = weights(a), weights(b)
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    first, second = weights(a), weights(b)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def damage(run: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_run_begins_at_ln_two_and_learns(undisturbed):
     assert [line["version"] for line in lines] == list(range(1, 2 * STEPS + 1))
 
 
-def test_a_run_leaves_what_the_next_person_needs(undisturbed):
+def test_a_run_directory_holds_settings_metrics_versions_checkpoints_and_exports(undisturbed):
     assert {"config.yaml", "manifest.json", "metrics.jsonl", "tensorboard", "exports"} <= set(os.listdir(undisturbed))
     manifest = json.loads((undisturbed / "manifest.json").read_text())
     assert manifest["finished"] and all(record["committed"] for record in manifest["rounds"])
@@ -143,7 +143,7 @@ def test_a_run_that_lost_a_rank_and_then_its_driver_ends_in_the_same_bits(undist
     assert len(ranks) == 2
     ranks[0].send_signal(signal.SIGKILL)
     await_steps(STEPS + 5, run, process)
-    process.send_signal(signal.SIGSTOP)  # so that it does not finish meanwhile; it still holds the run
+    process.send_signal(signal.SIGSTOP)  # it cannot finish now, and still holds the lock of the run
     second = CliRunner().invoke(app, ["train", "--resume", str(run)])
     assert "in use by another process" in second.output and second.exit_code == 1
     process.kill()
@@ -156,8 +156,10 @@ def test_a_run_that_lost_a_rank_and_then_its_driver_ends_in_the_same_bits(undist
     assert not list((run / "checkpoints").glob(".*"))
     assert same_bits(run / "exports" / "round-2", undisturbed / "exports" / "round-2")
     assert facts(run) == facts(undisturbed)
-    theirs, ours = (pq.read_table(folder / "rounds" / "1" / "reference" / scored.name) for folder in (undisturbed, run))
-    assert ours.equals(theirs)
+    expected, found = (
+        pq.read_table(folder / "rounds" / "1" / "reference" / scored.name) for folder in (undisturbed, run)
+    )
+    assert found.equals(expected)
     assert "is finished" in CliRunner().invoke(app, ["train", "--resume", str(run)]).output
 
 
@@ -175,7 +177,7 @@ def test_a_job_that_lost_a_node_ends_in_the_same_bits(cluster: Cluster, undistur
     assert facts(run) == facts(undisturbed)
 
 
-def test_a_job_goes_on_with_the_ranks_that_there_is_room_for(cluster: Cluster, recipe, tmp_path):
+def test_a_job_continues_with_as_many_ranks_as_there_is_room_for(cluster: Cluster, recipe, tmp_path):
     """One, once kill -9 of a raylet has taken the node of the other, and again two when it is back."""
     run = tmp_path / "run"
     settings = ["trainer.num_cpus=3", "trainer.min_workers=1", "rounds.epochs=200"]
@@ -190,7 +192,7 @@ def test_a_job_goes_on_with_the_ranks_that_there_is_room_for(cluster: Cluster, r
         cluster.stop_jobs()
         job.wait(120)
     steps = [line["step"] for line in metrics(run)]
-    assert steps == list(range(1, len(steps) + 1)), "none is missing, none is there twice"
+    assert steps == list(range(1, len(steps) + 1)), "each step is recorded once"
 
 
 def ranks_of_checkpoint(run: Path) -> int:
@@ -206,7 +208,7 @@ def ranks_of_checkpoint(run: Path) -> int:
         (["optim.learning_rat=1"], ["learning_rate"]),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_starts(recipe, tmp_path, overrides, words):
+def test_errors_in_a_recipe_are_reported_before_anything_starts(recipe, tmp_path, overrides, words):
     result = CliRunner().invoke(app, ["train", str(recipe), f"run.dir={tmp_path / 'run'}", *overrides])
     assert result.exit_code == 1 and "Traceback" not in result.output
     assert all(word in result.output for word in words)
