@@ -72,14 +72,14 @@ def any_format(request, folder, chatml_folder):
 
 
 def endpoint_ids(tokenizer, messages):
-    """What any reader of a saved folder makes of the messages: its template's text, tokenized without further BOS."""
+    """Token ids that any user of a saved folder gets: its template's text, tokenized without another BOS."""
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     return ids
 
 
-def test_the_cards_format_has_a_newline_behind_each_turn(folder):
+def test_the_model_cards_format_has_a_newline_after_each_turn(folder):
     assert load(folder, "llama3-sampo").render(DIALOGUE) == (
         "<|begin_of_text|>"
         "<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>\n"
@@ -90,7 +90,7 @@ def test_the_cards_format_has_a_newline_behind_each_turn(folder):
     )
 
 
-def test_metas_format_has_none_and_trims_what_is_said(folder):
+def test_metas_format_has_no_newline_and_trims_each_turn(folder):
     assert load(folder, "llama3").render(DIALOGUE) == (
         "<|begin_of_text|>"
         "<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
@@ -101,7 +101,7 @@ def test_metas_format_has_none_and_trims_what_is_said(folder):
     )
 
 
-def test_the_card_in_llama_3_ids(llama3_folder):
+def test_the_model_cards_format_has_the_expected_llama_3_ids(llama3_folder):
     chat = load(llama3_folder, "llama3-sampo")
     ids = [128000, 128006, 882, 128007, 271, 15339, 128009, 198, 128006, 78191, 128007, 271]
     assert chat.prompt_ids([{"role": "user", "content": "hello"}]) == ids
@@ -149,26 +149,26 @@ def test_a_response_keeps_special_tokens_as_plain_text(any_format):
 
 
 @given(text=st.text(max_size=40))
-def test_the_text_of_a_response_is_what_was_encoded(tiny_folder, text):
+def test_the_text_of_a_response_is_the_text_that_was_encoded(tiny_folder, text):
     chat = load(tiny_folder, "llama3")
     assert chat.text(chat.response_ids(text)) == text
     assert chat.response_ids(text) == [*chat.response_ids(text, closed=False), chat.end_of_turn_id]
 
 
-def test_the_models_own_template_is_kept_and_its_end_of_turn_found(chatml_folder):
+def test_the_models_template_is_kept_and_its_end_of_turn_token_is_found(chatml_folder):
     chat = load(chatml_folder, "tokenizer")
     assert chat.tokenizer.chat_template == CHATML
     assert chat.tokenizer.convert_ids_to_tokens(chat.end_of_turn_id) == "<|im_end|>"
     assert chat.render(HELLO) == "<|im_start|>user\n Hello \n<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_in_the_models_own_template_a_typed_end_of_turn_is_one(chatml_folder):
+def test_in_the_models_template_a_typed_end_of_turn_token_becomes_that_token(chatml_folder):
     chat = load(chatml_folder, "tokenizer")
     ids = chat.prompt_ids([{"role": "user", "content": "a<|im_end|>b"}])
     assert ids.count(chat.end_of_turn_id) == 2
 
 
-def test_many_are_encoded_as_one_by_one(any_format):
+def test_a_batch_is_encoded_as_single_texts_are(any_format):
     conversations = [HELLO, DIALOGUE, INJECTION]
     rendered = [any_format.render(messages) for messages in conversations]
     assert any_format.encode_prompts(rendered) == [any_format.prompt_ids(messages) for messages in conversations]
@@ -179,12 +179,12 @@ def test_many_are_encoded_as_one_by_one(any_format):
     "message",
     [{"role": "tool", "content": "x"}, {"role": "user<|eot_id|>", "content": "x"}, {"role": "user", "content": 3}],
 )
-def test_a_turn_that_is_not_one_is_refused(tiny_folder, message):
+def test_an_invalid_message_is_refused(tiny_folder, message):
     with pytest.raises(ValueError, match="refuses the messages"):
         load(tiny_folder, "llama3-sampo").prompt_ids([message])
 
 
-def test_a_tokenizer_without_the_tokens_names_them_and_the_mend(tmp_path):
+def test_a_tokenizer_without_the_special_tokens_is_an_error_that_names_them_and_the_fix(tmp_path):
     tokenizer = tiny_tokenizer(["hello"])
     tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
     text = (tmp_path / "tokenizer.json").read_text().replace("<|eot_id|>", "<|end|>")
@@ -194,12 +194,12 @@ def test_a_tokenizer_without_the_tokens_names_them_and_the_mend(tmp_path):
         ChatFormat.load(tmp_path, "llama3")
 
 
-def test_a_tokenizer_without_a_template_says_so(tiny_folder):
+def test_a_tokenizer_without_a_template_is_an_error(tiny_folder):
     with pytest.raises(ConfigError, match=r"model\.template='tokenizer'.*no chat template.*llama3-sampo"):
         ChatFormat.load(tiny_folder, "tokenizer")
 
 
-def test_a_template_without_a_token_to_stop_on_says_so(tmp_path):
+def test_a_template_without_a_token_to_stop_on_is_an_error(tmp_path):
     tokenizer = tiny_tokenizer(["hello"])
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     tokenizer.save_pretrained(tmp_path)
@@ -207,7 +207,7 @@ def test_a_template_without_a_token_to_stop_on_says_so(tmp_path):
         ChatFormat.load(tmp_path, "tokenizer")
 
 
-def test_a_folder_without_a_tokenizer_says_so(tmp_path):
+def test_a_folder_without_a_tokenizer_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match=r"model\.path=.*no tokenizer"):
         ChatFormat.load(tmp_path, "llama3")
 

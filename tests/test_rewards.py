@@ -90,7 +90,7 @@ def test_a_function_is_found_in_a_file_and_in_a_module(file):
     assert load_function("math:fsum") is math.fsum
 
 
-def test_a_function_in_a_file_loads_from_its_text_where_the_file_is_not(file):
+def test_a_function_in_a_file_loads_from_its_text_where_the_file_does_not_exist(file):
     source = function_source(f"{file}:length")
     file.unlink()
     assert load_function(f"{file}:length", source)([], ["ab"]) == [2]
@@ -109,7 +109,7 @@ def test_a_function_in_a_file_loads_from_its_text_where_the_file_is_not(file):
         ("{broken}:length", "failed with SyntaxError"),
     ],
 )
-def test_a_function_that_cannot_be_loaded_says_how_to_mend_it(file, tmp_path, spec, message):
+def test_a_function_that_cannot_be_loaded_is_an_error_with_a_fix(file, tmp_path, spec, message):
     broken = tmp_path / "broken.py"
     broken.write_text("def length(:")
     with pytest.raises(ConfigError, match=message) as error:
@@ -123,13 +123,13 @@ def test_a_function_gets_the_columns_that_it_names():
     def named(prompts, completions, solution):
         return [float(solution == ["4", "5"])] * 2
 
-    def any_of_them(prompts, completions, **rest):
+    def all_others(prompts, completions, **rest):
         return [float(set(rest) == {"solution", "other"})] * 2
 
     def none(prompts, completions):
         return [1, 1]
 
-    for function in (named, any_of_them, none):
+    for function in (named, all_others, none):
         assert call_function(function, PROMPTS, ["4", "x"], columns) == [1.0, 1.0]
 
 
@@ -152,7 +152,7 @@ def test_a_column_that_the_data_lacks_is_an_error_and_not_a_failed_call():
         (None, "returned NoneType instead of a list"),
     ],
 )
-def test_anything_but_a_finite_number_each_is_an_error_that_shows_the_prompt_shortened(returned, message):
+def test_anything_but_one_finite_number_each_is_an_error_that_quotes_a_shortened_prompt(returned, message):
     with pytest.raises(RewardError, match=message) as error:
         call_function(lambda prompts, completions: returned, PROMPTS, ["a", "b"], {})
     assert len(str(error.value)) < 400
@@ -163,12 +163,12 @@ def test_arrays_and_tensors_are_taken_as_numbers():
         assert call_function(lambda prompts, completions, out=returned: out, PROMPTS, ["a", "b"], {}) == [1.0, 2.0]
 
 
-def test_columns_come_back_as_lists_with_gaps_as_none():
+def test_columns_are_lists_with_none_where_a_row_lacks_them():
     block = pa.table({"columns": ['{"a": 1, "b": "x"}', '{"a": [2]}']})
     assert columns_of(block) == {"a": [1, [2]], "b": ["x", None]}
 
 
-def test_a_reward_model_scores_batches_as_one_by_one(reward_model):
+def test_a_reward_model_scores_a_batch_as_it_scores_single_rows(reward_model):
     texts = ["four", "x" * 30, "", "it is four, I think"]
     together = RewardModel(str(reward_model), "cpu")([PROMPTS[0]] * 4, texts, {})
     alone = RewardModel(str(reward_model), "cpu", batch_tokens=1)([PROMPTS[0]] * 4, texts, {})
@@ -189,7 +189,7 @@ def test_a_reward_model_reads_a_conversation_in_its_own_template(reward_model):
     assert model(PROMPTS[:1], ["4"], {}) == [pytest.approx(expected, abs=1e-6)]
 
 
-def test_a_reward_model_without_template_or_padding_still_scores_and_keeps_to_its_context(reward_model):
+def test_a_reward_model_without_template_or_padding_token_scores_within_its_context(reward_model):
     model = RewardModel(str(reward_model), "cpu")
     model.tokenizer.chat_template = None
     model.tokenizer.pad_token = None
@@ -214,7 +214,7 @@ def worker(file, name, **config):
     return RewardWorker(RewardConfig(function=spec, **config), function_source(spec), hung_limit=1)
 
 
-def test_a_failing_call_is_repeated_and_then_its_rewards_are_null(file):
+def test_a_failing_call_is_retried_and_then_its_rewards_are_null(file):
     flaky = asyncio.run(worker(file, "flaky", retries=2).score(completions(["a", "b"])))
     assert flaky["reward"].to_pylist() == [3.0, 3.0]
     failing = asyncio.run(worker(file, "failing", retries=1).score(completions(["a", "b"])))
@@ -222,7 +222,7 @@ def test_a_failing_call_is_repeated_and_then_its_rewards_are_null(file):
     assert failing.schema == SCORES
 
 
-def test_a_call_that_hangs_is_given_up_and_makes_the_replica_unhealthy_until_it_returns(file):
+def test_a_call_that_hangs_times_out_and_makes_the_replica_unhealthy_until_it_returns(file):
     async def hang_and_return():
         hanging = worker(file, "hanging", retries=0, timeout_s=0.1)
         hanging.check_health()
@@ -258,7 +258,7 @@ def scored(handle, block):
 
 
 @pytest.mark.slow
-def test_reward_workers_score_with_a_function_whose_file_need_not_be_there(deploy, file):
+def test_reward_workers_score_with_a_function_whose_file_no_longer_exists(deploy, file):
     handle = deploy(RewardConfig(function=f"{file}:right", retries=0))
     file.unlink()
     table = scored(handle, completions(["4", "5"], '{"solution": "4"}'))

@@ -1,4 +1,4 @@
-"""Requests that nobody should send, as raw bytes, and what an endpoint may answer to them."""
+"""Invalid and hostile requests as raw bytes, and what an endpoint may answer to them."""
 
 import contextlib
 import http.client
@@ -103,7 +103,7 @@ HEADERS = st.lists(
 
 
 def plausible(annotation: str) -> st.SearchStrategy[Any]:
-    """Values that a field declared so would take."""
+    """Values that fit a field with this annotation."""
     kinds: list[tuple[str, st.SearchStrategy[Any]]] = [
         ("list[int]", st.lists(st.sampled_from(NUMBERS), max_size=4)),
         ("list[str]", st.lists(st.text(max_size=4), max_size=4)),
@@ -117,7 +117,7 @@ def plausible(annotation: str) -> st.SearchStrategy[Any]:
 
 
 def bodies(path: str, fields: Callable[[str], dict[str, str]]) -> st.SearchStrategy[bytes]:
-    """Bodies for a route: nearly right ones, other JSON, no JSON at all; `fields` gives those of OpenAI's routes."""
+    """Bodies for a route: nearly valid ones, other JSON, not JSON; `fields` has the annotations of OpenAI's routes."""
     route = next((route for route in OPENAI if path.startswith(route)), None)
     names = fields(route) if route else dict.fromkeys(OTHER_FIELDS, "int or str")
     right: dict[str, Any] = RIGHT.get(route, {})
@@ -135,8 +135,8 @@ def bodies(path: str, fields: Callable[[str], dict[str, str]]) -> st.SearchStrat
 
 
 @dataclass(frozen=True)
-class Shot:
-    """One request as it goes over the wire."""
+class RawRequest:
+    """One request as it is sent."""
 
     method: str
     path: str
@@ -154,7 +154,9 @@ class Shot:
 
 
 @st.composite
-def shots(draw: st.DrawFn, prefix: str, keys: tuple[str, ...], fields: Callable[[str], dict[str, str]]) -> Shot:
+def raw_requests(
+    draw: st.DrawFn, prefix: str, keys: tuple[str, ...], fields: Callable[[str], dict[str, str]]
+) -> RawRequest:
     path = draw(PATHS)
     right = "POST" if path.startswith((*OPENAI, "/feedback", *ADMIN[1:])) else "GET"
     method = draw(st.just(right) | st.just(right) | st.sampled_from(METHODS))
@@ -162,19 +164,19 @@ def shots(draw: st.DrawFn, prefix: str, keys: tuple[str, ...], fields: Callable[
     headers = [] if key is None else [("authorization", f"Bearer {key}")]
     body = draw(bodies(path, fields)) if method != "GET" or draw(st.booleans()) else b""
     more = draw(HEADERS) if draw(st.booleans()) else []
-    # Ray's proxy, before any code of ours, answers 500 to these headers when they are not UTF-8.
+    # Ray's proxy answers 500 to these headers if they are not UTF-8; the request does not reach this program.
     more = [(name, value) for name, value in more if value.isascii() or not name.startswith(("x-request", "serve_"))]
-    return Shot(method, prefix + path, tuple(headers + more), body)
+    return RawRequest(method, prefix + path, tuple(headers + more), body)
 
 
-def fire(url: str, raw: bytes) -> tuple[int, dict[str, str], str]:
-    """Sends bytes to the server at `url` and returns status, headers and body; status 0 when it closes without any.
+def send(url: str, raw: bytes) -> tuple[int, dict[str, str], str]:
+    """Sends bytes to the server at `url`; returns status, headers and body, or status 0 if it closes without an answer.
 
-    TimeoutError when nothing comes for ANSWER_SECONDS.
+    TimeoutError if nothing arrives for ANSWER_SECONDS.
     """
     at = urlsplit(url)
     with socket.create_connection((at.hostname, at.port), timeout=ANSWER_SECONDS) as connection:
-        with contextlib.suppress(ConnectionError):  # it may have answered, and closed, before it has read everything
+        with contextlib.suppress(ConnectionError):  # the server may answer and close before it has read everything
             connection.sendall(raw)
             connection.shutdown(socket.SHUT_WR) if b"content-length" not in raw.lower() else None
         answer = http.client.HTTPResponse(connection, method=raw.split(b" ")[0].decode("latin-1"))
@@ -186,11 +188,11 @@ def fire(url: str, raw: bytes) -> tuple[int, dict[str, str], str]:
         return answer.status, {name.lower(): value for name, value in answer.getheaders()}, text
 
 
-def complaint(shot: Shot, status: int, headers: dict[str, str], text: str) -> str | None:
-    """What is wrong with an answer; None when nothing is."""
+def problem(request: RawRequest, status: int, headers: dict[str, str], text: str) -> str | None:
+    """What is wrong with an answer; None if nothing is."""
     if status == 500 or status > 504:
         return f"status {status}"
-    leak = next((leak for leak in LEAKS if leak in text and leak not in shot.path), None)
+    leak = next((leak for leak in LEAKS if leak in text and leak not in request.path), None)
     if leak and headers.get("content-type", "").startswith("application/json") and status >= 400:
         return f"leaks {leak!r}"
     granted = [name for name in headers if name.startswith("access-control")]

@@ -1,4 +1,4 @@
-"""The live endpoint under requests of all kinds, and once its policy is gone: the last of this folder."""
+"""The live endpoint under invalid requests, and after its policy is deleted: the last tests of this folder."""
 
 import os
 import time
@@ -22,7 +22,7 @@ SEEN: Counter[int] = Counter()
 
 @cache
 def fields(route: str) -> dict[str, str]:
-    """Names of a request's fields, and how they are declared."""
+    """The annotations of a request's fields by name."""
     from sampo_ray.serve.requests.openai import ChatCompletionRequest, CompletionRequest
 
     kind = ChatCompletionRequest if route.endswith("chat/completions") else CompletionRequest
@@ -32,25 +32,25 @@ def fields(route: str) -> dict[str, str]:
 # SAMPO_FUZZ=10000 for a long run.
 @settings(max_examples=int(os.environ.get("SAMPO_FUZZ", "300")), deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_no_request_makes_it_fail(endpoint: Endpoint, data: st.DataObject) -> None:
-    shot = data.draw(fuzzing.shots("/limited", ("use-key", "admin-key"), fields))
+def test_no_request_makes_the_endpoint_fail(endpoint: Endpoint, data: st.DataObject) -> None:
+    request = data.draw(fuzzing.raw_requests("/limited", ("use-key", "admin-key"), fields))
     started = time.monotonic()
-    status, headers, text = fuzzing.fire(endpoint.limited, shot.raw("127.0.0.1"))
+    status, headers, text = fuzzing.send(endpoint.limited, request.raw("127.0.0.1"))
     seconds = time.monotonic() - started
     SEEN[status] += 1
     event(f"{status}" if status else "closed without an answer")  # --hypothesis-show-statistics counts them
-    assert not fuzzing.complaint(shot, status, headers, text), f"{shot}: {status} {text[:300]}"
-    assert seconds < 45, f"{shot}: {status} after {seconds:.0f} s"
+    assert not fuzzing.problem(request, status, headers, text), f"{request}: {status} {text[:300]}"
+    assert seconds < 45, f"{request}: {status} after {seconds:.0f} s"
     if status >= 400 and headers.get("content-type") == "application/json":
         assert headers.items() >= SECURITY_HEADERS.items()
 
 
-def test_what_the_requests_met(endpoint: Endpoint) -> None:
+def test_the_requests_met_all_kinds_of_answers(endpoint: Endpoint) -> None:
     assert {200, 400, 401, 403, 404, 405} <= set(SEEN)
     assert endpoint.post("completions", {"prompt": "x", "max_tokens": 1}).status_code == 200
 
 
-def test_health_and_answers_say_so_when_the_policy_is_gone(endpoint: Endpoint) -> None:
+def test_health_and_answers_are_503_when_the_policy_is_gone(endpoint: Endpoint) -> None:
     serve.delete("test-policy")
     answers = [endpoint.post("completions", {"prompt": "x"}), httpx.get(f"{endpoint.url}/health")]
     for answer in answers:
