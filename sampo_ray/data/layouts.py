@@ -42,8 +42,7 @@ class Counts:
     dropped: Counter[str] = field(default_factory=Counter)
     prompts_cut: int = 0
     responses_cut: int = 0
-    first: dict[str, str] = field(default_factory=dict)
-    """Reason -> the first row that was dropped for it."""
+    first: dict[str, str] = field(default_factory=dict)  # reason -> the first row that was dropped for it
 
     @property
     def usable(self) -> int:
@@ -57,14 +56,12 @@ class Counts:
         """The error for a source without a usable row."""
         if not self.rows:
             return DataError(f"data source {source!r}: holds no rows; {_EXPECTED[kind]}")
-        reasons = ", ".join(
-            f"{reason}: {n} (first at {self.first[reason]})" for reason, n in self.dropped.most_common()
-        )
+        reasons = ", ".join(f"{why}: {n} (first at {self.first[why]})" for why, n in self.dropped.most_common())
         return DataError(f"data source {source!r}: no usable row among {self.rows} ({reasons}); {_EXPECTED[kind]}")
 
 
-class _Unusable(Exception):
-    """A row that is dropped; the message is the reason it is counted under."""
+class Unusable(Exception):
+    """A row or prompt that is dropped; the message is the reason it is counted under."""
 
 
 def read_rows(source: str, kind: Kind, counts: Counts | None = None, most_records: int | None = None) -> Iterator[Row]:
@@ -81,7 +78,7 @@ def read_rows(source: str, kind: Kind, counts: Counts | None = None, most_record
         try:
             prompt, chosen, rejected = parse(record.values)
             row_id = _row_id(record, seen)
-        except _Unusable as reason:
+        except Unusable as reason:
             counts.drop(str(reason), record.where)
             continue
         columns = {name: value for name, value in record.values.items() if name not in _LAYOUT_COLUMNS}
@@ -100,12 +97,12 @@ def _parse_pair(values: Mapping[str, object]) -> tuple[list[Message], str, str]:
     chosen_prompt, chosen = _response(values.get("chosen"))
     rejected_prompt, rejected = _response(values.get("rejected"))
     if chosen_prompt and rejected_prompt and chosen_prompt != rejected_prompt:
-        raise _Unusable("chosen and rejected answer different prompts")
+        raise Unusable("chosen and rejected answer different prompts")
     prompt = _whole_prompt(values.get("prompt"), chosen_prompt or rejected_prompt)
     if not chosen.strip() or not rejected.strip():
-        raise _Unusable("empty response")
+        raise Unusable("empty response")
     if chosen == rejected:
-        raise _Unusable("identical responses")
+        raise Unusable("identical responses")
     return prompt, chosen, rejected
 
 
@@ -122,14 +119,14 @@ def _parse_prompt(values: Mapping[str, object]) -> tuple[list[Message], None, No
 def _response(value: object) -> tuple[list[Message], str]:
     """A chosen or rejected column as the messages before the answer (none for a string) and the answer."""
     if value is None:
-        raise _Unusable("no chosen or no rejected")
+        raise Unusable("no chosen or no rejected")
     if isinstance(value, str):
         return [], _unicode(value)
     messages = _messages(value)
     if not messages:
-        raise _Unusable("empty response")
+        raise Unusable("empty response")
     if messages[-1]["role"] != "assistant":
-        raise _Unusable("wrong roles")
+        raise Unusable("wrong roles")
     return messages[:-1], messages[-1]["content"]
 
 
@@ -143,27 +140,27 @@ def _whole_prompt(prompt: object, prefix: list[Message]) -> list[Message]:
     else:
         messages = _messages(prompt)
         if prefix and messages[-len(prefix) :] != prefix:
-            raise _Unusable("chosen and rejected answer different prompts")
+            raise Unusable("chosen and rejected answer different prompts")
     if not messages:
-        raise _Unusable("no prompt")
+        raise Unusable("no prompt")
     if messages[-1]["role"] != "user" or any(message["role"] == "system" for message in messages[1:]):
-        raise _Unusable("wrong roles")
+        raise Unusable("wrong roles")
     if not messages[-1]["content"].strip():
-        raise _Unusable("empty prompt")
+        raise Unusable("empty prompt")
     return messages
 
 
 def _messages(value: object) -> list[Message]:
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise _Unusable("neither text nor a list of messages")
+        raise Unusable("neither text nor a list of messages")
     return [_message(message.get("role"), message.get("content")) for message in value]
 
 
 def _message(role: object, content: object) -> Message:
     if not isinstance(role, str) or role not in ("system", "user", "assistant"):
-        raise _Unusable("wrong roles")
+        raise Unusable("wrong roles")
     if not isinstance(content, str):
-        raise _Unusable("a message without text")
+        raise Unusable("a message without text")
     return {"role": role, "content": _unicode(content)}
 
 
@@ -172,7 +169,7 @@ def _unicode(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise _Unusable("not valid Unicode") from None
+        raise Unusable("not valid Unicode") from None
     return text
 
 

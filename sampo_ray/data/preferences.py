@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from sampo_ray.config.data import DataConfig
-from sampo_ray.data.layouts import Counts, Row, read_rows
+from sampo_ray.data.layouts import Counts, Row, Unusable, read_rows
 from sampo_ray.training.batching import Pair
 
 if TYPE_CHECKING:
@@ -61,11 +61,10 @@ REFERENCE = pa.schema([*PAIRS, *((name, _LOGPROBS) for name in _REFERENCES)])  #
 def tokenized_pairs(
     source: str, chat: "ChatFormat", data: DataConfig, counts: Counts, block_rows: int = 512
 ) -> Iterator[pa.Table]:
-    """Streams PAIRS blocks of at most `block_rows` pairs in the source's order; their rewards are null.
+    """Streams PAIRS blocks of at most `block_rows` pairs in the source's order, rewards null. Raises DataError.
 
     Each prompt is cut on the left to `data.prompt_limit` tokens (BOS stays), then each response on the right, so that
-    prompt plus response have at most `data.max_length` tokens. A response that is cut has no end-of-turn token. Raises
-    DataError.
+    prompt plus response have at most `data.max_length` tokens. A response that is cut has no end-of-turn token.
     """
     for block in _blocks(read_rows(source, "pairs", counts), block_rows):
         rows, prompts = _encode_prompts(block, chat, data.prompt_limit, counts)
@@ -120,10 +119,6 @@ class _Sample(NamedTuple):
     row: int
 
 
-class _NoPair(Exception):
-    """A prompt whose completions make no pair; the message is the reason it is counted under."""
-
-
 def best_against_worst(scores: pa.Table) -> tuple[pa.Table, Counter[str]]:
     """SCORES -> PAIRS: the best finished completion of each prompt against its worst, and dropped prompts by reason.
 
@@ -131,20 +126,21 @@ def best_against_worst(scores: pa.Table) -> tuple[pa.Table, Counter[str]]:
     "completions without a reward". Of equal rewards the lower sample number counts. Ids are the prompts'.
     """
     dropped: Counter[str] = Counter()
-    names = ("id", "sample", "reward", "finish_reason", "text")
-    columns = (scores[name].to_numpy().tolist() for name in names)
+    columns = (scores[name].to_numpy().tolist() for name in ("id", "sample", "reward", "finish_reason", "text"))
     by_prompt: dict[str, list[_Sample]] = {}
     for sample in map(_Sample, *columns, range(scores.num_rows)):
         by_prompt.setdefault(sample.prompt_id, []).append(sample)
     picks: list[tuple[int, int]] = []
     for samples in by_prompt.values():
-        scored = sorted((sample for sample in samples if not math.isnan(sample.reward)), key=lambda each: each.number)
+        scored = sorted(
+            (sample for sample in samples if not math.isnan(sample.reward)), key=lambda sample: sample.number
+        )
         if unscored := len(samples) - len(scored):
             dropped["completions without a reward"] += unscored
         try:
             best, worst = _best_and_worst(scored)
             picks.append((best.row, worst.row))
-        except _NoPair as reason:
+        except Unusable as reason:
             dropped[str(reason)] += 1
     chosen, rejected = (scores.take(pa.array([pick[side] for pick in picks], pa.int64())) for side in (0, 1))
     table = [chosen["id"], chosen["prompt"], chosen["completion"], rejected["completion"]]
@@ -152,19 +148,19 @@ def best_against_worst(scores: pa.Table) -> tuple[pa.Table, Counter[str]]:
 
 
 def _best_and_worst(scored: Sequence[_Sample]) -> tuple[_Sample, _Sample]:
-    """The completions of one prompt that become chosen and rejected. Raises _NoPair."""
+    """The completions of one prompt that become chosen and rejected. Raises Unusable."""
     if len(scored) < 2:
-        raise _NoPair("fewer than two scored completions")
+        raise Unusable("fewer than two scored completions")
     finished = [sample for sample in scored if sample.finish_reason == "stop"]
     if not finished:
-        raise _NoPair("no finished completion")
+        raise Unusable("no finished completion")
     best = max(finished, key=lambda sample: sample.reward)  # max and min keep the first of equals
     worst = min(scored, key=lambda sample: sample.reward)
     if best.reward == worst.reward:
         tie = all(sample.reward == best.reward for sample in scored)
-        raise _NoPair("tie" if tie else "only unfinished completions are better than the worst")
+        raise Unusable("tie" if tie else "only unfinished completions are better than the worst")
     if best.text == worst.text:
-        raise _NoPair("identical texts")
+        raise Unusable("identical texts")
     return best, worst
 
 

@@ -28,7 +28,9 @@ from sampo_ray.data.preferences import cut_prompt
 from sampo_ray.errors import ConfigError, RewardError
 
 RewardFunction = Callable[..., Iterable[SupportsFloat]]
-Scorer = Callable[[list[list[Message]], list[str], dict[str, list[object]]], list[float]]
+Prompts = list[list[Message]]
+Columns = dict[str, list[object]]
+Scorer = Callable[[Prompts, list[str], Columns], list[float]]
 """A loaded reward source: prompts, completions, other columns -> one finite reward per completion, or RewardError."""
 
 _QUOTED = 200  # characters of a prompt in an error message
@@ -71,17 +73,14 @@ def load_function(spec: str, source: str | None = None) -> RewardFunction:
     function: RewardFunction | None = getattr(module, name, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
-        raise ConfigError(
-            f"reward.function={spec!r}: {place} has no function {name!r}; it has {', '.join(known) or 'none'}"
-        )
+        has = ", ".join(known) or "none"
+        raise ConfigError(f"reward.function={spec!r}: {place} has no function {name!r}; it has {has}")
     if inspect.iscoroutinefunction(function):
         raise ConfigError(f"reward.function={spec!r}: is a coroutine; write it as a plain `def` function")
     return function
 
 
-def call_function(
-    function: RewardFunction, prompts: list[list[Message]], completions: list[str], columns: dict[str, list[object]]
-) -> list[float]:
+def call_function(function: RewardFunction, prompts: Prompts, completions: list[str], columns: Columns) -> list[float]:
     """Calls a reward function with the columns that it takes; returns one finite reward per completion.
 
     Raises RewardError if the function needs a column that the data lacks or returns anything but finite numbers. What
@@ -90,10 +89,8 @@ def call_function(
     signature = inspect.signature(function)
     parameters = signature.parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    first_two = list(parameters)[:2]
-    taken = {
-        name: column for name, column in columns.items() if name not in first_two and (takes_all or name in parameters)
-    }
+    names = {name for name in columns if takes_all or name in parameters} - {*list(parameters)[:2]}
+    taken = {name: column for name, column in columns.items() if name in names}
     try:
         signature.bind(prompts, completions, **taken)
     except TypeError as error:
@@ -102,7 +99,7 @@ def call_function(
     return _finite_rewards(function(prompts, completions, **taken), prompts)
 
 
-def _finite_rewards(rewards: Iterable[SupportsFloat], prompts: list[list[Message]]) -> list[float]:
+def _finite_rewards(rewards: Iterable[SupportsFloat], prompts: Prompts) -> list[float]:
     """`rewards` as floats. Raises RewardError, quoting a prompt, unless there is one finite number per prompt."""
     try:
         values = list(rewards)
@@ -117,7 +114,7 @@ def _finite_rewards(rewards: Iterable[SupportsFloat], prompts: list[list[Message
     return [_finite(value, prompt) for value, prompt in zip(values, prompts, strict=True)]
 
 
-def columns_of(completions: pa.Table) -> dict[str, list[object]]:
+def columns_of(completions: pa.Table) -> Columns:
     """The data set's other columns, from the JSON objects of a COMPLETIONS block; None where a row lacks one."""
     rows: list[dict[str, object]] = [json.loads(text) for text in completions["columns"].to_pylist()]
     names = dict.fromkeys(name for row in rows for name in row)
@@ -146,13 +143,11 @@ class RewardModel:
         self.model.to(device).eval()
         self._lock = threading.Lock()  # one call at a time: batches of several would add up in memory
 
-    def __call__(
-        self, prompts: list[list[Message]], completions: list[str], columns: dict[str, list[object]]
-    ) -> list[float]:
+    def __call__(self, prompts: Prompts, completions: list[str], columns: Columns) -> list[float]:
         with self._lock:
             return _finite_rewards(self._score(prompts, completions), prompts)
 
-    def _score(self, prompts: list[list[Message]], completions: list[str]) -> list[float]:
+    def _score(self, prompts: Prompts, completions: list[str]) -> list[float]:
         encoded = [self._encode(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
         rewards = [math.nan] * len(encoded)
         for batch in self._batches([len(row["input_ids"]) for row in encoded]):
@@ -224,9 +219,8 @@ def _finite(value: SupportsFloat, prompt: list[Message]) -> float:
     except (TypeError, ValueError):
         reward = math.nan
     if not math.isfinite(reward):
-        raise RewardError(
-            f"the reward source returned {value!r} for a completion of {_quoted(prompt)}; return a finite number"
-        )
+        place = f"for a completion of {_quoted(prompt)}"
+        raise RewardError(f"the reward source returned {value!r} {place}; return a finite number")
     return reward
 
 

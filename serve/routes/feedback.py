@@ -52,8 +52,7 @@ class PendingAnswer:
 
     def add_events(self, chunks: str) -> Answer | None:
         """Adds the next events of a stream; returns the answer when the last event is among them."""
-        for event in chunks.split("\n\n"):
-            data = event.removeprefix("data: ")
+        for data in (event.removeprefix("data: ") for event in chunks.split("\n\n")):
             if data == "[DONE]":
                 return self._finished()
             if data:
