@@ -50,9 +50,10 @@ def main() -> None:
     args = _measure.options(__doc__.splitlines()[0], requests=2048, repeats=4).parse_args()
     _rig.quiet()
     with _rig.scratch() as folder, _rig.policy_rig(folder, args.model, 2 * CONCURRENCY) as rig:
-        from sampo_ray.serve.endpoint import start_endpoint, stop_endpoint
+        from sampo_ray.serve.endpoint import await_endpoint, deploy_endpoint, stop_endpoint
 
-        ours = start_endpoint("bench-endpoint", "bench-policy", "bench", rig.config)
+        deploy_endpoint("bench-endpoint", "bench-policy", "bench", rig.config)
+        ours = await_endpoint("bench-endpoint", rig.config)
         stock = start_stock(rig)
         share = max(1, args.requests // args.repeats)
         with vllm_serve(rig) as bare:

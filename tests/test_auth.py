@@ -1,4 +1,4 @@
-"""Who gets in at the endpoint: keys, scopes, the keys file as it changes, and what a browser may do."""
+"""Keys, scopes, a keys file that changes, and what a browser may do."""
 
 import asyncio
 import logging
@@ -47,7 +47,7 @@ def call(app: Any, method: str, path: str, host: str = "127.0.0.1:8000", **more:
 
 
 def small_app(**config: Any) -> FastAPI:
-    """Routes that answer with the name of the key that opened them."""
+    """Routes that answer with the name of the request's key."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     errors.install(app)
     app.add_middleware(Authentication, access=Access.of(ServeConfig(**{"api_keys": (), **config})))
@@ -84,7 +84,7 @@ def bearer(key: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("value", ["Bearer one", "bearer one", "Bearer two words", "Bearer  one "])
-def test_any_of_the_keys_opens(value: str) -> None:
+def test_each_of_the_keys_is_accepted(value: str) -> None:
     for path in ("/nothing", "/admin/nothing"):
         assert call(small_app(api_keys=KEYS), "GET", path, headers={"authorization": value}).status_code == 404
 
@@ -105,7 +105,7 @@ def test_any_of_the_keys_opens(value: str) -> None:
         [("authorization", f"Bearer {digest('one')}")],
     ],
 )
-def test_nothing_else_opens(headers: list[tuple[str, str]]) -> None:
+def test_nothing_else_is_accepted(headers: list[tuple[str, str]]) -> None:
     for path in (*PATHS, "/v1/models?key=one", "/admin/versions"):
         answer = call(small_app(api_keys=KEYS), "GET", path, headers=headers)
         assert answer.status_code == 401
@@ -115,13 +115,13 @@ def test_nothing_else_opens(headers: list[tuple[str, str]]) -> None:
 
 @settings(deadline=None)
 @given(st.binary(max_size=40))
-def test_random_keys_do_not_open(value: bytes) -> None:
+def test_random_keys_are_refused(value: bytes) -> None:
     guard = Authentication(small_app(), Access.of(ServeConfig(api_keys=KEYS)))
     scope = {"type": "http", "headers": [(b"authorization", b"Bearer " + value)]}
     assert bool(asyncio.run(guard._key(scope))) == (value.strip() in (b"one", b"two words"))
 
 
-def test_a_key_opens_what_its_scopes_say(tmp_path: Path) -> None:
+def test_a_key_reaches_the_routes_of_its_scopes(tmp_path: Path) -> None:
     app = keyed(tmp_path)
     for key, path, status in [
         ("user-key", "/v1/models", 200),
@@ -141,12 +141,12 @@ def test_a_key_opens_what_its_scopes_say(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["/%2Fadmin/versions", "/%61dmin/versions", "/ADMIN/versions", "/admin//versions"])
-def test_no_spelling_of_an_admin_route_does_with_less(tmp_path: Path, path: str) -> None:
+def test_every_spelling_of_an_admin_route_needs_the_scope_admin(tmp_path: Path, path: str) -> None:
     assert call(keyed(tmp_path), "GET", path, headers=bearer("user-key")).status_code == 403
 
 
 @given(st.text(alphabet="/admin%.A?#", max_size=14), st.sampled_from(["", "/run-a"]))
-def test_what_the_router_takes_for_an_admin_route_needs_admin(path: str, root: str) -> None:
+def test_every_path_that_the_router_sends_to_an_admin_route_needs_admin(path: str, root: str) -> None:
     scope = {"type": "http", "method": "POST", "path": f"{root}/{path}", "root_path": root}
     below = route_path(scope)
     assert below == f"/{path}"
@@ -190,7 +190,7 @@ def test_other_sites_pages_cannot_use_an_open_endpoint_through_its_users_browser
     assert answer.json()["error"]["code"] == "foreign_site"
 
 
-def test_open_lets_anybody_use_but_not_administer(tmp_path: Path) -> None:
+def test_an_open_endpoint_can_be_used_by_anybody_but_not_administered(tmp_path: Path) -> None:
     for app in (small_app(host="0.0.0.0", open=True), keyed(tmp_path, host="0.0.0.0", open=True)):
         assert call(app, "POST", "/v1/completions", "far.example").status_code == 200
         assert call(app, "POST", "/v1/completions", "far.example", headers=bearer("EMPTY")).status_code == 200
@@ -200,7 +200,7 @@ def test_open_lets_anybody_use_but_not_administer(tmp_path: Path) -> None:
     assert call(app, "POST", "/admin/promote", "far.example", headers=bearer("admin-key")).status_code == 200
 
 
-def test_a_keys_file_without_keys_opens_nothing(tmp_path: Path) -> None:
+def test_a_keys_file_without_keys_lets_nobody_in(tmp_path: Path) -> None:
     (tmp_path / "keys.yaml").write_text("[]")
     for file in ("keys.yaml", "none.yaml"):
         assert call(small_app(keys_file=str(tmp_path / file)), "GET", "/v1/models").status_code == 401
@@ -218,14 +218,14 @@ def test_what_travels_to_replicas_holds_no_key() -> None:
 def test_a_websocket_needs_a_key_too() -> None:
     sent: list[Any] = []
 
-    async def knock() -> None:
+    async def connect() -> None:
         async def send(message: Any) -> None:
             sent.append(message)
 
         scope = {"type": "websocket", "path": "/health", "headers": []}
         await Authentication(small_app(), Access.of(ServeConfig(api_keys=KEYS)))(scope, None, send)  # type: ignore[arg-type]
 
-    asyncio.run(knock())
+    asyncio.run(connect())
     assert sent == [{"type": "websocket.close", "code": 1008}]
 
 
@@ -252,7 +252,7 @@ def test_no_host_header_breaks_anything(host: bytes) -> None:
 
 
 class Clock:
-    """Seconds that pass when told to."""
+    """A clock that tests set."""
 
     now = 0.0
 

@@ -1,4 +1,4 @@
-"""How much a key may ask for: the pure bucket, the middleware before a small app, and what bodies are held to."""
+"""Limits of keys and bodies: the token bucket, the middleware in front of a small app, and the checks of bodies."""
 
 import asyncio
 import json
@@ -38,7 +38,7 @@ STEPS = st.lists(st.tuples(st.floats(0, 90), st.floats(0.5, 50)), max_size=40)
 
 
 @given(st.integers(1, 1000), STEPS)
-def test_never_more_than_a_minutes_worth_and_what_time_brings(
+def test_a_bucket_gives_no_more_than_a_full_bucket_and_its_refill(
     per_minute: int, steps: list[tuple[float, float]]
 ) -> None:
     clock = Clock()
@@ -56,12 +56,12 @@ def test_never_more_than_a_minutes_worth_and_what_time_brings(
 
 
 @given(st.integers(1, 1000), STEPS)
-def test_the_wait_is_exactly_until_it_is_there_again(per_minute: int, steps: list[tuple[float, float]]) -> None:
+def test_the_wait_ends_exactly_when_the_bucket_has_enough(per_minute: int, steps: list[tuple[float, float]]) -> None:
     clock = Clock()
     bucket = Bucket(per_minute, clock)
     for pause, amount in steps:
         clock.now += pause
-        bucket.take(amount)  # whether it is there or not: a debt
+        bucket.take(amount)  # also more than the bucket holds
         wait = bucket.wait()
         if wait > 0.01:
             clock.now += wait - 0.01
@@ -71,7 +71,7 @@ def test_the_wait_is_exactly_until_it_is_there_again(per_minute: int, steps: lis
 
 
 @given(st.integers(1, 100), st.floats(0, 1e9))
-def test_rest_saves_up_a_minute_and_no_more(per_minute: int, rest: float) -> None:
+def test_an_idle_bucket_fills_up_to_one_minute(per_minute: int, rest: float) -> None:
     clock = Clock()
     bucket = Bucket(per_minute, clock)
     clock.now += rest
@@ -145,7 +145,7 @@ def ask(app: Any, body: Any, key: str = "a", path: str = "/v1/completions", meth
     return asyncio.run(call())
 
 
-def test_a_key_that_asks_too_often_is_told_when_to_come_again() -> None:
+def test_a_key_with_too_many_requests_is_told_when_to_try_again() -> None:
     clock = Clock()
     app = small_app(clock, requests_per_minute=6)
     answers = [ask(app, {"prompt": "x"}).status_code for _ in range(7)]
@@ -160,7 +160,7 @@ def test_a_key_that_asks_too_often_is_told_when_to_come_again() -> None:
     assert ask(app, {"prompt": "x"}).status_code == 200
 
 
-def test_an_endpoint_with_its_hands_full_says_when_to_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endpoint_with_too_many_requests_in_flight_says_when_to_try_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "MAX_IN_FLIGHT", 2)
     app, release = FastAPI(), asyncio.Event()
     errors.install(app)
@@ -188,20 +188,20 @@ def test_an_endpoint_with_its_hands_full_says_when_to_come_again(monkeypatch: py
     assert int(answers[0].headers["retry-after"]) > 0
 
 
-def test_what_costs_no_engine_and_what_an_operator_must_do_is_not_counted() -> None:
+def test_get_and_admin_requests_are_not_counted() -> None:
     app = small_app(requests_per_minute=1)
     for path, method in (("/v1/models", "GET"), ("/admin/promote", "POST")):
         assert [ask(app, b"", path=path, method=method).status_code for _ in range(5)] == [200] * 5
     assert [ask(app, {}, path="/feedback").status_code for _ in range(2)] == [200, 429]
 
 
-def test_those_without_a_key_share_one_account() -> None:
+def test_requests_without_a_key_share_one_quota() -> None:
     app = small_app(keys=(), requests_per_minute=2)
     assert [ask(app, {"prompt": "x"}, key=key).status_code for key in ("", "x", "y")] == [200, 200, 429]
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_tokens_are_taken_off_as_the_usage_counts_them(stream: bool) -> None:
+def test_tokens_are_charged_by_the_answers_usage(stream: bool) -> None:
     clock = Clock()
     app = small_app(clock, tokens_per_minute=25)
     answers = [ask(app, {"prompt": "x", "stream": stream}).status_code for _ in range(4)]
@@ -212,7 +212,7 @@ def test_tokens_are_taken_off_as_the_usage_counts_them(stream: bool) -> None:
     assert ask(app, {"prompt": "x"}).status_code == 200
 
 
-def test_a_stream_shows_its_usage_to_those_who_asked() -> None:
+def test_a_stream_shows_its_usage_to_clients_that_asked_for_it() -> None:
     app = small_app(tokens_per_minute=1000)
     for options, shown in [(None, False), ({"include_usage": False}, False), ({"include_usage": True}, True)]:
         answer = ask(app, {"prompt": "x", "stream": True, **({"stream_options": options} if options else {})})
@@ -236,7 +236,7 @@ def counted(*bodies: str, status: int = 200, received: int = 0, ended: bool = Tr
     return counting
 
 
-def test_an_answer_that_was_cut_off_counts_by_what_had_passed() -> None:
+def test_an_answer_that_was_cut_off_is_charged_by_the_events_that_were_sent() -> None:
     assert counted(event(choices=[1]), event(choices=[1]) * 3, received=40, ended=False).tokens == 4 + 10
     assert counted(received=40, ended=False).tokens == 10
     assert counted(event(choices=[1]), event(error={}), received=40).tokens == 2 + 10
@@ -245,7 +245,7 @@ def test_an_answer_that_was_cut_off_counts_by_what_had_passed() -> None:
 
 
 @given(st.text(), st.integers(0, 10**9))
-def test_no_text_passes_for_usage(text: str, total: int) -> None:
+def test_no_text_of_an_answer_is_taken_for_its_usage(text: str, total: int) -> None:
     body = {"choices": [{"text": text + '"usage":{"total_tokens":5}', "logprobs": {text: -1.0, "usage": -2.0}}]}
     dumped = json.dumps({**body, "usage": {"prompt_tokens": 0, "total_tokens": total}}, separators=(",", ":"))
     assert counted(dumped).tokens == total

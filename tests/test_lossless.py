@@ -115,7 +115,7 @@ def live(own_serve: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFac
     from sampo_ray.data.chat import ChatFormat
     from sampo_ray.run.version_files import write_version
     from sampo_ray.run.version_folders import VersionInfo
-    from sampo_ray.serve.endpoint import free_port, start_endpoint, start_serve, stop_endpoint
+    from sampo_ray.serve.endpoint import await_endpoint, deploy_endpoint, free_port, start_serve, stop_endpoint
 
     run = tmp_path_factory.mktemp("lossless")
     ChatFormat.load(tiny_model, "llama3-sampo").save(run / "tokenizer")
@@ -138,7 +138,8 @@ def live(own_serve: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFac
         "policy", f"{run}/versions/000000", str(run / "tokenizer"), Source("lossless"), generators, 512
     )
     serve.run(policy, name="lossless-policy", route_prefix=None)
-    url = start_endpoint("lossless-endpoint", "lossless-policy", "lossless", config)
+    deploy_endpoint("lossless-endpoint", "lossless-policy", "lossless", config)
+    url = await_endpoint("lossless-endpoint", config)
     yield Live(url, store, f"{run}/versions", tiny_model)
     stop_endpoint("lossless-endpoint")
     serve.delete("lossless-policy")
