@@ -7,6 +7,7 @@ ranks that went back to a checkpoint train steps again that were reported alread
 
 import asyncio
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,9 @@ from sampo_ray.errors import TrainingError
 from sampo_ray.run.parts import Part
 from sampo_ray.run.steps import StepResult
 from sampo_ray.run.storage import Place
+
+EXCHANGE_ANSWER_S = 60.0
+"""For any call of the exchange; those that wait for something return sooner."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,6 @@ class Closed:
     """The driver posts no more rounds."""
 
 
-EXCHANGE_ANSWER_S = 60.0
-"""For any call of the exchange; those that wait for something return sooner."""
-
-
 class Exchange:
     """Async Ray actor that dies with the driver. A resumed driver posts the round again that is not committed."""
 
@@ -73,9 +73,7 @@ class Exchange:
     async def take(self, after: int, timeout_s: float) -> Posted | Closed | None:
         """The current round once its number is above `after`; None when there is none within `timeout_s`."""
         async with self._changed:
-            try:
-                await asyncio.wait_for(self._changed.wait_for(lambda: self._closed or self._number > after), timeout_s)
-            except TimeoutError:
+            if not await self._until(lambda: self._closed or self._number > after, timeout_s):
                 return None
             return self._posted if self._number > after else Closed()
 
@@ -98,17 +96,18 @@ class Exchange:
         Raises TrainingError with the ranks' reason when they gave up.
         """
         async with self._changed:
-            try:
-                await asyncio.wait_for(
-                    self._changed.wait_for(lambda: self._failure is not None or after_step + 1 in self._results),
-                    timeout_s,
-                )
-            except TimeoutError:
-                return []
+            await self._until(lambda: self._failure is not None or after_step + 1 in self._results, timeout_s)
             if self._failure is not None:
                 raise TrainingError(self._failure)
             steps = itertools.takewhile(lambda step: step in self._results, itertools.count(after_step + 1))
             return [self._results[step] for step in steps]
+
+    async def _until(self, condition: Callable[[], bool], timeout_s: float) -> bool:
+        """Whether the condition holds within `timeout_s`."""
+        try:
+            return await asyncio.wait_for(self._changed.wait_for(condition), timeout_s)
+        except TimeoutError:
+            return False
 
     @property
     def _number(self) -> int:

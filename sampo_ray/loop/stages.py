@@ -31,7 +31,7 @@ PART_PROMPTS = 32
 CALL_SAMPLES = 8
 """Completions of one generator call, about: few, so that queues tell how busy a replica is; more than one, because with
 a small model a call costs more than a completion."""
-PAIRINGS_AT_ONCE, GATHERS_AT_ONCE = 8, 2
+PAIRINGS_AT_ONCE, REORDERINGS_AT_ONCE = 8, 2
 ASSIGN_S = 900.0
 """Until a replica takes a call."""
 SUMMARY_S = 900.0
@@ -116,7 +116,7 @@ def reorder(parts: Sequence[Part], order: np.ndarray, out: StageOutput, rows_per
     """The rows of `parts` in another order, as parts of `rows_per_part`."""
     tables = [part.argument() for part in parts]
     chunks = [order[start : start + rows_per_part] for start in range(0, len(order), rows_per_part)]
-    return run_stage(out, GATHERS_AT_ONCE, len(chunks), lambda i, place: _take.remote(place, chunks[i], *tables))
+    return run_stage(out, REORDERINGS_AT_ONCE, len(chunks), lambda i, place: _take.remote(place, chunks[i], *tables))
 
 
 def sample(
