@@ -11,14 +11,14 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Which of the known names was meant, to be said after one that is not known."""
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Suggests the closest known name, or lists all if none is close."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or address means this machine and no other can reach it."""
+    """Whether only this machine can reach a host name or address."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,12 +1,12 @@
-"""API keys in a file: who may do what at the endpoint.
+"""API keys in a file, with what each one allows at the endpoint.
 
 The file is a list of entries, JSON where its name ends in `.json` and YAML otherwise:
 
     - {name: web-shop, sha256: 5f1c..., scopes: [use], created: 2026-01-31}
     - {name: operator, sha256: 90ab..., scopes: [use, admin], created: 2026-01-31}
 
-Only digests are stored. Plain SHA-256, not a slow password hash: a key is 256 random bits, which nobody can guess from
-its digest however fast hashing is, and a slow hash would be paid for at every request.
+Only digests are stored. Plain SHA-256 is enough: a key is 256 random bits, which nobody can guess from its digest, and
+a slow password hash would cost time at every request.
 """
 
 import datetime
@@ -14,7 +14,7 @@ import hashlib
 import json
 import secrets
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -23,7 +23,7 @@ from sampo_ray.errors import KeysError
 
 Scope = Literal["use", "admin"]
 PREFIX = "sampo-"
-"""What our keys begin with, so that scanners for leaked secrets can tell them."""
+"""How keys begin, so that scanners for leaked secrets recognise them."""
 
 
 class Key(BaseModel):
@@ -44,12 +44,12 @@ _LIST = TypeAdapter(list[Key])
 
 
 def digest(key: str) -> str:
-    """SHA-256 of a key, in hex: all that is ever stored of it."""
+    """SHA-256 of a key in hex, which is all that is stored of it."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 def new_key(name: str, scopes: Iterable[Scope], today: datetime.date) -> tuple[str, Key]:
-    """A fresh random key, to be shown once, and its entry. KeysError for a name that is none."""
+    """A new random key, to be shown once, and its entry. KeysError for an invalid name."""
     key = PREFIX + secrets.token_urlsafe(32)
     try:
         return key, Key(name=name, sha256=digest(key), scopes=frozenset(scopes), created=today)
@@ -60,12 +60,12 @@ def new_key(name: str, scopes: Iterable[Scope], today: datetime.date) -> tuple[s
 
 
 def is_json(file: str) -> bool:
-    """Which of the two forms a file of this name has."""
+    """Whether a file of this name is JSON and not YAML."""
     return file.endswith(".json")
 
 
 def parse(content: bytes, json_file: bool) -> tuple[Key, ...]:
-    """The entries of a keys file. KeysError, without any of its content, when something is wrong with it."""
+    """The entries of a keys file. KeysError for an invalid file, with none of its content."""
     try:
         text = content.decode()
         tree = json.loads(text) if json_file else yaml.safe_load(text)
@@ -89,8 +89,8 @@ def parse(content: bytes, json_file: bool) -> tuple[Key, ...]:
 
 
 def render(keys: Iterable[Key], json_file: bool) -> bytes:
-    """The file's content; `parse` gives the same keys back."""
-    tree: list[dict[str, Any]] = []
+    """The file's content, from which `parse` gets the same keys."""
+    tree: list[dict[str, object]] = []
     for key in keys:
         entry = key.model_dump(mode="json", exclude_none=True)
         tree.append({**entry, "scopes": sorted(entry["scopes"], reverse=True)})
@@ -99,13 +99,14 @@ def render(keys: Iterable[Key], json_file: bool) -> bytes:
 
 
 def added(keys: tuple[Key, ...], key: Key) -> tuple[Key, ...]:
-    """KeysError when the name is taken: two keys of one name could not be told apart when one is to be revoked."""
+    """The keys and one more. KeysError if its name is taken: `revoked` tells keys apart by their names."""
     if any(known.name == key.name for known in keys):
         raise KeysError(f"name {key.name!r}: there is a key of that name; revoke it first, or choose another name")
     return (*keys, key)
 
 
 def revoked(keys: tuple[Key, ...], name: str) -> tuple[Key, ...]:
+    """The keys without the one of that name. KeysError if there is none."""
     left = tuple(key for key in keys if key.name != name)
     if len(left) == len(keys):
         known = ", ".join(sorted(key.name for key in keys)) or "none"

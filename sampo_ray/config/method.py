@@ -1,10 +1,10 @@
 """`method`: the preference loss and the length reduction."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from sampo_ray.config.base import Section, nearest
+from sampo_ray.config.base import Section, suggestion
 from sampo_ray.config.losses import LOSSES, REDUCTIONS, REFUSED, find_loss
 
 
@@ -34,16 +34,16 @@ class MethodConfig(Section):
 
     @property
     def needs_distributions(self) -> bool:
-        """Whether the loss wants the reference beside the policy in training."""
+        """Whether training keeps the reference beside the policy."""
         return find_loss(self.loss).reference == "distributions"
 
     @model_validator(mode="before")
     @classmethod
-    def _defaults_of_the_loss(cls, given: Any) -> Any:
+    def _defaults_of_the_loss(cls, given: object) -> object:
         if not isinstance(given, dict) or not isinstance(name := given.get("loss", "sigmoid"), str):
             return given
         if name not in {**LOSSES, **REFUSED} and ":" not in name:
-            raise ValueError(f"loss={name!r} is not known; {nearest(name, LOSSES)}")
+            raise ValueError(f"loss={name!r} is not known; {suggestion(name, LOSSES)}")
         loss = find_loss(name)
         reduction = "sample" if "sample" in loss.reductions else loss.reductions[0]
         defaults = {"reduction": reduction, **loss.settings}
@@ -52,7 +52,7 @@ class MethodConfig(Section):
     @model_validator(mode="after")
     def _compatible(self) -> "MethodConfig":
         if self.reduction not in REDUCTIONS:
-            raise ValueError(f"reduction={self.reduction!r} is not known; {nearest(self.reduction, REDUCTIONS)}")
+            raise ValueError(f"reduction={self.reduction!r} is not known; {suggestion(self.reduction, REDUCTIONS)}")
         loss = find_loss(self.loss)
         if self.reduction not in loss.reductions:
             raise ValueError(

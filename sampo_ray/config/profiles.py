@@ -1,48 +1,49 @@
-"""Profiles: how large a run is on the machines it finds. They fill what the configuration leaves open."""
+"""Profiles: the sizes of a run that its configuration leaves open, chosen for the machines that Ray has."""
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal, TypeVar
 
-from sampo_ray.config.fleet import FleetConfig
+from sampo_ray.config.fleet import FleetConfig, FleetsConfig
 from sampo_ray.config.run import RunConfig
 from sampo_ray.config.training import TrainerConfig
 from sampo_ray.errors import ConfigError
 
-Resolved = Literal["laptop", "cluster"]
+F = TypeVar("F", bound=FleetConfig)
 CLUSTER_GPUS = 4
-"""Trainer, reference, generators and live policy each have GPUs of their own from this many on."""
+"""From this many GPUs on, trainer, reference, generators and live policy each have their own."""
 SMALL_ACTORS_CPUS, TASK_CPUS = 0.3, 0.5
-"""Logical CPUs that weight store, exchange and endpoint ask Ray for together, and the largest task beside them."""
+"""Logical CPUs that weight store, exchange and endpoint request from Ray together, and the largest task."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sections that a profile fills in."""
+
+    trainer: TrainerConfig
+    fleet: FleetsConfig
 
 
 def resolve(config: RunConfig, resources: Mapping[str, float], cores: int) -> tuple[RunConfig, list[str]]:
-    """The configuration with every open size filled in, and notes on what was made smaller than asked for or may wait.
+    """The configuration with every open size filled in, and notes on sizes that were reduced or may have to wait.
 
     `resources` are those of the Ray cluster (CPU, GPU), `cores` the real cores of this machine. `auto` becomes
-    `cluster` where there are GPUs enough, else `laptop`, on which a recipe for GPUs runs with fewer workers and
-    replicas.
+    `cluster` where there are enough GPUs, else `laptop`, which runs a recipe for GPUs with fewer workers and replicas.
 
-    Raises ConfigError when the cluster profile is asked for by name and there are too few GPUs, and for a transport of
-    weights that cannot work where the profile puts trainer and replicas.
+    Raises ConfigError if the cluster profile is requested by name and there are too few GPUs, or if the weight
+    transport cannot work between trainer and replicas as the profile places them.
     """
-    gpus = int(resources.get("GPU", 0))
-    auto = config.profile == "auto"
-    profile: Resolved = ("cluster" if gpus >= CLUSTER_GPUS else "laptop") if auto else config.profile  # type: ignore[assignment]
-    if profile == "cluster" and gpus < CLUSTER_GPUS:
+    gpus, auto = int(resources.get("GPU", 0)), config.profile == "auto"
+    cluster = gpus >= CLUSTER_GPUS if auto else config.profile == "cluster"
+    if cluster and gpus < CLUSTER_GPUS:
         raise ConfigError(f"profile='cluster' needs {CLUSTER_GPUS} GPUs or more, Ray has {gpus}; use profile=laptop")
-    plan = _cluster(config, gpus) if profile == "cluster" else _laptop(config, gpus, (gpus or cores) if auto else None)
-    _check_transport(config.publish.transport, plan["trainer"]["num_gpus"], plan["generators"]["num_gpus"])
-    notes = [
-        f"{name}: {before} -> {after} ({profile} profile)"
-        for name, before, after in _changes(config, plan)
-        if before is not None
-    ]
-    tree = config.model_dump() | {"profile": profile}
-    tree["trainer"] |= plan["trainer"]
-    for fleet in ("generators", "references", "rewards"):
-        tree["fleet"][fleet] |= plan[fleet]
-    resolved = RunConfig.model_validate(tree)
+    profile: Literal["laptop", "cluster"] = "cluster" if cluster else "laptop"
+    sizes = _cluster(config, gpus) if cluster else _laptop(config, gpus, (gpus or cores) if auto else None)
+    _check_transport(config.publish.transport, sizes.trainer.num_gpus or 0, sizes.fleet.generators.num_gpus or 0)
+    notes = [f"{change} ({profile} profile)" for change in _changes(config, sizes)]
+    filled = {"profile": profile, "trainer": sizes.trainer.model_dump(), "fleet": sizes.fleet.model_dump()}
+    resolved = RunConfig.model_validate(config.model_dump() | filled)
     asked, cpus = _cpus(resolved), resources.get("CPU", math.inf)
     if asked + TASK_CPUS > cpus:
         notes.append(
@@ -53,97 +54,106 @@ def resolve(config: RunConfig, resources: Mapping[str, float], cores: int) -> tu
 
 
 def _cpus(config: RunConfig) -> float:
-    """Logical CPUs that the actors of a run ask for, a fleet that scales from zero with one replica."""
+    """Logical CPUs that a run's actors request; a fleet that scales from zero counts with one replica."""
     fleets, trainer = config.fleet, config.trainer
-    used = [fleets.references] * config.reference_workers + [fleets.rewards] * config.online
+    used: list[FleetConfig] = [fleets.references] * config.reference_workers + [fleets.rewards] * config.online
     uses = config.online + config.serve.enabled
     used += [fleets.generators] * (uses if config.profile == "cluster" else min(uses, 1))  # a laptop's are for both
     replicas = sum(max(1, fleet.autoscaling["min_replicas"]) * (fleet.num_cpus or 0) for fleet in used)
     return SMALL_ACTORS_CPUS + (trainer.workers or 1) * (trainer.num_cpus or 0) + replicas
 
 
-def _laptop(config: RunConfig, gpus: int, at_most: int | None) -> dict[str, dict[str, Any]]:
-    """One of everything, all sharing the CPUs or the few GPUs; with a limit, no more ranks or replicas than that."""
+def _laptop(config: RunConfig, gpus: int, at_most: int | None) -> Sizes:
+    """One of everything, all on the same CPUs or few GPUs; at most `at_most` ranks or replicas of each."""
 
     def size(asked: int | None) -> int:
         return min(asked or 1, at_most) if at_most else asked or 1
 
-    def fleet(asked: FleetConfig, cpus: float, share: float) -> dict[str, Any]:
+    def fleet(asked: F, cpus: float, share: float) -> F:
         most = size(asked.max_replicas)
         least = min(1 if asked.min_replicas is None else asked.min_replicas, most)
-        cpus = cpus if asked.num_cpus is None else asked.num_cpus
-        return {"num_gpus": share if gpus else 0, "num_cpus": cpus, "max_replicas": most, "min_replicas": least}
+        return _sized(asked, least, most, share if gpus else 0, cpus)
 
-    fleets, engine = config.fleet, dict(config.fleet.generators.engine)
-    if gpus:
-        engine.setdefault("gpu_memory_utilization", 0.3)
-    workers = math.gcd(size(config.trainer.workers or gpus or 1), config.optim.batch_size)
-    return {
-        # Of two halves Ray may make one GPU, on which two ranks cannot be.
-        "trainer": _ranks(config.trainer, workers, (0.5 if workers == 1 else 0.51) if gpus else 0, 0.5),
-        "generators": {**fleet(fleets.generators, 0.5, 0.3), "engine": engine},
-        "references": fleet(fleets.references, 0.5, 0.1),
-        "rewards": fleet(fleets.rewards, 0.1, 0.1 if config.reward.model else 0),
-    }
+    fleets, trainer = config.fleet, config.trainer
+    generators = fleet(fleets.generators, 0.5, 0.3)
+    engine = ({"gpu_memory_utilization": 0.3} if gpus else {}) | fleets.generators.engine
+    workers = math.gcd(size(trainer.workers or gpus or 1), config.optim.batch_size)
+    return Sizes(
+        # Ray may place two halves on one GPU, where two ranks cannot be.
+        _ranks(trainer, workers, (0.5 if workers == 1 else 0.51) if gpus else 0, 0.5),
+        FleetsConfig(
+            generators=generators.model_copy(update={"engine": engine}),
+            references=fleet(fleets.references, 0.5, 0.1),
+            rewards=fleet(fleets.rewards, 0.1, 0.1 if config.reward.model else 0),
+        ),
+    )
 
 
-def _cluster(config: RunConfig, gpus: int) -> dict[str, dict[str, Any]]:
-    """Whole GPUs: the live policy and the reference one each, generators a quarter of all, the trainer the rest. A
-    reward model lives beside the reference, or in its place where the loss needs none.
+def _cluster(config: RunConfig, gpus: int) -> Sizes:
+    """Whole GPUs: one each for live policy and reference, a quarter of all for generators, the rest for the trainer. A
+    reward model shares the reference's GPU, or has it alone where the loss needs no reference.
     """
-    fleets = config.fleet
+    fleets, trainer = config.fleet, config.trainer
     live = 1 if config.serve.enabled else 0
     sampling = max(1, gpus // 4) if config.online else 0
     scorers = config.reference_workers + bool(config.reward.model)
     left = max(1, gpus - sampling - live - min(scorers, 1))
-    workers = config.trainer.workers or max(n for n in range(1, left + 1) if config.optim.batch_size % n == 0)
+    workers = trainer.workers or max(n for n in range(1, left + 1) if config.optim.batch_size % n == 0)
     share = 1.0 / max(scorers, 1)
 
-    def fleet(asked: FleetConfig, each: float, most: int) -> dict[str, Any]:
+    def fleet(asked: F, each: float, most: int) -> F:
         least = 1 if asked.min_replicas is None else asked.min_replicas
-        most = max(asked.max_replicas or most, least, 1)
         each = each if asked.num_gpus is None else asked.num_gpus
-        cpus = 1.0 if asked.num_cpus is None else asked.num_cpus
-        return {"num_gpus": each, "num_cpus": cpus, "min_replicas": least, "max_replicas": most}
+        return _sized(asked, least, max(asked.max_replicas or most, least, 1), each, 1.0)
 
-    return {
-        "trainer": _ranks(config.trainer, workers, 1.0, 1.0),
-        "generators": fleet(fleets.generators, 1.0, sampling or live),
-        "references": fleet(fleets.references, share, 1),
-        "rewards": fleet(fleets.rewards, share if config.reward.model else 0, 1),
-    }
+    return Sizes(
+        _ranks(trainer, workers, 1.0, 1.0),
+        FleetsConfig(
+            generators=fleet(fleets.generators, 1.0, sampling or live),
+            references=fleet(fleets.references, share, 1),
+            rewards=fleet(fleets.rewards, share if config.reward.model else 0, 1),
+        ),
+    )
 
 
-def _ranks(asked: TrainerConfig, workers: int, gpus: float, cpus: float) -> dict[str, Any]:
-    """So many ranks, with as many GPUs each, and CPUs where the configuration does not say."""
+def _sized(asked: F, least: int, most: int, gpus: float, cpus: float) -> F:
+    cpus = cpus if asked.num_cpus is None else asked.num_cpus
+    return asked.model_copy(update={"min_replicas": least, "max_replicas": most, "num_gpus": gpus, "num_cpus": cpus})
+
+
+def _ranks(asked: TrainerConfig, workers: int, gpus: float, cpus: float) -> TrainerConfig:
     least = None if asked.min_workers is None else min(asked.min_workers, workers)
     cpus = cpus if asked.num_cpus is None else asked.num_cpus
-    return {"workers": workers, "min_workers": least, "num_gpus": gpus, "num_cpus": cpus}
+    return asked.model_copy(update={"workers": workers, "min_workers": least, "num_gpus": gpus, "num_cpus": cpus})
 
 
-def _check_transport(transport: str, trainer: float, replica: float) -> None:
-    """`trainer` and `replica` are the GPUs of one rank and of one worker."""
-    one = 0 < trainer < 1 and 0 < replica < 1
-    if transport == "ipc" and not one:
+def _check_transport(transport: str, rank: float, replica: float) -> None:
+    """ConfigError where `rank` and `replica`, the GPUs of one of each, rule the transport out."""
+    shared = 0 < rank < 1 and 0 < replica < 1
+    if transport == "ipc" and not shared:
         raise ConfigError(
-            f"publish.transport='ipc' needs trainer and replicas on one GPU, here a rank has {trainer:g} and a replica "
-            f"{replica:g}; use publish.transport={'broadcast' if trainer and replica else 'host'}"
+            f"publish.transport='ipc' needs trainer and replicas on one GPU, here a rank has {rank:g} and a replica "
+            f"{replica:g}; use publish.transport={'broadcast' if rank and replica else 'host'}"
         )
-    if transport == "broadcast" and (one or bool(trainer) != bool(replica)):
+    if transport == "broadcast" and (shared or bool(rank) != bool(replica)):
         raise ConfigError(
             f"publish.transport='broadcast' needs a GPU for each rank and replica, or none for any, here a rank has "
-            f"{trainer:g} and a replica {replica:g}; use publish.transport={'ipc' if one else 'host'}"
+            f"{rank:g} and a replica {replica:g}; use publish.transport={'ipc' if shared else 'host'}"
         )
 
 
-def _changes(config: RunConfig, plan: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Any, Any]]:
-    asked = {
-        "trainer": config.trainer,
-        **{n: getattr(config.fleet, n) for n in ("generators", "references", "rewards")},
-    }
-    return [
-        (f"{'' if part == 'trainer' else 'fleet.'}{part}.{name}", getattr(asked[part], name), value)
-        for part, values in plan.items()
-        for name, value in values.items()
-        if name in ("workers", "min_workers", "min_replicas", "max_replicas") and getattr(asked[part], name) != value
+def _changes(config: RunConfig, sizes: Sizes) -> list[str]:
+    """Each size that was given and is another now."""
+    before, after = config.fleet, sizes.fleet
+    named = [
+        ("trainer.workers", config.trainer.workers, sizes.trainer.workers),
+        ("trainer.min_workers", config.trainer.min_workers, sizes.trainer.min_workers),
     ]
+    for name, asked, sized in (
+        ("generators", before.generators, after.generators),
+        ("references", before.references, after.references),
+        ("rewards", before.rewards, after.rewards),
+    ):
+        named.append((f"fleet.{name}.max_replicas", asked.max_replicas, sized.max_replicas))
+        named.append((f"fleet.{name}.min_replicas", asked.min_replicas, sized.min_replicas))
+    return [f"{name}: {asked} -> {sized}" for name, asked, sized in named if asked is not None and asked != sized]

@@ -1,23 +1,27 @@
-"""Reading a configuration: a YAML recipe plus dotted overrides, and what to say about mistakes in them."""
+"""Reads a configuration: a YAML recipe plus dotted overrides, with one line for each mistake."""
 
 import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TypeAlias, get_args
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
-from sampo_ray.config.base import nearest
+from sampo_ray.config.base import suggestion
 from sampo_ray.config.run import RunConfig
 from sampo_ray.errors import ConfigError
 
+Tree: TypeAlias = dict[str, object]
 
-def load_config(recipe: str | Path | dict[str, Any], overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+
+def load_config(recipe: str | Path | Mapping[str, object], overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML recipe (or takes a mapping), applies `a.b.c=value` overrides (values are YAML), validates.
 
     Raises ConfigError with one line per mistake.
     """
-    tree = recipe if isinstance(recipe, dict) else _read_yaml(Path(recipe))
+    tree = dict(recipe) if isinstance(recipe, Mapping) else _read_yaml(Path(recipe))
     for override in overrides:
         tree = _set(tree, override)
     try:
@@ -26,7 +30,7 @@ def load_config(recipe: str | Path | dict[str, Any], overrides: list[str] | tupl
         raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path) -> Tree:
     try:
         tree = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -38,7 +42,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _set(tree: dict[str, Any], override: str) -> dict[str, Any]:
+def _set(tree: Tree, override: str) -> Tree:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {override!r}: write it as section.field=value")
@@ -50,18 +54,19 @@ def _set(tree: dict[str, Any], override: str) -> dict[str, Any]:
     *sections, name = key.split(".")
     inner = tree
     for section in sections:
-        inner = inner.setdefault(section, {})
-        if not isinstance(inner, dict):
-            raise ConfigError(f"override {override!r}: {section} is a value ({inner!r}), not a section")
+        below = inner.setdefault(section, {})
+        if not isinstance(below, dict):
+            raise ConfigError(f"override {override!r}: {section} is a value ({below!r}), not a section")
+        inner = below
     inner[name] = leaf
     return tree
 
 
-def _explain(error: Any) -> str:
+def _explain(error: ErrorDetails) -> str:
     path = [str(part) for part in error["loc"]]
     where, value = ".".join(path), error.get("input")
     if error["type"] == "extra_forbidden":
-        return f"{where}: unknown key; {nearest(path[-1], _fields_at(path[:-1]))}"
+        return f"{where}: unknown key; {suggestion(path[-1], _fields_at(path[:-1]))}"
     if error["type"] == "missing":
         return f"{where}: missing; set it in the recipe or as {where}=..."
     message = error["msg"].removeprefix("Value error, ")
@@ -71,8 +76,9 @@ def _explain(error: Any) -> str:
 
 
 def _fields_at(path: list[str]) -> list[str]:
-    section: Any = RunConfig
+    """The fields of the section at `path`, which may be optional."""
+    section: type[BaseModel] = RunConfig
     for name in path:
         kind = section.model_fields[name].annotation
-        section = next(each for each in (kind, *get_args(kind)) if hasattr(each, "model_fields"))  # or None, some are
+        section = next(t for t in (kind, *get_args(kind)) if isinstance(t, type) and issubclass(t, BaseModel))
     return list(section.model_fields)

@@ -1,7 +1,7 @@
 """The configuration of a run: one pydantic tree (`sampo_ray.config.recipe` reads it).
 
-Everything that can be known to be wrong before an engine starts is refused here, with one message that names the field,
-the value and the mend. Fields left at `None` are filled by the profile (`sampo_ray.config.profiles`).
+It refuses every mistake that can be found before an engine starts, with one message that names field, value and fix.
+The profile (`sampo_ray.config.profiles`) fills fields that are `None`.
 """
 
 from typing import Literal
@@ -31,7 +31,7 @@ class OutputConfig(Section):
 
 
 class RunConfig(Section):
-    """A whole run. `profile: auto` looks at what the Ray cluster has and chooses between `laptop` and `cluster`."""
+    """A whole run. `profile: auto` chooses between `laptop` and `cluster` by the GPUs that Ray has."""
 
     profile: Literal["auto", "laptop", "cluster"] = "auto"
     model: ModelConfig
@@ -55,7 +55,7 @@ class RunConfig(Section):
 
     @property
     def reference_workers(self) -> bool:
-        """Whether the run has any."""
+        """Whether workers of their own compute the reference's log-probs."""
         return self.method.needs_reference and self.reference.where == "workers"
 
     @property
@@ -63,13 +63,21 @@ class RunConfig(Section):
         return self.rounds.mode == "online"
 
     @model_validator(mode="after")
-    def _whole(self) -> "RunConfig":
+    def _has_data(self) -> "RunConfig":
         if not self.online and not self.data.train:
             raise ValueError("data.train is missing; rounds.mode=offline trains on preference pairs, so name a file")
         if self.online and not self.data.prompts:
             raise ValueError("data.prompts is missing; rounds.mode=online samples for prompts, so name a file")
         if self.online and not (self.reward.function or self.reward.model):
             raise ValueError("reward.function or reward.model is missing; rounds.mode=online needs a reward source")
+        if self.online and self.rounds.data == "split":
+            raise ValueError("rounds.data=split is for offline rounds; online ones take rollout.prompts each")
+        if self.serve.gates.min_win_rate is not None and not self.online:
+            raise ValueError("serve.gates.min_win_rate needs a reward source: use rounds.mode=online, or drop it")
+        return self
+
+    @model_validator(mode="after")
+    def _samples_make_pairs(self) -> "RunConfig":
         if self.online and self.rollout.samples < 2:
             raise ValueError(
                 f"rollout.samples={self.rollout.samples} gives no pairs; rounds.mode=online needs 2 or more"
@@ -79,14 +87,10 @@ class RunConfig(Section):
                 f"rollout.max_tokens={self.rollout.max_tokens} leaves no room for a prompt within "
                 f"data.max_length={self.data.max_length}; make it smaller"
             )
-        if self.online and self.rounds.data == "split":
-            raise ValueError("rounds.data=split is for offline rounds; online ones take rollout.prompts each")
-        if self.serve.gates.min_win_rate is not None and not self.online:
-            raise ValueError("serve.gates.min_win_rate needs a reward source: use rounds.mode=online, or drop it")
-        if self.model.flex and self.trainer.gradient_checkpointing == "selective":
-            raise ValueError(
-                "trainer.gradient_checkpointing=selective does not go with model.attention=flex; use true or false"
-            )
+        return self
+
+    @model_validator(mode="after")
+    def _loss_gets_its_reference(self) -> "RunConfig":
         if self.reference.positions == "sampled" and (self.method.reduction, self.method.mask) != ("sample", "shared"):
             raise ValueError(
                 "reference.positions=sampled needs method.reduction=sample and method.mask=shared, not "
@@ -101,6 +105,14 @@ class RunConfig(Section):
             raise ValueError(
                 f"method.loss={self.method.loss!r} has its reference beside the policy; drop reference.where and "
                 "reference.positions, which are for stored log-probs"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_can_train(self) -> "RunConfig":
+        if self.model.flex and self.trainer.gradient_checkpointing == "selective":
+            raise ValueError(
+                "trainer.gradient_checkpointing=selective does not go with model.attention=flex; use true or false"
             )
         workers = self.trainer.workers or 1
         if self.optim.batch_size % workers:

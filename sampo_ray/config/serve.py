@@ -1,4 +1,4 @@
-"""`publish` and `serve`: which versions there are, and how they go live."""
+"""`publish` and `serve`: which versions are published, and how they are served."""
 
 import os
 from typing import Annotated, Literal
@@ -18,12 +18,12 @@ class PublishConfig(Section):
     keep: int = Field(2, ge=1)
     """Published versions kept on disk besides those that begin or end a round."""
     transport: Literal["host", "ipc", "broadcast"] = "host"
-    """How a version gets to the workers of the policy replicas: through host memory, out of the memory of the GPU that
-    they share with the trainer, or sent to all of them at once. What fails comes through host memory."""
+    """How weights reach the policy replicas' workers: through host memory; from the memory of the GPU that they share
+    with the trainer (`ipc`); or sent to all at once (`broadcast`). A transfer that fails goes through host memory."""
 
 
 class GatesConfig(Section):
-    """Checks that a version must pass before it goes live; none unless set. Probes are greedy answers."""
+    """Checks that a version must pass before it goes live. Default: none. Probes are greedy answers."""
 
     finite: bool = False
     """No weight is NaN or infinite."""
@@ -36,7 +36,7 @@ class GatesConfig(Section):
     min_win_rate: float | None = Field(None, ge=0, le=1)
     """Share of probe prompts that get a higher reward than from the last version that passed (ties half), at least."""
     probes: int = Field(32, ge=1, le=512)
-    """Prompts of the run's data that are asked."""
+    """Number of prompts of the run's data to probe with."""
 
     @property
     def any(self) -> bool:
@@ -73,7 +73,7 @@ class ServeConfig(Section):
     """File of further keys with scopes (`sampo keys add`), which may change while the endpoint runs: a path (on a
     cluster one that all its machines share) or any fsspec URL."""
     open: bool = False
-    """Whoever reaches the endpoint may use it without a key, on any address; `/admin` still needs one."""
+    """Anyone who reaches the endpoint may use it without a key, on any address; `/admin` still needs one."""
     max_body_bytes: int = Field(1 << 20, ge=1024)
     """Largest request body."""
     max_prompt_tokens: int | None = Field(None, ge=1)
@@ -87,17 +87,17 @@ class ServeConfig(Section):
     request_timeout_s: float = Field(300.0, gt=0)
     """Seconds a request may take before it is cancelled."""
     start_timeout_s: float = Field(120.0, ge=0)
-    """Seconds of them that it waits for a replica where none is running (one that scales from zero, say)."""
+    """Seconds of them that it may wait for a replica while none runs (after scaling to zero, for example)."""
     follow: Literal["latest", "round", "manual"] = "latest"
-    """Which versions go live by themselves: all that are published, those that end rounds, or none."""
+    """Which versions go live automatically: all that are published, those that end rounds, or none."""
     swap: Literal["keep", "wait"] = "keep"
-    """At new weights, answers in flight go on with them, or are finished first (one version an answer)."""
+    """`keep`: answers in flight continue with the new weights. `wait`: they finish first (one version an answer)."""
     gates: GatesConfig = GatesConfig()
     feedback: FeedbackConfig = FeedbackConfig()
 
     @property
     def keyed(self) -> bool:
-        """Whether there are keys, if only in a file."""
+        """Whether there are keys, in the configuration or in a file."""
         return bool(self.api_keys or self.keys_file)
 
     @model_validator(mode="after")
