@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import requests
@@ -90,7 +89,7 @@ def stage_files(recipe: Path, config: RunConfig, folder: Path) -> None:
 def submit_entrypoint(command: str, folder: Path, address: str, console: Console) -> int:
     """Submits `command` to run in a copy of `folder`, with this package importable; follows it as `submit` says."""
     client = _connect(address)
-    packages: dict[str, Any] = {"working_dir": str(folder), "py_modules": [str(Path(sampo_ray.__file__).parent)]}
+    packages: dict[str, object] = {"working_dir": str(folder), "py_modules": [str(Path(sampo_ray.__file__).parent)]}
     job = _submitted(client, command, packages, address)
     by_hand = f"--address {shlex.quote(address)} {job}"
     console.print(f"job {job} submitted to {address}", markup=False, highlight=False, soft_wrap=True)
@@ -131,8 +130,8 @@ def _connect(address: str) -> JobSubmissionClient:
         raise SubmitError(f"--address {address}: {error}") from error
 
 
-def _submitted(client: JobSubmissionClient, command: str, packages: dict[str, Any], address: str) -> str:
-    """The job's id. A cluster that has just started takes jobs only once an agent of its is up, and is asked again."""
+def _submitted(client: JobSubmissionClient, command: str, packages: dict[str, object], address: str) -> str:
+    """The job's id. Tries again while a cluster that has just started has no agent to take jobs."""
     deadline = time.monotonic() + SETTLE_SECONDS
     while True:
         try:
@@ -144,7 +143,7 @@ def _submitted(client: JobSubmissionClient, command: str, packages: dict[str, An
 
 
 async def _follow(client: JobSubmissionClient, job: str, console: Console) -> None:
-    """Copies the job's log as it grows. A lost connection is taken up again where it broke."""
+    """Copies the job's log as it grows. After a lost connection it continues where the log stopped."""
     shown, deadline = 0, 0.0
     while True:
         try:
@@ -164,7 +163,7 @@ async def _follow(client: JobSubmissionClient, job: str, console: Console) -> No
 
 
 async def _log(client: JobSubmissionClient, job: str) -> AsyncIterator[str]:
-    """The job's log in pieces, from its beginning. When it is silent for long, asks whether the cluster still lives."""
+    """The job's log in pieces, from its beginning. While it is silent, checks that the job still runs."""
     stream = client.tail_job_logs(job)
     piece = asyncio.ensure_future(anext(stream, None))
     try:

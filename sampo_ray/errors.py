@@ -1,8 +1,8 @@
-"""Errors that are told to a user as one message; importable without any library."""
+"""Errors that a user sees as one message. Imports no library."""
 
 
 class UserError(Exception):
-    """Something that a user can put right; the message names what is wrong and what to do."""
+    """A mistake that a user can fix; the message names what is wrong and what to do."""
 
 
 class ConfigError(UserError, ValueError):

@@ -1,1 +1,4 @@
-"""What a run is configured with. Importable without torch; knows nothing of Ray, models or files of a run."""
+"""The configuration of a run: its schema by section, recipes and profiles.
+
+Imports `sampo_ray.errors` alone, and neither torch nor Ray. It opens no model and no file of a run.
+"""

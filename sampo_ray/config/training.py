@@ -9,7 +9,7 @@ from sampo_ray.config.base import Section
 
 class OptimConfig(Section):
     learning_rate: float = Field(4e-7, gt=0)
-    """Peak learning rate; linear warm-up, then linear decay to zero, afresh in each round."""
+    """Peak learning rate; linear warm-up, then linear decay to zero, anew in each round."""
     batch_size: int = Field(128, ge=1)
     """Pairs per optimizer step, over all ranks."""
     warmup_ratio: float = Field(0.1, ge=0, le=1)
@@ -27,7 +27,7 @@ class OptimConfig(Section):
 class ReferenceConfig(Section):
     where: Literal["workers", "trainer"] = "workers"
     """Who computes the log-probs of a round's reference: workers of their own, or the trainer's ranks before the
-    round's first step, when the policy still is the reference. `trainer` spares a copy of the model; same bits."""
+    round's first step, when the policy still is the reference. `trainer` saves a copy of the model; same bits."""
     positions: Literal["all", "sampled"] = "all"
     """`sampled`: only of the tokens that SamPO's masks keep; other tokens get NaN. Same bits for less of the head's
     work, but stored log-probs are good for this run's masks alone."""

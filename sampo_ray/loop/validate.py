@@ -1,4 +1,4 @@
-"""What can be checked of a configuration by opening things, in seconds, before Ray or any engine starts."""
+"""Checks a configuration against the files that it names, in seconds, before Ray or an engine starts."""
 
 import warnings
 
@@ -19,7 +19,7 @@ from sampo_ray.training.policy import check_architecture, on_meta
 def check(config: RunConfig) -> None:
     """Opens the model's configuration and tokenizer, the data and the reward source, and tries the prompt format.
 
-    Raises ConfigError or DataError, naming the field and the mend.
+    Raises ConfigError or DataError, naming the field and the fix.
     """
     path = config.model.path
     try:
