@@ -213,3 +213,17 @@ def test_torch_limits_recompilations(monkeypatch: pytest.MonkeyPatch) -> None:
     with config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
         limit_recompilations(32)
         assert (config.recompile_limit, config.fail_on_recompile_limit_hit) == (32, True), found("torch", "2.13.0")
+
+
+def test_rays_job_client_sends_its_requests_through_one_method() -> None:
+    from ray.job_submission import JobSubmissionClient
+
+    parameters = inspect.signature(JobSubmissionClient._do_request).parameters
+    assert list(parameters)[:3] == ["self", "method", "endpoint"], found("ray", "2.60.0")
+    assert parameters["kwargs"].kind is inspect.Parameter.VAR_KEYWORD, found("ray", "2.60.0")
+
+
+def test_rays_services_log_under_the_name_that_is_silenced() -> None:
+    from ray._private import services
+
+    assert services.logger.name == "ray._private.services", found("ray", "2.60.0")

@@ -1,5 +1,5 @@
 """The command line `sampo` and the demo: one module a command; `session` has what those that start Ray share.
 
-Nothing imports this folder. No logic lives here that a user of the package would need. `main` and what it imports at its
-top stay free of heavy libraries, so that commands answer at once.
+Nothing imports this folder. No logic lives here that a user of the package would need. `main` and what it imports at
+its top stay free of heavy libraries, so that commands answer at once.
 """
