@@ -196,7 +196,7 @@ def _limit_tokens(request: AnyRequest, body: dict[str, JsonValue], limits: Limit
 
 
 def _request_usage(request: AnyRequest) -> bool:
-    """Makes a stream end with its usage, which the meter counts; True if the client had not asked for it."""
+    """Makes a stream end with its usage, by which tokens are counted; True if the client had not asked for it."""
     if request.stream_options is not None and request.stream_options.include_usage:
         return False
     request.stream_options = StreamOptions(include_usage=True)

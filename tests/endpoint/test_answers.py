@@ -298,7 +298,7 @@ def test_a_swap_on_the_way_is_named_in_the_answer(endpoint: Endpoint) -> None:
     assert endpoint.client().models.list().data[0].metadata["version"] == before + 1
 
 
-def test_what_is_said_of_answers_is_stored_with_them_and_outlives_a_kill(endpoint: Endpoint) -> None:
+def test_votes_are_stored_with_their_answers_and_outlive_a_kill(endpoint: Endpoint) -> None:
     from sampo_ray.run.feedback import read_votes
     from sampo_ray.run.storage import Place
 
