@@ -1,7 +1,6 @@
 """The endpoint's errors: JSON in OpenAI's form, without stack traces, paths or values of a request."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from fastapi import FastAPI, Request
 from pydantic import ValidationError
@@ -38,7 +37,7 @@ class ApiError(Exception):
             return {"retry-after": str(self._retry_after_s)}
         return {"www-authenticate": "Bearer"} if self.status == 401 else {}
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> dict[str, dict[str, str | None]]:
         kind = "invalid_request_error" if self.status < 500 and self.status != 429 else "server_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 

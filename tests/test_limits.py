@@ -228,7 +228,7 @@ def test_a_stream_shows_its_usage_to_clients_that_asked_for_it() -> None:
 
 def counted(*bodies: str, status: int = 200, received: int = 0, ended: bool = True) -> TokenCounter:
     counting = TokenCounter()
-    counting.received(received)
+    counting.request_bytes = received
     counting.count({"type": "http.response.start", "status": status, "headers": []})
     for position, body in enumerate(bodies):
         more = not ended or position < len(bodies) - 1

@@ -73,22 +73,20 @@ class Quota:
     """The requests and tokens that one key has left."""
 
     def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
-        self._requests = Bucket(limits.requests_per_minute, clock) if limits.requests_per_minute else None
-        self._tokens = Bucket(limits.tokens_per_minute, clock) if limits.tokens_per_minute else None
+        numbers = {"requests": limits.requests_per_minute, "tokens": limits.tokens_per_minute}
+        self._buckets = {unit: Bucket(number, clock) for unit, number in numbers.items() if number}
 
     def admit(self) -> None:
         """Takes one request. Raises ApiError (429), which says when to try again, when none is left."""
-        for field, bucket in (("requests_per_minute", self._requests), ("tokens_per_minute", self._tokens)):
-            if bucket is not None and (wait := bucket.wait()) > 0:
-                seconds = math.ceil(wait)
-                message = f"this key has used up its {field.replace('_', ' ')}; try again in {seconds} s"
+        for unit, bucket in self._buckets.items():
+            if seconds := math.ceil(bucket.wait()):
+                message = f"this key has used up its {unit} per minute; try again in {seconds} s"
                 raise ApiError(429, message, code="rate_limit_exceeded", retry_after_s=seconds)
-        if self._requests is not None:
-            self._requests.take()
+        self.charge("requests", 1)
 
-    def charge(self, tokens: int) -> None:
-        if self._tokens is not None:
-            self._tokens.take(tokens)
+    def charge(self, unit: str, count: int) -> None:
+        if unit in self._buckets:
+            self._buckets[unit].take(count)
 
 
 class TokenCounter:
@@ -97,21 +95,18 @@ class TokenCounter:
     def __init__(self) -> None:
         self.hide_usage = False
         """Whether to remove the usage at a stream's end: the endpoint asked for it, not the client."""
-        self._usage, self._ended = 0, False
-        self._events, self._received = 0, 0
-        self._failed = False
+        self.request_bytes = 0
+        self._usage, self._events = 0, 0
+        self._ended = self._failed = False
 
     @property
     def tokens(self) -> int:
         """Tokens of prompt and answer, by the answer's usage. For an answer that was cut off before its usage: one for
         each event that was sent, and one for each BYTES_PER_TOKEN of the request."""
-        whole = self._ended and not self._events  # not a stream; some of those have no usage
-        if self._usage or self._failed or whole:
+        complete = self._ended and not self._events  # not a stream; some of those have no usage
+        if self._usage or self._failed or complete:
             return self._usage
-        return self._events + self._received // BYTES_PER_TOKEN
-
-    def received(self, count: int) -> None:
-        self._received += count
+        return self._events + self.request_bytes // BYTES_PER_TOKEN
 
     def count(self, message: Message) -> Message:
         """Counts one ASGI message of the answer, and returns the message to send in its place."""
@@ -162,7 +157,7 @@ class LimitRequests:
         finally:
             self._in_flight -= 1
             if quota is not None:
-                quota.charge(counter.tokens)
+                quota.charge("tokens", counter.tokens)
         return None
 
     def _quota(self, scope: Scope) -> Quota | None:
@@ -186,7 +181,7 @@ def _with_deadline(receive: Receive, counter: TokenCounter) -> Receive:
         except TimeoutError:
             raise ApiError(408, f"body: did not arrive within {BODY_TIMEOUT_S:.0f} s", code="body_too_slow") from None
         if message["type"] == "http.request":
-            counter.received(len(message.get("body", b"")))
+            counter.request_bytes += len(message.get("body", b""))
             if not message.get("more_body", False):
                 deadline = None  # only a disconnect can follow
         return message

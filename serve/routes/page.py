@@ -1,8 +1,10 @@
 """The page: static files of the package. Their links are relative, so that they work under any route prefix."""
 
+from collections.abc import Callable
 from importlib import resources
-from typing import Any
+from os.path import splitext
 
+from fastapi import FastAPI
 from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -13,9 +15,8 @@ TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".s
 
 def load_assets() -> dict[str, tuple[bytes, str]]:
     """Content and media type of the page's files by name."""
-    files = [file for file in (resources.files("sampo_ray.serve") / "page").iterdir() if file.is_file()]
-    typed = {file.name: TYPES.get("." + file.name.rpartition(".")[2]) for file in files}
-    return {file.name: (file.read_bytes(), kind) for file in files if (kind := typed[file.name])}
+    files = (resources.files("sampo_ray.serve") / "page").iterdir()
+    return {file.name: (file.read_bytes(), TYPES[end]) for file in files if (end := splitext(file.name)[1]) in TYPES}
 
 
 class PageRoutes:
@@ -36,7 +37,7 @@ class PageRoutes:
         return Response(content, media_type=kind, headers={"cache-control": "no-cache"})
 
 
-PAGE_ROUTES: dict[str, Any] = {
+PAGE_ROUTES: dict[str, Callable[[FastAPI], object]] = {
     "page": lambda app: app.get("/"),
     "page_asset": lambda app: app.get("/page/{name}"),
 }
