@@ -1,4 +1,4 @@
-// One answer: streamed, shown as text, with the version and tokens behind it, and judged.
+// One answer: its stream, its text, its version and tokens, and the user's feedback on it.
 
 import { chat, Refused } from "./api.js";
 import { announce, button, el, icon, plural, seconds, setText } from "./dom.js";
@@ -7,30 +7,30 @@ import { edited, judge, thumb } from "./feedback.js";
 const SLOW_MS = 4000;
 
 export class Answer {
-  // `hidden`: its version stays unnamed until the vote. `onsettled` is called each time it ends, however it does.
-  constructor({ model, name, ask, hidden = false, single = true, onsettled }) {
-    Object.assign(this, { model, name, ask, hidden, single, onsettled });
+  // `hidden`: the version is not shown until the vote. `onend` is called each time the answer ends, fails or is stopped.
+  constructor({ model, name, request, hidden = false, single = true, onend }) {
+    Object.assign(this, { model, name, request, hidden, single, onend });
     this.title = el("h3", { hidden: single });
     this.body = el("div", { class: "text", dir: "auto" });
     this.problem = el("div", { class: "problem", hidden: true });
     this.meta = el("span", { class: "meta" });
     this.tools = el("span", { class: "tools-inline" });
-    this.said = el("span", { class: "said", role: "status" });
+    this.status = el("span", { class: "status", role: "status" });
     this.node = el("article", { class: "answer", "aria-label": single ? "Answer" : `Answer ${name}` },
-      this.title, this.body, this.problem, el("footer", {}, this.meta, this.tools, this.said));
+      this.title, this.body, this.problem, el("footer", {}, this.meta, this.tools, this.status));
     this.clear();
   }
 
   clear() {
-    Object.assign(this, { state: "waiting", text: "", id: null, version: null, spans: null, tokens: null, finish: null, took: 0 });
+    Object.assign(this, { state: "waiting", text: "", id: null, version: null, spans: null, tokens: null, finish: null, duration: 0 });
     this.problem.hidden = true;
     this.tools.replaceChildren();
-    setText(this.said, "");
+    setText(this.status, "");
     this.draw();
   }
 
   get busy() { return this.state === "waiting" || this.state === "streaming"; }
-  get whole() { return this.state === "done" && this.id !== null; }
+  get complete() { return this.state === "done" && this.id !== null; }
 
   // Streams the answer until it ends, fails or `signal` stops it.
   async run(signal) {
@@ -38,7 +38,7 @@ export class Answer {
     const began = performance.now();
     const slow = setTimeout(() => this.draw(true), SLOW_MS);
     try {
-      for await (const item of chat({ ...this.ask, model: this.model }, signal)) this.take(item);
+      for await (const item of chat({ ...this.request, model: this.model }, signal)) this.take(item);
       this.state = "done";
     } catch (error) {
       if (error.name === "AbortError") this.state = "stopped";
@@ -46,9 +46,9 @@ export class Answer {
       else throw error;
     } finally {
       clearTimeout(slow);
-      this.took = (performance.now() - began) / 1000;
+      this.duration = (performance.now() - began) / 1000;
       if (this.busy) this.state = "failed";
-      this.settle();
+      this.end();
     }
   }
 
@@ -75,13 +75,13 @@ export class Answer {
     announce(`No answer. ${error.title}. ${error.sentence}`);
   }
 
-  settle() {
+  end() {
     cancelAnimationFrame(this.frame);
     this.frame = 0;
     if (this.state === "done") announce(`Answer ${this.single ? "" : `${this.name} `}finished${this.tokens === null ? "" : `, ${plural(this.tokens, "token")}`}`);
     this.draw();
     this.drawTools();
-    this.onsettled?.(this);
+    this.onend?.(this);
   }
 
   reveal() {
@@ -103,13 +103,13 @@ export class Answer {
     this.node.setAttribute("aria-busy", this.busy);
     this.node.dataset.state = this.state;
     this.body.hidden = !this.text && this.state === "failed";
-    const waiting = slow ? "Waiting; a version that slept has to start first" : "Waiting for the first token";
+    const waiting = slow ? "Waiting: a version that is not running has to start first" : "Waiting for the first token";
     const facts = {
       waiting: [waiting],
       streaming: [this.origin(), "writing"],
       stopped: [this.origin(), "stopped"],
       failed: [this.version === null ? "" : this.origin()],
-      done: [this.origin(), this.tokens === null ? "" : plural(this.tokens, "token"), seconds(this.took), this.finish === "length" ? "cut at the limit" : ""],
+      done: [this.origin(), this.tokens === null ? "" : plural(this.tokens, "token"), seconds(this.duration), this.finish === "length" ? "cut at the limit" : ""],
     }[this.state];
     setText(this.meta, facts.filter(Boolean).join(" · "));
     this.meta.title = this.hidden || !this.run_id ? "" : `run ${this.run_id}`;
@@ -118,16 +118,16 @@ export class Answer {
 
   drawTools() {
     const again = button("Try again", () => this.again?.(this), { class: "quiet" });
-    if (!this.whole) return this.tools.replaceChildren(again);
+    if (!this.complete) return this.tools.replaceChildren(again);
     const rate = (value, label) => button([icon(value), el("span", { class: "hidden" }, label)], (event) => this.rate(value, event.currentTarget),
       { class: "quiet round", "aria-pressed": "false", title: label });
-    const edit = button([icon("edit"), "Edit"], () => this.edit(), { class: "quiet", title: "Edit this answer into a better one" });
+    const edit = button([icon("edit"), "Edit"], () => this.edit(), { class: "quiet", title: "Write a better version of this answer" });
     return this.tools.replaceChildren(...(this.single ? [rate("up", "Good answer"), rate("down", "Bad answer")] : []), edit);
   }
 
   async rate(value, pressed) {
     const result = await judge(thumb(this, value));
-    setText(this.said, result.text);
+    setText(this.status, result.text);
     if (result.stored) for (const each of this.tools.querySelectorAll("[aria-pressed]")) each.setAttribute("aria-pressed", each === pressed);
   }
 
@@ -141,9 +141,9 @@ export class Answer {
     };
     const save = async () => {
       const text = area.value;
-      if (!text.trim() || text === this.text) return setText(this.said, text.trim() ? "Nothing was changed." : "An empty answer teaches nothing.");
+      if (!text.trim() || text === this.text) return setText(this.status, text.trim() ? "You have not changed the answer." : "An empty answer cannot be stored.");
       const result = await judge(edited(this, text));
-      setText(this.said, result.text);
+      setText(this.status, result.text);
       if (!result.stored) return undefined;
       this.text = text;
       this.node.classList.add("edited");

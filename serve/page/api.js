@@ -1,4 +1,4 @@
-// Talking to the endpoint that this page came from, under whatever prefix it has.
+// Requests to the endpoint that served this page, under its route prefix.
 
 const ROOT = new URL("../", import.meta.url);
 const STORED = `sampo-key ${ROOT.pathname}`;
@@ -9,7 +9,7 @@ export const setKey = (value) => {
   else sessionStorage.removeItem(STORED);
 };
 
-// An answer other than 2xx (status 0: none at all), with words for the user.
+// An error answer (status 0: no answer), with a title and a sentence for the user.
 export class Refused extends Error {
   constructor(status, message, retryAfter = null) {
     super(message);
@@ -17,7 +17,7 @@ export class Refused extends Error {
     this.retryAfter = retryAfter;
   }
 
-  // The endpoint's words as a sentence of their own; they may begin with a field's name, which stays as it is.
+  // The endpoint's message as a sentence. A field name at its beginning stays as it is.
   get sentence() {
     const text = /^[a-z]+ /.test(this.message) ? this.message[0].toUpperCase() + this.message.slice(1) : this.message;
     return /[.!?]$/.test(text) ? text : `${text}.`;
@@ -28,17 +28,17 @@ export class Refused extends Error {
       0: "The endpoint does not answer",
       401: "A key is needed",
       403: "Not allowed with this key",
-      404: "Not served here",
-      413: "Too long",
-      429: "Too many requests just now",
-      503: "No answer just now",
-      504: "It took too long",
+      404: "Not found on this endpoint",
+      413: "The request is too long",
+      429: "Too many requests",
+      503: "Not available now",
+      504: "The answer took too long",
     };
     return titles[this.status] ?? (this.status < 500 ? "The endpoint refused this" : "The endpoint failed");
   }
 }
 
-const lines = (text) => text.replace(/\s+$/, "");
+const trimmed = (text) => text.replace(/\s+$/, "");
 
 async function refusal(response) {
   const after = Number(response.headers.get("retry-after")) || null;
@@ -47,12 +47,12 @@ async function refusal(response) {
     const body = await response.json();
     if (typeof body?.error?.message === "string") message = body.error.message;
   } catch {
-    // Not ours: a proxy on the way, say. The status is all there is to tell.
+    // Not an answer of the endpoint, but of a proxy for example: only the status is known.
   }
   return new Refused(response.status, message, after);
 }
 
-// A 401 asks the user for a key, unless the caller can do without (`optional`).
+// A 401 opens the login dialog, unless the call is `optional`.
 export async function call(path, { body, signal, optional = false } = {}) {
   const used = key();
   const headers = {};
@@ -65,7 +65,7 @@ export async function call(path, { body, signal, optional = false } = {}) {
     response = await fetch(new URL(path, ROOT), { method, headers, body: content, signal, cache: "no-store", credentials: "omit" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Refused(0, "It may be restarting, or the connection is gone.");
+    throw new Refused(0, "It may be restarting, or the connection is lost.");
   }
   if (!response.ok) {
     const refused = await refusal(response);
@@ -84,7 +84,7 @@ export const get = async (path, { optional } = {}) => {
 
 export const post = async (path, body, { optional } = {}) => (await call(path, { body, optional })).json();
 
-// A streamed chat. Yields {version, run} first, then the chunks. Ends only if the answer ended; else throws.
+// Streams a chat answer: yields {version, run}, then the chunks. Throws unless the answer came to its end.
 export async function* chat(body, signal) {
   const options = { ...body, stream: true, stream_options: { include_usage: true } };
   const response = await call("v1/chat/completions", { body: options, signal });
@@ -100,9 +100,9 @@ export async function* chat(body, signal) {
       throw new Refused(0, "The connection broke in the middle of the answer.");
     }
     if (piece.done) throw new Refused(0, "The answer was cut off before its end.");
-    const whole = (rest + piece.value).split("\n");
-    rest = whole.pop();
-    for (const line of whole.map(lines)) {
+    const lines = (rest + piece.value).split("\n");
+    rest = lines.pop();
+    for (const line of lines.map(trimmed)) {
       if (!line.startsWith("data:")) continue;
       const data = line.slice(5).trim();
       if (data === "[DONE]") return;

@@ -1,4 +1,4 @@
-// The page: login, views, and looking at the endpoint again while somebody looks at the page.
+// The page: login, views, and polling of the endpoint while the page is visible.
 
 import { get, key, Refused, setKey } from "./api.js";
 import { Chat } from "./chat.js";
@@ -9,13 +9,13 @@ import { VersionsPanel } from "./versions.js";
 const RUN_MS = 2000;
 const IDLE_MS = 10000;
 const VERSIONS_MS = 8000;
-const VERSIONS_LEAST_MS = 4000;
+const VERSIONS_MIN_MS = 4000;
 
 const chat = new Chat();
 const panels = { run: null, versions: null };
 const seen = { view: null, mark: null, versionsAt: 0 };
 let timer = 0;
-let looking = false;
+let polling = false;
 
 function show(view) {
   document.body.dataset.view = view;
@@ -30,12 +30,12 @@ function blank(name, text) {
   byId(`${name}-body`).replaceChildren(el("p", { class: "blank" }, text));
 }
 
-function trouble(error) {
+function showTrouble(error) {
   byId("trouble").hidden = !error;
-  if (error) setText(byId("trouble"), `${error.title}. ${error.sentence} The page tries again by itself.`);
+  if (error) setText(byId("trouble"), `${error.title}. ${error.sentence} The page retries automatically.`);
 }
 
-async function lookAtRun() {
+async function fetchRun() {
   try {
     const { data, live } = await get("run");
     panels.run ??= new RunPanel(byId("run-body"));
@@ -50,17 +50,17 @@ async function lookAtRun() {
   }
 }
 
-async function lookAtVersions() {
-  const making = panels.versions ?? new VersionsPanel(el("div", {}), {
+async function fetchVersions() {
+  const panel = panels.versions ?? new VersionsPanel(el("div", {}), {
     onchange: () => chat.offer(panels.versions.models()),
-    onlogin: () => login("Another key"),
+    onlogin: () => login("Use another key"),
     onchoose: (model) => { show("chat"); chat.choose(model); },
   });
   try {
-    const state = await making.fetch(get);
+    const state = await panel.fetch(get);
     if (!panels.versions) {
-      panels.versions = making;
-      byId("versions-body").replaceChildren(making.node);
+      panels.versions = panel;
+      byId("versions-body").replaceChildren(panel.node);
     }
     panels.versions.draw(state);
     chat.offer(panels.versions.models());
@@ -76,30 +76,30 @@ function drawSummary() {
   setText(byId("summary"), [brief, live == null ? "" : `v${live} live`].filter(Boolean).join(" · "));
 }
 
-// One look at the endpoint; the versions only when something tells that they may have changed, or now and then.
-async function look() {
+// Polls the run; the versions when a new step or live version shows that they may have changed, or after VERSIONS_MS.
+async function poll() {
   clearTimeout(timer);
-  if (looking || document.hidden || byId("login").open) return;
-  looking = true;
+  if (polling || document.hidden || byId("login").open) return;
+  polling = true;
   let pause = RUN_MS;
   try {
-    const mark = await lookAtRun();
+    const mark = await fetchRun();
     const age = Date.now() - seen.versionsAt;
-    if (age > VERSIONS_MS || (mark !== seen.mark && age > VERSIONS_LEAST_MS)) {
-      await lookAtVersions();
+    if (age > VERSIONS_MS || (mark !== seen.mark && age > VERSIONS_MIN_MS)) {
+      await fetchVersions();
       seen.mark = mark;
       seen.versionsAt = Date.now();
     }
-    trouble(null);
+    showTrouble(null);
     drawSummary();
     if (!seen.view?.alive) pause = IDLE_MS;
   } catch (error) {
     if (!(error instanceof Refused)) throw error;
-    if (error.status !== 401) trouble(error);
+    if (error.status !== 401) showTrouble(error);
     pause = IDLE_MS / 2;
   } finally {
-    looking = false;
-    timer = setTimeout(look, pause);
+    polling = false;
+    timer = setTimeout(poll, pause);
   }
 }
 
@@ -112,12 +112,12 @@ function login(title, wrong = "") {
   byId("key").focus();
 }
 
-// The endpoint took no call with this key. A call that was on its way with an older one says nothing about today's.
+// The endpoint refused this key. Answers to calls that were made with an earlier key do not count.
 function locked(used) {
   if (byId("login").open || used !== key()) return;
   setKey(null);
   byId("forget").hidden = true;
-  trouble(null);
+  showTrouble(null);
   login("This endpoint needs a key", used ? "The endpoint does not know this key." : "");
 }
 
@@ -132,13 +132,13 @@ byId("login-form").addEventListener("submit", (event) => {
   panels.versions?.forget();
   seen.versionsAt = 0;
   byId("message").focus();
-  look();
+  poll();
 });
 byId("forget").addEventListener("click", () => { setKey(null); location.reload(); });
 window.addEventListener("locked", (event) => locked(event.detail.used));
-document.addEventListener("visibilitychange", look);
+document.addEventListener("visibilitychange", poll);
 for (const each of document.querySelectorAll("[data-show]")) each.addEventListener("click", () => show(each.dataset.show));
 
 byId("forget").hidden = !key();
 byId("message").focus({ preventScroll: true });
-look();
+poll();

@@ -1,4 +1,4 @@
-// Small line charts. A chart keeps its elements and redraws its paths, so polling does not disturb who reads it.
+// Small line charts. A chart keeps its elements and redraws its paths, so that polling does not disturb the reader.
 
 import { el, setText, svg } from "./dom.js";
 
@@ -28,8 +28,8 @@ function line(points) {
     .join("");
 }
 
-// `series`: [{label, format}]; `over` goes before numbers of the x axis ("step ", "v"). `dots` marks each point (few of them);
-// `wide` takes a row of its own.
+// `series`: [{label, format}]; `over` is the prefix of x values ("step ", "v"). `dots` marks each point;
+// `wide` fills a whole row.
 export class Chart {
   constructor(title, over, series, { dots = false, wide = series.length > 1 } = {}) {
     this.over = over;
@@ -54,7 +54,7 @@ export class Chart {
     this.image.addEventListener("pointerleave", () => this.show(null));
   }
 
-  // `x`: numbers that rise; `columns`: one list a series, null where unknown; `marked`: an x to point out.
+  // `x`: increasing numbers; `columns`: one list for each series, null where unknown; `marked`: an x to highlight.
   draw(x, columns, marked = null) {
     const known = x.length > 0 && columns.some((column) => column.some(isNumber));
     this.node.hidden = !known;
@@ -89,7 +89,7 @@ export class Chart {
     this.show(this.data.x.reduce((best, value, index, x) => (distance(value) < distance(x[best]) ? index : best), 0));
   }
 
-  // The values at an index, or (null) the last ones.
+  // Shows the values at an index, or the last ones (null).
   show(index) {
     const { x, columns } = this.data;
     const at = index ?? x.length - 1;
@@ -101,7 +101,7 @@ export class Chart {
     });
     setText(this.ends[0], index === null ? `${this.brief}${x[0]}` : `${this.over}${x[at]}`);
     if (index !== null) return;
-    const said = this.series.map((each, i) => `${each.label || this.title} ${this.values[i].textContent}`).join(", ");
-    this.image.setAttribute("aria-label", `${this.title} from ${this.over}${x[0]} to ${this.over}${x.at(-1)}; last: ${said}`);
+    const values = this.series.map((each, i) => `${each.label || this.title} ${this.values[i].textContent}`).join(", ");
+    this.image.setAttribute("aria-label", `${this.title} from ${this.over}${x[0]} to ${this.over}${x.at(-1)}; last: ${values}`);
   }
 }

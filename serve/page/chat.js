@@ -43,7 +43,7 @@ export class Chat {
   get comparing() { return byId("compare").checked; }
   get blind() { return this.comparing && byId("blind").checked; }
 
-  // The model names that may be asked: [{id, label}], the live policy first.
+  // The models to choose from: [{id, label}], the live policy first.
   offer(models) {
     if (JSON.stringify(models) === JSON.stringify(this.models)) return;
     const alone = this.models.length < 2;
@@ -71,7 +71,7 @@ export class Chat {
     const alone = this.comparing && this.models.length < 2;
     const notes = [
       alone && "Only the live policy is served, so both answers come from it. Pin a version to compare it.",
-      this.blind && "Sides are shuffled for each message, and names hidden until you vote.",
+      this.blind && "The two sides are shuffled for each message. Their versions are hidden until you vote.",
     ].filter(Boolean);
     byId("pick-note").hidden = !notes.length;
     setText(byId("pick-note"), notes.join(" "));
@@ -81,9 +81,9 @@ export class Chat {
     byId("empty").hidden = this.turns.length > 0;
     byId("fresh").disabled = this.turns.length === 0;
     byId("empty").replaceChildren(
-      el("p", { class: "lead" }, "Talk to the policy while it learns"),
-      el("p", {}, "Each answer says which version of the weights gave it, and how many tokens it took. ",
-        "Turn on “Compare two” to see two versions side by side and say which is better."));
+      el("p", { class: "lead" }, "Chat with the policy while it is trained"),
+      el("p", {}, "Each answer shows the version of the weights that wrote it, and its number of tokens. ",
+        "Turn on “Compare two” to see two versions side by side and vote for the better one."));
   }
 
   clear() {
@@ -110,14 +110,14 @@ export class Chat {
     return { temperature: number("temperature"), max_tokens: number("max-tokens") };
   }
 
-  // The conversation so far as messages; a turn without an answer is left out.
+  // The conversation so far as messages, without turns that have no answer.
   history() {
     const system = byId("system").value.trim();
-    const said = this.turns.filter((turn) => turn.answers[turn.choice].text).flatMap((turn) => [
+    const messages = this.turns.filter((turn) => turn.answers[turn.choice].text).flatMap((turn) => [
       { role: "user", content: turn.text },
       { role: "assistant", content: turn.answers[turn.choice].text },
     ]);
-    return [...(system ? [{ role: "system", content: system }] : []), ...said];
+    return [...(system ? [{ role: "system", content: system }] : []), ...messages];
   }
 
   send() {
@@ -130,11 +130,11 @@ export class Chat {
         return;
       }
     }
-    const ask = { messages: [...this.history(), { role: "user", content: text }], ...this.settings() };
+    const request = { messages: [...this.history(), { role: "user", content: text }], ...this.settings() };
     const models = [byId("model-a").value];
     if (this.comparing) models.push(byId("model-b").value);
     if (this.blind && Math.random() < 0.5) models.reverse();
-    const turn = this.turnOf(text, ask, models);
+    const turn = this.addTurn(text, request, models);
     this.turns.push(turn);
     byId("turns").append(turn.node);
     this.field.value = "";
@@ -145,11 +145,11 @@ export class Chat {
     this.run(turn.answers);
   }
 
-  turnOf(text, ask, models) {
+  addTurn(text, request, models) {
     const turn = { text, choice: 0, blind: this.blind, voted: false };
     const single = models.length === 1;
-    const onsettled = () => this.drawVote(turn);
-    turn.answers = models.map((model, at) => new Answer({ model, name: "AB"[at], ask, hidden: turn.blind, single, onsettled }));
+    const onend = () => this.drawVote(turn);
+    turn.answers = models.map((model, at) => new Answer({ model, name: "AB"[at], request, hidden: turn.blind, single, onend }));
     for (const answer of turn.answers) answer.again = () => { if (!this.stopping) this.run([answer]); };
     turn.vote = el("div", { class: "vote", hidden: true });
     turn.node = el("li", { class: single ? "turn" : "turn double" },
@@ -167,11 +167,11 @@ export class Chat {
       await Promise.all(answers.map((answer) => answer.run(this.stopping.signal)));
     } finally {
       this.stopping = null;
-      // Whoever pressed Stop, or waits on it, is left with a button in the same place.
-      const held = document.activeElement === byId("stop");
+      // Keeps the keyboard focus in place: Send appears where Stop was.
+      const focused = document.activeElement === byId("stop");
       byId("send").hidden = false;
       byId("stop").hidden = true;
-      if (held) byId("send").focus();
+      if (focused) byId("send").focus();
     }
   }
 
@@ -179,23 +179,23 @@ export class Chat {
     const [a, b] = turn.answers;
     if (!b || turn.voted || a.busy || b.busy) return;
     turn.vote.hidden = false;
-    if (!a.whole || !b.whole) {
-      turn.vote.replaceChildren(el("p", { class: "note" }, "Only two whole answers can be compared."));
+    if (!a.complete || !b.complete) {
+      turn.vote.replaceChildren(el("p", { class: "note" }, "Only two complete answers can be compared."));
       return;
     }
-    const said = el("p", { class: "said", role: "status" });
-    const buttons = VOTES.map(([label, judgement, choice]) => button(label, () => this.vote(turn, label, judgement(a, b), choice, said)));
+    const status = el("p", { class: "status", role: "status" });
+    const buttons = VOTES.map(([label, judgement, choice]) => button(label, () => this.vote(turn, label, judgement(a, b), choice, status)));
     const choices = el("fieldset", { class: "choices" }, el("legend", { class: "hidden" }, "Which answer is better?"), buttons);
-    turn.vote.replaceChildren(choices, said);
+    turn.vote.replaceChildren(choices, status);
   }
 
-  async vote(turn, label, judgement, choice, said) {
+  async vote(turn, label, judgement, choice, status) {
     const choices = turn.vote.querySelector("fieldset");
     choices.disabled = true;
     const result = await judge(judgement);
     choices.disabled = false;
     if (!result.final) {
-      setText(said, result.text);
+      setText(status, result.text);
       return;
     }
     turn.voted = true;
@@ -203,11 +203,11 @@ export class Chat {
     if (choice !== null && turn === this.turns.at(-1)) turn.choice = choice;
     if (choice !== null) turn.answers[choice].node.classList.add("preferred");
     if (!result.stored) {
-      setText(said, result.text);
+      setText(status, result.text);
       return;
     }
     const next = `The chat goes on with answer ${"AB"[turn.choice]}.`;
-    turn.vote.replaceChildren(el("p", { class: "said" }, el("b", {}, label), ` · ${result.text} ${next}`));
+    turn.vote.replaceChildren(el("p", { class: "status" }, el("b", {}, label), ` · ${result.text} ${next}`));
     announce(`${label}. ${result.text} ${next}`);
     this.field.focus();
   }

@@ -1,4 +1,4 @@
-// Making elements. Text only ever becomes text nodes: nothing here parses HTML.
+// Creates elements. Text becomes text nodes; nothing here parses HTML.
 
 export const byId = (id) => document.getElementById(id);
 
@@ -28,7 +28,7 @@ const PATHS = {
 export const icon = (name) =>
   svg("svg", { viewBox: "0 0 16 16", class: "icon", "aria-hidden": "true" }, svg("path", { d: PATHS[name] }));
 
-// For screen readers, sparingly: beginnings, ends and failures, never each word of a stream.
+// Tells screen readers about beginnings, ends and failures, not about each word of a stream.
 export const announce = (text) => { byId("announcer").textContent = text; };
 
 export const plural = (count, word) => `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;
@@ -41,5 +41,5 @@ export const seconds = (value) => {
   return `${Math.floor(whole / 3600)} h ${String(Math.floor((whole % 3600) / 60)).padStart(2, "0")} min`;
 };
 
-// Replaces the content only if it differs, so that what has focus or is being read keeps its place.
+// Replaces the text only if it differs, so that focus and screen readers keep their place.
 export const setText = (node, text) => { if (node.textContent !== text) node.textContent = text; };

@@ -1,4 +1,4 @@
-// Judgements on answers, for the endpoint's `POST /feedback`.
+// Feedback on answers: bodies of `POST /feedback`, and sending them.
 
 import { post, Refused } from "./api.js";
 
@@ -7,13 +7,13 @@ export const tie = (one, other, note) => ({ tie: [one.id, other.id], ...(note &&
 export const thumb = (answer, value) => ({ response: answer.id, thumb: value });
 export const edited = (answer, text) => ({ response: answer.id, edited: text });
 
-const OFF = "This endpoint does not take feedback. Whoever runs it can turn it on in the recipe (serve.feedback).";
+const OFF = "This endpoint does not take feedback. Its operator can turn it on in the recipe (serve.feedback).";
 
-// Sends a judgement: {stored, final, text}; not final means that trying again may help. The text is for the user.
+// Sends feedback; returns {stored, final, text}. Not final: trying again may help. The text is for the user.
 export async function judge(judgement) {
   try {
     const answer = await post("feedback", judgement);
-    return { stored: true, final: true, text: answer.duplicate ? "Had been stored before." : "Stored, thank you." };
+    return { stored: true, final: true, text: answer.duplicate ? "This was stored before." : "Stored, thank you." };
   } catch (error) {
     if (!(error instanceof Refused)) throw error;
     const off = error.status === 404 && /no such route/.test(error.message);

@@ -1,4 +1,4 @@
-// The live view of the run.
+// The panel that shows the run.
 
 import { Chart } from "./chart.js";
 import { el, seconds, setText } from "./dom.js";
@@ -92,7 +92,7 @@ export class RunPanel {
     rows.forEach((row, at) => row.forEach((text, column) => setText(this.past.children[at].children[column], text)));
   }
 
-  // A word for the header: what is going on.
+  // The run's state in short, for the header.
   static brief(view) {
     if (!view.alive) return view.finished ? "Run finished" : "Run not running";
     const round = view.round ? `Round ${view.round}${view.rounds ? `/${view.rounds}` : ""}` : "";

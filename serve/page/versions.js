@@ -1,4 +1,4 @@
-// The versions: which is live, pinned, kept or refused, where it comes from, and changing that.
+// The panel of versions: their state and origin, and buttons that change which is live or pinned.
 
 import { post, Refused } from "./api.js";
 import { Chart } from "./chart.js";
@@ -17,12 +17,12 @@ const METRICS = {
   rejected_tokens: ["Rejected tokens", fixed(1)],
 };
 const ACTIONS = {
-  promote: (version) => ["Make live", `Make v${version} live?`, "Requests get it from now on. New versions do not go live until the endpoint follows training again."],
+  promote: (version) => ["Make live", `Make v${version} live?`, "Requests are answered by it from now on. New versions do not go live until the endpoint follows training again."],
   rollback: (version) => ["Roll back", `Roll back to v${version}?`, "It was live before. New versions do not go live until the endpoint follows training again."],
-  follow: () => ["Follow training", "Follow training again?", "The newest version that may be live goes live, and later ones after it."],
+  follow: () => ["Follow training", "Follow training again?", "The newest version that passed its checks goes live, and so do later ones."],
 };
 
-// Asks in a dialog; resolves to whether it is to be done.
+// Asks the user in a dialog; resolves to true when the user agrees.
 function confirmed(verb, version) {
   const [label, title, text] = ACTIONS[verb](version);
   const dialog = byId("confirm");
@@ -39,14 +39,14 @@ function confirmed(verb, version) {
 }
 
 export class VersionsPanel {
-  // `onchange` is called when something was changed; `onchoose` with the model name to chat with; `onlogin` for a key.
+  // `onchange` is called after a change, `onchoose` with the model name to chat with, `onlogin` to ask for a key.
   constructor(node, { onchange, onchoose, onlogin }) {
     Object.assign(this, { onchange, onchoose, state: null, admin: null, rows: new Map() });
     this.live = el("p", { class: "serving" });
     this.back = button("Roll back", () => this.act("rollback", this.state.previous), { class: "quiet" });
     this.follow = button("Follow training", () => this.act("follow"), { class: "quiet" });
     this.controls = el("div", { class: "buttons start" }, this.back, this.follow);
-    this.said = el("p", { class: "said", role: "status" });
+    this.status = el("p", { class: "status", role: "status" });
     this.note = el("p", { class: "note" }, "Changing versions needs a key with the scope admin. ",
       button("Use another key", onlogin, { class: "link" }));
     this.length = new Chart("Tokens", "v", [{ label: "chosen", format: fixed(1) }, { label: "rejected", format: fixed(1) }], { dots: true });
@@ -57,10 +57,10 @@ export class VersionsPanel {
     this.list = el("ul", { class: "versions" });
     const charts = [this.length, this.mean, this.reward, this.margin, this.accuracy];
     this.node = node;
-    node.replaceChildren(this.live, this.controls, this.said, this.note, el("div", { class: "charts" }, charts.map((chart) => chart.node)), this.list);
+    node.replaceChildren(this.live, this.controls, this.status, this.note, el("div", { class: "charts" }, charts.map((chart) => chart.node)), this.list);
   }
 
-  // The state by the admin route where the key may, else what the model list tells. Throws Refused.
+  // The state from the admin route if the key is allowed to, else from the model list. Throws Refused.
   async fetch(get) {
     if (this.admin !== false) {
       try {
@@ -80,7 +80,7 @@ export class VersionsPanel {
     return { run: live.run, live: live.version, versions: listed, pinned: listed.filter((each) => each.state === "pinned").map((each) => each.version) };
   }
 
-  // What may be asked: the live policy and pinned versions.
+  // The models to choose from: the live policy and pinned versions.
   models() {
     const { live, versions } = this.state;
     const named = (each) => [`v${each.version}`, shortest(each.labels ?? [])].filter(Boolean).join(" · ");
@@ -129,7 +129,7 @@ export class VersionsPanel {
   row(version) {
     const row = { facts: el("dl", {}), labels: el("span", { class: "labels" }), chip: el("span", { class: "chip" }), reason: el("p", { class: "reason" }) };
     row.promote = button("Make live", () => this.act("promote", version), { class: "quiet" });
-    row.pin = button("Pin", () => this.act("pin", version), { class: "quiet", title: "Serve it beside the live one, and keep it" });
+    row.pin = button("Pin", () => this.act("pin", version), { class: "quiet", title: "Serve it beside the live version, and keep it" });
     row.unpin = button("Unpin", () => this.act("unpin", version), { class: "quiet" });
     row.chat = button("Chat with it", () => this.onchoose(row.model), { class: "quiet" });
     row.node = el("li", {}, el("details", {},
@@ -174,21 +174,21 @@ export class VersionsPanel {
     if (verb in ACTIONS && !(await confirmed(verb, version))) return;
     const route = verb === "follow" ? "promote" : verb;
     const body = verb === "rollback" ? {} : { version: verb === "follow" ? "latest" : version };
-    setText(this.said, "Working on it");
+    setText(this.status, "Working");
     try {
       this.draw(await post(`admin/${route}`, body, { optional: true }));
       const done = { promote: `v${version} is live.`, rollback: `v${this.state.live} is live again.`, follow: "Following training.", pin: `v${version} is pinned; it starts with its first request.`, unpin: `v${version} is no longer pinned.` };
-      setText(this.said, done[verb]);
+      setText(this.status, done[verb]);
       this.onchange();
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
-      const barred = error.status === 401 || error.status === 403;
-      setText(this.said, barred ? "This key may not change versions." : `Not done. ${error.sentence}`);
-      if (barred) {
+      const forbidden = error.status === 401 || error.status === 403;
+      setText(this.status, forbidden ? "This key may not change versions." : `Not done. ${error.sentence}`);
+      if (forbidden) {
         this.admin = false;
         this.draw(this.state);
       }
-      announce(this.said.textContent);
+      announce(this.status.textContent);
     }
   }
 

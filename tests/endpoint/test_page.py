@@ -231,7 +231,7 @@ def test_two_answers_are_compared_blind_and_the_vote_names_their_ids(visit: Visi
     send(page, "go on", answers=2)
     assert asked[-1]["messages"][1]["content"] == better
     page.get_by_role("button", name="Both bad").click()
-    expect(page.locator(".vote").last).to_contain_text("Had been stored before")
+    expect(page.locator(".vote").last).to_contain_text("This was stored before")
     assert len(judgements[1]["tie"]) == 2 and judgements[1]["note"] == "both bad"
 
 
@@ -257,7 +257,7 @@ def test_where_feedback_is_off_the_buttons_say_so(visit: Visit, endpoint: Endpoi
     asking(page, max_tokens=4, ignore_eos=True)
     answer = send(page, "hello")
     page.get_by_role("button", name="Bad answer").click()
-    expect(answer.locator(".said")).to_have_text(re.compile("serve.feedback"))
+    expect(answer.locator(".status")).to_have_text(re.compile("serve.feedback"))
 
 
 def test_a_key_opens_the_page_and_stays_in_the_tab(visit: Visit, endpoint: Endpoint) -> None:
@@ -273,7 +273,7 @@ def test_a_key_opens_the_page_and_stays_in_the_tab(visit: Visit, endpoint: Endpo
     answer = send(page, "hello")
     expect(answer.locator(".meta")).to_contain_text("token")
     page.get_by_role("button", name="Good answer").click()
-    expect(answer.locator(".said")).to_have_text("Stored, thank you.")
+    expect(answer.locator(".status")).to_have_text("Stored, thank you.")
     assert KEY not in page.content() and KEY not in page.url
     assert page.evaluate("[localStorage.length, document.cookie, sessionStorage.length]") == [0, "", 1]
     page.reload()
