@@ -11,7 +11,7 @@ from sampo_ray.serve.cached import CachedRead
 
 
 class Clock:
-    """Seconds that pass when told to."""
+    """A clock that tests set."""
 
     now = 1000.0
 

@@ -86,8 +86,8 @@ def visit(browser: Browser, endpoint: Endpoint) -> Iterator[Visit]:
     assert [problem for problem in problems if not REFUSALS.match(problem)] == []
 
 
-def asking(page: Page, **fields: Any) -> list[dict[str, Any]]:
-    """Adds fields to the page's chat requests on their way to the engine; returns what the page asks."""
+def chat_requests(page: Page, **fields: Any) -> list[dict[str, Any]]:
+    """Adds fields to the page's chat requests on their way; returns them as the page sent them."""
     asked: list[dict[str, Any]] = []
 
     def onward(route: Route) -> None:
@@ -114,8 +114,8 @@ def limit(page: Page, tokens: int) -> None:
     page.locator("#settings summary").click()
 
 
-def told(page: Page) -> list[dict[str, Any]]:
-    """What the page posts as feedback, which is taken in the endpoint's place."""
+def feedback_of(page: Page) -> list[dict[str, Any]]:
+    """What the page posts as feedback; it is answered here and does not reach the endpoint."""
     judgements: list[dict[str, Any]] = []
 
     def take(route: Route) -> None:
@@ -126,10 +126,10 @@ def told(page: Page) -> list[dict[str, Any]]:
     return judgements
 
 
-def test_a_chat_streams_and_says_which_version_gave_how_many_tokens(visit: Visit, endpoint: Endpoint) -> None:
+def test_a_chat_streams_and_shows_version_and_number_of_tokens(visit: Visit, endpoint: Endpoint) -> None:
     page = visit(endpoint.open)
     assert page.url == f"{endpoint.open}/", "relative addresses need the slash"
-    asked = asking(page, ignore_eos=True)
+    asked = chat_requests(page, ignore_eos=True)
     limit(page, 60)
     page.evaluate(
         """() => { window.lengths = new Set();
@@ -150,24 +150,24 @@ def test_a_chat_streams_and_says_which_version_gave_how_many_tokens(visit: Visit
 
 def test_a_system_prompt_goes_first(visit: Visit, endpoint: Endpoint) -> None:
     page = visit(endpoint.open)
-    asked = asking(page, max_tokens=4)
+    asked = chat_requests(page, max_tokens=4)
     page.locator("#settings summary").click()
     page.get_by_label("System prompt").fill("be brief")
     send(page, "hello")
     assert asked[0]["messages"][0] == {"role": "system", "content": "be brief"}
 
 
-def test_what_the_policy_writes_is_text_whatever_it_writes(visit: Visit, endpoint: Endpoint) -> None:
+def test_markup_in_an_answer_is_shown_as_text(visit: Visit, endpoint: Endpoint) -> None:
     markup = "<script>document.title='x'</script><img src=/x onerror=\"document.title='x'\"><b style='color:red'>b</b>"
     page = visit(endpoint.open)
-    asking(page, structured_outputs={"choice": [markup]})
+    chat_requests(page, structured_outputs={"choice": [markup]})
     answer = send(page, markup)
     expect(answer.locator(".text")).to_have_text(markup)
     assert page.locator(".turns :is(script, img, b)").count() == 0
     assert page.title() == "Playground · sampo-ray"
 
 
-def test_the_page_is_bound_by_its_policy(visit: Visit, endpoint: Endpoint) -> None:
+def test_the_page_keeps_to_its_content_security_policy(visit: Visit, endpoint: Endpoint) -> None:
     page = visit(endpoint.open)
     header = page.reload().all_headers()["content-security-policy"]  # type: ignore[union-attr]
     assert "default-src 'none'" in header and "unsafe" not in header
@@ -180,9 +180,9 @@ def slow_down(session: CDPSession, bytes_per_second: int) -> None:
     session.send("Network.emulateNetworkConditions", speed)
 
 
-def test_escape_stops_an_answer_and_it_can_be_asked_for_again(visit: Visit, endpoint: Endpoint) -> None:
+def test_escape_stops_an_answer_and_it_can_be_tried_again(visit: Visit, endpoint: Endpoint) -> None:
     page = visit(endpoint.open)
-    asking(page, ignore_eos=True, max_tokens=450)
+    chat_requests(page, ignore_eos=True, max_tokens=450)
     network = page.context.new_cdp_session(page)
     slow_down(network, 8_000)  # so that there is something left to stop, however fast the engine is
     page.get_by_label("Message").fill("hello")
@@ -210,10 +210,10 @@ def test_an_error_is_readable_and_can_be_tried_again(visit: Visit, endpoint: End
     expect(page.locator(".problem")).to_contain_text("messages: must be a list of at least one message")
 
 
-def test_two_answers_are_compared_blind_and_the_vote_names_their_ids(visit: Visit, endpoint: Endpoint) -> None:
+def test_two_answers_are_compared_blind_and_the_vote_has_their_ids(visit: Visit, endpoint: Endpoint) -> None:
     page, version = visit(endpoint.open), f"v{endpoint.live()}"
-    judgements = told(page)
-    asked = asking(page, ignore_eos=True, max_tokens=6)
+    judgements = feedback_of(page)
+    asked = chat_requests(page, ignore_eos=True, max_tokens=6)
     page.get_by_label("Compare two").check()
     page.get_by_label("Blind").check()
     answers = send(page, "hello", answers=2)
@@ -235,10 +235,10 @@ def test_two_answers_are_compared_blind_and_the_vote_names_their_ids(visit: Visi
     assert len(judgements[1]["tie"]) == 2 and judgements[1]["note"] == "both bad"
 
 
-def test_one_answer_gets_a_thumb_or_is_written_anew(visit: Visit, endpoint: Endpoint) -> None:
+def test_an_answer_can_be_rated_and_edited(visit: Visit, endpoint: Endpoint) -> None:
     page = visit(endpoint.open)
-    judgements = told(page)
-    asked = asking(page, ignore_eos=True, max_tokens=6)
+    judgements = feedback_of(page)
+    asked = chat_requests(page, ignore_eos=True, max_tokens=6)
     answer = send(page, "hello")
     page.get_by_role("button", name="Good answer").click()
     expect(page.get_by_role("button", name="Good answer")).to_have_attribute("aria-pressed", "true")
@@ -252,9 +252,9 @@ def test_one_answer_gets_a_thumb_or_is_written_anew(visit: Visit, endpoint: Endp
     assert asked[1]["messages"][1]["content"] == "Hello to you."
 
 
-def test_where_feedback_is_off_the_buttons_say_so(visit: Visit, endpoint: Endpoint) -> None:
+def test_the_feedback_buttons_say_when_feedback_is_off(visit: Visit, endpoint: Endpoint) -> None:
     page = visit(endpoint.open)
-    asking(page, max_tokens=4, ignore_eos=True)
+    chat_requests(page, max_tokens=4, ignore_eos=True)
     answer = send(page, "hello")
     page.get_by_role("button", name="Bad answer").click()
     expect(answer.locator(".status")).to_have_text(re.compile("serve.feedback"))
@@ -269,7 +269,7 @@ def test_a_key_opens_the_page_and_stays_in_the_tab(visit: Visit, endpoint: Endpo
     page.get_by_label("API key").fill(KEY)
     page.keyboard.press("Enter")
     expect(page.get_by_role("dialog")).to_be_hidden()
-    asking(page, max_tokens=4)
+    chat_requests(page, max_tokens=4)
     answer = send(page, "hello")
     expect(answer.locator(".meta")).to_contain_text("token")
     page.get_by_role("button", name="Good answer").click()
@@ -295,14 +295,14 @@ def test_versions_are_listed_and_go_live_by_hand(visit: Visit, endpoint: Endpoin
     expect(page.get_by_role("dialog")).to_contain_text(f"Make v{before} live?")
     page.get_by_role("dialog").get_by_role("button", name="Make live").press("Enter")
     expect(panel).to_contain_text(f"v{before} is live. It is held there by hand.")
-    asking(page, max_tokens=4)
+    chat_requests(page, max_tokens=4)
     expect(send(page, "hello").locator(".meta")).to_contain_text(f"v{before} ")
     panel.get_by_role("button", name="Follow training").click()
     page.get_by_role("dialog").get_by_role("button", name="Follow training").click()
     expect(panel).to_contain_text(f"v{before + 1} is live. Each new version goes live.")
 
 
-def test_who_may_not_change_versions_sees_them_all_the_same(visit: Visit, endpoint: Endpoint) -> None:
+def test_a_key_without_admin_sees_the_versions_but_cannot_change_them(visit: Visit, endpoint: Endpoint) -> None:
     page = visit("about:blank")
     refusal = {"error": {"message": "a valid API key is needed", "type": "x", "param": None, "code": "invalid_api_key"}}
     page.route("**/admin/**", lambda route: route.fulfill(status=401, json=refusal))
@@ -341,7 +341,7 @@ def test_the_run_is_seen_live(visit: Visit, endpoint: Endpoint) -> None:
     assert str(run.path) not in seen
 
 
-def test_nobody_is_asked_while_the_page_is_hidden(visit: Visit, endpoint: Endpoint) -> None:
+def test_a_hidden_page_sends_no_requests(visit: Visit, endpoint: Endpoint) -> None:
     page = visit(endpoint.open)
     expect(page.locator("#summary")).to_contain_text("live")
     page.evaluate("Object.defineProperty(document, 'hidden', {value: true, configurable: true})")
@@ -358,7 +358,7 @@ def test_nobody_is_asked_while_the_page_is_hidden(visit: Visit, endpoint: Endpoi
 def test_nothing_is_wider_than_a_phone(visit: Visit, endpoint: Endpoint) -> None:
     page = visit(endpoint.open, **PHONE)
     expect(page.locator("#summary")).to_contain_text("live")
-    asking(page, max_tokens=100, ignore_eos=True)
+    chat_requests(page, max_tokens=100, ignore_eos=True)
 
     def overflow() -> int:
         return page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
@@ -376,9 +376,9 @@ def test_nothing_is_wider_than_a_phone(visit: Visit, endpoint: Endpoint) -> None
         assert overflow() <= 0
 
 
-def test_all_of_it_can_be_reached_with_the_keyboard(visit: Visit, endpoint: Endpoint) -> None:
+def test_everything_can_be_reached_with_the_keyboard(visit: Visit, endpoint: Endpoint) -> None:
     page = visit(endpoint.open)
-    asking(page, max_tokens=4)
+    chat_requests(page, max_tokens=4)
     expect(page.get_by_label("Message")).to_be_focused()
     page.keyboard.type("one")
     page.keyboard.press("Shift+Enter")
@@ -409,7 +409,7 @@ def test_all_of_it_can_be_reached_with_the_keyboard(visit: Visit, endpoint: Endp
     assert any("v0" in name for name in order)
 
 
-def test_it_is_dark_where_the_user_likes_it_dark_and_legible_in_both(visit: Visit, endpoint: Endpoint) -> None:
+def test_the_page_follows_the_users_color_scheme_and_is_legible_in_both(visit: Visit, endpoint: Endpoint) -> None:
     grounds = {}
     for scheme in ("light", "dark"):
         page = visit(endpoint.open, color_scheme=scheme, reduced_motion="reduce")
