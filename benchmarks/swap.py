@@ -57,7 +57,7 @@ class Versions:
         import ray
         import torch
 
-        from sampo_ray.actors.weights.handout import put
+        from sampo_ray.actors.weights.client import put
         from sampo_ray.run.buckets import unpack
         from sampo_ray.run.version_files import read_version, write_version
         from sampo_ray.run.version_folders import VersionInfo, version_folder

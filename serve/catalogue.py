@@ -8,11 +8,11 @@ from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
 
+from sampo_ray.actors.weights.client import StoreState, find_weight_store
 from sampo_ray.actors.weights.pinned import adapter_ranks, pinned_app
-from sampo_ray.actors.weights.store import find_weight_store
 from sampo_ray.errors import VersionError
 from sampo_ray.run.storage import Place
-from sampo_ray.run.versions import find
+from sampo_ray.run.versions import Command, find
 from sampo_ray.serve.cached import CachedRead
 from sampo_ray.serve.errors import ApiError, unavailable
 
@@ -44,8 +44,8 @@ class Catalogue:
         self._place = ""
         self._created = int(time.time())
 
-    async def state(self) -> dict[str, Any]:
-        """`run`, `apps`, `serving`, `versions` as WeightStore.state has them. ApiError (503) before the first."""
+    async def state(self) -> StoreState:
+        """ApiError (503) when there has been no answer yet."""
         try:
             return await self._state.get()
         except (RayError, ValueError, TimeoutError):  # it restarts, or is not there yet
@@ -65,11 +65,11 @@ class Catalogue:
             raise unavailable("no run is attached to this endpoint yet; try again soon")
         return Place(self._place)
 
-    async def command(self, verb: str, name: str, argument: str = "") -> dict[str, Any]:
-        """What an admin asks for, done; the new state. ApiError when it cannot be."""
+    async def command(self, command: Command) -> StoreState:
+        """Carries out an admin's command and returns the new state. ApiError when it cannot be carried out."""
         try:
-            asked = find_weight_store(self._store).command.remote(verb, name, argument)
-            state: dict[str, Any] = await asyncio.wait_for(asked, COMMAND_TIMEOUT_S)
+            asked = find_weight_store(self._store).command.remote(command)
+            state: StoreState = await asyncio.wait_for(asked, COMMAND_TIMEOUT_S)
         except RayTaskError as error:
             if isinstance(error.cause, VersionError):
                 raise ApiError(409, str(error.cause), param="version", code="version_refused") from None
@@ -86,11 +86,11 @@ class Catalogue:
             return live
         base, _, name = str(model).partition("@")
         state = await self.state()
-        serving, labels = state["serving"], {v.version: v.labels for v in state["versions"]}
+        serving = state.serving
         ranks = adapter_ranks(serving)
 
         def app_of(version: int) -> str:
-            return pinned_app(state["apps"], state["run"], version, ranks[version])
+            return pinned_app(state.apps, state.run, version, ranks[version])
 
         if base == MODEL and name in serving.named_adapters:
             version = serving.named_adapters[name].base
@@ -98,7 +98,7 @@ class Catalogue:
         try:
             if base != MODEL:
                 raise VersionError("no model of that name")
-            version = find(name, labels)
+            version = find(name, state.labels)
         except VersionError as error:
             raise _no_model(str(error), state) from None
         held = serving.adapters[str(version)].base if version in serving.pinned_adapters else version
@@ -112,14 +112,13 @@ class Catalogue:
         """OpenAI's model cards: the live policy first, then every version that is kept, newest first."""
         state = await self.state()
         cards = [
-            self._card(f"{MODEL}@{entry.version}", {"run": state["run"], **entry.listed()})
-            for entry in state["versions"]
+            self._card(f"{MODEL}@{entry.version}", {"run": state.run, **entry.listed()}) for entry in state.versions
         ]
         live = [self._card(MODEL, card["metadata"]) for card in cards if card["metadata"]["state"] == "live"]
         by_version = {card["metadata"]["version"]: card["metadata"] for card in cards}
         adapters = [
             self._card(f"{MODEL}@{name}", {**by_version[adapter.base], "adapter": name, "state": "pinned"})
-            for name, adapter in state["serving"].named_adapters.items()
+            for name, adapter in state.serving.named_adapters.items()
             if adapter.base in by_version
         ]
         return [*live, *cards, *adapters]
@@ -128,12 +127,11 @@ class Catalogue:
         """ApiError (404) for a name that no card has, labels included."""
         state = await self.state()
         name = model.partition("@")[2]
-        if model != MODEL and name not in state["serving"].adapters:
-            labels = {entry.version: entry.labels for entry in state["versions"]}
+        if model != MODEL and name not in state.serving.adapters:
             try:
                 if not model.startswith(f"{MODEL}@"):
                     raise VersionError("no model of that name")
-                name = str(find(name, labels))
+                name = str(find(name, state.labels))
             except VersionError as error:
                 raise _no_model(str(error), state) from None
         wanted = f"{MODEL}@{name}" if name else MODEL
@@ -146,21 +144,21 @@ class Catalogue:
         created = metadata.get("created") or self._created
         return {"id": name, "object": "model", "created": created, "owned_by": "sampo-ray", "metadata": metadata}
 
-    async def _ask(self) -> dict[str, Any]:
+    async def _ask(self) -> StoreState:
         return await asyncio.wait_for(find_weight_store(self._store).state.remote(), CALL_TIMEOUT_S)
 
 
-def served_names(state: dict[str, Any]) -> list[str]:
+def served_names(state: StoreState) -> list[str]:
     """The model names that a request may use now, by number and by label."""
-    serving = state["serving"]
+    serving = state.serving
     served = {*serving.all_pinned, *([] if serving.live is None else [serving.live])}
     names = [MODEL]
-    for entry in state["versions"]:
+    for entry in state.versions:
         if entry.version in served:
             names += [f"{MODEL}@{name}" for name in (entry.version, *entry.labels)]
     return [*names, *(f"{MODEL}@{name}" for name in serving.named_adapters)]
 
 
-def _no_model(reason: str, state: dict[str, Any]) -> ApiError:
+def _no_model(reason: str, state: StoreState) -> ApiError:
     message = f"model: {reason}; this endpoint serves {', '.join(served_names(state))}"
     return ApiError(404, message, param="model", code="model_not_found")

@@ -22,6 +22,7 @@ from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_in
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from sampo_ray.actors.policy.server import Origin
+from sampo_ray.actors.weights.client import StoreState
 from sampo_ray.config.serve import ServeConfig
 from sampo_ray.run.version_folders import WeightsId
 from sampo_ray.serve import errors
@@ -67,11 +68,11 @@ class PolicyIngress(AdminRoutes, FeedbackRoutes, PageRoutes, RunRoutes, OpenAiIn
         self._config = config
         self.assets = load_assets()
 
-    def commanded(self, state: dict[str, Any]) -> None:
+    def commanded(self, state: StoreState) -> None:
         """No answer from now on begins with weights that were live before the command."""
-        serving = state["serving"]
+        serving = state.serving
         if serving.live is not None:
-            self._policy.note(Origin(WeightsId(state["run"], serving.live), serving.sequence))
+            self._policy.note(Origin(WeightsId(state.run, serving.live), serving.sequence))
 
     async def health(self) -> Response:
         """200 when a request would be answered, else 503."""

@@ -38,7 +38,7 @@ class Live:
     newest: int = 0
 
     def publish(self) -> int:
-        from sampo_ray.actors.weights.store import NewVersion, publish_version
+        from sampo_ray.actors.weights.publish import NewVersion, publish_version
         from sampo_ray.run.storage import Place
         from sampo_ray.run.version_folders import VersionInfo
 

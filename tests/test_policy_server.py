@@ -31,8 +31,9 @@ from sampo_ray.actors.transfer import broadcast
 from sampo_ray.actors.transfer.roll import Member
 from sampo_ray.actors.transfer.sending import Sender, start_sender
 from sampo_ray.actors.transfer.transport import digest
-from sampo_ray.actors.weights.handout import Weights, put
-from sampo_ray.actors.weights.store import NewVersion, publish_adapters, publish_version, start_weight_store
+from sampo_ray.actors.weights.client import Weights, put
+from sampo_ray.actors.weights.publish import NewVersion, publish_adapters, publish_version
+from sampo_ray.actors.weights.store import start_weight_store
 from sampo_ray.config.fleet import GeneratorsConfig
 from sampo_ray.config.model import LoraConfig
 from sampo_ray.console.tiny import tiny_llama

@@ -22,7 +22,7 @@ from sampo_ray.actors.transfer.receiving import Receiver, Reception
 from sampo_ray.actors.transfer.roll import Roll, Ticket
 from sampo_ray.actors.transfer.sending import Sender
 from sampo_ray.actors.transfer.transport import digest
-from sampo_ray.actors.weights.handout import Weights
+from sampo_ray.actors.weights.client import Weights
 from sampo_ray.run.buckets import TensorSpec, joined, pack, views
 from sampo_ray.run.version_folders import VersionInfo, WeightsId
 

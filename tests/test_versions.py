@@ -32,7 +32,7 @@ LABELS = versions.all_labels(Serving(), INFOS)
 
 def published(state: Serving) -> Serving:
     for version, labels in LABELS.items():
-        state = versions.passed(state, version, labels)
+        state = versions.accept(state, version, labels)
     return state
 
 
@@ -61,35 +61,35 @@ def test_what_goes_live_by_itself_is_what_the_policy_follows(follow, live):
 def test_a_version_held_by_hand_stays_until_training_is_followed_again():
     state = versions.rollback(published(Serving()))
     assert (state.live, state.held) == (8, True)
-    assert versions.passed(state, 20, ["round-3"]).live == 8
-    state = versions.commanded(state, INFOS, "promote", "latest")
+    assert versions.accept(state, 20, ["round-3"]).live == 8
+    state = versions.apply(state, INFOS, versions.Promote("latest"))
     assert (state.live, state.held) == (12, False)
-    state = versions.commanded(state, INFOS, "promote", "base")
+    state = versions.apply(state, INFOS, versions.Promote("base"))
     assert (state.live, state.held) == (0, True)
     assert versions.rollback(state).live == 12
 
 
 def test_a_refused_version_is_listed_with_its_reason_and_cannot_be_promoted():
-    state = versions.refused(published(Serving(follow="round")), 5, "too long")
-    entry = next(e for e in versions.catalogue(state, INFOS) if e.version == 5)
+    state = versions.refuse(published(Serving(follow="round")), 5, "too long")
+    entry = next(e for e in versions.listing(state, INFOS) if e.version == 5)
     assert (entry.state, entry.reason) == ("refused", "too long")
     with pytest.raises(VersionError, match="version 5 was refused: too long"):
-        versions.commanded(state, INFOS, "promote", "5")
-    (base,) = versions.catalogue(state, {0: INFOS[0].model_copy(update={"files": {"a": "xxh3"}})})
+        versions.apply(state, INFOS, versions.Promote("5"))
+    (base,) = versions.listing(state, {0: INFOS[0].model_copy(update={"files": {"a": "xxh3"}})})
     assert base.listed() == {"version": 0, "round": 0, "step": 0, "labels": ("base",), "state": "kept", "reason": None}
 
 
 def test_pins_labels_and_what_retention_leaves():
-    state = versions.commanded(published(Serving()), INFOS, "pin", "round-1")
-    state = versions.commanded(state, INFOS, "label", "5", "blue")
+    state = versions.apply(published(Serving()), INFOS, versions.Pin("round-1"))
+    state = versions.apply(state, INFOS, versions.Label("5", "blue"))
     assert state.pinned == [8] and state.kept() == {12, 8, 5}
     assert versions.find("blue", versions.all_labels(state, INFOS)) == 5
     with pytest.raises(VersionError, match=r"version 5 is not pinned \(pinned: 8\)"):
-        versions.commanded(state, INFOS, "unpin", "5")
-    assert versions.commanded(state, INFOS, "unpin", "8").pinned == []
+        versions.apply(state, INFOS, versions.Unpin("5"))
+    assert versions.apply(state, INFOS, versions.Unpin("8")).pinned == []
     for bad in ("final", "round-9", "Blue", "", "a b", "7"):
         with pytest.raises(VersionError, match="label"):
-            versions.commanded(state, INFOS, "label", "5", bad)
+            versions.apply(state, INFOS, versions.Label("5", bad))
 
 
 @given(
@@ -97,20 +97,20 @@ def test_pins_labels_and_what_retention_leaves():
     st.data(),
 )
 def test_the_sequence_grows_with_every_change_of_what_is_live_and_only_then(commands, data):
-    state, newest = versions.passed(Serving(), 0, ["base"]), 0
+    state, newest = versions.accept(Serving(), 0, ["base"]), 0
     for command in commands:
         before = state
         some = data.draw(st.integers(0, newest))
         try:
             if command == "publish":
                 newest += data.draw(st.integers(1, 3))
-                state = versions.passed(state, newest, [])
+                state = versions.accept(state, newest, [])
             elif command == "release":
                 state = versions.release(state, newest)
             elif command == "rollback":
                 state = versions.rollback(state)
             elif command == "refuse":
-                state = versions.refused(state, some, "why")
+                state = versions.refuse(state, some, "why")
             else:
                 state = {"promote": versions.promote, "pin": versions.pin, "unpin": versions.unpin}[command](
                     state, some
@@ -124,13 +124,13 @@ def test_the_sequence_grows_with_every_change_of_what_is_live_and_only_then(comm
 
 
 def test_adapters_are_served_on_the_version_they_were_made_for():
-    state = versions.adapt(published(Serving()), "tune", Adapter(base=8, rank=12))
+    state = versions.add_adapter(published(Serving()), "tune", Adapter(base=8, rank=12))
     assert state.pinned == [8] and adapter_ranks(versions.pin(state, 0)) == {0: 0, 8: 16}
     assert pinned_app("f", "r1", 8, 16) == "f-pinned-r1-8-lora16" and pinned_app("f", "r1", 0, 0) == "f-pinned-r1-0"
     with pytest.raises(VersionError, match="carries adapters .tune."):
         versions.unpin(state, 8)
     for refused in (
-        lambda: versions.adapt(state, "tune", Adapter(base=0, rank=8)),
+        lambda: versions.add_adapter(state, "tune", Adapter(base=0, rank=8)),
         lambda: versions.label(state, 5, "tune"),
     ):
         with pytest.raises(VersionError, match="tune"):
@@ -143,14 +143,14 @@ def test_adapters_are_served_on_the_version_they_were_made_for():
 def test_a_version_of_adapters_alone_is_pinned_on_its_base():
     adapters = AdaptersInfo(base=0, rank=4, scaling=2.0)
     infos = {**INFOS, 5: INFOS[5].model_copy(update={"adapters": adapters})}
-    state = versions.commanded(published(Serving()), infos, "pin", "5")
+    state = versions.apply(published(Serving()), infos, versions.Pin("5"))
     assert (state.pinned, state.pinned_adapters, adapter_ranks(state)) == ([0], {5}, {0: 8})
-    assert state.kept() >= {0, 5} and versions.standing(state, 5) == versions.standing(state, 0) == "pinned"
+    assert state.kept() >= {0, 5} and versions.state_of(state, 5) == versions.state_of(state, 0) == "pinned"
     with pytest.raises(VersionError, match="version 0 carries adapters .5."):
         versions.unpin(state, 0)
     with pytest.raises(VersionError, match=r"version 8 is not pinned \(pinned: 0, 5\)"):
         versions.unpin(state, 8)
-    state = versions.commanded(state, infos, "unpin", "5")
+    state = versions.apply(state, infos, versions.Unpin("5"))
     assert (state.adapters, versions.unpin(state, 0).pinned) == ({}, [])
 
 
@@ -167,12 +167,12 @@ def test_only_adapters_that_can_be_served_are_taken(tmp_path):
 
 
 def test_a_run_that_is_taken_up_again_serves_what_is_durable():
-    assert versions.settled(Serving(), LABELS, checked=False).live == 12
-    assert versions.settled(Serving(), LABELS, checked=True).live == 0
+    assert versions.resume(Serving(), LABELS, checked=False).live == 12
+    assert versions.resume(Serving(), LABELS, checked=True).live == 0
     held = versions.promote(published(Serving()), 5)
-    assert versions.settled(held, LABELS, checked=False) == held
+    assert versions.resume(held, LABELS, checked=False) == held
     gone = {version: names for version, names in LABELS.items() if version != 5}
-    assert versions.settled(held, gone, checked=False).live in gone
+    assert versions.resume(held, gone, checked=False).live in gone
 
 
 def new_run(folder):

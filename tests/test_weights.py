@@ -1,5 +1,6 @@
 """Buckets, durable versions and the weight store."""
 
+import asyncio
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,14 +15,10 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from sampo_ray.actors.policy.adapters import merging
-from sampo_ray.actors.weights.handout import Weights, fetch
-from sampo_ray.actors.weights.store import (
-    NewVersion,
-    find_weight_store,
-    publish_adapters,
-    publish_version,
-    start_weight_store,
-)
+from sampo_ray.actors.weights.client import Weights, fetch, find_weight_store
+from sampo_ray.actors.weights.loaded import LoadedVersions, LongPoll
+from sampo_ray.actors.weights.publish import NewVersion, publish_adapters, publish_version
+from sampo_ray.actors.weights.store import start_weight_store
 from sampo_ray.config.model import LoraConfig
 from sampo_ray.console.tiny import tiny_llama, tiny_tokenizer
 from sampo_ray.errors import WeightsError
@@ -37,6 +34,7 @@ from sampo_ray.run.version_folders import (
     read_info,
     version_folder,
 )
+from sampo_ray.run.versions import Serving
 
 BASE = VersionInfo(version=0, round=0, step=0)
 
@@ -286,3 +284,54 @@ def test_a_store_serves_one_run_after_another(run: Run) -> None:
     assert run.value(weights) == 7.0
     ray.kill(run.store, no_restart=False)
     assert run.call("wait", None, 30).id == WeightsId("other", 0)
+
+
+def loaded(folder: Path) -> LoadedVersions:
+    return LoadedVersions("run", str(folder), put=lambda bucket: bucket)
+
+
+def write(folder: Path, shell: Path, version: int) -> None:
+    info = VersionInfo(version=version, round=0, step=version)
+    write_version(version_folder(str(folder), version), [("w", torch.full((5,), version))], str(shell), info)
+
+
+def test_the_newest_version_on_disk_is_read_once(tmp_path: Path, tiny_model: Path) -> None:
+    versions = loaded(tmp_path)
+    assert versions.read_newest() is None
+    for version in (0, 5):
+        write(tmp_path, tiny_model, version)
+    assert versions.read_newest() == 5
+    assert versions.read_newest() is None
+    assert versions.training is versions.get(5) and versions.get(0).id == WeightsId("run", 0)
+
+
+def test_a_version_is_live_once_for_each_sequence(tmp_path: Path, tiny_model: Path) -> None:
+    versions = loaded(tmp_path)
+    write(tmp_path, tiny_model, 0)
+    versions.make_live(Serving())
+    assert versions.live is None
+    versions.make_live(Serving(live=0, sequence=1))
+    before = versions.live
+    versions.make_live(Serving(live=0, sequence=1))
+    assert versions.live is before
+    versions.make_live(Serving(live=0, sequence=3))
+    assert versions.live is not None and versions.live.sequence == 3
+
+
+def test_a_long_poll_answers_at_once_when_a_channel_differs_and_else_when_it_changes() -> None:
+    first, second = (
+        Weights(WeightsId("run", n), VersionInfo(version=n, round=0, step=n), (), sequence=n) for n in (1, 2)
+    )
+
+    async def polled() -> list[Weights | None]:
+        poll, current = LongPoll(), [first]
+        at_once = await poll.wait(lambda: current[0], None, None, 0)
+        unchanged = await poll.wait(lambda: current[0], first.id, first.sequence, 0)
+        other_sequence = await poll.wait(lambda: current[0], first.id, 7, 0)
+        waiting = asyncio.create_task(poll.wait(lambda: current[0], first.id, None, 60))
+        await asyncio.sleep(0)
+        current[0] = second
+        await poll.announce()
+        return [at_once, unchanged, other_sequence, await waiting]
+
+    assert asyncio.run(polled()) == [first, None, first, second]

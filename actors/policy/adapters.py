@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from sampo_ray.actors.weights.handout import rest
+from sampo_ray.actors.weights.client import throttle
 from sampo_ray.run.buckets import Bucket, checksum, flat, unpack, verify, views
 from sampo_ray.training.lora import MATRICES, file_name, merged
 
@@ -25,13 +25,13 @@ def merging(adapters: Bucket, scaling: float, share: float = 1.0) -> Callable[[B
         begun = time.perf_counter()
         verify(bucket)
         data = bucket.data.copy()
-        rest(begun, share)
+        throttle(begun, share)
         for spec, (name, weight) in zip(adapted, views(adapted, flat(bucket.data)), strict=True):
             begun = time.perf_counter()
             a, b = (parts[file_name(name, side)] for side in MATRICES)
             new = merged(weight, a, b, scaling).to(weight.dtype)
             flat(data)[spec.offset : spec.offset + spec.nbytes] = new.view(torch.uint8).flatten()
-            rest(begun, share)
+            throttle(begun, share)
         return replace(bucket, data=data, checksum=checksum(data))
 
     return merge

@@ -29,16 +29,14 @@ from sampo_ray.actors.policy.adapters import merging
 from sampo_ray.actors.policy.lifecycle import Door, Event, State, after
 from sampo_ray.actors.transfer.backend import staged
 from sampo_ray.actors.transfer.receiving import Receiver
-from sampo_ray.actors.weights.handout import Weights
-from sampo_ray.actors.weights.pinned import adapter_place
-from sampo_ray.actors.weights.store import Channel, find_weight_store
+from sampo_ray.actors.weights.client import Channel, Weights, find_weight_store
 from sampo_ray.data.chat import ChatFormat
 from sampo_ray.errors import Elsewhere, WeightsError
 from sampo_ray.internals.serve_llm import EngineServer, use_local_folders
 from sampo_ray.internals.vllm import has_requests, requests_in_flight
 from sampo_ray.run.buckets import Bucket
 from sampo_ray.run.storage import Place
-from sampo_ray.run.version_folders import VersionInfo, WeightsId, read_info
+from sampo_ray.run.version_folders import VersionInfo, WeightsId, adapter_folder, read_info
 from sampo_ray.training.streams import completion_seed
 
 logger = logging.getLogger("ray.serve")  # the one that Serve sends to its log files
@@ -274,8 +272,8 @@ class PolicyServer(EngineServer):
         async with self._adapting:
             if model in self._adapters:
                 return
-            place = adapter_place(Place(run), model.partition("@")[2])
-            path = await asyncio.to_thread(on_this_node, place.url)
+            folder = adapter_folder(run, model.partition("@")[2])
+            path = await asyncio.to_thread(on_this_node, folder)
             await self.load_adapter(model, path)
             self._adapters.add(model)
 

@@ -17,7 +17,8 @@ from transformers import AutoConfig
 
 from sampo_ray.actors.ranks.exchange import EXCHANGE_ANSWER_S, Closed, RoundSpec
 from sampo_ray.actors.transfer.sending import start_sender
-from sampo_ray.actors.weights.store import NewVersion, find_weight_store, publish_adapters, publish_version
+from sampo_ray.actors.weights.client import find_weight_store
+from sampo_ray.actors.weights.publish import NewVersion, publish_adapters, publish_version
 from sampo_ray.data.preferences import pairs_of, with_reference
 from sampo_ray.errors import TrainingError, WeightsError
 from sampo_ray.run.adapter_files import adapters_info

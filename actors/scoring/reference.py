@@ -9,8 +9,7 @@ import ray
 import torch
 from ray import serve
 
-from sampo_ray.actors.weights.handout import fetch
-from sampo_ray.actors.weights.store import find_weight_store
+from sampo_ray.actors.weights.client import fetch, find_weight_store
 from sampo_ray.config.fleet import FleetConfig
 from sampo_ray.config.run import RunConfig
 from sampo_ray.data.preferences import pairs_of, with_reference

@@ -26,7 +26,7 @@ from sampo_ray.actors.transfer.receiving import SIDES, Reception
 from sampo_ray.actors.transfer.roll import Ticket
 from sampo_ray.actors.transfer.spare_weights import SpareWeights
 from sampo_ray.actors.transfer.transport import Incoming
-from sampo_ray.actors.weights.handout import rest
+from sampo_ray.actors.weights.client import throttle
 from sampo_ray.internals.torch import init_amx
 from sampo_ray.internals.vllm import pack_heads
 from sampo_ray.run.buckets import Bucket, TensorSpec, joined, verify, views
@@ -159,7 +159,7 @@ def written(data: np.ndarray, file: Any, share: float) -> Iterator[np.ndarray]:
         piece = data[start : start + PIECE_BYTES]
         file.write(piece)
         yield piece
-        rest(begun, share)
+        throttle(begun, share)
 
 
 @contextmanager

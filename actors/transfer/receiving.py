@@ -17,7 +17,7 @@ from sampo_ray.actors.transfer.broadcast import BroadcastIncoming
 from sampo_ray.actors.transfer.cuda_ipc import IpcIncoming
 from sampo_ray.actors.transfer.roll import Member, Ticket
 from sampo_ray.actors.transfer.transport import Incoming, beside
-from sampo_ray.actors.weights.handout import Weights
+from sampo_ray.actors.weights.client import Weights
 from sampo_ray.run.buckets import joined
 
 logger = logging.getLogger("ray.serve")

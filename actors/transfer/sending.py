@@ -14,7 +14,7 @@ from sampo_ray.actors.transfer.broadcast import BroadcastOutgoing
 from sampo_ray.actors.transfer.cuda_ipc import IpcOutgoing
 from sampo_ray.actors.transfer.roll import Epoch
 from sampo_ray.actors.transfer.transport import Outgoing, left
-from sampo_ray.actors.weights.handout import fetch
+from sampo_ray.actors.weights.client import fetch
 from sampo_ray.run.buckets import Bucket
 from sampo_ray.run.version_folders import WeightsId
 

@@ -1,6 +1,6 @@
-"""Pinned versions: each a Serve application of its own that scales from zero, so that `policy` is never redeployed."""
+"""Pinned versions: each is a Serve application that scales from zero, so that `policy` is never redeployed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import ray
 from ray import serve
@@ -14,37 +14,30 @@ RANKS = (0, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM can be told to expect; 0: no adapters."""
 
 
-class Pinned:
-    """Brings the applications of pinned versions in line with what is asked for, in the background and in order."""
+class PinnedApps:
+    """Starts and stops the applications of pinned versions in the background, one change after the other."""
 
     def __init__(self, apps: str) -> None:
-        self._apps = apps
-        self._wanted: tuple[str, dict[int, int]] | None = None
+        self.apps = apps
+        self._wanted: tuple[str, dict[int, int]] = "", {}
         self._last: ray.ObjectRef | None = None
 
-    def become(self, place: Place, run_id: str, ranks: Mapping[int, int]) -> None:
-        """`ranks`: the versions to serve, and the largest rank of the adapters on each (0: none)."""
-        wanted = run_id, dict(ranks)
-        if self._apps and wanted != self._wanted and (ranks or self._wanted):
-            self._wanted = wanted
-            self._last = _reconcile.remote(self._apps, place, run_id, dict(ranks), self._last)
+    def serve(self, place: Place, run_id: str, state: Serving) -> None:
+        """Brings the applications in line with what is pinned."""
+        ranks = adapter_ranks(state)
+        if self.apps and (run_id, ranks) != self._wanted and (ranks or self._wanted[0]):
+            self._wanted = run_id, ranks
+            self._last = _reconcile.remote(self.apps, place, run_id, ranks, self._last)
 
 
 def adapter_ranks(state: Serving) -> dict[int, int]:
-    """The pinned versions, and for each the smallest rank that vLLM knows and all adapters on it fit in (0: none)."""
+    """The pinned versions, each with the smallest rank that vLLM knows and all adapters on it fit in (0: none)."""
     largest = {v: max((a.rank for a in adapters_on(state, v).values()), default=0) for v in state.pinned}
     return {version: min((r for r in RANKS if r >= rank), default=RANKS[-1]) for version, rank in largest.items()}
 
 
-def adapter_place(run: Place, name: str) -> Place:
-    """The folder of an adapter in a run directory: a user's by its name, a version of adapters alone by its number."""
-    return Place(version_folder(run.at("versions").url, int(name))) if name.isdecimal() else run.at("adapters", name)
-
-
 def pinned_app(apps: str, run_id: str, version: int, rank: int) -> str:
-    """The name of the Serve application of a run's pinned version, in the fleet of that prefix, which may see several
-    runs: the last one's application may still be there.
-    """
+    """The name of a pinned version's Serve application; it names the run, since a fleet may serve one after another."""
     return f"{pinned_prefix(apps)}{run_id}-{version}" + (f"-lora{rank}" if rank else "")
 
 
@@ -58,7 +51,7 @@ def delete_pinned(apps: str, keep: Sequence[str] = ()) -> None:
 
 
 def delete_apps(names: Sequence[str]) -> None:
-    """Takes Serve applications down, all at the same time, and waits until they are."""
+    """Deletes Serve applications, all at the same time, and waits until they are gone."""
     for name in names:
         serve.delete(name, _blocking=False)
     for name in names:

@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from sampo_ray.run.storage import Place
     from sampo_ray.run.version_folders import VersionInfo
-    from sampo_ray.run.versions import Follow
+    from sampo_ray.run.versions import Command, Follow
 
 app = typer.Typer()
 adapters = typer.Typer(
@@ -33,31 +33,41 @@ def versions(run: RunArgument) -> None:
 @app.command()
 def promote(run: RunArgument, version: VersionArgument) -> None:
     """Makes a version live and holds it there; `latest` follows training again."""
-    command(run, "promote", version)
+    from sampo_ray.run.versions import Promote
+
+    carry_out(run, Promote(version))
 
 
 @app.command()
 def rollback(run: RunArgument) -> None:
     """Makes the version live that was live before, and holds it there."""
-    command(run, "rollback")
+    from sampo_ray.run.versions import Rollback
+
+    carry_out(run, Rollback())
 
 
 @app.command()
 def pin(run: RunArgument, version: VersionArgument) -> None:
     """Serves a version as `policy@VERSION` beside the live one, and keeps it on disk."""
-    command(run, "pin", version)
+    from sampo_ray.run.versions import Pin
+
+    carry_out(run, Pin(version))
 
 
 @app.command()
 def unpin(run: RunArgument, version: VersionArgument) -> None:
     """Stops serving a pinned version beside the live one."""
-    command(run, "unpin", version)
+    from sampo_ray.run.versions import Unpin
+
+    carry_out(run, Unpin(version))
 
 
 @app.command()
 def label(run: RunArgument, version: VersionArgument, name: Annotated[str, typer.Argument(metavar="LABEL")]) -> None:
     """Gives a version a label; requests for `policy@LABEL` get it while it is pinned or live."""
-    command(run, "label", version, name)
+    from sampo_ray.run.versions import Label
+
+    carry_out(run, Label(version, name))
 
 
 @adapters.command("add")
@@ -70,14 +80,14 @@ def add_adapter(
     """Copies an adapter into the run directory and serves it."""
     from sampo_ray.errors import VersionError
     from sampo_ray.run.storage import Place, absolute
-    from sampo_ray.run.versions import Adapter, adapt, all_labels, edit_serving, find, read_serving
+    from sampo_ray.run.versions import Adapter, add_adapter, all_labels, edit_serving, find, read_serving
 
     place, infos, follow = opened(run)
     state = read_serving(place, follow)
     adapter = Adapter(base=find(base, all_labels(state, infos)), rank=rank_of(folder))
     if infos[adapter.base].adapters:
         raise VersionError(f"version {adapter.base} is adapters itself; name a version that is a whole model")
-    adapt(state, name, adapter)  # refused before anything is copied
+    add_adapter(state, name, adapter)  # refused before anything is copied
     target = place.at("adapters", name)
     if target.names():
         raise VersionError(f"{target.url} exists; choose another name, or remove it")
@@ -85,7 +95,7 @@ def add_adapter(
         for file in ADAPTER_FILES:
             (draft / file).write_bytes(Place(absolute(folder)).at(file).read())
         target.take(draft)
-    edit_serving(place, lambda now: adapt(now, name, adapter), follow)
+    edit_serving(place, lambda now: add_adapter(now, name, adapter), follow)
     typer.echo(f"policy@{name}: served on version {adapter.base}, which is pinned for it")
 
 
@@ -116,11 +126,12 @@ def rank_of(folder: str) -> int:
     return rank
 
 
-def command(run: str, verb: str, version: str = "", argument: str = "") -> None:
-    from sampo_ray.run.versions import commanded, edit_serving
+def carry_out(run: str, command: "Command") -> None:
+    """Changes what a run serves and prints what is served then."""
+    from sampo_ray.run.versions import apply, edit_serving
 
     place, infos, follow = opened(run)
-    state = edit_serving(place, lambda now: commanded(now, infos, verb, version, argument), follow)
+    state = edit_serving(place, lambda now: apply(now, infos, command), follow)
     held = ", held there" if state.held else f", following {state.follow}"
     live = "nothing" if state.live is None else f"version {state.live}"
     pinned = ", ".join(map(str, state.all_pinned)) or "none"
@@ -131,12 +142,12 @@ def show(run: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from sampo_ray.run.versions import catalogue, read_serving
+    from sampo_ray.run.versions import listing, read_serving
 
     place, infos, follow = opened(run)
     state = read_serving(place, follow)
     table = Table("version", "labels", "state", "loss", "margin", "chosen", "published")
-    for entry in catalogue(state, infos):
+    for entry in listing(state, infos):
         numbers = [entry.metrics.get(name) for name in ("loss", "margin", "chosen_tokens")]
         shown = ("-" if n is None else f"{n:{form}}" for n, form in zip(numbers, (".3f", "+.3f", ".0f"), strict=True))
         when = "-" if entry.created is None else f"{datetime.fromtimestamp(entry.created):%m-%d %H:%M}"

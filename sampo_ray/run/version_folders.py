@@ -88,3 +88,9 @@ def complete_versions(versions_url: str) -> list[int]:
     names = [path.rstrip("/").rsplit("/", 1)[-1] for path in fs.ls(folder, detail=False)]
     numbers = sorted(int(name) for name in names if re.fullmatch(r"\d{6,}", name))
     return [number for number in numbers if fs.exists(f"{version_folder(folder, number)}/version.json")]
+
+
+def adapter_folder(run_url: str, name: str) -> str:
+    """The folder of an adapter in a run directory: a user's by its name, a version of adapters alone by its number."""
+    run = run_url.rstrip("/")
+    return version_folder(f"{run}/versions", int(name)) if name.isdecimal() else f"{run}/adapters/{name}"

@@ -1,13 +1,14 @@
-"""Which version of a policy is live, and why: a small state, pure functions that change it, and the file it lives in.
+"""Which version of a policy is live, and why: a small state, pure functions that change it, and its file.
 
-A *version* is a published checkpoint, numbered by the optimizer steps behind it. `serving.json` in the run directory is
-the only truth about what is live, pinned or refused. The weight store changes it when a version is published, the
-command line and the admin routes when somebody asks; whoever serves the run follows the file.
+A *version* is a published checkpoint, numbered by the optimizer steps of the run so far. `serving.json` in the run
+directory is the only truth about what is live, pinned or refused. The weight store changes it when a version is
+published; the command line and the admin routes change it on request. The process that serves the run follows the file.
 """
 
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import filelock
@@ -20,6 +21,8 @@ from sampo_ray.run.storage import Place
 from sampo_ray.run.version_folders import AdaptersInfo, VersionInfo
 
 Follow = Literal["latest", "round", "manual"]
+ServedAs = Literal["live", "pinned", "refused", "candidate", "kept"]
+"""A candidate has not been checked yet."""
 BASE_LABELS = ("base",)
 HISTORY = 50
 LOCK_SECONDS = 30.0
@@ -27,21 +30,17 @@ LABEL = re.compile(r"[a-z][a-z0-9._/-]{0,63}")
 
 
 class Adapter(BaseModel):
-    """A LoRA adapter (peft) in `adapters/<name>/`, or a version of adapters alone, served by replicas of the version
-    that it belongs to.
-    """
+    """A LoRA adapter (peft) in `adapters/<name>/`, or a version of adapters alone, served by replicas of `base`."""
 
     base: int
     rank: int
 
 
 class VersionEntry(VersionInfo):
-    """A version on disk as it is listed: with the labels of users, and how it is served."""
+    """A version in a list of those on disk: its `labels` begin with those of users; `reason`: why it was refused."""
 
-    state: Literal["live", "pinned", "refused", "candidate", "kept"]
-    """`candidate`: not checked yet."""
+    state: ServedAs
     reason: str | None
-    """Why it was refused."""
 
     def listed(self) -> dict[str, object]:
         """For JSON, without the files' checksums."""
@@ -49,25 +48,28 @@ class VersionEntry(VersionInfo):
 
 
 class Serving(BaseModel):
-    """What the live policy serves. `sequence` counts changes of `live`: with it, answers of several replicas have an
-    order even when a rollback makes version numbers go backwards."""
+    """What the live policy serves.
+
+    `sequence` counts changes of `live`: it orders the answers of several replicas also when a rollback makes version
+    numbers go backwards.
+    """
 
     follow: Follow = "latest"
     held: bool = False
-    """Somebody promoted or rolled back by hand: new versions do not go live until `latest` is promoted."""
+    """An operator promoted or rolled back: new versions do not go live until `latest` is promoted."""
     live: int | None = None
     sequence: int = 0
     previous: list[int] = Field(default_factory=list)
-    """What was live before, oldest first: where a rollback goes."""
+    """Earlier live versions, oldest first; a rollback goes to the last."""
     pinned: list[int] = Field(default_factory=list)
     labels: dict[str, int] = Field(default_factory=dict)
-    """Labels that users gave; those of rounds and steps are in each version's own record."""
+    """Labels that users gave; those of rounds and steps are in each version's version.json."""
     adapters: dict[str, Adapter] = Field(default_factory=dict)
-    """By name; a version of adapters alone that is pinned is here by its number."""
+    """By name; a pinned version of adapters alone is here by its number."""
     refused: dict[int, str] = Field(default_factory=dict)
     """Versions that failed a check, with the reason."""
     passed: list[int] = Field(default_factory=list)
-    """Versions that passed their checks, in the order in which they did."""
+    """Versions that passed their checks, in that order."""
 
     def kept(self) -> set[int]:
         """Versions that retention must leave on disk."""
@@ -76,12 +78,12 @@ class Serving(BaseModel):
 
     @property
     def pinned_adapters(self) -> set[int]:
-        """Versions of adapters alone that are served on the pinned one that they belong to."""
+        """Pinned versions of adapters alone."""
         return {int(name) for name in self.adapters if name.isdecimal()}
 
     @property
     def all_pinned(self) -> list[int]:
-        """Versions that are served beside the live one, whole or as adapters."""
+        """Versions served beside the live one, whole or as adapters."""
         return sorted({*self.pinned, *self.pinned_adapters})
 
     @property
@@ -91,7 +93,7 @@ class Serving(BaseModel):
 
 
 def labels_of(round: int, step: int, last: bool, rounds: int) -> list[str]:
-    """The labels that a version gets by itself: `round` counts from 0, labels from 1; version 0 is `base`."""
+    """The labels of a version from when it is published: `round` counts from 0, labels from 1; version 0 is `base`."""
     labels = [f"round-{round + 1}/step-{step}"]
     if last:
         labels.append(f"round-{round + 1}")
@@ -100,38 +102,36 @@ def labels_of(round: int, step: int, last: bool, rounds: int) -> list[str]:
     return labels
 
 
-def is_wanted(follow: Follow, labels: Sequence[str]) -> bool:
-    """Whether a version with these labels goes live by itself."""
+def is_followed(follow: Follow, labels: Sequence[str]) -> bool:
+    """Whether a version with these labels goes live without an operator."""
     ends_round = any(label == "base" or re.fullmatch(r"round-\d+", label) for label in labels)
     return follow == "latest" or (follow == "round" and ends_round)
 
 
-def passed(state: Serving, version: int, labels: Sequence[str]) -> Serving:
-    """A version has passed its checks: it goes live if that is what the live policy follows, and it is news."""
+def accept(state: Serving, version: int, labels: Sequence[str]) -> Serving:
+    """A version has passed its checks: it goes live if the live policy follows such versions and it is newer."""
     new = state.model_copy(update={"passed": [*(v for v in state.passed if v != version), version][-HISTORY:]})
-    newer = state.live is None or version > state.live
-    return (
-        _live(new, version)
-        if state.live is None or (not state.held and newer and is_wanted(state.follow, labels))
-        else new
-    )
+    if state.live is None or (not state.held and version > state.live and is_followed(state.follow, labels)):
+        return _live(new, version)
+    return new
 
 
-def settled(state: Serving, labels: Mapping[int, Sequence[str]], checked: bool) -> Serving:
-    """The state of a run that is taken up again, with these versions on disk. What is durable goes live as it was about
-    to when its publisher was cut off, but where versions are `checked` only the base does so by itself. A live version
-    that is gone from disk gives way to the newest.
+def resume(state: Serving, labels: Mapping[int, Sequence[str]], checked: bool) -> Serving:
+    """The state when a store starts on a run with these versions on disk.
+
+    A version whose publisher was killed before it could go live goes live now; where versions are `checked`, only the
+    base does. A live version that is gone from disk is replaced by the newest.
     """
     if state.live not in labels:
         state = state.model_copy(update={"live": None})
     for version in sorted(labels)[: 1 if checked else None]:
         if version not in state.passed or state.live is None:
-            state = passed(state, version, labels[version])
+            state = accept(state, version, labels[version])
     return state
 
 
-def refused(state: Serving, version: int, reason: str) -> Serving:
-    """A version failed a check: it is listed with the reason, and the live one stays."""
+def refuse(state: Serving, version: int, reason: str) -> Serving:
+    """A version failed a check: it is listed with the reason, and the live version stays."""
     return state.model_copy(update={"refused": {**state.refused, version: reason}})
 
 
@@ -148,7 +148,7 @@ def release(state: Serving, latest: int) -> Serving:
 
 
 def rollback(state: Serving) -> Serving:
-    """Makes what was live before live again and holds it there. VersionError when there is nothing to go back to."""
+    """Makes the version live again that was live before, and holds it. VersionError when there is none."""
     if not state.previous:
         raise VersionError("there is no earlier live version to roll back to; promote one by its number")
     *before, target = state.previous
@@ -161,7 +161,7 @@ def pin(state: Serving, version: int) -> Serving:
 
 
 def pin_adapters(state: Serving, version: int, adapters: AdaptersInfo) -> Serving:
-    """The same for a version of adapters alone; its base is pinned, too."""
+    """Serves a version of adapters alone beside the live one, on its base, which is pinned too."""
     served = Adapter(base=adapters.base, rank=adapters.rank)
     return pin(state, served.base).model_copy(update={"adapters": {**state.adapters, str(version): served}})
 
@@ -182,7 +182,7 @@ def adapters_on(state: Serving, version: int) -> dict[str, Adapter]:
     return {name: adapter for name, adapter in state.adapters.items() if adapter.base == version}
 
 
-def adapt(state: Serving, name: str, adapter: Adapter) -> Serving:
+def add_adapter(state: Serving, name: str, adapter: Adapter) -> Serving:
     """Serves an adapter as `policy@NAME` on its base version, which is pinned for it."""
     _check_label(name)
     if name in state.labels or name in state.adapters:
@@ -197,7 +197,7 @@ def remove_adapter(state: Serving, name: str) -> Serving:
 
 
 def label(state: Serving, version: int, name: str) -> Serving:
-    """Gives a version a name of the user's own, which moves if another one had it."""
+    """Gives a version a label of the user's; the label moves if another version had it."""
     _check_label(name)
     if name in state.adapters:
         raise VersionError(f"the name {name!r} is an adapter's; choose another")
@@ -208,35 +208,74 @@ def _check_label(name: str) -> None:
     if not LABEL.fullmatch(name) or name in ("base", "latest", "live", "final") or name.startswith("round-"):
         raise VersionError(
             f"label {name!r}: use lower-case letters, digits, '.', '_', '-' and '/', a letter first, and none of the "
-            "names that versions get by themselves (base, final, latest, live, round-...)"
+            "names that versions get when they are published (base, final, latest, live, round-...)"
         )
 
 
-def commanded(state: Serving, infos: Mapping[int, VersionInfo], verb: str, name: str, argument: str = "") -> Serving:
-    """What an operator asks for: `promote` (a version, or `latest` to follow training again), `rollback`, `pin`,
-    `unpin`, `label` (the new one is `argument`). `infos` are the versions on disk. VersionError when it cannot be.
-    """
+@dataclass(frozen=True)
+class Promote:
+    """Makes a version live and holds it there; `latest` follows training again."""
+
+    version: str
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """Makes the version live again that was live before, and holds it there."""
+
+
+@dataclass(frozen=True)
+class Pin:
+    """Serves a version beside the live one."""
+
+    version: str
+
+
+@dataclass(frozen=True)
+class Unpin:
+    version: str
+
+
+@dataclass(frozen=True)
+class Label:
+    """Gives a version a label."""
+
+    version: str
+    label: str
+
+
+Command = Promote | Rollback | Pin | Unpin | Label
+"""What an operator may ask for. A version is named by its number or a label."""
+
+
+def apply(state: Serving, infos: Mapping[int, VersionInfo], command: Command) -> Serving:
+    """The state after a command; `infos` are the versions on disk. VersionError when it cannot be carried out."""
     labels = all_labels(state, infos)
-    if verb == "rollback":
-        after = rollback(state)
-        if after.live not in labels:
-            raise VersionError(f"version {after.live}, which was live before, is not kept; there is {listed(labels)}")
-        return after
-    if verb == "promote" and name == "latest":
-        newest = newest_passed(state, labels)
-        if newest is None:
-            raise VersionError(
-                f"no version has passed its checks yet (follow={state.follow}); promote one by its number"
-            )
-        return release(state, newest)
-    if verb == "unpin" and name.isdecimal():
-        return unpin(state, int(name))
-    version = find(name, labels)
-    if verb == "label":
-        return label(state, version, argument)
-    if verb == "pin" and (adapters := infos[version].adapters):
-        return pin_adapters(state, version, adapters)
-    return {"promote": promote, "pin": pin, "unpin": unpin}[verb](state, version)
+    match command:
+        case Rollback():
+            after = rollback(state)
+            if after.live not in labels:
+                raise VersionError(
+                    f"version {after.live}, which was live before, is not kept; there is {listed(labels)}"
+                )
+            return after
+        case Promote("latest"):
+            newest = newest_passed(state, labels)
+            if newest is None:
+                raise VersionError(
+                    f"no version has passed its checks yet (follow={state.follow}); promote one by its number"
+                )
+            return release(state, newest)
+        case Promote(name):
+            return promote(state, find(name, labels))
+        case Pin(name):
+            version = find(name, labels)
+            adapters = infos[version].adapters
+            return pin_adapters(state, version, adapters) if adapters else pin(state, version)
+        case Unpin(name):
+            return unpin(state, int(name) if name.isdecimal() else find(name, labels))
+        case Label(name, new):
+            return label(state, find(name, labels), new)
 
 
 def _live(state: Serving, version: int) -> Serving:
@@ -247,14 +286,14 @@ def _live(state: Serving, version: int) -> Serving:
 
 
 def newest_passed(state: Serving, labels: Mapping[int, Sequence[str]]) -> int | None:
-    """The newest version on disk that passed its checks, of those that the live policy follows; None: there is none."""
+    """The newest version on disk that passed its checks and that the live policy follows; None when there is none."""
     follow: Follow = "latest" if state.follow == "manual" else state.follow
-    fit = [v for v, names in labels.items() if v in state.passed and is_wanted(follow, names)]
+    fit = [v for v, names in labels.items() if v in state.passed and is_followed(follow, names)]
     return max(fit, default=None)
 
 
 def find(name: str, labels: Mapping[int, Sequence[str]]) -> int:
-    """The version that a name means: a number, or a label. VersionError lists what there is."""
+    """The version of this number or label. VersionError lists the versions on disk."""
     if name.isascii() and name.isdecimal() and int(name) in labels:
         return int(name)
     named = [version for version, names in labels.items() if name in names]
@@ -264,12 +303,12 @@ def find(name: str, labels: Mapping[int, Sequence[str]]) -> int:
 
 
 def listed(labels: Mapping[int, Sequence[str]]) -> str:
-    """Versions for a message: numbers with their shortest label."""
+    """Versions for a message: each number with its shortest label."""
     each = [f"{v} ({min(labels[v], key=len)})" if labels[v] else str(v) for v in sorted(labels)]
     return ", ".join(each) if each else "none yet"
 
 
-def catalogue(state: Serving, infos: Mapping[int, VersionInfo]) -> list[VersionEntry]:
+def listing(state: Serving, infos: Mapping[int, VersionInfo]) -> list[VersionEntry]:
     """The versions on disk, newest first."""
     labels = all_labels(state, infos)
     return [
@@ -277,7 +316,7 @@ def catalogue(state: Serving, infos: Mapping[int, VersionInfo]) -> list[VersionE
             {
                 **infos[version].model_dump(exclude_unset=True),
                 "labels": labels[version],
-                "state": standing(state, version),
+                "state": state_of(state, version),
                 "reason": state.refused.get(version),
             }
         )
@@ -285,8 +324,8 @@ def catalogue(state: Serving, infos: Mapping[int, VersionInfo]) -> list[VersionE
     ]
 
 
-def standing(state: Serving, version: int) -> Literal["live", "pinned", "refused", "candidate", "kept"]:
-    """How a version is served. `candidate`: it was not checked yet."""
+def state_of(state: Serving, version: int) -> ServedAs:
+    """How a version is served."""
     if version == state.live:
         return "live"
     if version in state.all_pinned:
@@ -297,21 +336,15 @@ def standing(state: Serving, version: int) -> Literal["live", "pinned", "refused
 
 
 def all_labels(state: Serving, infos: Mapping[int, VersionInfo]) -> dict[int, list[str]]:
-    """Labels by version on disk, a user's own first."""
+    """Labels by version, those of users first."""
     return {
-        version: [*(n for n, v in state.labels.items() if v == version), *_own_labels(info)]
+        version: [*(n for n, v in state.labels.items() if v == version), *(info.labels if version else BASE_LABELS)]
         for version, info in infos.items()
     }
 
 
-def _own_labels(info: VersionInfo) -> Sequence[str]:
-    return BASE_LABELS if info.version == 0 else info.labels
-
-
 def read_serve_config(run: Place) -> ServeConfig:
-    """How a run's versions go live (`follow`, `swap`, `gates`), without its address and keys; defaults if it has no
-    configuration.
-    """
+    """How a run's versions go live (`follow`, `swap`, `gates`); the defaults if the run has no configuration."""
     file = run.at("config.yaml")
     tree = yaml.safe_load(file.read()).get("serve", {}) if file.exists() else {}
     return ServeConfig(api_keys=(), **{key: tree[key] for key in ("follow", "swap", "gates") if key in tree})
@@ -322,15 +355,15 @@ def serving_file(run: Place) -> Place:
 
 
 def read_serving(run: Place, follow: Follow = "latest") -> Serving:
-    """The state as it is now; a new run's begins with `follow`."""
+    """The state now; `follow` is that of a run that has none yet."""
     file = serving_file(run)
     return Serving.model_validate_json(file.read()) if file.exists() else Serving(follow=follow)
 
 
 def edit_serving(run: Place, change: Callable[[Serving], Serving], follow: Follow = "latest") -> Serving:
-    """Changes the state: read, change, write, one at a time on a local run directory (elsewhere the last writer wins).
+    """Changes the state; one process at a time on a local run directory, elsewhere the last writer wins.
 
-    VersionError of `change` leaves it as it was.
+    When `change` raises a VersionError, nothing is written.
     """
     if not run.local:
         return _edited(run, change, follow)
@@ -339,9 +372,7 @@ def edit_serving(run: Place, change: Callable[[Serving], Serving], follow: Follo
         with lock.acquire(timeout=LOCK_SECONDS):
             return _edited(run, change, follow)
     except filelock.Timeout:
-        raise VersionError(
-            f"serving.json is being changed by another process for {LOCK_SECONDS:.0f} s; try again"
-        ) from None
+        raise VersionError(f"another process has held serving.lock for {LOCK_SECONDS:.0f} s; try again") from None
 
 
 def _edited(run: Place, change: Callable[[Serving], Serving], follow: Follow) -> Serving:

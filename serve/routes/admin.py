@@ -1,4 +1,4 @@
-"""Routes for operators: which version is live, pinned or refused, and changing it."""
+"""Routes for operators: they list versions and change which are live, pinned or labelled."""
 
 from typing import Annotated, Any
 
@@ -6,6 +6,8 @@ from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from starlette.responses import JSONResponse, Response
 
+from sampo_ray.actors.weights.client import StoreState
+from sampo_ray.run import versions
 from sampo_ray.serve import errors
 from sampo_ray.serve.catalogue import Catalogue
 from sampo_ray.serve.requests.json_body import read_json
@@ -14,8 +16,8 @@ MAX_BODY_BYTES = 4096
 Name = Annotated[str, StringConstraints(min_length=1, max_length=80)]
 
 
-class Command(BaseModel):
-    """Body of an admin request: a version by number or label, and for `label` the new one."""
+class Body(BaseModel):
+    """Body of an admin request: a version by number or label and, to label it, the new label."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -24,42 +26,38 @@ class Command(BaseModel):
 
 
 class AdminRoutes:
-    """Handlers of `/admin/...`; the class that has them brings a `catalogue`, and hears of what was changed."""
+    """Handlers of `/admin/...`. The class that has them sets `catalogue`; `commanded` is called after each command."""
 
     catalogue: Catalogue
 
-    def commanded(self, state: dict[str, Any]) -> None:
-        """What is live may be another version now, as `state` (of the catalogue) says."""
+    def commanded(self, state: StoreState) -> None:
+        """Another version may be live from now on."""
 
     async def admin_versions(self) -> Response:
         return JSONResponse(_view(await self.catalogue.state()))
 
     async def admin_promote(self, request: Request) -> Response:
-        return await self._command(request, "promote")
+        return await self._command(versions.Promote(_version(await _body(request))))
 
     async def admin_rollback(self, request: Request) -> Response:
-        return await self._command(request, "rollback")
+        await _body(request)
+        return await self._command(versions.Rollback())
 
     async def admin_pin(self, request: Request) -> Response:
-        return await self._command(request, "pin")
+        return await self._command(versions.Pin(_version(await _body(request))))
 
     async def admin_unpin(self, request: Request) -> Response:
-        return await self._command(request, "unpin")
+        return await self._command(versions.Unpin(_version(await _body(request))))
 
     async def admin_label(self, request: Request) -> Response:
-        return await self._command(request, "label")
-
-    async def _command(self, request: Request, verb: str) -> Response:
-        try:
-            command = Command.model_validate(await read_json(request, MAX_BODY_BYTES))
-        except ValidationError as error:
-            raise errors.from_validation(error) from None
-        if verb != "rollback" and command.version is None:
-            raise errors.ApiError(400, "version: missing; name a version by number or label", param="version")
-        if verb == "label" and command.label is None:
+        body = await _body(request)
+        version = _version(body)
+        if body.label is None:
             raise errors.ApiError(400, "label: missing; name the new label", param="label")
-        version = "" if command.version is None else str(command.version)
-        state = await self.catalogue.command(verb, version, command.label or "")
+        return await self._command(versions.Label(version, body.label))
+
+    async def _command(self, command: versions.Command) -> Response:
+        state = await self.catalogue.command(command)
         self.commanded(state)
         return JSONResponse(_view(state))
 
@@ -74,9 +72,27 @@ ADMIN_ROUTES: dict[str, Any] = {
 }
 
 
-def _view(state: dict[str, Any]) -> dict[str, Any]:
-    serving = state["serving"]
-    served = {name: getattr(serving, name) for name in ("follow", "held", "live")}
-    previous = serving.previous[-1] if serving.previous else None
-    pinned, versions = serving.all_pinned, [entry.listed() for entry in state["versions"]]
-    return {"run": state["run"], **served, "pinned": pinned, "previous": previous, "versions": versions}
+async def _body(request: Request) -> Body:
+    try:
+        return Body.model_validate(await read_json(request, MAX_BODY_BYTES))
+    except ValidationError as error:
+        raise errors.from_validation(error) from None
+
+
+def _version(body: Body) -> str:
+    if body.version is None:
+        raise errors.ApiError(400, "version: missing; name a version by number or label", param="version")
+    return str(body.version)
+
+
+def _view(state: StoreState) -> dict[str, object]:
+    serving = state.serving
+    return {
+        "run": state.run,
+        "follow": serving.follow,
+        "held": serving.held,
+        "live": serving.live,
+        "pinned": serving.all_pinned,
+        "previous": serving.previous[-1] if serving.previous else None,
+        "versions": [entry.listed() for entry in state.versions],
+    }

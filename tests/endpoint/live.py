@@ -55,7 +55,7 @@ class Endpoint:
 
     def publish(self, version: int) -> None:
         """Makes noisy weights live and returns when the replica holds them."""
-        from sampo_ray.actors.weights.store import NewVersion, publish_version
+        from sampo_ray.actors.weights.publish import NewVersion, publish_version
         from sampo_ray.run.storage import Place
         from sampo_ray.run.version_folders import VersionInfo
 

@@ -1,0 +1,68 @@
+"""The weight store as other actors see it: how to find it, what it answers, and how to read its buckets."""
+
+import time
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import ray
+from ray.actor import ActorHandle
+
+from sampo_ray.run.buckets import Bucket, verify
+from sampo_ray.run.version_folders import VersionInfo, WeightsId
+from sampo_ray.run.versions import Serving, VersionEntry
+
+NAMESPACE = "sampo"
+Channel = Literal["live", "training"]
+"""`training`: the newest published version, for rollouts. `live`: the version in serving.json, for the endpoint."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A version's weights; the buckets' data are object references."""
+
+    id: WeightsId
+    info: VersionInfo
+    buckets: tuple[Bucket, ...]
+    sequence: int = 0
+    """How often the channel's version had changed before; it orders answers even across a rollback."""
+    adapters: Bucket | None = None
+    """LoRA adapters that the reader merges into the buckets, which are then those of the adapters' base version."""
+
+
+@dataclass(frozen=True)
+class StoreState:
+    """What is served and what is on disk; `apps` is the prefix of the fleet's Serve applications."""
+
+    run: str
+    apps: str
+    serving: Serving
+    versions: list[VersionEntry]
+
+    @property
+    def labels(self) -> dict[int, tuple[str, ...]]:
+        return {entry.version: entry.labels for entry in self.versions}
+
+
+def find_weight_store(name: str) -> ActorHandle:
+    """The running store of that name; ValueError (Ray's) when there is none."""
+    return ray.get_actor(name, namespace=NAMESPACE)
+
+
+def put(bucket: Bucket) -> Bucket:
+    """The bucket with its bytes in the object store."""
+    return replace(bucket, data=ray.put(bucket.data))
+
+
+def fetch(bucket: Bucket, timeout_s: float) -> Bucket:
+    """The bucket with its bytes in this process (a read-only view of the object store), verified."""
+    here = replace(bucket, data=ray.get(bucket.data, timeout=timeout_s))
+    verify(here)
+    return here
+
+
+def throttle(begun: float, share: float) -> None:
+    """Sleeps until the work since `begun` (time.perf_counter) has taken only `share` of the time.
+
+    An engine that computes on the same cores waits in each step for the slowest of its threads.
+    """
+    time.sleep((1 / share - 1) * (time.perf_counter() - begun))
