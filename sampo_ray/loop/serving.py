@@ -14,8 +14,10 @@ from ray.actor import ActorHandle
 from ray.serve.handle import DeploymentHandle
 from transformers import AutoModelForCausalLM
 
+from sampo_ray.actors.weights.client import Channel
 from sampo_ray.actors.weights.pinned import delete_apps, delete_pinned
-from sampo_ray.actors.weights.store import Channel, NewVersion, publish_version, start_weight_store
+from sampo_ray.actors.weights.publish import NewVersion, publish_version
+from sampo_ray.actors.weights.store import start_weight_store
 from sampo_ray.config.fleet import GeneratorsConfig
 from sampo_ray.data.chat import ChatFormat
 from sampo_ray.errors import FleetError
