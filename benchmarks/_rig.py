@@ -119,7 +119,7 @@ def policy_rig(folder: Path, model: Path | None, concurrency: int, **engine: Any
     from transformers import AutoModelForCausalLM
 
     from sampo_ray.actors.policy.deployment import policy_deployment
-    from sampo_ray.actors.policy.server import Source
+    from sampo_ray.actors.policy.replica_weights import WeightsSource
     from sampo_ray.actors.weights.store import start_weight_store
     from sampo_ray.config.fleet import GeneratorsConfig
     from sampo_ray.config.serve import ServeConfig
@@ -143,7 +143,7 @@ def policy_rig(folder: Path, model: Path | None, concurrency: int, **engine: Any
         store = start_weight_store("bench", str(folder / "store.json"))
         ray.get(store.attach.remote(RUN, str(folder / "versions")), timeout=120)
         config = GeneratorsConfig(num_cpus=0.5, max_ongoing_requests=concurrency, engine=engine)
-        app = policy_deployment("policy", base, str(folder / "tokenizer"), Source("bench"), config, CONTEXT)
+        app = policy_deployment("policy", base, str(folder / "tokenizer"), WeightsSource("bench"), config, CONTEXT)
         handle = serve.run(app, name="bench-policy", route_prefix=None)
         yield Rig(folder, path, label, store, handle, chat, serving)
         serve.shutdown()

@@ -29,10 +29,11 @@ TARGETS = {"driver_cpu_64_vs_4": Target(at_most=1.1)}
 class SimulatedReplica:
     """Has the handle method of a policy replica that rollouts call."""
 
-    async def generate(self, prompts: Any, rows: Sequence[int], samples: int, *how: Any) -> Any:
+    async def generate(self, prompts: Any, rows: Sequence[int], request: Any) -> Any:
         import pyarrow as pa
 
         await asyncio.sleep(GENERATION_S)
+        samples = request.samples
         chosen, count = prompts.take(list(rows)), len(rows) * samples
         block = chosen.take([row for row in range(len(chosen)) for _ in range(samples)])
         columns = {
@@ -151,7 +152,7 @@ class Counted:
 
     def remote(self, block: Any, *arguments: Any) -> Any:
         self.calls += 1
-        self.nbytes += len(json.dumps(arguments, default=list))
+        self.nbytes += len(json.dumps(arguments, default=lambda x: list(x) if isinstance(x, range) else vars(x)))
         return self._handle.generate.remote(block, *arguments)
 
     @contextmanager

@@ -88,13 +88,15 @@ class Bare:
         )
 
     def run(self, rig: _rig.Rig, turn: int, prompts: int) -> tuple[int, float]:
-        from sampo_ray.actors.policy.server import sampling_params
+        from sampo_ray.actors.policy.messages import RolloutRequest
+        from sampo_ray.actors.policy.rollouts import sampling_params
 
         block = rig.prompts(turn * 4000, prompts)
         asked: list[Any] = []
+        request = RolloutRequest(SAMPLES, 1.0, 1.0, TOKENS, seed=0)
         for key, ids in zip(block["id"].to_pylist(), block["prompt"].to_pylist(), strict=True):
             for sample in range(SAMPLES):
-                params = sampling_params(1.0, 1.0, TOKENS, 0, key, sample, rig.chat.end_of_turn_id)
+                params = sampling_params(request, key, sample, rig.chat.end_of_turn_id)
                 asked.append(({"prompt_token_ids": ids}, params))
         begin = time.perf_counter()
         outputs = self._llm.generate([a for a, _ in asked], [b for _, b in asked], use_tqdm=False)

@@ -121,7 +121,11 @@ def check(rig: _rig.Rig, versions: Versions, rows: list[Any]) -> None:
 def greedy(rig: _rig.Rig) -> Any:
     import ray
 
-    call = rig.policy.generate.remote(ray.put(rig.prompts(0, 8)), list(range(8)), 1, 0.0, 1.0, TOKENS, 0)
+    from sampo_ray.actors.policy.messages import RolloutRequest
+
+    call = rig.policy.generate.remote(
+        ray.put(rig.prompts(0, 8)), list(range(8)), RolloutRequest(1, 0.0, 1.0, TOKENS, seed=0)
+    )
     return call.result(timeout_s=300)
 
 
@@ -268,16 +272,18 @@ def load(rig: _rig.Rig, turn: int, requests: int) -> float:
     """Completions of TOKENS tokens, IN_FLIGHT calls of PROMPTS_A_CALL at a time; returns tokens/s."""
     import ray
 
+    from sampo_ray.actors.policy.messages import RolloutRequest
     from sampo_ray.loop.stages import as_ref
 
     block, calls = ray.put(rig.prompts(turn * 4000, requests)), range(0, requests, PROMPTS_A_CALL)
     waiting, tokens, begin = list(calls), 0, time.perf_counter()
+    request = RolloutRequest(1, 1.0, 1.0, TOKENS, seed=0)
     flying: list[Any] = []
     while waiting or flying:
         while waiting and len(flying) < IN_FLIGHT:
             first = waiting.pop(0)
             some = list(range(first, min(first + PROMPTS_A_CALL, requests)))
-            flying.append(as_ref(rig.policy.generate.remote(block, some, 1, 1.0, 1.0, TOKENS, 0)))
+            flying.append(as_ref(rig.policy.generate.remote(block, some, request)))
         ready, flying = ray.wait(flying, timeout=300)
         tokens += sum(len(ids) for table in ray.get(ready, timeout=60) for ids in table["completion"].to_pylist())
     return tokens / (time.perf_counter() - begin)

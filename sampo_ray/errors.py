@@ -33,8 +33,8 @@ class WeightsError(UserError, RuntimeError):
     """Weights that are incomplete, damaged, or not what was asked for."""
 
 
-class Elsewhere(WeightsError):
-    """A replica that holds other weights than those a call asks for, and will not hold them soon; ask another one."""
+class WeightsNotLoadedError(WeightsError):
+    """A replica holds other weights than those a call asks for, and will not hold them soon; another one may."""
 
 
 class TrainingError(UserError, RuntimeError):

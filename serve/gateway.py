@@ -9,24 +9,23 @@ the last line. A request whose replica dies before anything was streamed is aske
 """
 
 import asyncio
-import json
-from collections.abc import AsyncIterator
-from typing import Any, cast
+from collections.abc import AsyncIterator, Callable
+from typing import Literal, cast
 
 from fastapi import FastAPI, Request
-from pydantic import BaseModel
 from ray import serve
-from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
+from ray.serve.handle import DeploymentHandle
+from ray.serve.llm.ingress import make_fastapi_ingress
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_incrementing
-from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
-from sampo_ray.actors.policy.server import Origin
+from sampo_ray.actors.policy import sse
+from sampo_ray.actors.policy.messages import AnsweredBy, Chunks, Whole
 from sampo_ray.actors.weights.client import StoreState
 from sampo_ray.config.serve import ServeConfig
 from sampo_ray.run.version_folders import WeightsId
 from sampo_ray.serve import errors
-from sampo_ray.serve.catalogue import Catalogue, Target
+from sampo_ray.serve.catalogue import Catalogue
 from sampo_ray.serve.errors import ApiError, ReplicaLost
 from sampo_ray.serve.middleware.auth import Access, Authentication
 from sampo_ray.serve.middleware.headers import SECURITY_HEADERS, ResponseHeaders, version_headers
@@ -51,7 +50,7 @@ ROUTES = {
 }
 
 
-class PolicyIngress(AdminRoutes, FeedbackRoutes, PageRoutes, RunRoutes, OpenAiIngress):
+class PolicyIngress(AdminRoutes, FeedbackRoutes, PageRoutes, RunRoutes):
     """Answers for the Serve application `policy_app`, which serves the model `policy`, and for pinned versions.
 
     An answer has `request_timeout_s` from when its request is read to its last token, of which it waits at most
@@ -59,7 +58,6 @@ class PolicyIngress(AdminRoutes, FeedbackRoutes, PageRoutes, RunRoutes, OpenAiIn
     """
 
     def __init__(self, policy_app: str, store: str, config: ServeConfig) -> None:
-        super().__init__(llm_deployments={}, model_cards={})
         self.live: WeightsId | None = None
         self.catalogue = Catalogue(policy_app, store)
         self.feedback_store = FeedbackStore(self.catalogue.run_place, config.feedback)
@@ -72,7 +70,7 @@ class PolicyIngress(AdminRoutes, FeedbackRoutes, PageRoutes, RunRoutes, OpenAiIn
         """No answer from now on begins with weights that were live before the command."""
         serving = state.serving
         if serving.live is not None:
-            self._policy.note(Origin(WeightsId(state.run, serving.live), serving.sequence))
+            self._policy.note(AnsweredBy(WeightsId(state.run, serving.live), serving.sequence))
 
     async def health(self) -> Response:
         """200 when a request would be answered, else 503."""
@@ -88,14 +86,14 @@ class PolicyIngress(AdminRoutes, FeedbackRoutes, PageRoutes, RunRoutes, OpenAiIn
 
     async def create_chat_completion(self, request: Request) -> Response:
         body = await read_request(request, ChatCompletionRequest, self._config.max_body_bytes)
-        return await self._process_llm_request(body, "chat")
+        return await self._answer(body, "chat")
 
     async def create_completion(self, request: Request) -> Response:
         body = await read_request(request, CompletionRequest, self._config.max_body_bytes)
-        return await self._process_llm_request(body, "completions")
+        return await self._answer(body, "completions")
 
-    async def _process_llm_request(
-        self, body: ChatCompletionRequest | CompletionRequest, call_method: str, raw_request: Request | None = None
+    async def _answer(
+        self, body: ChatCompletionRequest | CompletionRequest, method: Literal["chat", "completions"]
     ) -> Response:
         now = asyncio.get_running_loop().time()
         deadline = now + self._config.request_timeout_s
@@ -103,16 +101,19 @@ class PolicyIngress(AdminRoutes, FeedbackRoutes, PageRoutes, RunRoutes, OpenAiIn
         target, asked_for = await self.catalogue.target(body.model), body.model
         body.model = target.engine_model
         policy = self._apps.setdefault(target.app, PolicyApp(target.app))
-        answer, weights, first = await self._opened(policy, target, body, call_method, deadline, start_by)
-        policy.note(answer.origin)
+
+        def call(handle: DeploymentHandle) -> Answer:
+            return Answer(policy, getattr(handle, method).remote(body, None, policy.seen), deadline)
+
+        answer, weights, first = await self._opened(policy, target.version, call, start_by)
         headers = version_headers(weights)
         pending = pending_answer(body, weights) if self.feedback_store.enabled else None
-        if isinstance(first, BaseModel):
+        if isinstance(first, Whole):
             if pending:
-                self.feedback_store.keep(pending.from_response(first))
-            content = first.model_copy(update={"model": asked_for or body.model}).model_dump_json()
+                self.feedback_store.keep(pending.from_response(first.response))
+            content = first.response.model_copy(update={"model": asked_for or body.model}).model_dump_json()
             return Response(content, media_type="application/json", headers=headers)
-        stream = _stream(first, answer, policy)
+        stream = _stream(first, answer)
         if pending:
             stream = self.feedback_store.keep_stream(stream, pending)
         return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
@@ -124,43 +125,30 @@ class PolicyIngress(AdminRoutes, FeedbackRoutes, PageRoutes, RunRoutes, OpenAiIn
         reraise=True,
     )
     async def _opened(
-        self, policy: PolicyApp, target: Target, body: Any, method: str, deadline: float, start_by: float
-    ) -> tuple[Answer, WeightsId, Any]:
-        """An answer, the weights it begins with, and its first item, from the first replica that gives one."""
-        call = getattr(await policy.handle(start_by), method)
-        answer = Answer(call.remote(body, None, policy.seen), deadline)
-        origin = await answer.opened(policy, start_by)
-        if target.version not in (None, origin.id.version):
-            raise ApiError(404, f"model: version {target.version} has just ceased to be live", param="model")
-        policy.note(origin)
+        self, policy: PolicyApp, version: int | None, call: Callable[[DeploymentHandle], Answer], start_by: float
+    ) -> tuple[Answer, WeightsId, Chunks | Whole]:
+        """An answer, the weights it begins with, and its first part, from the first replica that gives one."""
+        answer = call(await policy.handle(start_by))
+        answered_by = await answer.opened(start_by)
+        if version not in (None, answered_by.weights.version):
+            raise ApiError(404, f"model: version {version} has just ceased to be live", param="model")
+        policy.note(answered_by)
         if policy is self._policy:
-            self.live = origin.id
+            self.live = answered_by.weights
         first = await answer.next()
-        _raise_if_error(first[0] if isinstance(first, list) else first)
-        return answer, origin.id, first
+        if first is None:
+            raise ReplicaLost()
+        return answer, answered_by.weights, first
 
 
-async def _stream(first: list[str], answer: Answer, policy: PolicyApp) -> AsyncIterator[str]:
-    chunks: list[str] | None = first
+async def _stream(first: Chunks, answer: Answer) -> AsyncIterator[str]:
+    part: Chunks | Whole | None = first
     try:
-        while chunks is not None:
-            for chunk in chunks:
-                _raise_if_error(chunk)
-            yield "".join(chunks)
-            chunks = await answer.next()
-            policy.note(answer.origin)
+        while isinstance(part, Chunks):
+            yield "".join(part.events)
+            part = await answer.next()
     except ApiError as error:  # the status line has been sent; OpenAI's clients look for this
-        yield f"data: {json.dumps(error.body())}\n\n"
-
-
-def _raise_if_error(first: Any) -> None:
-    """An engine's error comes as an object or as text of the stream; no item at all means that it fell silent."""
-    if first is None:
-        raise ReplicaLost()
-    if isinstance(first, str) and first.startswith('data: {"error"'):
-        first = ErrorResponse.model_validate_json(first.removeprefix("data: "))
-    if isinstance(first, ErrorResponse):
-        raise errors.from_engine(first.error.code, first.error.message, first.error.param)
+        yield sse.event(error.body())
 
 
 def build_endpoint_app(name: str, policy_app: str, store: str, config: ServeConfig) -> serve.Application:

@@ -2,16 +2,23 @@
 
 import asyncio
 from contextlib import suppress
-from typing import Any
 
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from sampo_ray.actors.policy.server import Origin
+from sampo_ray.actors.policy.messages import (
+    AnsweredBy,
+    AnswerItem,
+    Chunks,
+    Failure,
+    LivePosition,
+    WeightsChanged,
+    Whole,
+)
 from sampo_ray.serve.cached import CachedRead
-from sampo_ray.serve.errors import ApiError, ReplicaLost, from_policy, unavailable
+from sampo_ray.serve.errors import ApiError, ReplicaLost, from_engine, from_policy, unavailable
 
 PATIENCE_S = 2.0
 HANDLE_POLL_S = 0.5
@@ -26,8 +33,8 @@ class PolicyApp:
         self._name = name
         self._handle: DeploymentHandle | None = None
         self._status = CachedRead(lambda: asyncio.to_thread(self._look), STATUS_FRESH_S, STATUS_TIMEOUT_S)
-        self.seen = ("", 0)
-        """Run, and the latest place in the order of its live weights that an answer has had: none begins earlier."""
+        self.seen = LivePosition()
+        """The latest position that an answer has had; no answer begins earlier."""
 
     async def handle(self, start_by: float) -> DeploymentHandle:
         """ApiError (503) when the application does not exist and is not deployed until `start_by` (event loop's
@@ -50,11 +57,10 @@ class PolicyApp:
         """Whether a replica runs."""
         return (await self._up_and_runs())[1]
 
-    def note(self, origin: Origin | None) -> None:
-        """Weights of which a client has seen an answer."""
-        if origin is not None:
-            before = self.seen[1] if self.seen[0] == origin.id.run else 0
-            self.seen = origin.id.run, max(before, origin.sequence)
+    def note(self, seen: AnsweredBy | WeightsChanged) -> None:
+        """Notes weights of which a client has seen an answer."""
+        before = self.seen.sequence if self.seen.run == seen.weights.run else 0
+        self.seen = LivePosition(seen.weights.run, max(before, seen.sequence))
 
     async def _up_and_runs(self) -> tuple[bool, bool]:
         # While the controller restarts, replicas answer without it, and the last status still counts.
@@ -77,36 +83,39 @@ class Answer:
     endpoint itself gives up.
     """
 
-    def __init__(self, items: DeploymentResponseGenerator, deadline: float) -> None:
-        self._items, self._deadline = items, deadline
-        self.origin: Origin | None = None
+    def __init__(self, policy: PolicyApp, items: DeploymentResponseGenerator, deadline: float) -> None:
+        self._policy, self._items, self._deadline = policy, items, deadline
 
-    async def opened(self, policy: PolicyApp, start_by: float) -> Origin:
-        """The weights that answer: a replica's first item, at once. Waits no longer than `start_by` (event loop's
-        clock) for a replica to run.
+    async def opened(self, start_by: float) -> AnsweredBy:
+        """The weights that answer: a replica's first item, which it sends at once. Waits no longer than `start_by`
+        (event loop's clock) for a replica to run.
         """
         first = asyncio.ensure_future(self._item())
         try:
             while not (await asyncio.wait({first}, timeout=PATIENCE_S))[0]:
-                if asyncio.get_running_loop().time() > start_by and not await policy.runs():
+                if asyncio.get_running_loop().time() > start_by and not await self._policy.runs():
                     self._items.cancel()
                     raise unavailable()
-            self.origin = first.result()
-            if self.origin is None:
+            answered_by = first.result()
+            if not isinstance(answered_by, AnsweredBy):
                 raise ReplicaLost()
-            return self.origin
+            return answered_by
         finally:
             first.cancel()
 
-    async def next(self) -> Any:
-        """The next item of the answer itself; None at the end. `origin` are the weights that it comes from."""
-        item = await self._item()
-        while isinstance(item, Origin):
-            self.origin = item
-            item = await self._item()
-        return item
+    async def next(self) -> Chunks | Whole | None:
+        """The next part of the answer; None at the end. Notes changed weights, and raises the engine's errors."""
+        match await self._item():
+            case WeightsChanged() as changed:
+                self._policy.note(changed)
+                return await self.next()
+            case Failure(status, message, param):
+                raise from_engine(status, message, param)
+            case Chunks() | Whole() as content:
+                return content
+        return None
 
-    async def _item(self) -> Any:
+    async def _item(self) -> AnswerItem | None:
         try:
             async with asyncio.timeout_at(self._deadline):
                 return await anext(self._items, None)

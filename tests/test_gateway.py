@@ -4,6 +4,7 @@ import asyncio
 import json
 import pickle
 import socket
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
 
@@ -15,20 +16,18 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
-from ray.serve.llm.ingress import OpenAiIngress
 
-from sampo_ray.actors.policy.server import Origin
+from sampo_ray.actors.policy.messages import AnsweredBy, AnswerItem, Chunks, Failure
 from sampo_ray.config.serve import ServeConfig
 from sampo_ray.errors import EndpointError
 from sampo_ray.run.version_folders import WeightsId
 from sampo_ray.serve import errors
-from sampo_ray.serve.catalogue import Target
 from sampo_ray.serve.endpoint import base_url, check_port, free_port
 from sampo_ray.serve.errors import ApiError
 from sampo_ray.serve.gateway import PolicyIngress, _stream
 from sampo_ray.serve.middleware.auth import Access, Authentication
 from sampo_ray.serve.middleware.headers import ResponseHeaders, version_headers
-from sampo_ray.serve.policy_app import PolicyApp
+from sampo_ray.serve.policy_app import Answer, PolicyApp
 from sampo_ray.serve.requests.json_body import decode
 from sampo_ray.serve.requests.openai import ChatCompletionRequest, CompletionRequest, read_request, validated
 
@@ -131,20 +130,12 @@ def test_engine_errors_become_answers_that_say_whether_to_try_again() -> None:
 
 
 def test_an_engine_that_dies_while_it_streams_is_reported_in_our_words() -> None:
-    class Dying:
-        origin = None
-
-        async def next(self) -> list[str]:
-            error = {
-                "message": "EngineCore: see stack trace",
-                "type": "InternalServerError",
-                "param": None,
-                "code": 500,
-            }
-            return [f"data: {json.dumps({'error': error})}\n\n", "data: [DONE]\n\n"]
+    async def items() -> AsyncIterator[AnswerItem]:
+        yield Failure(500, "EngineCore: see stack trace")
 
     async def read() -> list[str]:
-        return [text async for text in _stream(['data: {"choices": []}\n\n'], Dying(), PolicyApp("p"))]  # type: ignore[arg-type]
+        answer = Answer(PolicyApp("p"), items(), asyncio.get_running_loop().time() + 30)  # type: ignore[arg-type]
+        return [text async for text in _stream(Chunks(['data: {"choices": []}\n\n']), answer)]
 
     first, last = asyncio.run(read())
     assert first == 'data: {"choices": []}\n\n'
@@ -182,52 +173,49 @@ def ask(app: PolicyApp, replicas: Replicas, times: int = 1) -> list[Any]:
 
     async def opened() -> list[Any]:
         deadline = asyncio.get_running_loop().time() + 30
-        target = Target("p", "policy", None)
-        answers = [await ingress._opened(app, target, None, "chat", deadline, start_by=deadline) for _ in range(times)]
+
+        def call(handle: Replicas) -> Answer:
+            return Answer(app, handle.chat.remote(None, None, app.seen), deadline)
+
+        answers = [await ingress._opened(app, None, call, deadline) for _ in range(times)]  # type: ignore[arg-type]
         return [(weights.version, first) for _, weights, first in answers]
 
     return asyncio.run(opened())
 
 
-def origin(version: int, sequence: int) -> Origin:
-    return Origin(WeightsId("run-a", version), sequence)
+def answered_by(version: int, sequence: int) -> AnsweredBy:
+    return AnsweredBy(WeightsId("run-a", version), sequence)
 
 
 def test_a_request_whose_replica_died_before_it_said_anything_is_asked_of_another() -> None:
-    dead = {"error": {"message": "EngineCore died", "type": "InternalServerError", "param": None, "code": 500}}
     replicas = Replicas(
         [RayActorError()],
-        [origin(3, 1), RayActorError()],
-        [origin(3, 1), [f"data: {json.dumps(dead)}\n\n"]],
-        [origin(4, 2), ["data: hello\n\n"]],
+        [answered_by(3, 1), RayActorError()],
+        [answered_by(3, 1), Failure(500, "EngineCore died")],
+        [answered_by(4, 2), Chunks(["data: hello\n\n"])],
     )
-    assert ask(PolicyApp("p"), replicas) == [(4, ["data: hello\n\n"])]
+    assert ask(PolicyApp("p"), replicas) == [(4, Chunks(["data: hello\n\n"]))]
 
 
 def test_it_is_not_asked_for_ever_and_a_mistake_of_the_user_only_once() -> None:
     with pytest.raises(ApiError) as gone:
         ask(PolicyApp("p"), Replicas(*[[RayActorError()]] * 4))
     assert gone.value.status == 503
-    wrong = {"error": {"message": "too long", "type": "BadRequestError", "param": "prompt", "code": 400}}
     with pytest.raises(ApiError) as refused:
-        ask(PolicyApp("p"), Replicas([origin(3, 1), [f"data: {json.dumps(wrong)}\n\n"]]))
+        ask(PolicyApp("p"), Replicas([answered_by(3, 1), Failure(400, "too long", "prompt")]))
     assert (refused.value.status, refused.value.param) == (400, "prompt")
 
 
 def test_no_answer_begins_with_older_weights_than_an_answer_before_it_had() -> None:
-    replicas = Replicas(*[[origin(v, s), ["x"]] for v, s in ((3, 1), (5, 2), (4, 3))], [origin(9, 1), ["x"]])
+    replicas = Replicas(
+        *[[answered_by(v, s), Chunks(["x"])] for v, s in ((3, 1), (5, 2), (4, 3))], [answered_by(9, 1), Chunks(["x"])]
+    )
     app = PolicyApp("p")
     ask(app, replicas, times=3)
     assert replicas.asked == [("", 0), ("run-a", 1), ("run-a", 2)]
     assert app.seen == ("run-a", 3)
-    app.note(Origin(WeightsId("run-b", 0), 1))
+    app.note(AnsweredBy(WeightsId("run-b", 0), 1))
     assert app.seen == ("run-b", 1), "another run has an order of its own"
-
-
-def test_ray_still_has_what_the_ingress_overrides() -> None:
-    for name in ("_process_llm_request",):
-        assert name in OpenAiIngress.__mro__[1].__dict__, f"{name} is gone from ray.serve.llm's ingress"
-        assert name in PolicyIngress.__dict__
 
 
 def test_pictures_do_not_slip_in_beside_tool_calls() -> None:

@@ -110,7 +110,7 @@ class Client(threading.Thread):
 @pytest.fixture(scope="module")
 def live(own_serve: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     from sampo_ray.actors.policy.deployment import policy_deployment
-    from sampo_ray.actors.policy.server import Source
+    from sampo_ray.actors.policy.replica_weights import WeightsSource
     from sampo_ray.actors.weights.store import start_weight_store
     from sampo_ray.data.chat import ChatFormat
     from sampo_ray.run.version_files import write_version
@@ -135,7 +135,7 @@ def live(own_serve: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFac
         max_ongoing_requests=16,
     )
     policy = policy_deployment(
-        "policy", f"{run}/versions/000000", str(run / "tokenizer"), Source("lossless"), generators, 512
+        "policy", f"{run}/versions/000000", str(run / "tokenizer"), WeightsSource("lossless"), generators, 512
     )
     serve.run(policy, name="lossless-policy", route_prefix=None)
     deploy_endpoint("lossless-endpoint", "lossless-policy", "lossless", config)

@@ -22,13 +22,15 @@ from ray import serve
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 from transformers import AutoTokenizer
 
-from sampo_ray.actors.policy import server as policy_server
+from sampo_ray.actors.policy import replica_weights
 from sampo_ray.actors.policy.adapters import merging
+from sampo_ray.actors.policy.answers import AnswersInFlight
 from sampo_ray.actors.policy.deployment import policy_deployment
-from sampo_ray.actors.policy.lifecycle import Door, State
-from sampo_ray.actors.policy.server import Held, Origin, PolicyServer, Source
+from sampo_ray.actors.policy.lifecycle import ReplicaState, RequestGate
+from sampo_ray.actors.policy.messages import AnsweredBy, Chunks, Failure, RolloutRequest, WeightsChanged, Whole
+from sampo_ray.actors.policy.replica_weights import LoadedWeights, ReplicaWeights, WeightsSource
 from sampo_ray.actors.transfer import broadcast
-from sampo_ray.actors.transfer.roll import Member
+from sampo_ray.actors.transfer.coordinator import ReceivingReplica
 from sampo_ray.actors.transfer.sending import Sender, start_sender
 from sampo_ray.actors.transfer.transport import digest
 from sampo_ray.actors.weights.client import Weights, put
@@ -68,25 +70,32 @@ def test_an_update_that_fails_half_way_ends_the_replica_and_never_resumes(monkey
     calls: list[str] = []
 
     class FailingEngine:
-        def __getattr__(self, name: str) -> Any:
-            async def call(*_: Any, **__: Any) -> list[bool]:
-                calls.append(name)
-                if name == "update_weights":
-                    raise RuntimeError("out of memory")
-                return [True]
+        """An engine without requests whose update fails."""
 
-            return SimpleNamespace(request_states={}) if name == "output_processor" else call
+        output_processor = SimpleNamespace(request_states={})
 
-    monkeypatch.setattr(policy_server, "end_process", end)
-    server = PolicyServer.__new__(PolicyServer)
-    server._client, server._held = FailingEngine(), Held(WeightsId("run", 0), None, 1)
-    server._source, server._state, server._answers, server._had = Source("store"), State.READY, {}, set()
-    server._door = Door()
+        async def collective_rpc(self, method: str, args: tuple[object, ...] = ()) -> list[bool]:
+            calls.append(method)
+            return [True]
+
+        async def pause_generation(self, mode: str, clear_cache: bool) -> None:
+            calls.append(f"pause {mode}")
+
+        async def start_weight_update(self) -> None:
+            calls.append("start")
+
+        async def update_weights(self, request: object) -> None:
+            calls.append("update")
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(replica_weights, "end_process", end)
+    held = ReplicaWeights(FailingEngine(), WeightsSource("store"), RequestGate(), AnswersInFlight())
+    held.loaded, held.state = LoadedWeights(WeightsId("run", 0)), ReplicaState.READY
     with pytest.raises(Ended, match=r"run@10 failed half-way.*out of memory"):
-        asyncio.run(server._adopt(Weights(WeightsId("run", 10), VersionInfo(version=10, round=0, step=10), ())))
-    assert calls == ["collective_rpc", "pause_generation", "start_weight_update", "update_weights"]
-    assert server._held.id.version == 0
-    assert server._state == State.DEAD
+        asyncio.run(held.adopt(Weights(WeightsId("run", 10), VersionInfo(version=10, round=0, step=10), ())))
+    assert calls == ["prepare_weights", "pause keep", "start", "update"]
+    assert held.loaded.id.version == 0
+    assert held.state == ReplicaState.DEAD
 
 
 class Policy:
@@ -107,7 +116,7 @@ class Policy:
         ray.get(self.store.attach.remote("run", self.versions), timeout=60)
         config = GeneratorsConfig(num_cpus=0.5, max_ongoing_requests=32)
         # What nobody sends by a transport comes by the host path, which is how most tests here publish.
-        source, base = Source("policy-test", transport="broadcast"), version_folder(self.versions, 0)
+        source, base = WeightsSource("policy-test", transport="broadcast"), version_folder(self.versions, 0)
         app = policy_deployment("policy", base, self.chat_folder, source, config, 640)
         self.handle = serve.run(app, name="policy-test", route_prefix=None)
 
@@ -178,18 +187,10 @@ class Policy:
         temperature: float = 0.0,
         samples: int = 1,
         rows: tuple[int, ...] = (0, 1, 2, 3),
-        weights: tuple[str, int] | None = None,
+        weights: WeightsId | None = None,
     ) -> pa.Table:
-        call = self.handle.generate.remote(
-            ray.put(self.prompts()),
-            list(rows),
-            samples,
-            temperature=temperature,
-            top_p=0.95,
-            max_tokens=24,
-            seed=1,
-            weights=weights,
-        )
+        request = RolloutRequest(samples, temperature, top_p=0.95, max_tokens=24, seed=1, weights=weights)
+        call = self.handle.generate.remote(ray.put(self.prompts()), list(rows), request)
         return call.result(timeout_s=120)
 
     def chat(self, **options: Any) -> list[Any]:
@@ -199,7 +200,7 @@ class Policy:
         return list(self.handle.options(stream=True).chat.remote(request))
 
     def cached_tokens(self) -> int:
-        return self.chat(max_tokens=2)[-1].usage.prompt_tokens_details.cached_tokens
+        return self.chat(max_tokens=2)[-1].response.usage.prompt_tokens_details.cached_tokens
 
 
 def weights(shell: str, seed: int | None, end_of_turn_id: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
@@ -249,7 +250,7 @@ def test_generation_stops_on_the_end_of_turn_even_when_nothing_was_said(policy: 
     assert completions["completion"].to_pylist() == [[policy.format.end_of_turn_id]] * 4
     assert completions["finish_reason"].to_pylist() == ["stop"] * 4
     assert completions["text"].to_pylist() == [""] * 4
-    assert policy.chat(max_tokens=20)[-1].choices[0].finish_reason == "stop"
+    assert policy.chat(max_tokens=20)[-1].response.choices[0].finish_reason == "stop"
 
 
 @pytest.mark.slow
@@ -304,13 +305,13 @@ def sendings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 RECEIVES = """
 import json, sys, time, torch
-from sampo_ray.actors.transfer.broadcast import BroadcastIncoming
-from sampo_ray.actors.transfer.roll import Ticket
-side = BroadcastIncoming(torch.device("cpu"))
+from sampo_ray.actors.transfer.broadcast import BroadcastReceiver
+from sampo_ray.actors.transfer.coordinator import TransferPlan
+side = BroadcastReceiver(torch.device("cpu"))
 print("ready", flush=True)
-ticket, places = json.loads(sys.stdin.readline())
+plan, places = json.loads(sys.stdin.readline())
 buffers = [torch.empty(size, dtype=torch.uint8) for _, size in places]
-side.receive(Ticket(**ticket), ticket["rank"], buffers, time.monotonic() + 20)
+side.receive(TransferPlan(**plan), plan["rank"], buffers, time.monotonic() + 20)
 """
 
 
@@ -321,8 +322,8 @@ def test_a_member_killed_in_mid_broadcast_leaves_the_replica_to_the_host_path(
     caplog.set_level("INFO", "sampo_ray.actors.transfer.sending")
     sender = start_sender("broadcast", policy.store, torch.device("cpu"))
     assert sender is not None
-    doomed, coming = Member("doomed", 1, "training"), WeightsId("run", policy.version + 10)
-    ray.get(policy.store.roll.remote("enlist", doomed, coming, 0), timeout=60)
+    doomed, coming = ReceivingReplica("doomed", 1, "training"), WeightsId("run", policy.version + 10)
+    ray.get(policy.store.join_transfer.remote(doomed, coming, 0), timeout=60)
     command = [sys.executable, "-c", RECEIVES]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None and process.stdout is not None
@@ -337,11 +338,11 @@ def test_a_member_killed_in_mid_broadcast_leaves_the_replica_to_the_host_path(
             return digest(data)
 
         def joins() -> None:
-            ticket = None
-            while ticket is None:
-                ticket = ray.get(policy.store.roll.remote("enlist", doomed, coming, 10), timeout=60)
+            plan = None
+            while plan is None:
+                plan = ray.get(policy.store.join_transfer.remote(doomed, coming, 10), timeout=60)
             places, _ = joined(ray.get(policy.store.get.remote("run", coming.version), timeout=60).buckets)
-            process.stdin.write(json.dumps([dataclasses.asdict(ticket), places]) + "\n")
+            process.stdin.write(json.dumps([dataclasses.asdict(plan), places]) + "\n")
             process.stdin.flush()
 
         monkeypatch.setattr(broadcast, "digest", killing)
@@ -366,10 +367,10 @@ def test_a_member_killed_in_mid_broadcast_leaves_the_replica_to_the_host_path(
 def test_rollouts_can_ask_for_the_weights_they_are_drawn_from(policy: Policy) -> None:
     passed = policy.version
     current = policy.publish(seed=1)
-    policy.handle.hold.remote(("run", current)).result(timeout_s=60)
-    assert set(policy.generate(weights=("run", current))["first_version"].to_pylist()) == {current}
+    policy.handle.hold.remote(WeightsId("run", current)).result(timeout_s=60)
+    assert set(policy.generate(weights=WeightsId("run", current))["first_version"].to_pylist()) == {current}
     with pytest.raises(WeightsError, match=f"asked for from run@{passed}, but this replica holds run@{current}"):
-        policy.generate(weights=("run", passed))
+        policy.generate(weights=WeightsId("run", passed))
 
 
 @pytest.mark.slow
@@ -391,10 +392,10 @@ def test_a_request_in_flight_survives_a_swap_and_names_both_versions(policy: Pol
     after = policy.publish(seed=2)
     assert asking.is_alive()
     asking.join(60)
-    origins = [item for item in items if isinstance(item, Origin)]
-    assert [origin.id for origin in origins] == [WeightsId("run", before), WeightsId("run", after)]
+    origins = [item for item in items if isinstance(item, AnsweredBy | WeightsChanged)]
+    assert [origin.weights for origin in origins] == [WeightsId("run", before), WeightsId("run", after)]
     assert origins[0].sequence < origins[1].sequence
-    *answer, named, done = [chunk for batch in items if isinstance(batch, list) for chunk in batch]
+    *answer, named, done = [chunk for item in items if isinstance(item, Chunks) for chunk in item.events]
     assert done == "data: [DONE]\n\n"
     first, second = json.loads(named.removeprefix("data: "))["policy_versions"]
     assert first == {"version": before} and second["version"] == after
@@ -406,15 +407,15 @@ def test_a_request_in_flight_survives_a_swap_and_names_both_versions(policy: Pol
 @pytest.mark.slow
 def test_an_answer_whole_or_refused_says_which_weights_gave_it(policy: Policy) -> None:
     first, answer = policy.chat(max_tokens=4)
-    assert first.id == WeightsId("run", policy.version)
-    assert not hasattr(answer, "policy_versions")
+    assert first.weights == WeightsId("run", policy.version)
+    assert isinstance(answer, Whole) and not hasattr(answer.response, "policy_versions")
     first, refusal = policy.chat(max_tokens=100_000)
-    assert first.id == WeightsId("run", policy.version)
-    assert refusal.error.code == 400
+    assert first.weights == WeightsId("run", policy.version)
+    assert isinstance(refusal, Failure) and refusal.status == 400
     request = CompletionRequest(model="policy", prompt="hello", max_tokens=4)
     first, answer = policy.handle.options(stream=True).completions.remote(request)
-    assert first.id == WeightsId("run", policy.version)
-    assert answer.usage.completion_tokens == 4
+    assert first.weights == WeightsId("run", policy.version)
+    assert answer.response.usage.completion_tokens == 4
 
 
 @pytest.mark.slow

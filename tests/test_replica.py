@@ -1,38 +1,44 @@
-"""Parts of a policy replica: its states and its door, draws, and how answers name their versions."""
+"""Parts of a policy replica: its states, its request gate, sampling, and how answers name their versions."""
 
 import asyncio
 import json
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
+from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 
-from sampo_ray.actors.policy.lifecycle import Door, Event, State, after
-from sampo_ray.actors.policy.server import sampling_params, tokens_by_choice, versions_chunk
+from sampo_ray.actors.policy.answers import answer_items, tokens_by_choice, versions_event
+from sampo_ray.actors.policy.lifecycle import ReplicaEvent, ReplicaState, RequestGate, next_state
+from sampo_ray.actors.policy.messages import AnswerItem, Chunks, Failure, RolloutRequest, VersionSpan, WeightsChanged
+from sampo_ray.actors.policy.rollouts import sampling_params
+from sampo_ray.internals.vllm import RequestProgress
+from sampo_ray.run.version_folders import WeightsId
 
 
 def test_a_draw_is_seeded_by_run_seed_prompt_and_sample_alone() -> None:
-    def seed(*key: Any) -> int:
-        return sampling_params(0.8, 0.95, 8, *key, end_of_turn_id=4).seed
+    def seed(seed: int, prompt_id: str, sample: int) -> int:
+        return sampling_params(RolloutRequest(1, 0.8, 0.95, 8, seed), prompt_id, sample, end_of_turn_id=4).seed
 
     assert seed(0, "a", 0) == seed(0, "a", 0)
     assert len({seed(0, "a", 0), seed(1, "a", 0), seed(0, "b", 0), seed(0, "a", 1)}) == 4
-    assert sampling_params(0.0, 0.95, 8, 0, "a", 0, end_of_turn_id=4).seed is None
+    assert sampling_params(RolloutRequest(1, 0.0, 0.95, 8, 0), "a", 0, end_of_turn_id=4).seed is None
 
 
-def test_a_door_closes_once_nobody_is_inside_and_lets_in_who_came_meanwhile() -> None:
+def test_a_gate_closes_once_no_request_is_in_flight_and_opens_again_for_those_that_came_meanwhile() -> None:
     async def main() -> None:
-        door, said, end = Door(), list[str](), asyncio.Event()
+        gate, log, end = RequestGate(), list[str](), asyncio.Event()
 
         async def answer(name: str, until: asyncio.Event | None = None) -> None:
-            async with door.inside():
-                said.append(f"{name} begins")
+            async with gate.request():
+                log.append(f"{name} begins")
                 if until:
                     await until.wait()
-                said.append(f"{name} ends")
+                log.append(f"{name} ends")
 
         async def swap() -> None:
-            async with door.closed():
-                said.append("swap")
+            async with gate.closed():
+                log.append("swap")
 
         first = asyncio.create_task(answer("first", end))
         await asyncio.sleep(0)
@@ -42,19 +48,19 @@ def test_a_door_closes_once_nobody_is_inside_and_lets_in_who_came_meanwhile() ->
         await asyncio.sleep(0.01)
         end.set()
         await asyncio.gather(first, swapping, second)
-        assert said == ["first begins", "first ends", "swap", "second begins", "second ends"]
+        assert log == ["first begins", "first ends", "swap", "second begins", "second ends"]
 
     asyncio.run(main())
 
 
-def test_after_a_swap_that_failed_nobody_is_let_in() -> None:
+def test_after_a_swap_that_failed_no_request_passes_the_gate() -> None:
     async def main() -> None:
-        door = Door()
+        gate = RequestGate()
         with pytest.raises(RuntimeError):
-            async with door.closed():
+            async with gate.closed():
                 raise RuntimeError("half-way")
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.05), door.inside():
+            async with asyncio.timeout(0.05), gate.request():
                 pass
 
     asyncio.run(main())
@@ -65,50 +71,84 @@ def test_the_chunk_that_names_a_version_continues_the_stream_it_is_in() -> None:
         'data: {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "policy", "choices": [{}]}\n\n'
     )
     spans = [{"version": 10}, {"version": 20, "from_tokens": [5]}]
-    chunk = versions_chunk(previous, spans)
+    chunk = versions_event(previous, spans)
     assert chunk.endswith("\n\n")
     header = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "policy"}
     assert json.loads(chunk.removeprefix("data: ")) == {**header, "choices": [], "policy_versions": spans}
 
 
 def test_tokens_are_counted_by_choice_over_prompts_and_samples() -> None:
-    emitted = [("chatcmpl-abc", 1, 2, 7), ("chatcmpl-other", 0, 1, 9)]
-    assert tokens_by_choice("abc", emitted) == [None, 7]
-    assert tokens_by_choice("abc", [("cmpl-abc-1", 0, 2, 3), ("cmpl-abc-0", 1, 2, 4)]) == [None, 4, 3]
+    requests = [RequestProgress("chatcmpl-abc", 1, 2, 7), RequestProgress("chatcmpl-other", 0, 1, 9)]
+    assert tokens_by_choice("abc", requests) == [None, 7]
+    requests = [RequestProgress("cmpl-abc-1", 0, 2, 3), RequestProgress("cmpl-abc-0", 1, 2, 4)]
+    assert tokens_by_choice("abc", requests) == [None, 4, 3]
     assert tokens_by_choice("abc", []) == []
 
 
 def test_a_replica_goes_through_its_states_and_no_others() -> None:
-    state = State.STARTING
+    state = ReplicaState.STARTING
     for event, expected in (
-        (Event.ENGINE_UP, State.STALE),
-        (Event.LOAD, State.LOADING),
-        (Event.LOADED, State.READY),
-        (Event.LOAD, State.LOADING),
-        (Event.LOADED, State.READY),
-        (Event.DRAIN, State.DRAINING),
+        (ReplicaEvent.ENGINE_UP, ReplicaState.STALE),
+        (ReplicaEvent.LOAD, ReplicaState.LOADING),
+        (ReplicaEvent.LOADED, ReplicaState.READY),
+        (ReplicaEvent.LOAD, ReplicaState.LOADING),
+        (ReplicaEvent.LOADED, ReplicaState.READY),
+        (ReplicaEvent.DRAIN, ReplicaState.DRAINING),
     ):
-        state = after(state, event)
+        state = next_state(state, event)
         assert state == expected
-    allowed = {(s, e) for s in State for e in Event if _goes(s, e)}
-    assert {s for s, e in allowed if e == Event.FAIL} == set(State), "any replica may die"
+    allowed = {(s, e) for s in ReplicaState for e in ReplicaEvent if _goes(s, e)}
+    assert {s for s, e in allowed if e == ReplicaEvent.FAIL} == set(ReplicaState), "any replica may die"
     for state, event in [
-        (State.STALE, Event.LOADED),
-        (State.LOADING, Event.ENGINE_UP),
-        (State.LOADING, Event.LOAD),
-        (State.LOADING, Event.DRAIN),
-        (State.DRAINING, Event.LOAD),
-        (State.DEAD, Event.ENGINE_UP),
-        (State.DEAD, Event.LOADED),
-        (State.READY, Event.ENGINE_UP),
+        (ReplicaState.STALE, ReplicaEvent.LOADED),
+        (ReplicaState.LOADING, ReplicaEvent.ENGINE_UP),
+        (ReplicaState.LOADING, ReplicaEvent.LOAD),
+        (ReplicaState.LOADING, ReplicaEvent.DRAIN),
+        (ReplicaState.DRAINING, ReplicaEvent.LOAD),
+        (ReplicaState.DEAD, ReplicaEvent.ENGINE_UP),
+        (ReplicaState.DEAD, ReplicaEvent.LOADED),
+        (ReplicaState.READY, ReplicaEvent.ENGINE_UP),
     ]:
         assert (state, event) not in allowed
-    assert len(allowed) == 6 + len(State)
+    assert len(allowed) == 6 + len(ReplicaState)
 
 
-def _goes(state: State, event: Event) -> bool:
+def _goes(state: ReplicaState, event: ReplicaEvent) -> bool:
     try:
-        after(state, event)
+        next_state(state, event)
     except ValueError:
         return False
     return True
+
+
+def items_of(batches: Sequence[list[Any]], spans: list[VersionSpan]) -> list[AnswerItem]:
+    async def batched() -> AsyncIterator[list[Any]]:
+        for batch in batches:
+            yield batch
+
+    async def read() -> list[AnswerItem]:
+        changed = WeightsChanged(WeightsId("run", 20), 2)
+        return [item async for item in answer_items(batched(), spans, lambda: changed)]
+
+    return asyncio.run(read())
+
+
+def test_an_engines_error_in_a_stream_ends_it_as_a_failure_after_what_came_before() -> None:
+    error = {"error": {"message": "out of memory", "type": "InternalServerError", "param": None, "code": 500}}
+    failed = f"data: {json.dumps(error)}\n\n"
+    assert items_of([["data: {}\n\n", failed, "data: [DONE]\n\n"]], [{"version": 10}]) == [
+        Chunks(["data: {}\n\n"]),
+        Failure(500, "out of memory"),
+    ]
+    assert items_of([[failed]], [{"version": 10}]) == [Failure(500, "out of memory")]
+    refused = ErrorResponse(error=ErrorInfo(message="no such role", type="BadRequestError", param="role", code=400))
+    assert items_of([[refused]], [{"version": 10}]) == [Failure(400, "no such role", "role")]
+
+
+def test_a_stream_names_the_weights_it_changed_to_just_before_it_is_done() -> None:
+    spans: list[VersionSpan] = [{"version": 10}, {"version": 20, "from_tokens": [5]}]
+    first, changed, last = items_of([["data: {}\n\n"], ["data: [DONE]\n\n"]], spans)
+    assert first == Chunks(["data: {}\n\n"])
+    assert changed == WeightsChanged(WeightsId("run", 20), 2)
+    assert isinstance(last, Chunks) and last.events[-1] == "data: [DONE]\n\n"
+    assert json.loads(last.events[0].removeprefix("data: "))["policy_versions"] == spans

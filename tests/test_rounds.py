@@ -11,11 +11,13 @@ import psutil
 import pyarrow as pa
 import pytest
 
+from sampo_ray.actors.policy.messages import RolloutRequest
 from sampo_ray.config.profiles import resolve
 from sampo_ray.config.recipe import load_config
 from sampo_ray.run.directory import Run, create_run
 from sampo_ray.run.manifest import Age
 from sampo_ray.run.storage import Place
+from sampo_ray.run.version_folders import WeightsId
 from tests.conftest import assert_greedy
 from tests.notes import Notes
 
@@ -186,11 +188,11 @@ def test_a_killed_engine_costs_only_what_was_not_stored(fleet, tiny_model, tmp_p
     killer.join(10)
     assert killed and ended and run.manifest.finished
     last = run.manifest.rounds[0].start_version + run.manifest.rounds[0].steps
-    fleet.shared_policy.hold.remote((run.id, last)).result(timeout_s=60)
+    fleet.shared_policy.hold.remote(WeightsId(run.id, last)).result(timeout_s=60)
     held = fleet.shared_policy.weights.remote().result(timeout_s=60)
     assert (held["run"], held["version"], held["state"]) == (run.id, last, "ready")
-    greedy = {"samples": 1, "temperature": 0.0, "top_p": 1.0, "max_tokens": 24, "seed": 0, "weights": (run.id, last)}
-    answers = fleet.shared_policy.generate.remote(stage(run, 0, "prompts"), [0, 1, 2], **greedy).result(timeout_s=60)
+    greedy = RolloutRequest(1, 0.0, top_p=1.0, max_tokens=24, seed=0, weights=WeightsId(run.id, last))
+    answers = fleet.shared_policy.generate.remote(stage(run, 0, "prompts"), [0, 1, 2], greedy).result(timeout_s=60)
     assert_greedy(answers, run.versions.at(f"{last:06}").path)
     first = min(Path(completions.at(name).path).stat().st_mtime for name in completions.names())
     assert first < killed[0] + 1, "what was stored before was not made again"

@@ -15,10 +15,10 @@ from vllm.model_executor.model_loader.reload import record_metadata_for_reloadin
 
 from sampo_ray.actors.transfer import backend as weight_transfer
 from sampo_ray.actors.transfer import spare_weights
-from sampo_ray.actors.transfer.backend import staged
+from sampo_ray.actors.transfer.backend import staged_weights
 from sampo_ray.actors.transfer.spare_weights import SpareWeights, chunks, touched
 from sampo_ray.errors import WeightsError
-from sampo_ray.run.buckets import TensorSpec, pack, views
+from sampo_ray.run.buckets import pack, views
 
 
 class Packing(QuantizeMethodBase):
@@ -144,18 +144,18 @@ def test_what_is_staged_is_what_was_published(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(weight_transfer, "PIECE_BYTES", 24)
     named = [(str(n), torch.arange(n * 50.0, n * 50 + 30)) for n in range(5)]
     buckets = list(pack(named, 128))
-    with staged(buckets, share=0.9) as update:
-        data = torch.frombuffer(bytearray(Path(update["path"]).read_bytes()), dtype=torch.uint8)
-        found = list(views((TensorSpec(*fields) for fields in update["tensors"]), data))
-    assert data.numel() == update["nbytes"]
+    with staged_weights(buckets, share=0.9) as update:
+        data = torch.frombuffer(bytearray(Path(update.path).read_bytes()), dtype=torch.uint8)
+        found = list(views(update.specs(), data))
+    assert data.numel() == update.nbytes
     assert [name for name, _ in found] == [name for name, _ in named]
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(found, named, strict=True))
-    assert not Path(update["path"]).exists()
+    assert not Path(update.path).exists()
 
 
 def test_damaged_bytes_are_not_staged() -> None:
     (bucket,) = pack([("w", torch.ones(100))])
     damaged = bucket.data.copy()
     damaged[-1] ^= 1
-    with pytest.raises(WeightsError, match="bucket of w: checksum"), staged([replace(bucket, data=damaged)]):
+    with pytest.raises(WeightsError, match="bucket of w: checksum"), staged_weights([replace(bucket, data=damaged)]):
         pass

@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
@@ -17,13 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sampo_ray.actors.transfer import broadcast, cuda_ipc
-from sampo_ray.actors.transfer.broadcast import BroadcastIncoming, BroadcastOutgoing
-from sampo_ray.actors.transfer.receiving import Receiver, Reception
-from sampo_ray.actors.transfer.roll import Roll, Ticket
+from sampo_ray.actors.transfer.broadcast import BroadcastReceiver, BroadcastSender
+from sampo_ray.actors.transfer.coordinator import TransferCoordinator, TransferGroup, TransferPlan
+from sampo_ray.actors.transfer.receiving import ReceiveJob, Receiver
 from sampo_ray.actors.transfer.sending import Sender
 from sampo_ray.actors.transfer.transport import digest
 from sampo_ray.actors.weights.client import Weights
-from sampo_ray.run.buckets import TensorSpec, joined, pack, views
+from sampo_ray.run.buckets import joined, pack, views
 from sampo_ray.run.version_folders import VersionInfo, WeightsId
 
 CPU = torch.device("cpu")
@@ -31,10 +31,10 @@ LARGE = 16_000_000
 """Numbers of a tensor whose bytes no socket holds."""
 JOINS_AND_STOPS = """
 import json, sys, time, torch
-from sampo_ray.actors.transfer.broadcast import BroadcastIncoming
-from sampo_ray.actors.transfer.roll import Ticket
-side = BroadcastIncoming(torch.device("cpu"))
-side._join(Ticket(**json.loads(sys.argv[1])), int(sys.argv[2]), time.monotonic() + 60)
+from sampo_ray.actors.transfer.broadcast import BroadcastReceiver
+from sampo_ray.actors.transfer.coordinator import TransferPlan
+side = BroadcastReceiver(torch.device("cpu"))
+side._join(TransferPlan(**json.loads(sys.argv[1])), int(sys.argv[2]), time.monotonic() + 60)
 print("joined", flush=True)
 time.sleep(60)
 """
@@ -52,54 +52,75 @@ def announced(number: int, size: int = 200_000) -> Weights:
 
 
 class Replica:
-    """A replica whose engine is its workers' receptions. What it received: `tensors`, by worker."""
+    """A replica whose engine is its workers' receive jobs. What it received: `tensors`, by worker."""
 
-    def __init__(self, roll: Roll, workers: int = 1, channel: str = "training") -> None:
+    def __init__(self, transfers: TransferCoordinator, workers: int = 1, channel: str = "training") -> None:
         self.client = SimpleNamespace(
             vllm_config=SimpleNamespace(parallel_config=SimpleNamespace(world_size=workers)),
             collective_rpc=self._collective_rpc,
         )
         self.store = SimpleNamespace(
-            roll=SimpleNamespace(remote=lambda step, *rest: asyncio.ensure_future(getattr(roll, step)(*rest)))
+            join_transfer=SimpleNamespace(remote=lambda *args: asyncio.ensure_future(transfers.join(*args))),
+            report_transfer=SimpleNamespace(remote=lambda *args: asyncio.ensure_future(transfers.report(*args))),
         )
         self.receiver = Receiver(self.client, "broadcast", channel)
-        self.sides = [BroadcastIncoming(CPU) for _ in range(workers)]
-        self.receptions: list[Reception] = []
-        self.epochs: list[int] = []
+        self.sides = [BroadcastReceiver(CPU) for _ in range(workers)]
+        self.jobs: list[ReceiveJob] = []
+        self.groups: list[int] = []
 
     async def _collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
         if method == "receive_version":
-            _, ticket, places = json.loads(json.dumps(args))
-            taken = Ticket(**ticket)
-            self.epochs.append(taken.epoch)
-            self.receptions = [Reception(side, taken, taken.rank + n, places, CPU) for n, side in enumerate(self.sides)]
+            _, plan, places = json.loads(json.dumps(args))
+            taken = TransferPlan(**plan)
+            self.groups.append(taken.group)
+            self.jobs = [ReceiveJob(side, taken, taken.rank + n, places, CPU) for n, side in enumerate(self.sides)]
             return [None] * len(self.sides)
-        return [each.problem if each.done else None for each in self.receptions]
+        return [each.problem if each.done else None for each in self.jobs]
 
     async def come(self, weights: Weights) -> list[dict[str, torch.Tensor]] | None:
         """What its workers have received of this version; None: it is left with the host path."""
         update = await self.receiver.receive(self.store, weights)
         if update is None:
             return None
-        specs = [TensorSpec(*fields) for fields in update["tensors"]]
-        return [dict(views(specs, each.data)) for each in self.receptions]
+        specs = list(update.specs())
+        return [dict(views(specs, each.data)) for each in self.jobs]
+
+
+class BlockingTransfers:
+    """A coordinator's calls for a thread, while its event loop runs in another."""
+
+    def __init__(self, transfers: TransferCoordinator, loop: asyncio.AbstractEventLoop) -> None:
+        self._transfers, self._loop = transfers, loop
+
+    def gather(self, weights: WeightsId, timeout_s: float) -> TransferGroup | None:
+        return self._done(self._transfers.gather(weights, timeout_s))
+
+    def start(self, weights: WeightsId, limit_s: float, details: object) -> None:
+        self._done(self._transfers.start(weights, limit_s, details))
+
+    def finish(self, weights: WeightsId, timeout_s: float, succeeded: bool) -> list[str]:
+        return self._done(self._transfers.finish(weights, timeout_s, succeeded))
+
+    def _done(self, call: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(call, self._loop).result(60)
 
 
 class Trainer:
-    """A sender, and the roll of a store whose newest weights are what was published last."""
+    """A sender, and the coordinator of a store whose newest weights are those that were published last."""
 
-    def __init__(self, muster_s: float = 5.0, send_s: float = 20.0) -> None:
+    def __init__(self, gather_s: float = 5.0, send_s: float = 20.0) -> None:
         self.newest: Weights | None = None
-        self.roll = Roll(lambda channel: self.newest.id if self.newest and channel == "training" else None)
-        loop = asyncio.get_running_loop()
+        self.transfers = TransferCoordinator(
+            lambda channel: self.newest.id if self.newest and channel == "training" else None
+        )
+        calls = BlockingTransfers(self.transfers, asyncio.get_running_loop())
+        self.sender = Sender(BroadcastSender(CPU), calls, gather_s, send_s, fetched=lambda bucket, _: bucket)
 
-        def ask(step: str, *arguments: Any, timeout: float) -> Any:
-            return asyncio.run_coroutine_threadsafe(getattr(self.roll, step)(*arguments), loop).result(timeout)
-
-        self.sender = Sender(BroadcastOutgoing(CPU), ask, muster_s, send_s, fetched=lambda bucket, _: bucket)
+    def _wanted(self, channel: str) -> WeightsId | None:
+        return self.newest.id if self.newest and channel == "training" else None
 
     async def publish(self, weights: Weights) -> None:
-        await self.roll.offer(weights.id)
+        await self.transfers.offer(weights.id)
         self.newest = weights
         self.sender.send(weights.id, weights.buckets)
 
@@ -123,7 +144,7 @@ def assert_is(
 def test_all_workers_of_all_replicas_get_all_bytes_and_one_group_lasts() -> None:
     async def scenario() -> None:
         trainer = Trainer()
-        replicas = [Replica(trainer.roll, workers) for workers in (1, 2)]
+        replicas = [Replica(trainer.transfers, workers) for workers in (1, 2)]
         for replica in replicas:
             assert await replica.come(announced(0)) is None, "nobody sends it"
         for number in (1, 2, 3):
@@ -133,15 +154,15 @@ def test_all_workers_of_all_replicas_get_all_bytes_and_one_group_lasts() -> None
             ):
                 assert_is(number, received, workers)
             await trainer.end()
-        assert [each.epochs for each in replicas] == [[1, 1, 1], [1, 1, 1]]
+        assert [each.groups for each in replicas] == [[1, 1, 1], [1, 1, 1]]
 
     run(scenario)
 
 
-def test_who_joins_or_leaves_makes_the_next_version_another_epochs() -> None:
+def test_a_replica_that_joins_or_leaves_changes_the_group_of_the_next_version() -> None:
     async def scenario() -> None:
         trainer = Trainer()
-        first, late = Replica(trainer.roll), Replica(trainer.roll)
+        first, late = Replica(trainer.transfers), Replica(trainer.transfers)
         await first.come(announced(0))
         await trainer.publish(weights := announced(1))
         assert_is(1, await first.come(weights))
@@ -155,7 +176,7 @@ def test_who_joins_or_leaves_makes_the_next_version_another_epochs() -> None:
         await trainer.publish(weights := announced(3))
         assert_is(3, await first.come(weights))
         await trainer.end()
-        assert (first.epochs, late.epochs) == ([1, 2, 3], [2])
+        assert (first.groups, late.groups) == ([1, 2, 3], [2])
 
     run(scenario)
 
@@ -170,20 +191,20 @@ def test_a_damaged_bucket_is_refused_and_the_next_version_comes_again(monkeypatc
 
     async def scenario() -> None:
         trainer = Trainer()
-        replica = Replica(trainer.roll)
+        replica = Replica(trainer.transfers)
         await replica.come(announced(0))
         monkeypatch.setattr(broadcast, "check_digest", damaged)
         await trainer.publish(weights := announced(1))
         assert await replica.come(weights) is None
-        assert "WeightsError: bucket 1: checksum" in replica.receptions[0].problem
-        assert not replica.receptions[0].data.numel()
+        assert "WeightsError: bucket 1: checksum" in replica.jobs[0].problem
+        assert not replica.jobs[0].data.numel()
         await trainer.end()
         monkeypatch.undo()
-        assert await replica.come(weights) is None, "back on the roll, under another id"
+        assert await replica.come(weights) is None, "it is back under another id"
         await trainer.publish(weights := announced(2))
         assert_is(2, await replica.come(weights))
         await trainer.end()
-        assert replica.epochs == [1, 2]
+        assert replica.groups == [1, 2]
 
     run(scenario)
 
@@ -191,20 +212,24 @@ def test_a_damaged_bucket_is_refused_and_the_next_version_comes_again(monkeypatc
 def test_what_was_not_announced_is_refused() -> None:
     async def scenario() -> None:
         trainer = Trainer()
-        replica = Replica(trainer.roll)
+        replica = Replica(trainer.transfers)
         await replica.come(announced(0))
         await trainer.publish(announced(1))
         assert await replica.come(replace(announced(1, size=100), sequence=1)) is None
-        assert "it is not what was announced" in replica.receptions[0].problem
+        assert "it is not what was announced" in replica.jobs[0].problem
         await trainer.end()
 
     run(scenario)
 
 
-def test_who_does_not_come_is_not_waited_for_beyond_the_limit_nor_a_second_time() -> None:
+def test_a_replica_that_does_not_join_is_not_waited_for_beyond_the_limit_nor_a_second_time() -> None:
     async def scenario() -> None:
-        trainer = Trainer(muster_s=1.0)
-        replica, gone, elsewhere = (Replica(trainer.roll), Replica(trainer.roll), Replica(trainer.roll, channel="live"))
+        trainer = Trainer(gather_s=1.0)
+        replica, gone, elsewhere = (
+            Replica(trainer.transfers),
+            Replica(trainer.transfers),
+            Replica(trainer.transfers, channel="live"),
+        )
         for each in (replica, gone, elsewhere):
             await each.come(announced(0))
         for number, least, most in ((1, 1.0, 6.0), (2, 0.0, 1.0)):
@@ -217,22 +242,22 @@ def test_who_does_not_come_is_not_waited_for_beyond_the_limit_nor_a_second_time(
         replica.receiver.leave(replica.store)  # type: ignore[arg-type]
         await trainer.publish(weights := announced(3))
         await trainer.end()
-        assert await replica.come(weights) is None, "nobody came, so nothing was sent"
+        assert await replica.come(weights) is None, "no replica joined, so nothing was sent"
 
     run(scenario)
 
 
-def test_a_member_that_takes_a_ticket_and_no_part_costs_the_limit_and_no_more() -> None:
+def test_a_member_that_takes_a_plan_and_no_part_costs_the_limit_and_no_more() -> None:
     async def scenario() -> None:
-        trainer = Trainer(muster_s=0.5, send_s=3.0)
-        replica, silent = Replica(trainer.roll), Replica(trainer.roll)
+        trainer = Trainer(gather_s=0.5, send_s=3.0)
+        replica, silent = Replica(trainer.transfers), Replica(trainer.transfers)
         for each in (replica, silent):
             await each.come(announced(0))
         begun = time.monotonic()
         await trainer.publish(weights := announced(1))
-        enlisting = asyncio.ensure_future(trainer.roll.enlist(silent.receiver._member, weights.id, 10))
+        joining = asyncio.ensure_future(trainer.transfers.join(silent.receiver._replica, weights.id, 10))
         assert await replica.come(weights) is None
-        assert await enlisting is not None
+        assert await joining is not None
         await trainer.end()
         assert time.monotonic() - begun < 10
         assert await replica.come(weights) is None
@@ -243,15 +268,15 @@ def test_a_member_that_takes_a_ticket_and_no_part_costs_the_limit_and_no_more() 
     run(scenario)
 
 
-async def begun_with(trainer: Trainer, replica: Replica, doomed: Replica) -> tuple[Any, Ticket]:
-    """What `replica` will get of version 1, and the ticket that `doomed` has for it."""
+async def begun_with(trainer: Trainer, replica: Replica, doomed: Replica) -> tuple[Any, TransferPlan]:
+    """What `replica` will get of version 1, and the plan that `doomed` has for it."""
     for each in (replica, doomed):
         await each.come(announced(0))
     await trainer.publish(weights := announced(1, LARGE))
     coming = asyncio.ensure_future(replica.come(weights))
-    ticket = await trainer.roll.enlist(doomed.receiver._member, weights.id, 10)
-    assert ticket is not None
-    return coming, ticket
+    plan = await trainer.transfers.join(doomed.receiver._replica, weights.id, 10)
+    assert plan is not None
+    return coming, plan
 
 
 async def assert_over_within(seconds: float, trainer: Trainer, replica: Replica, coming: Any) -> None:
@@ -264,15 +289,15 @@ async def assert_over_within(seconds: float, trainer: Trainer, replica: Replica,
     await trainer.publish(weights := announced(2))
     assert_is(2, await replica.come(weights))
     await trainer.end()
-    assert replica.epochs == [1, 2]
+    assert replica.groups == [1, 2]
 
 
 def test_a_member_that_dies_in_mid_broadcast_does_not_hold_the_root_up() -> None:
     async def scenario() -> None:
         trainer = Trainer()
-        replica, doomed = Replica(trainer.roll), Replica(trainer.roll)
-        coming, ticket = await begun_with(trainer, replica, doomed)
-        command = [sys.executable, "-c", JOINS_AND_STOPS, json.dumps(asdict(ticket)), str(ticket.rank)]
+        replica, doomed = Replica(trainer.transfers), Replica(trainer.transfers)
+        coming, plan = await begun_with(trainer, replica, doomed)
+        command = [sys.executable, "-c", JOINS_AND_STOPS, json.dumps(asdict(plan)), str(plan.rank)]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             assert await asyncio.to_thread(process.stdout.readline) == b"joined\n"
@@ -285,9 +310,9 @@ def test_a_member_that_dies_in_mid_broadcast_does_not_hold_the_root_up() -> None
 def test_a_member_that_hangs_in_mid_broadcast_costs_the_limit_and_no_more() -> None:
     async def scenario() -> None:
         trainer = Trainer(send_s=3.0)
-        replica, doomed = Replica(trainer.roll), Replica(trainer.roll)
-        coming, ticket = await begun_with(trainer, replica, doomed)
-        await asyncio.to_thread(doomed.sides[0]._join, ticket, ticket.rank, time.monotonic() + 10)
+        replica, doomed = Replica(trainer.transfers), Replica(trainer.transfers)
+        coming, plan = await begun_with(trainer, replica, doomed)
+        await asyncio.to_thread(doomed.sides[0]._join, plan, plan.rank, time.monotonic() + 10)
         await assert_over_within(6.0, trainer, replica, coming)
 
     run(scenario)
@@ -296,14 +321,14 @@ def test_a_member_that_hangs_in_mid_broadcast_costs_the_limit_and_no_more() -> N
 def test_a_root_that_is_gone_leaves_its_members_to_the_host_path() -> None:
     async def scenario() -> None:
         trainer = Trainer()
-        replica = Replica(trainer.roll)
+        replica = Replica(trainer.transfers)
         await replica.come(announced(0))
-        await trainer.roll.offer((weights := announced(1)).id)
+        await trainer.transfers.offer((weights := announced(1)).id)
         trainer.newest = weights
         coming = asyncio.ensure_future(replica.come(weights))
         await asyncio.sleep(0.1)
-        assert await trainer.roll.muster(weights.id, 1.0) is not None
-        await trainer.roll.call(weights.id, 2.0, {"host": "127.0.0.1", "port": 9})
+        assert await trainer.transfers.gather(weights.id, 1.0) is not None
+        await trainer.transfers.start(weights.id, 2.0, {"host": "127.0.0.1", "port": 9})
         assert await coming is None
 
     run(scenario)
@@ -351,16 +376,16 @@ def test_an_ipc_handle_becomes_plain_values_and_torchs_arguments_again(monkeypat
     assert cuda_ipc.rebuilt(sent, 24, torch.device("cuda", 0)) == arguments  # type: ignore[comparison-overlap]
 
 
-def test_the_roll_forgets_an_offer_that_another_one_replaces() -> None:
+def test_an_offer_is_forgotten_when_another_one_replaces_it() -> None:
     async def scenario() -> None:
         trainer = Trainer()
-        replica = Replica(trainer.roll)
-        await trainer.roll.offer(announced(1).id)
+        replica = Replica(trainer.transfers)
+        await trainer.transfers.offer(announced(1).id)
         coming = asyncio.ensure_future(replica.come(announced(1)))
         await asyncio.sleep(0.05)
-        await trainer.roll.offer(announced(2).id)
+        await trainer.transfers.offer(announced(2).id)
         assert await asyncio.wait_for(coming, 5) is None
-        assert await trainer.roll.muster(announced(1).id, 5) is None
-        assert await trainer.roll.close(announced(1).id, 5, True) == []
+        assert await trainer.transfers.gather(announced(1).id, 5) is None
+        assert await trainer.transfers.finish(announced(1).id, 5, True) == []
 
     run(scenario)

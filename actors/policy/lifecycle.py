@@ -1,27 +1,27 @@
-"""The life of a policy replica as a pure function: which state follows which, and on what event. And its door."""
+"""The life of a policy replica as a pure function of its events, and the gate that its requests pass."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from enum import StrEnum
 
 
-class State(StrEnum):
+class ReplicaState(StrEnum):
     STARTING = "starting"
     """Its engine is not up yet."""
     STALE = "stale"
-    """The engine is up, but holds other weights than those it is to serve: it answers nobody."""
+    """The engine is up, but holds other weights than those to serve. It answers no requests."""
     LOADING = "loading"
     """Weights are being replaced; requests in flight are paused."""
     READY = "ready"
-    """It serves. Newer weights may be on their way to it; until they are here, it serves those it has."""
+    """It serves the weights that it has, also while newer ones are on their way."""
     DRAINING = "draining"
-    """It takes no new requests and ends those it has."""
+    """It takes no new requests and finishes those it has."""
     DEAD = "dead"
     """Its process is ending; Serve starts another replica."""
 
 
-class Event(StrEnum):
+class ReplicaEvent(StrEnum):
     ENGINE_UP = "engine up"
     LOAD = "load"
     LOADED = "loaded"
@@ -29,61 +29,64 @@ class Event(StrEnum):
     FAIL = "fail"
 
 
-_AFTER = {
-    (State.STARTING, Event.ENGINE_UP): State.STALE,
-    (State.STALE, Event.LOAD): State.LOADING,
-    (State.LOADING, Event.LOADED): State.READY,
-    (State.READY, Event.LOAD): State.LOADING,
-    (State.STALE, Event.DRAIN): State.DRAINING,
-    (State.READY, Event.DRAIN): State.DRAINING,
-    **{(state, Event.FAIL): State.DEAD for state in State},
+_NEXT = {
+    (ReplicaState.STARTING, ReplicaEvent.ENGINE_UP): ReplicaState.STALE,
+    (ReplicaState.STALE, ReplicaEvent.LOAD): ReplicaState.LOADING,
+    (ReplicaState.LOADING, ReplicaEvent.LOADED): ReplicaState.READY,
+    (ReplicaState.READY, ReplicaEvent.LOAD): ReplicaState.LOADING,
+    (ReplicaState.STALE, ReplicaEvent.DRAIN): ReplicaState.DRAINING,
+    (ReplicaState.READY, ReplicaEvent.DRAIN): ReplicaState.DRAINING,
+    **{(state, ReplicaEvent.FAIL): ReplicaState.DEAD for state in ReplicaState},
 }
 
 
-def after(state: State, event: Event) -> State:
+def next_state(state: ReplicaState, event: ReplicaEvent) -> ReplicaState:
     """The state that follows. ValueError for a transition that does not exist.
 
-    What does not exist, and why: from `stale` to `ready` without `loading`, or a replica would answer with the weights
-    it was built from; from `loading` back to `ready` or `stale` other than by having loaded, since an engine whose
-    update failed half-way holds a mixture and must die; from `loading` to `draining`, since it must first hold weights
-    to end its requests with; and out of `draining` or `dead`, since a replica that Serve gave up gets no requests, and
-    a new one is cheaper to trust.
+    Transitions that do not exist, and why:
+
+    * `stale` to `ready` without `loading`: the replica would answer with the weights that it was built from.
+    * `loading` to `ready` or `stale` other than by `loaded`: an engine whose update failed half-way holds a mixture of
+      weights and must die.
+    * `loading` to `draining`: it needs weights to finish its requests with.
+    * out of `draining` or `dead`: Serve sends it no more requests, and a new replica is easier to trust.
     """
     try:
-        return _AFTER[state, event]
+        return _NEXT[state, event]
     except KeyError:
         raise ValueError(f"a replica that is {state} cannot go on with {event!r}") from None
 
 
-class Door:
-    """Lets a swap wait until nobody is answered (`serve.swap: wait`), so that an answer has one version. On one event
-    loop.
+class RequestGate:
+    """Lets a swap wait until no request is in flight (`serve.swap: wait`), so that each answer has one version.
+
+    For one event loop.
     """
 
     def __init__(self) -> None:
-        self._inside = 0
+        self._in_flight = 0
         self._open, self._empty = asyncio.Event(), asyncio.Event()
         self._open.set()
         self._empty.set()
 
     @asynccontextmanager
-    async def inside(self) -> AsyncGenerator[None, None]:
-        """Around an answer, from before it looks at what weights it begins with; waits while a swap does or is made."""
+    async def request(self) -> AsyncIterator[None]:
+        """Around a request, from before it reads which weights it begins with. Waits until no swap waits or runs."""
         while not self._open.is_set():
             await self._open.wait()
-        self._inside += 1
+        self._in_flight += 1
         self._empty.clear()
         try:
             yield
         finally:
-            self._inside -= 1
-            if not self._inside:
+            self._in_flight -= 1
+            if not self._in_flight:
                 self._empty.set()
 
     @asynccontextmanager
-    async def closed(self) -> AsyncGenerator[None, None]:
-        """Around a swap: begins once nobody is inside. After a failure it stays closed, since nobody may be answered
-        with half-loaded weights.
+    async def closed(self) -> AsyncIterator[None]:
+        """Around a swap: begins once no request is in flight. Stays closed after a failure, because half-loaded weights
+        must not answer.
         """
         self._open.clear()
         await self._empty.wait()

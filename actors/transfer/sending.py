@@ -4,51 +4,76 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Protocol
 
 import ray
 import torch
 from ray.actor import ActorHandle
 
-from sampo_ray.actors.transfer.broadcast import BroadcastOutgoing
-from sampo_ray.actors.transfer.cuda_ipc import IpcOutgoing
-from sampo_ray.actors.transfer.roll import Epoch
-from sampo_ray.actors.transfer.transport import Outgoing, left
+from sampo_ray.actors.transfer.broadcast import BroadcastSender
+from sampo_ray.actors.transfer.coordinator import TransferGroup
+from sampo_ray.actors.transfer.cuda_ipc import IpcSender
+from sampo_ray.actors.transfer.transport import TransportSender, seconds_left
 from sampo_ray.actors.weights.client import fetch
 from sampo_ray.run.buckets import Bucket
 from sampo_ray.run.version_folders import WeightsId
 
 logger = logging.getLogger(__name__)
 
-MUSTER_S = 10.0
+GATHER_S = 10.0
 SEND_S = 20.0
 SLOWEST = 200e6
-"""Bytes/s; what is sent more slowly is given up."""
+"""Bytes/s; a slower transfer is given up."""
 REPLY_S = 60.0
-SIDES: dict[str, Callable[[torch.device], Outgoing]] = {"broadcast": BroadcastOutgoing, "ipc": IpcOutgoing}
+SENDERS: dict[str, Callable[[torch.device], TransportSender]] = {"broadcast": BroadcastSender, "ipc": IpcSender}
+
+
+class Transfers(Protocol):
+    """The trainer's calls of a TransferCoordinator, which see; each blocks until it is done."""
+
+    def gather(self, weights: WeightsId, timeout_s: float) -> TransferGroup | None: ...
+    def start(self, weights: WeightsId, limit_s: float, details: object) -> None: ...
+    def finish(self, weights: WeightsId, timeout_s: float, succeeded: bool) -> list[str]: ...
+
+
+class StoreTransfers:
+    """`Transfers` of the weight store's coordinator."""
+
+    def __init__(self, store: ActorHandle) -> None:
+        self._store = store
+
+    def gather(self, weights: WeightsId, timeout_s: float) -> TransferGroup | None:
+        return ray.get(self._store.gather_receivers.remote(weights, timeout_s), timeout=timeout_s + REPLY_S)
+
+    def start(self, weights: WeightsId, limit_s: float, details: object) -> None:
+        ray.get(self._store.start_transfer.remote(weights, limit_s, details), timeout=REPLY_S)
+
+    def finish(self, weights: WeightsId, timeout_s: float, succeeded: bool) -> list[str]:
+        return ray.get(self._store.finish_transfer.remote(weights, timeout_s, succeeded), timeout=timeout_s + REPLY_S)
 
 
 class Sender:
     """Sends versions from the trainer's rank 0, one at a time, in a thread. A failure costs a transfer, never a step.
 
-    `ask(step, *arguments, timeout=...)` has the store's roll take a step. `muster_s`: seconds in which replicas must
-    come for a version; `send_s`: seconds that sending it may take, besides those for its bytes.
+    `gather_s`: seconds in which replicas must join for a version; `send_s`: seconds that sending may take, besides
+    those for the version's bytes.
     """
 
     def __init__(
         self,
-        side: Outgoing,
-        ask: Callable[..., Any],
-        muster_s: float = MUSTER_S,
+        side: TransportSender,
+        transfers: Transfers,
+        gather_s: float = GATHER_S,
         send_s: float = SEND_S,
         fetched: Callable[[Bucket, float], Bucket] = fetch,
     ) -> None:
-        self._side, self._ask, self._muster_s, self._send_s, self._fetched = side, ask, muster_s, send_s, fetched
+        self._side, self._transfers, self._fetched = side, transfers, fetched
+        self._gather_s, self._send_s = gather_s, send_s
         self._thread = threading.Thread()
 
     @property
     def free(self) -> bool:
-        """Whether the next version can be sent. While one still is, the next takes the host path."""
+        """Whether the next version can be sent. While one is being sent, the next takes the host path."""
         return not self._thread.is_alive()
 
     def send(self, weights: WeightsId, buckets: Sequence[Bucket]) -> None:
@@ -64,38 +89,35 @@ class Sender:
     def _run(self, weights: WeightsId, buckets: Sequence[Bucket]) -> None:
         begun = time.monotonic()
         try:
-            epoch = self._ask("muster", weights, self._muster_s, timeout=self._muster_s + REPLY_S)
-            if epoch is None:
+            group = self._transfers.gather(weights, self._gather_s)
+            if group is None:
                 return
-            silent = self._send(weights, buckets, epoch)
-            count, took = len(epoch.members), time.monotonic() - begun
-            logger.info("sent %s to %d replicas in %.1f s, %d said nothing", weights, count, took, len(silent))
+            silent = self._send(weights, buckets, group)
+            count, took = len(group.replicas), time.monotonic() - begun
+            logger.info(
+                "sent %s to %d replicas in %.1f s, %d of them did not report", weights, count, took, len(silent)
+            )
         except Exception as error:  # of a network, a GPU, an actor: replicas have another way, and training goes on
             logger.warning("could not send %s, replicas fetch it themselves: %s", weights, repr(error))
 
-    def _send(self, weights: WeightsId, buckets: Sequence[Bucket], epoch: Epoch) -> list[str]:
+    def _send(self, weights: WeightsId, buckets: Sequence[Bucket], group: TransferGroup) -> list[str]:
         limit = self._send_s + sum(spec.nbytes for bucket in buckets for spec in bucket.specs) / SLOWEST
         until = time.monotonic() + limit
         try:
-            here = [self._fetched(bucket, left(until)) for bucket in buckets]
-            details = self._side.open(epoch, here, until)
-            self._ask("call", weights, left(until), details, timeout=REPLY_S)
+            here = [self._fetched(bucket, seconds_left(until)) for bucket in buckets]
+            details = self._side.open(group, here, until)
+            self._transfers.start(weights, seconds_left(until), details)
             self._side.send(weights.version, here, until)
         except Exception:
-            self._side.close(False)  # first, so that nobody waits for what does not come
-            self._ask("close", weights, 0.0, False, timeout=REPLY_S)
+            self._side.close(False)  # first, so that no replica waits for bytes that do not come
+            self._transfers.finish(weights, 0.0, False)
             raise
         try:
-            patience = max(0.0, until - time.monotonic())
-            return self._ask("close", weights, patience, True, timeout=patience + REPLY_S)
+            return self._transfers.finish(weights, max(0.0, until - time.monotonic()), True)
         finally:
             self._side.close(True)
 
 
 def start_sender(transport: str, store: ActorHandle, device: torch.device) -> Sender | None:
     """The sender of the trainer's rank 0, whose GPU (or CPU) is `device`; None for the host path, which needs none."""
-
-    def ask(step: str, *arguments: Any, timeout: float) -> Any:
-        return ray.get(store.roll.remote(step, *arguments), timeout=timeout)
-
-    return Sender(SIDES[transport](device), ask) if transport in SIDES else None
+    return Sender(SENDERS[transport](device), StoreTransfers(store)) if transport in SENDERS else None

@@ -10,15 +10,16 @@ import ray
 import torch
 from ray import serve
 
+from sampo_ray.actors.policy.messages import RolloutRequest
 from sampo_ray.config.run import RunConfig
 from sampo_ray.config.serve import GatesConfig
-from sampo_ray.errors import Elsewhere
+from sampo_ray.errors import WeightsNotLoadedError
 from sampo_ray.run.buckets import unpack
 from sampo_ray.run.directory import open_run
 from sampo_ray.run.parts import part_place
 from sampo_ray.run.storage import Place
 from sampo_ray.run.version_files import read_version
-from sampo_ray.run.version_folders import version_folder
+from sampo_ray.run.version_folders import WeightsId, version_folder
 
 CALL_SECONDS = 900.0
 """A generator may have to start first."""
@@ -85,7 +86,7 @@ def check(apps: str, place: Place, run_id: str, version: int, before: int | None
             kept = _probe_file(place, before)
             last = Probe(**json.loads(kept.read())) if kept.exists() else None
         probe = _probe(apps, place, config, (run_id, version))
-    except Elsewhere:
+    except WeightsNotLoadedError:
         return None
     _probe_file(place, version).write(json.dumps(asdict(probe)).encode())
     return judge(gates, probe, last)
@@ -122,7 +123,8 @@ def _generate(apps: str, config: RunConfig, block: pa.Table, weights: tuple[str,
     room = config.data.max_length - max(len(ids) for ids in block["prompt"].to_pylist())
     tokens = max(1, min(config.rollout.max_tokens, room))
     handle = serve.get_app_handle(f"{apps}-generators")
-    call = handle.generate.remote(block, range(len(block)), 1, 0.0, 1.0, tokens, 0, weights)
+    request = RolloutRequest(1, 0.0, 1.0, tokens, seed=0, weights=WeightsId(*weights))
+    call = handle.generate.remote(block, range(len(block)), request)
     return call.result(timeout_s=CALL_SECONDS)
 
 

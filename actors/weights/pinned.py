@@ -61,7 +61,7 @@ def delete_apps(names: Sequence[str]) -> None:
 @ray.remote(num_cpus=0.1, max_retries=2)
 def _reconcile(apps: str, place: Place, run_id: str, ranks: dict[int, int], _before: None) -> None:
     from sampo_ray.actors.policy.deployment import policy_deployment
-    from sampo_ray.actors.policy.server import Source  # brings vLLM in
+    from sampo_ray.actors.policy.replica_weights import WeightsSource  # imports vLLM
 
     names = {pinned_app(apps, run_id, version, rank): (version, rank) for version, rank in ranks.items()}
     delete_pinned(apps, keep=list(names))
@@ -71,7 +71,7 @@ def _reconcile(apps: str, place: Place, run_id: str, ranks: dict[int, int], _bef
     targets = []
     for name, (version, rank) in names.items():
         if name not in running:
-            source = Source(
+            source = WeightsSource(
                 pinned=WeightsId(run_id, version),
                 drain_s=config.serve.request_timeout_s,
                 adapters=place.url if rank else None,

@@ -6,14 +6,13 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
 
 import ray
 from pydantic import BaseModel, ConfigDict, ValidationError
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
-from sampo_ray.actors.transfer.roll import Roll
+from sampo_ray.actors.transfer.coordinator import ReceivingReplica, TransferCoordinator, TransferGroup, TransferPlan
 from sampo_ray.actors.weights.client import NAMESPACE, Channel, StoreState, Weights, put, throttle
 from sampo_ray.actors.weights.live import LivePolicy
 from sampo_ray.actors.weights.loaded import LoadedVersions, LongPoll
@@ -52,7 +51,7 @@ class WeightStore:
     def __init__(self, state_url: str, apps: str = "") -> None:
         self._file = Place(state_url)
         self._pinned, self._poll, self._lock = PinnedApps(apps), LongPoll(), asyncio.Lock()
-        self._roll = Roll(self._current_id)
+        self._transfers = TransferCoordinator(self._current_id)
         self._looking: asyncio.Task[None] | None = None
         self._attached = Attachment.model_validate_json(self._file.read()) if self._file.exists() else Attachment()
         self._loaded, self._policy = self._opened()
@@ -89,7 +88,7 @@ class WeightStore:
             if self._loaded.is_newer(version):
                 here = tuple([await self._copied(bucket) for bucket in buckets])
                 if offered:
-                    await self._roll.offer(WeightsId(run_id, version))
+                    await self._transfers.offer(WeightsId(run_id, version))
                 await asyncio.to_thread(self._loaded.add, version, here)
                 await self._policy.consider(version)
             newest = self._loaded.training
@@ -106,9 +105,23 @@ class WeightStore:
         self._look()
         return await self._poll.wait(lambda: self._loaded.current(channel), known, sequence, timeout_s)
 
-    async def roll(self, step: Literal["enlist", "muster", "call", "report", "close"], *arguments: Any) -> Any:
-        """A step of sending a version by a transport; see `Roll`. A store that restarts begins with an empty one."""
-        return await getattr(self._roll, step)(*arguments)
+    # Sending a version by a transport: the calls of its TransferCoordinator. A store that restarts has a new one.
+    async def join_transfer(
+        self, replica: ReceivingReplica, weights: WeightsId, timeout_s: float
+    ) -> TransferPlan | None:
+        return await self._transfers.join(replica, weights, timeout_s)
+
+    async def gather_receivers(self, weights: WeightsId, timeout_s: float) -> TransferGroup | None:
+        return await self._transfers.gather(weights, timeout_s)
+
+    async def start_transfer(self, weights: WeightsId, limit_s: float, details: object) -> None:
+        await self._transfers.start(weights, limit_s, details)
+
+    async def report_transfer(self, replica: str, succeeded: bool) -> None:
+        await self._transfers.report(replica, succeeded)
+
+    async def finish_transfer(self, weights: WeightsId, timeout_s: float, succeeded: bool) -> list[str]:
+        return await self._transfers.finish(weights, timeout_s, succeeded)
 
     async def get(self, run_id: str, version: int) -> Weights:
         """A version of the attached run: from memory if it is there, else from disk."""

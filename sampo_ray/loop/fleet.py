@@ -18,6 +18,7 @@ from sampo_ray.config.fleet import GeneratorsConfig
 from sampo_ray.config.run import RunConfig
 from sampo_ray.loop.serving import PolicyServing, attach_run
 from sampo_ray.run.directory import Run
+from sampo_ray.run.version_folders import WeightsId
 
 STORE_ANSWER_S = 120.0
 
@@ -57,7 +58,7 @@ class Fleet:
         if self.separate_generators is None or self.shared_policy or scaling["min_replicas"] == scaling["max_replicas"]:
             return
         for _ in range(int(scaling["max_replicas"] * scaling["target_ongoing_requests"])):
-            self.separate_generators.hold.remote(weights)
+            self.separate_generators.hold.remote(WeightsId(*weights))
 
 
 @contextlib.contextmanager

@@ -65,11 +65,11 @@ class PolicyServing:
     def policy(self, channel: Channel, settings: GeneratorsConfig) -> serve.Application:
         """Replicas that serve a channel of the weight store."""
         from sampo_ray.actors.policy.deployment import policy_deployment
-        from sampo_ray.actors.policy.server import Source  # importing vLLM takes many seconds
+        from sampo_ray.actors.policy.replica_weights import WeightsSource  # importing vLLM takes many seconds
 
         base, chat = self._run.versions.at("000000").url, self._run.place.at("tokenizer").url
         config = self._run.config
-        source = Source(
+        source = WeightsSource(
             self.store_name,
             channel,
             swap=config.serve.swap,

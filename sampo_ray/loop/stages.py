@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
+from sampo_ray.actors.policy.messages import RolloutRequest
 from sampo_ray.config.data import DataConfig
 from sampo_ray.config.fleet import FleetConfig
 from sampo_ray.config.rollout import RolloutConfig
@@ -21,6 +22,7 @@ from sampo_ray.run.feedback import as_jsonl, pairs_from, read_votes
 from sampo_ray.run.manifest import Age, StageRecord
 from sampo_ray.run.parts import Part, part_place
 from sampo_ray.run.storage import Place
+from sampo_ray.run.version_folders import WeightsId
 from sampo_ray.training.batching import Lengths, lengths_of
 
 if TYPE_CHECKING:
@@ -139,13 +141,14 @@ def sample(
     def start(index: int, place: Place) -> ray.ObjectRef:
         block, rows = prompts[index].argument(), range(prompts[index].rows)
         handle = generators(weights[1] if weights else None)
-        settings = rollout.samples, rollout.temperature, rollout.top_p, rollout.max_tokens, seed, weights
+        source = WeightsId(*weights) if weights else None
+        request = RolloutRequest(rollout.samples, rollout.temperature, rollout.top_p, rollout.max_tokens, seed, source)
         # A part that is made again calls again only for what dead replicas had.
         before = issued.get(index)
         issued[index] = [
             before[i]
             if before and not is_lost(before[i])
-            else as_ref(handle.generate.remote(block, rows[first : first + together], *settings))
+            else as_ref(handle.generate.remote(block, rows[first : first + together], request))
             for i, first in enumerate(rows[::together])
         ]
         if len(issued) > 2 * parts_at_once:

@@ -8,13 +8,13 @@ import pyarrow as pa
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, WorkerCrashedError
 
-from sampo_ray.errors import Elsewhere
+from sampo_ray.errors import WeightsNotLoadedError
 from sampo_ray.run.storage import Place
 
 logger = logging.getLogger(__name__)
 
 BLOCK_FETCH_S = 120.0
-LOST = (RayActorError, WorkerCrashedError, ObjectLostError, Elsewhere)
+LOST = (RayActorError, WorkerCrashedError, ObjectLostError, WeightsNotLoadedError)
 """Errors of a call whose process died, or has other weights by now: it is made again. Others are the call's result."""
 
 

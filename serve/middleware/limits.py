@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sampo_ray.actors.policy import sse
 from sampo_ray.config.keys import Key
 from sampo_ray.config.serve import ServeConfig
 from sampo_ray.serve.errors import ApiError
@@ -25,7 +26,6 @@ MAX_IN_FLIGHT = 1000
 """Requests of all keys that the endpoint works on at once; more get a 429."""
 BYTES_PER_TOKEN = 4
 NEGLIGIBLE = 1e-6
-EVENT = b"\n\n"  # what ends an event of a stream; inside of JSON a line break is written \n
 # In JSON text no string holds this: quotation marks in strings are escaped.
 USAGE = re.compile(rb'"usage":\{[^{}]*?"total_tokens":(\d+)')
 
@@ -114,12 +114,12 @@ class TokenCounter:
             self._failed = message["status"] >= 400
         elif message["type"] == "http.response.body":
             body = bytes(message.get("body", b""))
-            self._events += body.count(EVENT)
+            self._events += sse.count(body)
             self._ended = not message.get("more_body", False)
             if found := USAGE.findall(body):
                 self._usage = int(found[-1])
                 if self.hide_usage:
-                    body = b"".join(event + EVENT for event in body.split(EVENT) if event and not USAGE.search(event))
+                    body = sse.without(body, USAGE.search)
             return {**message, "body": body}
         return message
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from ray.serve.llm.openai_api_models import ChatCompletionRequest
 from starlette.responses import JSONResponse, Response
 
+from sampo_ray.actors.policy import sse
 from sampo_ray.config.serve import FeedbackConfig
 from sampo_ray.errors import FeedbackError
 from sampo_ray.run.feedback import Answer, Judgement, make_vote, votes_journal
@@ -52,11 +53,10 @@ class PendingAnswer:
 
     def add_events(self, chunks: str) -> Answer | None:
         """Adds the next events of a stream; returns the answer when the last event is among them."""
-        for data in (event.removeprefix("data: ") for event in chunks.split("\n\n")):
-            if data == "[DONE]":
+        for data in sse.data_of(chunks):
+            if data == sse.DONE_DATA:
                 return self._finished()
-            if data:
-                self._take(json.loads(data), "delta")
+            self._take(json.loads(data), "delta")
         return None
 
     def _take(self, body: Mapping[str, Any], field: str) -> None:

@@ -43,7 +43,7 @@ def route(name: str) -> str:
 @pytest.fixture(scope="package")
 def endpoint(own_serve: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     from sampo_ray.actors.policy.deployment import policy_deployment
-    from sampo_ray.actors.policy.server import Source
+    from sampo_ray.actors.policy.replica_weights import WeightsSource
     from sampo_ray.actors.weights.store import start_weight_store
     from sampo_ray.data.chat import ChatFormat
     from sampo_ray.run.version_files import write_version
@@ -66,7 +66,7 @@ def endpoint(own_serve: None, tiny_model: Path, tmp_path_factory: pytest.TempPat
     ray.get(store.attach.remote("run-a", f"{run}/versions"), timeout=60)
     generators = GeneratorsConfig(max_ongoing_requests=4, num_cpus=0.5)
     policy = policy_deployment(
-        "policy", f"{run}/versions/000000", str(run / "tokenizer"), Source("test-endpoint"), generators, CONTEXT
+        "policy", f"{run}/versions/000000", str(run / "tokenizer"), WeightsSource("test-endpoint"), generators, CONTEXT
     )
     everybody = config.model_copy(update={"api_keys": (), "feedback": FeedbackConfig()})
     hasty = everybody.model_copy(update={"request_timeout_s": 2.0})

@@ -1,0 +1,97 @@
+"""What travels between a policy replica and its callers. Importing this costs neither vLLM nor Serve.
+
+`PolicyServer.chat` and `.completions` stream `AnswerItem`s: first one AnsweredBy, then Chunks (a streamed answer), one
+Whole (any other), or a Failure. WeightsChanged comes before the last item of an answer during which weights were
+swapped; that item then names the weights too.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, NotRequired, TypeAlias, TypedDict
+
+from pydantic import BaseModel
+
+from sampo_ray.run.version_folders import WeightsId
+
+
+@dataclass(frozen=True)
+class RolloutRequest:
+    """How to draw rollouts: `samples` completions a prompt, each of at most `max_tokens` tokens.
+
+    `temperature` 0 is greedy. Each draw is seeded by (`seed`, prompt id, sample) alone. `weights` are those to draw
+    from; None: those that the replica holds.
+    """
+
+    samples: int
+    temperature: float
+    top_p: float
+    max_tokens: int
+    seed: int
+    weights: WeightsId | None = None
+
+
+class ReplicaStatus(TypedDict):
+    """The weights that a replica computes with, and its state (actors/policy/lifecycle.py)."""
+
+    run: str
+    version: int
+    round: int | None
+    step: int | None
+    state: str
+
+
+class LivePosition(NamedTuple):
+    """A place in the order in which weights of a run went live. It grows with a rollback, too."""
+
+    run: str = ""
+    sequence: int = 0
+
+
+@dataclass(frozen=True)
+class AnsweredBy:
+    """The weights held when the request came. Comes before an error, too."""
+
+    weights: WeightsId
+    sequence: int
+
+
+@dataclass(frozen=True)
+class WeightsChanged:
+    """Other weights were swapped in during the answer; these are the last of them."""
+
+    weights: WeightsId
+    sequence: int
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Server-sent events of a streamed answer, as text."""
+
+    events: list[str]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """An answer that is not streamed: OpenAI's response object."""
+
+    response: BaseModel
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The engine's error, with its HTTP status and the field of the request that it is about."""
+
+    status: int
+    message: str
+    param: str | None = None
+
+
+AnswerItem: TypeAlias = AnsweredBy | WeightsChanged | Chunks | Whole | Failure
+
+
+class VersionSpan(TypedDict):
+    """An entry of an answer's `policy_versions`: from how many tokens on, by choice, the version computed it (null: the
+    choice had ended). The first entry has no `from_tokens`.
+    """
+
+    version: int
+    from_tokens: NotRequired[list[int | None]]

@@ -1,0 +1,251 @@
+"""The weights that a policy replica computes with: how it follows the weight store and swaps newer ones in."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ray.exceptions import RayError
+from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+from vllm.platforms import current_platform
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from sampo_ray.actors.policy.adapters import merging
+from sampo_ray.actors.policy.answers import AnswersInFlight
+from sampo_ray.actors.policy.lifecycle import ReplicaEvent, ReplicaState, RequestGate, next_state
+from sampo_ray.actors.policy.messages import LivePosition, ReplicaStatus
+from sampo_ray.actors.policy.process import end_process, in_thread
+from sampo_ray.actors.transfer.backend import staged_weights
+from sampo_ray.actors.transfer.receiving import HostUpdate, Receiver
+from sampo_ray.actors.weights.client import Channel, Weights, find_weight_store
+from sampo_ray.errors import WeightsError, WeightsNotLoadedError
+from sampo_ray.internals.vllm import has_requests, requests_in_flight
+from sampo_ray.run.buckets import Bucket
+from sampo_ray.run.version_folders import VersionInfo, WeightsId
+
+logger = logging.getLogger("ray.serve")  # the one that Serve sends to its log files
+
+POLL_S = 30.0
+RETRY_S = 2.0
+FETCH_TIMEOUT_S = 300.0
+SWAP_TIMEOUT_S = 120.0
+POSITION_TIMEOUT_S = 10.0
+PREPARE_TIMEOUT_S = 600.0
+PREPARE_SLICE_S = 0.025
+SHARE_OF_A_CORE = 0.2
+"""Share of the time in which new weights are staged where the engine computes on the same cores."""
+FIRST_WEIGHTS_TIMEOUT_S = 600.0
+NO_WEIGHTS = WeightsId("", -1)
+"""An id that no store knows."""
+
+
+@dataclass(frozen=True)
+class WeightsSource:
+    """What a replica serves: a channel of the named weight store or, for good, the one version it is built from."""
+
+    store: str = ""
+    channel: Channel = "live"
+    pinned: WeightsId | None = None
+    swap: Literal["keep", "wait"] = "keep"
+    drain_s: float = 300.0
+    """With swap=wait: seconds that answers in flight may take to finish."""
+    adapters: str | None = None
+    """The run directory, if LoRA adapters are served on the pinned version. One is loaded when a request first names
+    it, as `policy@NAME` or, for a version of adapters alone, `policy@N`.
+    """
+    max_rank: int = 0
+    transport: Literal["host", "ipc", "broadcast"] = "host"
+    """How new weights come (actors/transfer/transport.py)."""
+
+
+@dataclass(frozen=True)
+class LoadedWeights:
+    """The weights that an engine computes with; `swaps` counts those it has had."""
+
+    id: WeightsId
+    info: VersionInfo | None = None
+    swaps: int = 0
+    sequence: int = 0
+
+    @property
+    def salt(self) -> str:
+        """Keeps prefix blocks of other weights apart, also after a return to earlier weights (by `swaps`)."""
+        return f"{self.id}#{self.swaps}"
+
+
+class ReplicaWeights:
+    """Loads a replica's weights into its engine, and knows which ones it holds and in what state it is.
+
+    A swap pauses the engine, loads, and resumes; requests in flight keep their KV cache. When an update fails half-way,
+    the process ends, because the engine holds a mixture of weights.
+    """
+
+    def __init__(self, client: AsyncLLM, source: WeightsSource, gate: RequestGate, answers: AnswersInFlight) -> None:
+        self._client, self._source, self._gate, self._answers = client, source, gate, answers
+        self.loaded, self.state = LoadedWeights(NO_WEIGHTS), ReplicaState.STARTING
+        self._replaced = set[WeightsId]()
+        self._changed = asyncio.Condition()
+        self._receiver = (
+            Receiver(client, source.transport, source.channel)
+            if source.pinned is None and source.transport != "host"
+            else None
+        )
+
+    @property
+    def status(self) -> ReplicaStatus:
+        now, info = self.loaded.id, self.loaded.info
+        place: tuple[int | None, int | None] = (info.round, info.step) if info else (None, None)
+        return {"run": now.run, "version": now.version, "round": place[0], "step": place[1], "state": str(self.state)}
+
+    def advance(self, event: ReplicaEvent) -> None:
+        self.state = next_state(self.state, event)
+
+    def pin(self, weights: LoadedWeights) -> None:
+        """Takes the weights that the engine was built from as those to serve for good."""
+        self.advance(ReplicaEvent.LOAD)
+        self.loaded = weights
+        self.advance(ReplicaEvent.LOADED)
+
+    def leave(self) -> None:
+        """Takes a replica that ends out of the transfers of its store."""
+        if self._receiver:
+            with contextlib.suppress(ValueError):  # the store has ended before
+                self._receiver.leave(find_weight_store(self._source.store))
+
+    async def wait_for(self, weights: WeightsId) -> None:
+        """Waits for weights that are on their way. WeightsNotLoadedError if they do not come, or have passed."""
+
+        def passed() -> bool:
+            now = self.loaded.id
+            return weights in self._replaced or (now.run == weights.run and now.version > weights.version)
+
+        await self._until(lambda: self.loaded.id == weights or passed(), FETCH_TIMEOUT_S)
+        if self.loaded.id != weights:
+            raise WeightsNotLoadedError(
+                f"rollouts were asked for from {weights}, but this replica holds {self.loaded.id}"
+            )
+
+    async def wait_until_at(self, position: LivePosition) -> None:
+        """Waits for weights that went live no earlier than those a client has seen. WeightsNotLoadedError if they do
+        not come.
+        """
+
+        def reached() -> bool:
+            return self.loaded.id.run != position.run or self.loaded.sequence >= position.sequence
+
+        await self._until(reached, POSITION_TIMEOUT_S)
+        if not reached():
+            raise WeightsNotLoadedError(f"this replica still holds {self.loaded.id}, older than a client has seen")
+
+    async def catch_up(self) -> None:
+        """Loads what the store hands out, until there is nothing newer. WeightsError if the store never has any."""
+        await self._client.init_weight_transfer_engine(WeightTransferInitRequest({}))
+        deadline = time.monotonic() + FIRST_WEIGHTS_TIMEOUT_S
+        weights = await self._newer(POLL_S)
+        while weights or self.loaded.id == NO_WEIGHTS:
+            if weights:
+                await self.adopt(weights)
+            elif time.monotonic() > deadline:
+                waited = f"{FIRST_WEIGHTS_TIMEOUT_S:.0f} s"
+                raise WeightsError(
+                    f"weight store {self._source.store!r} has had no weights for {waited}; publish version 0"
+                )
+            weights = await self._newer(POLL_S if self.loaded.id == NO_WEIGHTS else 0)
+
+    async def follow(self) -> None:
+        """Loads each newer version of the store, for ever."""
+        while True:
+            try:
+                weights = await self._newer(POLL_S)
+                if weights:
+                    await self.adopt(weights)
+            except (RayError, WeightsError, TimeoutError, ValueError, OSError) as error:
+                # Nothing was changed yet (a failure in the swap itself ends the process): serve on, and ask again.
+                logger.warning("still on %s, could not get newer weights: %s", self.loaded.id, error)
+                await asyncio.sleep(RETRY_S)
+
+    async def adopt(self, weights: Weights) -> None:
+        """Gets weights, prepares what can be done beside the engine's work, and swaps them in."""
+        if weights.id == self.loaded.id:  # only their place in the order of live weights has changed
+            await self._set(replace(self.loaded, sequence=weights.sequence))
+            return
+        async with self._received(weights) as update:
+            begun = time.perf_counter()
+            await self._prepare(update)
+            drains = self._source.swap == "wait"
+            self.advance(ReplicaEvent.LOAD)
+            try:
+                async with (
+                    asyncio.timeout(SWAP_TIMEOUT_S + (self._source.drain_s if drains else 0)),
+                    self._gate.closed() if drains else contextlib.nullcontext(),
+                ):
+                    paused = time.perf_counter()
+                    await self._swap(update, weights)
+                    resumed = time.perf_counter()
+            except Exception as error:
+                self.advance(ReplicaEvent.FAIL)
+                end_process(f"loading {weights.id} failed half-way: {error!r}")
+            self.advance(ReplicaEvent.LOADED)
+            await self._client.collective_rpc("release_weights")
+        took = 1000 * (paused - begun), 1000 * (resumed - paused)
+        logger.info("now on %s: prepared in %.0f ms, then paused for %.0f ms", weights.id, *took)
+
+    async def _newer(self, timeout_s: float) -> Weights | None:
+        now = self.loaded
+        known = (None, None) if now.id == NO_WEIGHTS else (now.id, now.sequence)
+        waiting = find_weight_store(self._source.store).wait.remote(known[0], timeout_s, self._source.channel, known[1])
+        return await asyncio.wait_for(waiting, timeout_s + FETCH_TIMEOUT_S)
+
+    @contextlib.asynccontextmanager
+    async def _received(self, weights: Weights) -> AsyncIterator[HostUpdate]:
+        """Gets weights, verified, to where the engine's workers can read them."""
+        if self._receiver and weights.adapters is None:
+            received = await self._receiver.receive(find_weight_store(self._source.store), weights)
+            if received is not None:
+                yield received
+                return
+        buckets = [await fetched(bucket) for bucket in weights.buckets]
+        engine_computes = current_platform.is_cpu() and has_requests(self._client)
+        share, merge = SHARE_OF_A_CORE if engine_computes else 1.0, None
+        if weights.adapters is not None and weights.info.adapters is not None:
+            adapters = await fetched(weights.adapters)
+            merge = await asyncio.to_thread(merging, adapters, weights.info.adapters.scaling, share)
+        async with in_thread(staged_weights(buckets, share, merge)) as update:
+            del buckets
+            yield update
+
+    async def _prepare(self, update: HostUpdate) -> None:
+        """Has the workers do, between the steps of the engine, what can be done before the pause."""
+        begin: dict[str, object] | None = dict(vars(update))
+        async with asyncio.timeout(PREPARE_TIMEOUT_S):
+            while not all(await self._client.collective_rpc("prepare_weights", args=(begin, PREPARE_SLICE_S))):
+                begin = None
+
+    async def _swap(self, update: HostUpdate, weights: Weights) -> None:
+        await self._client.pause_generation(mode="keep", clear_cache=False)
+        self._answers.note_swap(weights.id.version, requests_in_flight(self._client))
+        await self._client.start_weight_update()
+        await self._client.update_weights(WeightTransferUpdateRequest(vars(update)))
+        await self._client.finish_weight_update()
+        self._replaced.add(self.loaded.id)
+        self._replaced.discard(weights.id)
+        await self._set(LoadedWeights(weights.id, weights.info, self.loaded.swaps + 1, weights.sequence))
+        await self._client.resume_generation()
+
+    async def _set(self, weights: LoadedWeights) -> None:
+        async with self._changed:
+            self.loaded = weights
+            self._changed.notify_all()
+
+    async def _until(self, condition: Callable[[], bool], timeout_s: float) -> None:
+        """Returns when the condition on `loaded` holds, or after `timeout_s`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s), self._changed:
+                await self._changed.wait_for(condition)
+
+
+async def fetched(bucket: Bucket) -> Bucket:
+    return replace(bucket, data=await asyncio.wait_for(bucket.data, FETCH_TIMEOUT_S))
