@@ -10,6 +10,7 @@ import pytest
 from sampo_ray.config.fleet import GeneratorsConfig
 from sampo_ray.loop.ahead import prepare_next_round
 from sampo_ray.loop.fleet import Fleet
+from sampo_ray.run.version_folders import WeightsId
 
 
 class Handle:
@@ -41,7 +42,7 @@ SCALING = {"max_ongoing_requests": 8, "target_ongoing_requests": 6}
 def test_enough_calls_wait_for_generators_that_all_of_them_start() -> None:
     handle = Handle()
     fleet(handle).start_generators(GeneratorsConfig(min_replicas=0, max_replicas=4, **SCALING), ("run", 8))
-    assert handle.calls == [("run", 8)] * 24
+    assert handle.calls == [WeightsId("run", 8)] * 24
 
 
 @pytest.mark.parametrize(
