@@ -138,7 +138,7 @@ def tokens_of(args: Namespace) -> list[Any]:
 
     chat, longest, pairs = ChatFormat.load(str(args.model), "tokenizer"), args.max_length, []
     if args.data is not None:
-        from sampo_ray.config.data import DataConfig
+        from sampo_ray.config.sections import DataConfig
         from sampo_ray.data.layouts import Counts
         from sampo_ray.data.preferences import pairs_of, tokenized_pairs
 

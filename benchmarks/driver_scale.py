@@ -116,7 +116,7 @@ def delete(size: int) -> None:
 def rollouts(folder: Path, handle: Any, size: int, samples: int, turn: int) -> Run:
     import pyarrow as pa
 
-    from sampo_ray.config.rollout import RolloutConfig
+    from sampo_ray.config.sections import RolloutConfig
     from sampo_ray.loop import stages
     from sampo_ray.loop.blocks import StageOutput
     from sampo_ray.run.parts import Part, part_place

@@ -18,7 +18,7 @@ from pathlib import Path
 import _measure
 from _measure import Target
 
-from sampo_ray.config.recipe import load_config
+from sampo_ray.config.run import load_config
 from sampo_ray.run.directory import create_run
 
 HERE = Path(__file__).resolve().parents[1]

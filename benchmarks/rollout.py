@@ -44,7 +44,7 @@ def fleet(rig: _rig.Rig, turn: int, prompts: int) -> tuple[int, float]:
     """Tokens and seconds of a round's rollouts."""
     import pyarrow.compute as pc
 
-    from sampo_ray.config.rollout import RolloutConfig
+    from sampo_ray.config.sections import RolloutConfig
     from sampo_ray.loop import stages
     from sampo_ray.loop.blocks import StageOutput
     from sampo_ray.run.parts import Part, part_place

@@ -19,8 +19,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from rich.console import Console
 
 import sampo_ray
-from sampo_ray.config.recipe import load_config
-from sampo_ray.config.run import RunConfig
+from sampo_ray.config.run import RunConfig, load_config
 from sampo_ray.errors import ConfigError, SubmitError
 from sampo_ray.internals.ray import TimeLimitedJobClient
 

@@ -12,7 +12,7 @@ import urllib.request
 
 from ray import serve
 
-from sampo_ray.config.serve import ServeConfig
+from sampo_ray.config.sections import ServeConfig
 from sampo_ray.errors import EndpointError
 
 POLL_S = 0.5

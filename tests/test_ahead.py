@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sampo_ray.config.fleet import GeneratorsConfig
+from sampo_ray.config.sections import GeneratorsConfig
 from sampo_ray.loop.ahead import prepare_next_round
 from sampo_ray.loop.fleet import Fleet
 from sampo_ray.run.version_folders import WeightsId

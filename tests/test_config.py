@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 from sampo_ray.config.losses import LOSSES
 from sampo_ray.config.profiles import resolve
-from sampo_ray.config.recipe import load_config
-from sampo_ray.config.run import RunConfig
+from sampo_ray.config.run import RunConfig, load_config
 from sampo_ray.errors import ConfigError
 from sampo_ray.loop.validate import check_fit
 from sampo_ray.run.directory import dump_config

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from sampo_ray.config.recipe import load_config
+from sampo_ray.config.run import load_config
 from sampo_ray.console.demo_task import (
     ROWS,
     Answers,

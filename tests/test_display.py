@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from sampo_ray.config.recipe import load_config
+from sampo_ray.config.run import load_config
 from sampo_ray.errors import ConfigError
 from sampo_ray.loop.display import BETWEEN_LINES_S, LiveDisplay, PlainDisplay, duration, open_display
 from sampo_ray.run.steps import StepMetrics

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
-from sampo_ray.config.serve import FeedbackConfig
+from sampo_ray.config.sections import FeedbackConfig
 from sampo_ray.console.main import app as cli
 from sampo_ray.data.layouts import read_rows
 from sampo_ray.errors import FeedbackError
@@ -404,7 +404,7 @@ def test_votes_are_exported_as_preference_data(tmp_path):
 
 
 def test_a_round_uses_votes_that_no_earlier_round_used_and_the_same_again_after_an_interruption(tmp_path, tiny_model):
-    from sampo_ray.config.data import DataConfig
+    from sampo_ray.config.sections import DataConfig
     from sampo_ray.data.chat import ChatFormat
     from sampo_ray.loop.stages import _paired_votes
 
@@ -435,7 +435,7 @@ def test_a_round_uses_votes_that_no_earlier_round_used_and_the_same_again_after_
 
 @pytest.mark.parametrize(("data", "from_feedback"), [("all", 0), ("all", 5), ("split", 5)])
 def test_pairs_from_feedback_come_on_top_of_the_round_s_own(tmp_path, monkeypatch, data, from_feedback):
-    from sampo_ray.config.recipe import load_config
+    from sampo_ray.config.run import load_config
     from sampo_ray.loop import stages
     from sampo_ray.loop.display import open_display
     from sampo_ray.loop.rounds import Round

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sampo_ray.config.recipe import load_config
+from sampo_ray.config.run import load_config
 from sampo_ray.loop.fleet import applications
 from sampo_ray.loop.rounds import Round
 from sampo_ray.loop.serving import last_error

@@ -20,7 +20,7 @@ def imported_by(code: str) -> set[str]:
 
 @pytest.fixture
 def run_directory(tmp_path: Path) -> Path:
-    from sampo_ray.config.recipe import load_config
+    from sampo_ray.config.run import load_config
     from sampo_ray.run.directory import create_run
 
     tree = {"model": {"path": "m"}, "data": {"train": "d"}, "run": {"dir": str(tmp_path / "run")}}

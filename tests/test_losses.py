@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from sampo_ray.config.losses import LOSSES, LossSettings, PreferenceLoss
-from sampo_ray.config.method import MethodConfig
-from sampo_ray.config.recipe import load_config
+from sampo_ray.config.run import load_config
+from sampo_ray.config.sections import MethodConfig
 from sampo_ray.errors import ConfigError
 from sampo_ray.run.manifest import Checkpoint
 from sampo_ray.training.batching import Pair, assemble

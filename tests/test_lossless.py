@@ -18,8 +18,7 @@ import torch
 from ray import serve
 from transformers import AutoModelForCausalLM
 
-from sampo_ray.config.fleet import GeneratorsConfig
-from sampo_ray.config.serve import ServeConfig
+from sampo_ray.config.sections import GeneratorsConfig, ServeConfig
 
 logger = logging.getLogger(__name__)
 pytestmark = pytest.mark.slow

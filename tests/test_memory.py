@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from sampo_ray.config.model import LoraConfig
-from sampo_ray.config.training import TrainerConfig
+from sampo_ray.config.sections import LoraConfig, TrainerConfig
 from sampo_ray.errors import ConfigError
 from sampo_ray.loop.validate import check_rope
 from sampo_ray.training.memory import Shape, check_memory, plan_memory

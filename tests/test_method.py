@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
-from sampo_ray.config.method import MethodConfig
 from sampo_ray.config.rows import RowBudget
+from sampo_ray.config.sections import MethodConfig
 from sampo_ray.training import cpu
 from sampo_ray.training.batching import assemble
 from sampo_ray.training.logprobs import Tile, token_comparisons, token_logprobs

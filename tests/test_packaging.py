@@ -14,7 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from sampo_ray.config.recipe import load_config
+from sampo_ray.config.run import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 LINKED = ("actors", "cluster", "serve")

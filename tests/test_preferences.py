@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sampo_ray.config.data import DataConfig
+from sampo_ray.config.sections import DataConfig
 from sampo_ray.data import preferences
 from sampo_ray.data.chat import ChatFormat
 from sampo_ray.data.layouts import Counts, check_source, read_rows

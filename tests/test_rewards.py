@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from sampo_ray.actors.scoring.reward import RewardWorker, build_reward_app
-from sampo_ray.config.fleet import FleetConfig
-from sampo_ray.config.rollout import RewardConfig
+from sampo_ray.config.sections import FleetConfig, RewardConfig
 from sampo_ray.data.chat import ChatFormat
 from sampo_ray.data.preferences import SCORES
 from sampo_ray.data.rewards import RewardModel, call_function, check_reward, columns_of, function_source, load_function

@@ -13,7 +13,7 @@ import pytest
 
 from sampo_ray.actors.policy.messages import RolloutRequest
 from sampo_ray.config.profiles import resolve
-from sampo_ray.config.recipe import load_config
+from sampo_ray.config.run import load_config
 from sampo_ray.run.directory import Run, create_run
 from sampo_ray.run.manifest import Age
 from sampo_ray.run.storage import Place

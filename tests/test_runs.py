@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sampo_ray.config.recipe import load_config
+from sampo_ray.config.run import load_config
 from sampo_ray.errors import ConfigError
 from sampo_ray.run.directory import create_run, open_run
 from sampo_ray.run.lock import exclusive

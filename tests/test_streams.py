@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sampo_ray.config.model import LoraConfig
-from sampo_ray.config.recipe import load_config
 from sampo_ray.config.rows import RowBudget
+from sampo_ray.config.run import load_config
+from sampo_ray.config.sections import LoraConfig
 from sampo_ray.loop.rounds import prompts_of
 from sampo_ray.training.batching import plan_round
 from sampo_ray.training.lora import add_adapters

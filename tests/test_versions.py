@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from sampo_ray.actors.weights.gate import Probe, judge, win_rate
 from sampo_ray.actors.weights.pinned import adapter_ranks, pinned_app
-from sampo_ray.config.recipe import load_config
-from sampo_ray.config.serve import GatesConfig, ServeConfig
+from sampo_ray.config.run import load_config
+from sampo_ray.config.sections import GatesConfig, ServeConfig
 from sampo_ray.console.versions import rank_of
 from sampo_ray.errors import ConfigError, VersionError
 from sampo_ray.run import versions

@@ -19,7 +19,7 @@ from sampo_ray.actors.weights.client import Weights, fetch, find_weight_store
 from sampo_ray.actors.weights.loaded import LoadedVersions, LongPoll
 from sampo_ray.actors.weights.publish import NewVersion, publish_adapters, publish_version
 from sampo_ray.actors.weights.store import start_weight_store
-from sampo_ray.config.model import LoraConfig
+from sampo_ray.config.sections import LoraConfig
 from sampo_ray.console.tiny import tiny_llama, tiny_tokenizer
 from sampo_ray.errors import WeightsError
 from sampo_ray.run.adapter_files import adapters_info

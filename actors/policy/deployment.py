@@ -7,7 +7,7 @@ from ray.serve.llm import LLMConfig, build_llm_deployment
 from sampo_ray.actors.policy.replica_weights import WeightsSource
 from sampo_ray.actors.policy.server import PolicyServer
 from sampo_ray.actors.transfer.backend import BACKEND
-from sampo_ray.config.fleet import GeneratorsConfig
+from sampo_ray.config.sections import GeneratorsConfig
 from sampo_ray.internals.torch import cpu_has_bf16
 
 

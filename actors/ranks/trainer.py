@@ -13,7 +13,7 @@ from ray.train.torch import TorchTrainer
 
 from sampo_ray.actors.ranks.exchange import EXCHANGE_ANSWER_S, Exchange, RoundSpec
 from sampo_ray.actors.ranks.rank import RankSettings, train_rank
-from sampo_ray.config.training import TrainerConfig
+from sampo_ray.config.sections import TrainerConfig
 from sampo_ray.errors import TrainingError
 from sampo_ray.run.steps import StepResult
 from sampo_ray.run.storage import Place

@@ -10,8 +10,8 @@ import torch
 from ray import serve
 
 from sampo_ray.actors.weights.client import fetch, find_weight_store
-from sampo_ray.config.fleet import FleetConfig
 from sampo_ray.config.run import RunConfig
+from sampo_ray.config.sections import FleetConfig
 from sampo_ray.data.preferences import pairs_of, with_reference
 from sampo_ray.run.buckets import unpack
 from sampo_ray.run.storage import Place

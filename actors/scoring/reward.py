@@ -13,8 +13,7 @@ import tenacity
 import torch
 from ray import serve
 
-from sampo_ray.config.fleet import FleetConfig
-from sampo_ray.config.rollout import RewardConfig
+from sampo_ray.config.sections import FleetConfig, RewardConfig
 from sampo_ray.data.preferences import SCORES
 from sampo_ray.data.rewards import RewardModel, Scorer, call_function, columns_of, function_source, load_function
 from sampo_ray.errors import RewardError

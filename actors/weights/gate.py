@@ -12,7 +12,7 @@ from ray import serve
 
 from sampo_ray.actors.policy.messages import RolloutRequest
 from sampo_ray.config.run import RunConfig
-from sampo_ray.config.serve import GatesConfig
+from sampo_ray.config.sections import GatesConfig
 from sampo_ray.errors import WeightsNotLoadedError
 from sampo_ray.run.buckets import unpack
 from sampo_ray.run.directory import open_run

@@ -8,7 +8,7 @@ from ray.exceptions import RayError
 from sampo_ray.actors.weights.gate import Verdict, check
 from sampo_ray.actors.weights.loaded import LoadedVersions, LongPoll
 from sampo_ray.actors.weights.pinned import PinnedApps
-from sampo_ray.config.serve import ServeConfig
+from sampo_ray.config.sections import ServeConfig
 from sampo_ray.run import versions
 from sampo_ray.run.storage import Place
 from sampo_ray.run.versions import Serving, read_serve_config

@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from sampo_ray.config.fleet import FleetConfig, FleetsConfig
 from sampo_ray.config.run import RunConfig
-from sampo_ray.config.training import TrainerConfig
+from sampo_ray.config.sections import FleetConfig, FleetsConfig, TrainerConfig
 from sampo_ray.errors import ConfigError
 
 F = TypeVar("F", bound=FleetConfig)

@@ -1,52 +1,42 @@
-"""The configuration of a run: one pydantic tree (`sampo_ray.config.recipe` reads it).
+"""The configuration of a run: one pydantic tree, and how it is read from a YAML recipe and dotted overrides.
 
 It refuses every mistake that can be found before an engine starts, with one message that names field, value and fix.
 The profile (`sampo_ray.config.profiles`) fills fields that are `None`.
 """
 
-from typing import Literal
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, TypeAlias, get_args
 
-from pydantic import Field, model_validator
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
-from sampo_ray.config.base import Section
-from sampo_ray.config.data import DataConfig
-from sampo_ray.config.fleet import FleetsConfig
-from sampo_ray.config.method import MethodConfig
-from sampo_ray.config.model import ModelConfig
-from sampo_ray.config.rollout import RewardConfig, RolloutConfig, RoundsConfig
+from sampo_ray.config import sections
 from sampo_ray.config.rows import RowBudget, default_row
-from sampo_ray.config.serve import PublishConfig, ServeConfig
-from sampo_ray.config.training import OptimConfig, ReferenceConfig, TrainerConfig
+from sampo_ray.errors import ConfigError
+
+Tree: TypeAlias = dict[str, object]
 
 
-class OutputConfig(Section):
-    dir: str
-    """Run directory: a local path or any fsspec URL; everything a run produces is in it."""
-    seed: int = Field(0, ge=0)
-    """Seeds data order, masks and sampling."""
-    trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
-    """Metric trackers besides TensorBoard, which is always written."""
-    export_dtype: Literal["float16", "bfloat16"] = "float16"
-    """Data type of the exported Hugging Face folders."""
-
-
-class RunConfig(Section):
+class RunConfig(sections.Section):
     """A whole run. `profile: auto` chooses between `laptop` and `cluster` by the GPUs that Ray has."""
 
     profile: Literal["auto", "laptop", "cluster"] = "auto"
-    model: ModelConfig
-    data: DataConfig = DataConfig()
-    rounds: RoundsConfig = RoundsConfig()
-    method: MethodConfig = MethodConfig()
-    optim: OptimConfig = OptimConfig()
-    rollout: RolloutConfig = RolloutConfig()
-    reward: RewardConfig = RewardConfig()
-    reference: ReferenceConfig = ReferenceConfig()
-    trainer: TrainerConfig = TrainerConfig()
-    fleet: FleetsConfig = FleetsConfig()
-    publish: PublishConfig = PublishConfig()
-    serve: ServeConfig = Field(default_factory=ServeConfig)
-    run: OutputConfig
+    model: sections.ModelConfig
+    data: sections.DataConfig = sections.DataConfig()
+    rounds: sections.RoundsConfig = sections.RoundsConfig()
+    method: sections.MethodConfig = sections.MethodConfig()
+    optim: sections.OptimConfig = sections.OptimConfig()
+    rollout: sections.RolloutConfig = sections.RolloutConfig()
+    reward: sections.RewardConfig = sections.RewardConfig()
+    reference: sections.ReferenceConfig = sections.ReferenceConfig()
+    trainer: sections.TrainerConfig = sections.TrainerConfig()
+    fleet: sections.FleetsConfig = sections.FleetsConfig()
+    publish: sections.PublishConfig = sections.PublishConfig()
+    serve: sections.ServeConfig = Field(default_factory=sections.ServeConfig)
+    run: sections.OutputConfig
 
     @property
     def row_budget(self) -> RowBudget:
@@ -101,7 +91,7 @@ class RunConfig(Section):
                 f"method.loss={self.method.loss!r} keeps its reference whole on each rank, and trainer.zero_stage=3 "
                 "shards the policy because that is too much; use trainer.zero_stage=2"
             )
-        if self.method.needs_distributions and self.reference != ReferenceConfig():
+        if self.method.needs_distributions and self.reference != sections.ReferenceConfig():
             raise ValueError(
                 f"method.loss={self.method.loss!r} has its reference beside the policy; drop reference.where and "
                 "reference.positions, which are for stored log-probs"
@@ -126,3 +116,71 @@ class RunConfig(Section):
                 f"up to data.max_length={self.data.max_length}; use {2 * self.data.max_length} or more"
             )
         return self
+
+
+def load_config(recipe: str | Path | Mapping[str, object], overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML recipe (or takes a mapping), applies `a.b.c=value` overrides (values are YAML), validates.
+
+    Raises ConfigError with one line per mistake.
+    """
+    tree = dict(recipe) if isinstance(recipe, Mapping) else _read_yaml(Path(recipe))
+    for override in overrides:
+        tree = _set(tree, override)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
+
+
+def _read_yaml(path: Path) -> Tree:
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"recipe {path}: cannot be read ({error.strerror}); name an existing YAML file") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"recipe {path}: holds {type(tree).__name__}, not sections such as `model:` and `data:`")
+    return tree
+
+
+def _set(tree: Tree, override: str) -> Tree:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: write it as section.field=value")
+    try:
+        leaf = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML; quote it") from None
+    tree = copy.deepcopy(tree)
+    *sections, name = key.split(".")
+    inner = tree
+    for section in sections:
+        below = inner.setdefault(section, {})
+        if not isinstance(below, dict):
+            raise ConfigError(f"override {override!r}: {section} is a value ({below!r}), not a section")
+        inner = below
+    inner[name] = leaf
+    return tree
+
+
+def _explain(error: ErrorDetails) -> str:
+    path = [str(part) for part in error["loc"]]
+    where, value = ".".join(path), error.get("input")
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown key; {sections.suggestion(path[-1], _fields_at(path[:-1]))}"
+    if error["type"] == "missing":
+        return f"{where}: missing; set it in the recipe or as {where}=..."
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{where}.{message}" if where else message
+    return f"{where}: {message[0].lower()}{message[1:]} (got {value!r})"
+
+
+def _fields_at(path: list[str]) -> list[str]:
+    """The fields of the section at `path`, which may be optional."""
+    section: type[BaseModel] = RunConfig
+    for name in path:
+        kind = section.model_fields[name].annotation
+        section = next(t for t in (kind, *get_args(kind)) if isinstance(t, type) and issubclass(t, BaseModel))
+    return list(section.model_fields)

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from rich.console import Console
 
 from sampo_ray.config.profiles import resolve
-from sampo_ray.config.recipe import load_config
+from sampo_ray.config.run import load_config
 from sampo_ray.console import session
 from sampo_ray.console.demo_task import ROWS, Answers, DemoAssets, make_demo, render, summarise
 from sampo_ray.iterate import iterate

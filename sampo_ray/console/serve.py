@@ -7,7 +7,7 @@ import sys
 from rich.console import Console
 
 from sampo_ray.config.profiles import resolve
-from sampo_ray.config.recipe import load_config
+from sampo_ray.config.run import load_config
 from sampo_ray.console import session
 from sampo_ray.errors import ConfigError
 from sampo_ray.loop.display import open_display

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sampo_ray.config.run import RunConfig
-from sampo_ray.config.serve import ServeConfig
+from sampo_ray.config.sections import ServeConfig
 from sampo_ray.loop.display import Display
 from sampo_ray.run.storage import Place, absolute
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from sampo_ray.config.data import DataConfig
+from sampo_ray.config.sections import DataConfig
 from sampo_ray.data.layouts import Counts, Row, Unusable, read_rows
 from sampo_ray.training.batching import Pair
 

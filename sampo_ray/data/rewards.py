@@ -22,7 +22,7 @@ import pyarrow as pa
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
 
-from sampo_ray.config.rollout import RewardConfig
+from sampo_ray.config.sections import RewardConfig
 from sampo_ray.data.layouts import Message
 from sampo_ray.data.preferences import cut_prompt
 from sampo_ray.errors import ConfigError, RewardError

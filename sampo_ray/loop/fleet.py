@@ -14,8 +14,8 @@ from ray.serve.handle import DeploymentHandle
 from sampo_ray.actors.ranks.trainer import Trainer
 from sampo_ray.actors.scoring.reference import build_reference_app
 from sampo_ray.actors.scoring.reward import build_reward_app
-from sampo_ray.config.fleet import GeneratorsConfig
 from sampo_ray.config.run import RunConfig
+from sampo_ray.config.sections import GeneratorsConfig
 from sampo_ray.loop.serving import PolicyServing, attach_run
 from sampo_ray.run.directory import Run
 from sampo_ray.run.version_folders import WeightsId

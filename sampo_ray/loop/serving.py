@@ -18,7 +18,7 @@ from sampo_ray.actors.weights.client import Channel
 from sampo_ray.actors.weights.pinned import delete_apps, delete_pinned
 from sampo_ray.actors.weights.publish import NewVersion, publish_version
 from sampo_ray.actors.weights.store import start_weight_store
-from sampo_ray.config.fleet import GeneratorsConfig
+from sampo_ray.config.sections import GeneratorsConfig
 from sampo_ray.data.chat import ChatFormat
 from sampo_ray.errors import FleetError
 from sampo_ray.run.directory import Run

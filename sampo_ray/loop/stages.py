@@ -10,10 +10,8 @@ import pyarrow as pa
 import ray
 
 from sampo_ray.actors.policy.messages import RolloutRequest
-from sampo_ray.config.data import DataConfig
-from sampo_ray.config.fleet import FleetConfig
-from sampo_ray.config.rollout import RolloutConfig
 from sampo_ray.config.run import RunConfig
+from sampo_ray.config.sections import DataConfig, FleetConfig, RolloutConfig
 from sampo_ray.data.layouts import Counts
 from sampo_ray.data.preferences import best_against_worst, pairs_of, tokenized_pairs, tokenized_prompts
 from sampo_ray.errors import DataError

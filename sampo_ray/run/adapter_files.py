@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from safetensors.torch import save_file
 
-from sampo_ray.config.model import LoraConfig
+from sampo_ray.config.sections import LoraConfig
 from sampo_ray.run.buckets import Bucket
 from sampo_ray.run.version_files import drafted, read_version
 from sampo_ray.run.version_folders import AdaptersInfo, VersionInfo, is_complete

@@ -21,8 +21,7 @@ from typing import Any
 
 import yaml
 
-from sampo_ray.config.recipe import load_config
-from sampo_ray.config.run import RunConfig
+from sampo_ray.config.run import RunConfig, load_config
 from sampo_ray.errors import ConfigError
 from sampo_ray.run.manifest import Manifest, RoundRecord, read_manifest
 from sampo_ray.run.steps import StepMetrics, parse_metrics

@@ -15,7 +15,7 @@ import filelock
 import yaml
 from pydantic import BaseModel, Field
 
-from sampo_ray.config.serve import ServeConfig
+from sampo_ray.config.sections import ServeConfig
 from sampo_ray.errors import VersionError
 from sampo_ray.run.storage import Place
 from sampo_ray.run.version_folders import AdaptersInfo, VersionInfo

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
     from sampo_ray.config.run import RunConfig
-    from sampo_ray.config.training import OptimConfig
+    from sampo_ray.config.sections import OptimConfig
 
 
 T = TypeVar("T")

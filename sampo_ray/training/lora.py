@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from sampo_ray.errors import ConfigError
 
 if TYPE_CHECKING:
-    from sampo_ray.config.model import LoraConfig
+    from sampo_ray.config.sections import LoraConfig
 
 
 ADAPTER = "default"

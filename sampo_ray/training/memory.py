@@ -14,7 +14,7 @@ from sampo_ray.training.policy import on_meta
 
 if TYPE_CHECKING:
     from sampo_ray.config.run import RunConfig
-    from sampo_ray.config.training import TrainerConfig
+    from sampo_ray.config.sections import TrainerConfig
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ from sampo_ray.training.streams import Stream
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
 
-    from sampo_ray.config.method import MethodConfig
     from sampo_ray.config.run import RunConfig
+    from sampo_ray.config.sections import MethodConfig
 
 
 METRICS = (

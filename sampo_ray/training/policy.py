@@ -26,7 +26,7 @@ from sampo_ray.training.reduction import Positions
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
 
-    from sampo_ray.config.model import LoraConfig
+    from sampo_ray.config.sections import LoraConfig
 
 
 Distributions: TypeAlias = "tuple[Float[Tensor, 'selected dim'], Float[Tensor, 'vocabulary dim']]"

@@ -17,10 +17,9 @@ from urllib.parse import SplitResult, urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from sampo_ray.config.base import is_loopback
 from sampo_ray.config.keys import Key, digest, is_json, parse
 from sampo_ray.config.keys import Scope as KeyScope
-from sampo_ray.config.serve import ServeConfig
+from sampo_ray.config.sections import ServeConfig, is_loopback
 from sampo_ray.errors import KeysError
 from sampo_ray.run.storage import Place, absolute
 from sampo_ray.serve.cached import CachedRead

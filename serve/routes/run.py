@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 import yaml
 from starlette.responses import JSONResponse, Response
 
-from sampo_ray.config.recipe import load_config
+from sampo_ray.config.run import load_config
 from sampo_ray.run.directory import read_settings
 from sampo_ray.run.manifest import RoundRecord, lineage, read_manifest
 from sampo_ray.run.status import Status, read_status

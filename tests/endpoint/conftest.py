@@ -10,9 +10,8 @@ import torch
 from ray import serve
 from transformers import AutoModelForCausalLM
 
-from sampo_ray.config.fleet import GeneratorsConfig
 from sampo_ray.config.keys import render
-from sampo_ray.config.serve import FeedbackConfig, ServeConfig
+from sampo_ray.config.sections import FeedbackConfig, GeneratorsConfig, ServeConfig
 from tests.endpoint.live import CONTEXT, KEY, OTHER_KEY, Endpoint, key_entry
 
 

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from sampo_ray.cluster import submit as job
-from sampo_ray.config.recipe import load_config
+from sampo_ray.config.run import load_config
 from sampo_ray.errors import ConfigError
 
 from .conftest import Cluster, wait_until

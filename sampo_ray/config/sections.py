@@ -1,0 +1,426 @@
+"""The sections of a configuration and their fields: each with its default, its bounds and what it is for."""
+
+import difflib
+import ipaddress
+import os
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+
+from sampo_ray.config.losses import LOSSES, REDUCTIONS, REFUSED, find_loss
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Suggests the closest known name, or lists all if none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a host name or address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class LoraConfig(Section):
+    rank: int = Field(16, ge=1, le=512)
+    """Rank of the adapters."""
+    alpha: int | None = Field(None, ge=1)
+    """Adapters count `alpha` / `rank`. Default: twice `rank`."""
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Linear layers that get adapters, by the ends of their names (q_proj, mlp.down_proj); never the head."""
+
+    @property
+    def scaled_by(self) -> int:
+        return self.alpha if self.alpha is not None else 2 * self.rank
+
+
+class ModelConfig(Section):
+    path: str
+    """Hugging Face folder or hub name of the model to start from."""
+    template: Literal["llama3-sampo", "llama3", "tokenizer"] = "llama3-sampo"
+    """Prompt format: the card's, Meta's, or the one the tokenizer brings."""
+    lora: LoraConfig | None = None
+    """Train adapters on a frozen model; a round ends with them merged in. Default: train all weights."""
+    attention: Literal["segments", "flex"] = "segments"
+    """How trainer and reference compute attention: two calls a pair, or PyTorch's FlexAttention, one for a whole row,
+    which needs GPUs."""
+
+    @property
+    def flex(self) -> bool:
+        return self.attention == "flex"
+
+
+class DataConfig(Section):
+    train: str | None = None
+    """Preference pairs (offline mode): JSONL(.gz), Parquet, a `datasets` folder or hub name, or any fsspec URL."""
+    prompts: str | None = None
+    """Prompts (online mode), in the same formats; a preference file works too, its answers are not read."""
+    max_length: int = Field(8192, ge=8)
+    """Tokens of prompt plus response, at most."""
+    max_prompt_length: int | None = Field(None, ge=1)
+    """Tokens of a prompt, at most; longer ones are cut on the left. Default: 3/4 of `max_length`."""
+
+    @property
+    def prompt_limit(self) -> int:
+        return self.max_prompt_length if self.max_prompt_length is not None else self.max_length * 3 // 4
+
+    @model_validator(mode="after")
+    def _room_for_a_response(self) -> "DataConfig":
+        if self.prompt_limit >= self.max_length:
+            raise ValueError(
+                f"max_prompt_length={self.max_prompt_length} leaves no room for a response within "
+                f"max_length={self.max_length}; make it smaller"
+            )
+        return self
+
+
+class RoundsConfig(Section):
+    count: int = Field(3, ge=1)
+    """How many rounds; each starts from, and is held to, the policy of the one before."""
+    mode: Literal["offline", "online"] = "offline"
+    """`offline` trains on `data.train`; `online` samples and scores completions for `data.prompts`."""
+    epochs: int = Field(1, ge=1)
+    """Passes over a round's pairs."""
+    data: Literal["all", "split"] = "all"
+    """Offline: every round sees all pairs, or each its own share of them."""
+
+
+class RolloutConfig(Section):
+    prompts: int | None = Field(None, ge=1)
+    """Prompts a round (online). Default: all of `data.prompts`, split evenly over the rounds."""
+    samples: int = Field(4, ge=1)
+    """Completions a prompt; the best is paired with the worst."""
+    temperature: float = Field(0.8, gt=0)
+    """Sampling temperature."""
+    top_p: float = Field(0.95, gt=0, le=1)
+    """Nucleus mass."""
+    max_tokens: int = Field(1024, ge=1)
+    """Tokens of a completion, at most; one cut by this is never chosen."""
+    ahead: Literal[0, 1] = 0
+    """Rounds whose completions are drawn before their policy is there: 1 overlaps the drawing with the training of the
+    round before. They are then off-policy by at most that round's steps, and differ from run to run."""
+
+
+class RewardConfig(Section):
+    function: str | None = None
+    """`package.module:function` or `file.py:function`; called with (prompts, completions), returns one float each."""
+    model: str | None = None
+    """Folder or hub name of a Hugging Face sequence-classification reward model."""
+    timeout_s: float = Field(60.0, gt=0)
+    """Seconds one scoring call may take."""
+    retries: int = Field(3, ge=0)
+    """Further tries of a failed call, with backoff, before its completions are dropped."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "RewardConfig":
+        if self.function and self.model:
+            raise ValueError("both function and model are set; keep one reward source")
+        return self
+
+
+class MethodConfig(Section):
+    loss: str = "sigmoid"
+    """Preference loss: a name from docs/method.md, or `package.module:function`."""
+    reduction: str = "sample"
+    """Length reduction of token log-ratios: sum (DPO), average, mean, sample (SamPO), top_k or ld (LD-DPO). Default:
+    sample; mean where the loss is one of mean log-probs (orpo, simpo)."""
+    beta: float = Field(0.1, gt=0)
+    """Strength of the pull to the reference; lambda of orpo. Default: 0.1, simpo 2.5."""
+    label_smoothing: float | None = Field(None, ge=0, lt=0.5)
+    """Probability that a preference label is wrong. Default: sigmoid 0 (above it is conservative DPO), robust 0.1."""
+    weight: float | None = Field(None, ge=0)
+    """The loss's lambda. Default: dpop 50, mix 1 (nats a token), lenN 0.01 (a token), tdpo 0.5 (its alpha)."""
+    margin: float | None = Field(None, ge=0)
+    """By how much rewards are to differ. Default: simpo 1.4, for Llama-3-8B (elsewhere 0.3)."""
+    alpha: float | None = Field(None, ge=0, le=1)
+    """reduction=ld: how much tokens beyond the length of the shorter response count. No default: tuned for a model."""
+    mask: Literal["shared", "independent"] = "shared"
+    """Whether policy and reference sum the same sampled positions, or draw twice as the authors' code does."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss reads log-probs that are stored before a round's first step."""
+        return find_loss(self.loss).reference == "log-probs"
+
+    @property
+    def needs_distributions(self) -> bool:
+        """Whether training keeps the reference beside the policy."""
+        return find_loss(self.loss).reference == "distributions"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_loss(cls, given: object) -> object:
+        if not isinstance(given, dict) or not isinstance(name := given.get("loss", "sigmoid"), str):
+            return given
+        if name not in {**LOSSES, **REFUSED} and ":" not in name:
+            raise ValueError(f"loss={name!r} is not known; {suggestion(name, LOSSES)}")
+        loss = find_loss(name)
+        reduction = "sample" if "sample" in loss.reductions else loss.reductions[0]
+        defaults = {"reduction": reduction, **loss.settings}
+        return {**given, **{key: value for key, value in defaults.items() if given.get(key) is None}}
+
+    @model_validator(mode="after")
+    def _compatible(self) -> "MethodConfig":
+        if self.reduction not in REDUCTIONS:
+            raise ValueError(f"reduction={self.reduction!r} is not known; {suggestion(self.reduction, REDUCTIONS)}")
+        loss = find_loss(self.loss)
+        if self.reduction not in loss.reductions:
+            raise ValueError(
+                f"loss={self.loss!r} cannot be combined with reduction={self.reduction!r}; "
+                f"use reduction: {' or '.join(loss.reductions)}"
+            )
+        for name in ("label_smoothing", "weight", "margin"):
+            if (value := getattr(self, name)) is not None and name not in loss.settings:
+                raise ValueError(f"loss={self.loss!r} has no {name}; drop {name}={value}")
+        if (self.alpha is None) == ("alpha" in REDUCTIONS[self.reduction]):
+            raise ValueError(f"alpha={self.alpha} with reduction={self.reduction!r}: ld needs it, others have none")
+        if self.mask == "independent" and not (self.reduction == "sample" and self.needs_reference):
+            raise ValueError(
+                "mask='independent' is for reduction='sample' and stored log-probs of a reference; "
+                f"not {self.reduction!r}, {self.loss!r}"
+            )
+        return self
+
+
+class OptimConfig(Section):
+    learning_rate: float = Field(4e-7, gt=0)
+    """Peak learning rate; linear warm-up, then linear decay to zero, anew in each round."""
+    batch_size: int = Field(128, ge=1)
+    """Pairs per optimizer step, over all ranks."""
+    warmup_ratio: float = Field(0.1, ge=0, le=1)
+    """Share of a round's steps spent warming up."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """AdamW's decay rates."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's denominator floor."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this global norm."""
+
+
+class ReferenceConfig(Section):
+    where: Literal["workers", "trainer"] = "workers"
+    """Who computes the log-probs of a round's reference: workers of their own, or the trainer's ranks before the
+    round's first step, when the policy still is the reference. `trainer` saves a copy of the model; same bits."""
+    positions: Literal["all", "sampled"] = "all"
+    """`sampled`: only of the tokens that SamPO's masks keep; other tokens get NaN. Same bits for less of the head's
+    work, but stored log-probs are good for this run's masks alone."""
+
+
+class TrainerConfig(Section):
+    workers: int | None = Field(None, ge=1)
+    """Data-parallel ranks. Default: one per GPU (cluster profile), one (laptop)."""
+    min_workers: int | None = Field(None, ge=1)
+    """Ranks that training goes on with, from its last checkpoint, when nodes are gone; once they are back, all train
+    again. Ray counts what nodes have, replicas on them or not. Default: it waits for room for all."""
+    num_cpus: float | None = Field(None, ge=0)
+    """Logical CPUs a rank asks Ray for."""
+    num_gpus: float | None = Field(None, ge=0)
+    """GPUs a rank asks Ray for. Default: 1 where the profile has them."""
+    zero_stage: Literal[2, 3] = 2
+    """DeepSpeed ZeRO stage; 3 also shards the parameters."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """What is kept in host memory instead of the GPU's: gradients and optimizer, or with zero_stage=3 all."""
+    tokens_per_row: int | None = Field(None, ge=16)
+    """Tokens of a micro-batch. Default: twice `data.max_length`, in which any pair fits, and no fewer than 4,096: each
+    micro-batch costs a pass over all gradients."""
+    checkpoint_every: int = Field(50, ge=1)
+    """Optimizer steps between checkpoints; the end of a round always has one."""
+    gradient_checkpointing: bool | Literal["selective"] = True
+    """What of a layer is computed again in the backward pass: all but its input (true), nothing (false), or all but its
+    input, attention and the products that make it wider (selective), which takes more memory and less time."""
+    lifetime: Literal["run", "round"] = "run"
+    """`round`: ranks end with each round, and their GPUs are free until the next trains; the result is the same."""
+    max_skipped: int = Field(3, ge=0)
+    """Steps in a row that may be skipped because loss or gradient is not finite; one more stops the run."""
+    max_failures: int = Field(3, ge=0)
+    """Restarts of the ranks after crashes before the run stops."""
+
+    @model_validator(mode="after")
+    def _can_offload(self) -> "TrainerConfig":
+        if self.offload == "parameters" and self.zero_stage != 3:
+            raise ValueError(f"offload='parameters' needs zero_stage=3, not {self.zero_stage}; use offload='optimizer'")
+        return self
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "TrainerConfig":
+        if self.workers is not None and self.fewest > self.workers:
+            raise ValueError(f"min_workers={self.min_workers} is more than workers={self.workers}; make it smaller")
+        return self
+
+    @property
+    def fewest(self) -> int:
+        """Ranks that must be able to hold the model."""
+        return self.min_workers or self.workers or 1
+
+
+class FleetConfig(Section):
+    min_replicas: int | None = Field(None, ge=0)
+    """Fewest replicas. Default: 1."""
+    max_replicas: int | None = Field(None, ge=1)
+    """Most replicas. Default: 1 (laptop), one per free GPU (cluster)."""
+    target_ongoing_requests: float | None = Field(None, gt=0)
+    """Requests per replica that Serve scales towards. Default: 3/4 of `max_ongoing_requests`."""
+    upscale_delay_s: float = Field(10.0, ge=0)
+    """Seconds that more replicas must be wanted before they are started."""
+    downscale_delay_s: float = Field(300.0, ge=0)
+    """Seconds that fewer must be wanted before some are stopped."""
+    max_ongoing_requests: int = Field(64, ge=1)
+    """Requests a replica works on at once."""
+    max_queued_requests: int = Field(4096, ge=1)
+    """Requests that wait at a caller before it is told to slow down."""
+    num_cpus: float | None = Field(None, ge=0)
+    """Logical CPUs a replica asks Ray for."""
+    num_gpus: float | None = Field(None, ge=0)
+    """GPUs a replica asks Ray for. Default: 1 where the profile has them."""
+
+    @property
+    def autoscaling(self) -> dict[str, float]:
+        """Ray Serve's `autoscaling_config`, with every size explicit."""
+        least = 1 if self.min_replicas is None else self.min_replicas
+        return {
+            "min_replicas": least,
+            "max_replicas": max(1, least, self.max_replicas or 1),
+            "target_ongoing_requests": self.target_ongoing_requests or max(1.0, 0.75 * self.max_ongoing_requests),
+            "upscale_delay_s": self.upscale_delay_s,
+            "downscale_delay_s": self.downscale_delay_s,
+        }
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "FleetConfig":
+        if self.min_replicas is not None and self.max_replicas is not None and self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas={self.min_replicas} is more than max_replicas={self.max_replicas}")
+        return self
+
+
+class GeneratorsConfig(FleetConfig):
+    engine: dict[str, Any] = Field(default_factory=dict)
+    """Further vLLM engine arguments, e.g. `tensor_parallel_size` or `gpu_memory_utilization`."""
+
+
+class FleetsConfig(Section):
+    generators: GeneratorsConfig = GeneratorsConfig()
+    references: FleetConfig = FleetConfig(max_ongoing_requests=2)
+    rewards: FleetConfig = FleetConfig(max_ongoing_requests=8)
+
+
+def _keys_from_environment() -> tuple[SecretStr, ...]:
+    return tuple(SecretStr(key) for key in os.environ.get("SAMPO_API_KEYS", "").split(",") if key)
+
+
+class PublishConfig(Section):
+    every_steps: int = Field(10, ge=1)
+    """Optimizer steps between published weight versions; the end of a round always publishes."""
+    keep: int = Field(2, ge=1)
+    """Published versions kept on disk besides those that begin or end a round."""
+    transport: Literal["host", "ipc", "broadcast"] = "host"
+    """How weights reach the policy replicas' workers: through host memory; from the memory of the GPU that they share
+    with the trainer (`ipc`); or sent to all at once (`broadcast`). A transfer that fails goes through host memory."""
+
+
+class GatesConfig(Section):
+    """Checks that a version must pass before it goes live. Default: none. Probes are greedy answers."""
+
+    finite: bool = False
+    """No weight is NaN or infinite."""
+    smoke: str | None = Field(None, min_length=1)
+    """A prompt that must get an answer which ends by itself."""
+    max_mean_tokens: float | None = Field(None, gt=0)
+    """Mean tokens of an answer to the probe prompts, at most."""
+    max_growth: float | None = Field(None, gt=0)
+    """The same, as a multiple of the last version that passed."""
+    min_win_rate: float | None = Field(None, ge=0, le=1)
+    """Share of probe prompts that get a higher reward than from the last version that passed (ties half), at least."""
+    probes: int = Field(32, ge=1, le=512)
+    """Number of prompts of the run's data to probe with."""
+
+    @property
+    def any(self) -> bool:
+        return self.finite or self.probing
+
+    @property
+    def probing(self) -> bool:
+        """Whether a check needs answers of the version."""
+        return any(gate is not None for gate in (self.smoke, self.max_mean_tokens, self.max_growth, self.min_win_rate))
+
+
+class FeedbackConfig(Section):
+    keep_hours: float = Field(0.0, ge=0)
+    """Hours that answers are kept to be voted on (`POST /feedback`); 0: none is kept, and feedback is refused."""
+    max_answers: int = Field(10_000, ge=1)
+    """Answers kept, at most; the oldest go first."""
+    max_votes: int = Field(100_000, ge=1)
+    """Votes that a run takes."""
+    max_bytes: int = Field(256 << 20, ge=1 << 20)
+    """Bytes of the answers kept, at most, and likewise of the votes; prompts count."""
+
+
+class ServeConfig(Section):
+    enabled: bool = True
+    """Whether the run has a live endpoint."""
+    host: str = "127.0.0.1"
+    """Address the endpoint binds to; anything but loopback needs an API key, or `open`."""
+    port: int = Field(8000, ge=0, le=65535)
+    """Port of the endpoint; 0 picks a free one."""
+    api_keys: tuple[Annotated[SecretStr, Field(min_length=1)], ...] = Field(default_factory=_keys_from_environment)
+    """Keys accepted as `Authorization: Bearer ...`; none means an open (loopback) endpoint. Default: those of the
+    environment variable SAMPO_API_KEYS, separated by commas; they are never written to the run directory."""
+    keys_file: str | None = None
+    """File of further keys with scopes (`sampo keys add`), which may change while the endpoint runs: a path (on a
+    cluster one that all its machines share) or any fsspec URL."""
+    open: bool = False
+    """Anyone who reaches the endpoint may use it without a key, on any address; `/admin` still needs one."""
+    max_body_bytes: int = Field(1 << 20, ge=1024)
+    """Largest request body."""
+    max_prompt_tokens: int | None = Field(None, ge=1)
+    """Longest prompt. Default: what the model allows."""
+    max_answer_tokens: int | None = Field(None, ge=1)
+    """Most tokens that a request may ask for, over all its completions. Default: what the model allows for each."""
+    requests_per_minute: int | None = Field(None, ge=1)
+    """Requests a minute for each key. Default: no limit."""
+    tokens_per_minute: int | None = Field(None, ge=1)
+    """Tokens of prompts and answers a minute for each key. Default: no limit."""
+    request_timeout_s: float = Field(300.0, gt=0)
+    """Seconds a request may take before it is cancelled."""
+    start_timeout_s: float = Field(120.0, ge=0)
+    """Seconds of them that it may wait for a replica while none runs (after scaling to zero, for example)."""
+    follow: Literal["latest", "round", "manual"] = "latest"
+    """Which versions go live automatically: all that are published, those that end rounds, or none."""
+    swap: Literal["keep", "wait"] = "keep"
+    """`keep`: answers in flight continue with the new weights. `wait`: they finish first (one version an answer)."""
+    gates: GatesConfig = GatesConfig()
+    feedback: FeedbackConfig = FeedbackConfig()
+
+    @property
+    def keyed(self) -> bool:
+        """Whether there are keys, in the configuration or in a file."""
+        return bool(self.api_keys or self.keys_file)
+
+    @model_validator(mode="after")
+    def _no_open_door(self) -> "ServeConfig":
+        if not is_loopback(self.host) and not (self.keyed or self.open):
+            raise ValueError(
+                f"host={self.host!r} is not loopback and no api_keys are set; set serve.keys_file (`sampo keys add`), "
+                "or SAMPO_API_KEYS, or serve.open=true to let in whoever reaches it"
+            )
+        return self
+
+
+class OutputConfig(Section):
+    dir: str
+    """Run directory: a local path or any fsspec URL; everything a run produces is in it."""
+    seed: int = Field(0, ge=0)
+    """Seeds data order, masks and sampling."""
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
+    """Metric trackers besides TensorBoard, which is always written."""
+    export_dtype: Literal["float16", "bfloat16"] = "float16"
+    """Data type of the exported Hugging Face folders."""
