@@ -29,7 +29,7 @@ from sampo_ray.actors.policy.deployment import policy_deployment
 from sampo_ray.actors.policy.lifecycle import ReplicaState, RequestGate
 from sampo_ray.actors.policy.messages import AnsweredBy, Chunks, Failure, RolloutRequest, WeightsChanged, Whole
 from sampo_ray.actors.policy.replica_weights import LoadedWeights, ReplicaWeights, WeightsSource
-from sampo_ray.actors.transfer import broadcast
+from sampo_ray.actors.transfer import transport
 from sampo_ray.actors.transfer.coordinator import ReceivingReplica
 from sampo_ray.actors.transfer.sending import Sender, start_sender
 from sampo_ray.actors.transfer.transport import digest
@@ -304,7 +304,7 @@ def sendings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 RECEIVES = """
 import json, sys, time, torch
-from sampo_ray.actors.transfer.broadcast import BroadcastReceiver
+from sampo_ray.actors.transfer.transport import BroadcastReceiver
 from sampo_ray.actors.transfer.coordinator import TransferPlan
 side = BroadcastReceiver(torch.device("cpu"))
 print("ready", flush=True)
@@ -344,7 +344,7 @@ def test_a_member_killed_in_mid_broadcast_leaves_the_replica_to_the_host_path(
             process.stdin.write(json.dumps([dataclasses.asdict(plan), places]) + "\n")
             process.stdin.flush()
 
-        monkeypatch.setattr(broadcast, "digest", killing)
+        monkeypatch.setattr(transport, "digest", killing)
         joining = threading.Thread(target=joins)
         joining.start()
         begun = time.monotonic()

@@ -16,12 +16,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sampo_ray.actors.transfer import broadcast, cuda_ipc
-from sampo_ray.actors.transfer.broadcast import BroadcastReceiver, BroadcastSender
+from sampo_ray.actors.transfer import transport
+from sampo_ray.actors.transfer.backend import ReceiveJob, Receiver
 from sampo_ray.actors.transfer.coordinator import TransferCoordinator, TransferGroup, TransferPlan
-from sampo_ray.actors.transfer.receiving import ReceiveJob, Receiver
 from sampo_ray.actors.transfer.sending import Sender
-from sampo_ray.actors.transfer.transport import digest
+from sampo_ray.actors.transfer.transport import BroadcastReceiver, BroadcastSender, digest
 from sampo_ray.actors.weights.client import Weights
 from sampo_ray.run.buckets import joined, pack, views
 from sampo_ray.run.version_folders import VersionInfo, WeightsId
@@ -31,7 +30,7 @@ LARGE = 16_000_000
 """Numbers of a tensor whose bytes no socket holds."""
 JOINS_AND_STOPS = """
 import json, sys, time, torch
-from sampo_ray.actors.transfer.broadcast import BroadcastReceiver
+from sampo_ray.actors.transfer.transport import BroadcastReceiver
 from sampo_ray.actors.transfer.coordinator import TransferPlan
 side = BroadcastReceiver(torch.device("cpu"))
 side._join(TransferPlan(**json.loads(sys.argv[1])), int(sys.argv[2]), time.monotonic() + 60)
@@ -182,7 +181,7 @@ def test_a_replica_that_joins_or_leaves_changes_the_group_of_the_next_version() 
 
 
 def test_a_damaged_bucket_is_refused_and_the_next_version_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    check = broadcast.check_digest
+    check = transport.check_digest
 
     def damaged(data: torch.Tensor, expected: int, bucket: int) -> None:
         if bucket == 1:
@@ -193,7 +192,7 @@ def test_a_damaged_bucket_is_refused_and_the_next_version_comes_again(monkeypatc
         trainer = Trainer()
         replica = Replica(trainer.transfers)
         await replica.come(announced(0))
-        monkeypatch.setattr(broadcast, "check_digest", damaged)
+        monkeypatch.setattr(transport, "check_digest", damaged)
         await trainer.publish(weights := announced(1))
         assert await replica.come(weights) is None
         assert "WeightsError: bucket 1: checksum" in replica.jobs[0].problem
@@ -370,10 +369,10 @@ def test_an_ipc_handle_becomes_plain_values_and_torchs_arguments_again(monkeypat
     data = torch.zeros(24, dtype=torch.uint8)
     shared = (data.__class__, data.size(), data.stride(), 0, type(data._typed_storage()), torch.uint8, 0)
     arguments = (*shared, b"handle", 24, 512, False, b"counter", 3, b"event", True)
-    monkeypatch.setattr(cuda_ipc, "rebuild_cuda_tensor", lambda *given: given)
-    sent = cuda_ipc.plain(arguments)
+    monkeypatch.setattr(transport, "rebuild_cuda_tensor", lambda *given: given)
+    sent = transport.plain(arguments)
     assert sent == [b"handle", 24, 512, b"counter", 3, b"event", True]
-    assert cuda_ipc.rebuilt(sent, 24, torch.device("cuda", 0)) == arguments  # type: ignore[comparison-overlap]
+    assert transport.rebuilt(sent, 24, torch.device("cuda", 0)) == arguments  # type: ignore[comparison-overlap]
 
 
 def test_an_offer_is_forgotten_when_another_one_replaces_it() -> None:

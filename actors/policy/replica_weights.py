@@ -18,8 +18,7 @@ from sampo_ray.actors.policy.answers import AnswersInFlight
 from sampo_ray.actors.policy.lifecycle import ReplicaEvent, ReplicaState, RequestGate, next_state
 from sampo_ray.actors.policy.messages import LivePosition, ReplicaStatus
 from sampo_ray.actors.policy.process import end_process, in_thread
-from sampo_ray.actors.transfer.backend import staged_weights
-from sampo_ray.actors.transfer.receiving import HostUpdate, Receiver
+from sampo_ray.actors.transfer.backend import HostUpdate, Receiver, staged_weights
 from sampo_ray.actors.weights.client import Channel, Weights, find_weight_store
 from sampo_ray.errors import WeightsError, WeightsNotLoadedError
 from sampo_ray.internals.vllm import has_requests, requests_in_flight

@@ -10,18 +10,14 @@ import ray
 import torch
 from ray.actor import ActorHandle
 
-from sampo_ray.actors.transfer.broadcast import BroadcastSender
 from sampo_ray.actors.transfer.coordinator import TransferGroup
-from sampo_ray.actors.transfer.cuda_ipc import IpcSender
-from sampo_ray.actors.transfer.transport import TransportSender, seconds_left
+from sampo_ray.actors.transfer.transport import BroadcastSender, IpcSender, TransportSender, seconds_left
 from sampo_ray.actors.weights.client import fetch
 from sampo_ray.run.buckets import Bucket
 from sampo_ray.run.version_folders import WeightsId
 
 logger = logging.getLogger(__name__)
 
-GATHER_S = 10.0
-SEND_S = 20.0
 SLOWEST = 200e6
 """Bytes/s; a slower transfer is given up."""
 REPLY_S = 60.0
@@ -63,8 +59,8 @@ class Sender:
         self,
         side: TransportSender,
         transfers: Transfers,
-        gather_s: float = GATHER_S,
-        send_s: float = SEND_S,
+        gather_s: float = 10.0,
+        send_s: float = 20.0,
         fetched: Callable[[Bucket, float], Bucket] = fetch,
     ) -> None:
         self._side, self._transfers, self._fetched = side, transfers, fetched
@@ -89,20 +85,17 @@ class Sender:
     def _run(self, weights: WeightsId, buckets: Sequence[Bucket]) -> None:
         begun = time.monotonic()
         try:
-            group = self._transfers.gather(weights, self._gather_s)
-            if group is None:
+            if (group := self._transfers.gather(weights, self._gather_s)) is None:
                 return
             silent = self._send(weights, buckets, group)
-            count, took = len(group.replicas), time.monotonic() - begun
-            logger.info(
-                "sent %s to %d replicas in %.1f s, %d of them did not report", weights, count, took, len(silent)
-            )
+            found = len(group.replicas), time.monotonic() - begun, len(silent)
+            logger.info("sent %s to %d replicas in %.1f s, %d of them did not report", weights, *found)
         except Exception as error:  # of a network, a GPU, an actor: replicas have another way, and training goes on
             logger.warning("could not send %s, replicas fetch it themselves: %s", weights, repr(error))
 
     def _send(self, weights: WeightsId, buckets: Sequence[Bucket], group: TransferGroup) -> list[str]:
-        limit = self._send_s + sum(spec.nbytes for bucket in buckets for spec in bucket.specs) / SLOWEST
-        until = time.monotonic() + limit
+        nbytes = sum(spec.nbytes for bucket in buckets for spec in bucket.specs)
+        until = time.monotonic() + self._send_s + nbytes / SLOWEST
         try:
             here = [self._fetched(bucket, seconds_left(until)) for bucket in buckets]
             details = self._side.open(group, here, until)
