@@ -35,13 +35,11 @@ from sampo_ray.serve.requests.openai import ChatCompletionRequest, CompletionReq
 from sampo_ray.serve.routes.admin import ADMIN_ROUTES, AdminRoutes
 from sampo_ray.serve.routes.feedback import FEEDBACK_ROUTES, FeedbackRoutes, FeedbackStore, pending_answer
 from sampo_ray.serve.routes.page import PAGE_ROUTES, PageRoutes, RedirectToPage, load_assets
-from sampo_ray.serve.routes.run import RUN_ROUTES, RunRoutes
 
 ROUTES = {
     **ADMIN_ROUTES,
     **FEEDBACK_ROUTES,
     **PAGE_ROUTES,
-    **RUN_ROUTES,
     "health": lambda app: app.get("/health"),
     "list_models": lambda app: app.get("/v1/models"),
     "retrieve_model": lambda app: app.get("/v1/models/{model:path}"),
@@ -50,7 +48,7 @@ ROUTES = {
 }
 
 
-class PolicyIngress(AdminRoutes, FeedbackRoutes, PageRoutes, RunRoutes):
+class PolicyIngress(AdminRoutes, FeedbackRoutes, PageRoutes):
     """Answers for the Serve application `policy_app`, which serves the model `policy`, and for pinned versions.
 
     An answer has `request_timeout_s` from when its request is read to its last token, of which it waits at most

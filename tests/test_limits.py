@@ -22,8 +22,7 @@ from sampo_ray.serve.errors import ApiError
 from sampo_ray.serve.middleware import limits
 from sampo_ray.serve.middleware.auth import Access, Authentication
 from sampo_ray.serve.middleware.limits import Bucket, LimitRequests, Limits, TokenCounter
-from sampo_ray.serve.requests import constraints
-from sampo_ray.serve.requests.json_body import read_json
+from sampo_ray.serve.requests.json_body import check_constraints, read_json
 from sampo_ray.serve.requests.openai import ChatCompletionRequest, CompletionRequest, read_request
 
 
@@ -374,7 +373,7 @@ JSON = st.recursive(
 @given(st.dictionaries(st.sampled_from(["structured_outputs", "response_format", "tools"]), JSON, max_size=3))
 def test_constraints_of_wrong_types_are_left_to_validation_or_refused(body: dict[str, Any]) -> None:
     with suppress(ApiError):
-        constraints.check(body)
+        check_constraints(body)
 
 
 def test_ordinary_schemas_are_taken() -> None:

@@ -16,8 +16,8 @@ from sampo_ray.run.status import Activity, Status, StatusFile, read_status
 from sampo_ray.run.steps import StepMetrics
 from sampo_ray.run.storage import Place
 from sampo_ray.serve.errors import ApiError
-from sampo_ray.serve.routes import run as run_view
-from sampo_ray.serve.routes.run import POINTS, STEPS, RunRoutes, columns, view
+from sampo_ray.serve.routes import page as run_view
+from sampo_ray.serve.routes.page import POINTS, STEPS, PageRoutes, columns, view
 
 TRAINING = Activity(name="train", done=3, total=16, unit="steps", seconds=2.0, rate=1.5)
 
@@ -151,8 +151,8 @@ class Attached:
         return self.place
 
 
-def routes(place: Place) -> RunRoutes:
-    found = RunRoutes()
+def routes(place: Place) -> PageRoutes:
+    found = PageRoutes()
     found.catalogue = Attached(place)  # type: ignore[assignment]
     return found
 

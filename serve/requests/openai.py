@@ -16,8 +16,7 @@ from vllm.tokenizers import TokenizerLike
 
 from sampo_ray.serve.errors import ApiError, from_validation
 from sampo_ray.serve.middleware.limits import Limits
-from sampo_ray.serve.requests import constraints
-from sampo_ray.serve.requests.json_body import decode, read_bytes
+from sampo_ray.serve.requests.json_body import check_constraints, decode, read_bytes
 
 REFUSED_FIELDS = (
     *("chat_template", "chat_template_kwargs", "documents"),  # would change the prompt format of training
@@ -103,7 +102,7 @@ def _check_raw(body: dict[str, JsonValue]) -> None:
     for field in REFUSED_FIELDS:
         if body.get(field) is not None:
             raise ApiError(400, f"{field}: not accepted by this endpoint; leave it out", param=field)
-    constraints.check(body)
+    check_constraints(body)
     for field, most in MAX_ITEMS.items():
         value = body.get(field)
         if isinstance(value, list | dict) and len(value) > most:

@@ -1,16 +1,52 @@
-"""The page: static files of the package. Their links are relative, so that they work under any route prefix."""
+"""The page's static files, and `GET /run`, which it shows: what the attached run does now and how its training goes.
 
+Links in the files are relative, so that they work under any route prefix. The answer of `/run` is read from the run's
+directory, has a bounded size, and names no path of the machine.
+"""
+
+import asyncio
+import functools
+import math
 from collections.abc import Callable
 from importlib import resources
 from os.path import splitext
+from typing import TypedDict
 
+import yaml
 from fastapi import FastAPI
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from sampo_ray.serve.errors import ApiError
+from sampo_ray.config.run import load_config
+from sampo_ray.run.directory import read_settings
+from sampo_ray.run.manifest import RoundRecord, lineage, read_manifest
+from sampo_ray.run.status import Status, read_status
+from sampo_ray.run.steps import StepMetrics, parse_metrics
+from sampo_ray.run.storage import Place
+from sampo_ray.serve.cached import CachedRead
+from sampo_ray.serve.catalogue import Catalogue
+from sampo_ray.serve.errors import ApiError, unavailable
 
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+COLUMNS = ("loss", "margin", "accuracy", "chosen_tokens", "rejected_tokens")
+STEPS, POINTS, ROUNDS = 500, 250, 8
+TAIL_BYTES = 512 << 10  # STEPS lines of metrics.jsonl fit into it
+FRESH_S, READ_TIMEOUT_S = 1.0, 10.0
+
+
+class RunView(TypedDict):
+    run: str
+    base: str | None
+    method: str | None
+    finished: bool
+    alive: bool  # whether a process works on it
+    round: int | None  # from 1; null before the first, as `rounds` is without a configuration
+    rounds: int | None
+    stage: dict[str, object] | None  # see sampo_ray/run/status.py
+    history: list[dict[str, object]]
+    """The last rounds: round, steps, committed, start_version, and stages with their seconds."""
+    steps: dict[str, list[float | str | None]]
+    """Columns over some of the last optimizer steps: version, round and COLUMNS."""
 
 
 def load_assets() -> dict[str, tuple[bytes, str]]:
@@ -20,26 +56,40 @@ def load_assets() -> dict[str, tuple[bytes, str]]:
 
 
 class PageRoutes:
-    """Handlers of `/` and `/page/...`. The files hold no data, so they need no key."""
+    """Handlers of `/` and `/page/...`, whose files hold no data, so they need no key, and of `/run`."""
 
     assets: dict[str, tuple[bytes, str]]
+    catalogue: Catalogue
 
     async def page(self) -> Response:
-        return self._asset("index.html")
+        return await self.page_asset("index.html")
 
     async def page_asset(self, name: str) -> Response:
         if name not in self.assets:
             raise ApiError(404, "the page has no file of that name")
-        return self._asset(name)
-
-    def _asset(self, name: str) -> Response:
         content, kind = self.assets[name]
         return Response(content, media_type=kind, headers={"cache-control": "no-cache"})
+
+    async def run_view(self) -> Response:
+        """503 while there is no run, or its directory does not answer in time."""
+        try:
+            return JSONResponse(await self._view.get())
+        except (OSError, ValueError, yaml.YAMLError):  # ValueError: pydantic's, JSON's and ours; no run, or not yet
+            raise unavailable("the run directory cannot be read just now; try again soon") from None
+
+    @functools.cached_property
+    def _view(self) -> CachedRead[RunView]:
+        """One view for all requests within FRESH_S."""
+        return CachedRead(self._read, FRESH_S, READ_TIMEOUT_S)
+
+    async def _read(self) -> RunView:
+        return await asyncio.to_thread(view, await self.catalogue.run_place())
 
 
 PAGE_ROUTES: dict[str, Callable[[FastAPI], object]] = {
     "page": lambda app: app.get("/"),
     "page_asset": lambda app: app.get("/page/{name}"),
+    "run_view": lambda app: app.get("/run"),
 }
 
 
@@ -59,3 +109,58 @@ class RedirectToPage:
             await RedirectResponse(f"{prefix.rpartition('/')[2]}/")(scope, receive, send)
         else:
             await self._app(scope, receive, send)
+
+
+def view(run: Place) -> RunView:
+    """The view of a run directory. OSError or ValueError when it is none."""
+    manifest = read_manifest(run)
+    status = read_status(run) or Status()
+    rounds, base, method = _settings(run)
+    return {
+        "run": manifest.id,
+        "base": base,
+        "method": method,
+        "finished": manifest.finished,
+        "alive": status.alive(),
+        "round": status.round or len(manifest.rounds) or None,
+        "rounds": status.rounds or rounds,
+        "stage": status.stage.model_dump() if status.stage and status.alive() else None,
+        "history": [_round_view(record) for record in manifest.rounds[-ROUNDS:]],
+        "steps": columns(last_steps(run)),
+    }
+
+
+def last_steps(run: Place) -> list[StepMetrics]:
+    """The last STEPS lines of metrics.jsonl; incomplete ones are left out."""
+    raw = file.tail(TAIL_BYTES) if (file := run.at("metrics.jsonl")).exists() else b""
+    whole = raw.decode(errors="replace").splitlines()[1 if len(raw) == TAIL_BYTES else 0 :]
+    return parse_metrics(whole[-STEPS:])
+
+
+def columns(steps: list[StepMetrics]) -> dict[str, list[float | str | None]]:
+    """At most about POINTS of the steps, by column: always the last, and others that stay the same as steps come."""
+    every = -(-len(steps) // POINTS) or 1
+    kept = [step for step in steps if step.version % every == 0 or step is steps[-1]]
+    curves = {name: [_finite(step.values.get(name)) for step in kept] for name in COLUMNS}
+    return {"version": [step.version for step in kept], "round": [step.round for step in kept], **curves}
+
+
+def _round_view(record: RoundRecord) -> dict[str, object]:
+    fields = record.model_dump(include={"start_version", "steps", "committed"})
+    stages = [{"name": name, "seconds": stage.seconds} for name, stage in record.stages.items()]
+    return {"round": record.index + 1, **fields, "stages": stages}
+
+
+@functools.lru_cache(maxsize=8)
+def _settings(run: Place) -> tuple[int | None, str | None, str | None]:
+    """Number of rounds, base model and method, which do not change; None without a configuration."""
+    if not run.at("config.yaml").exists():
+        return None, None, None
+    config = load_config(read_settings(run))
+    about = lineage(config, None)
+    return config.rounds.count, about.base, about.method
+
+
+def _finite(value: float | str | None) -> float | str | None:
+    """JSON has neither NaN nor infinities."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
