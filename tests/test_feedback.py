@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from sampo_ray.config.sections import FeedbackConfig
 from sampo_ray.console.main import app as cli
-from sampo_ray.data.layouts import read_rows
+from sampo_ray.data.sources import read_rows
 from sampo_ray.errors import FeedbackError
 from sampo_ray.run.feedback import Answer, Judgement, Vote, make_vote, pairs_from, read_votes, votes_journal
 from sampo_ray.run.storage import Place

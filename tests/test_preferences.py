@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from sampo_ray.config.sections import DataConfig
 from sampo_ray.data import preferences
 from sampo_ray.data.chat import ChatFormat
-from sampo_ray.data.layouts import Counts, check_source, read_rows
 from sampo_ray.data.preferences import (
     PAIRS,
     PROMPTS,
@@ -23,7 +22,7 @@ from sampo_ray.data.preferences import (
     tokenized_pairs,
     tokenized_prompts,
 )
-from sampo_ray.data.sources import fingerprint
+from sampo_ray.data.sources import Counts, check_source, fingerprint, read_rows
 from sampo_ray.errors import DataError
 from tests.conftest import random_pairs
 

@@ -1,7 +1,7 @@
-"""The prompt format: one definition for trainer, rollouts and endpoint.
+"""The prompt format of trainer, rollouts and endpoint: a chat template and the token that ends a turn.
 
-A format is a chat template and the token that ends a turn. `ChatFormat.save` writes both into a tokenizer folder. vLLM
-renders requests with that folder, so the endpoint's token ids are those of `ChatFormat.prompt_ids`.
+`ChatFormat.save` writes both into a tokenizer folder. vLLM renders requests with that folder, so the endpoint's token
+ids are those of `ChatFormat.prompt_ids`.
 """
 
 import copy
@@ -16,17 +16,15 @@ import jinja2
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from sampo_ray.data.layouts import Message
+from sampo_ray.data.sources import Message
 from sampo_ray.errors import ConfigError
 
 TemplateName = Literal["llama3-sampo", "llama3", "tokenizer"]
 
 _LLAMA3_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-
 # The only differences: Meta's format trims each turn; the SamPO model card's adds a newline after each turn.
 _LLAMA3_CONTENT = {"llama3-sampo": "message['content']", "llama3": "message['content'] | trim"}
 _LLAMA3_AFTER_TURN = {"llama3-sampo": r"\n", "llama3": ""}
-
 _LLAMA3 = r"""
 {{- '<|begin_of_text|>' -}}
 {%- for message in messages -%}
@@ -68,16 +66,12 @@ class ChatFormat:
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError, KeyError) as error:
-            reason = str(error).split("\n", 1)[0]
-            raise ConfigError(
-                f"model.path={str(path)!r}: no tokenizer can be loaded from it ({reason}); "
-                f"name a Hugging Face folder or hub name that has one"
-            ) from None
-        if template == "tokenizer":
-            end_of_turn = _end_of_turn(tokenizer, path)
-        else:
+            reason, advice = str(error).split("\n", 1)[0], "name a Hugging Face folder or hub name that has one"
+            message = f"model.path={str(path)!r}: no tokenizer can be loaded from it ({reason}); {advice}"
+            raise ConfigError(message) from None
+        if template != "tokenizer":
             tokenizer.chat_template = _llama3_template(tokenizer, path, template)
-            end_of_turn = "<|eot_id|>"
+        end_of_turn = _end_of_turn(tokenizer, path) if template == "tokenizer" else "<|eot_id|>"
         tokenizer.eos_token = end_of_turn
         return cls(template, tokenizer, tokenizer.get_vocab()[end_of_turn])
 
@@ -129,20 +123,15 @@ class ChatFormat:
 
 def _llama3_template(tokenizer: PreTrainedTokenizerBase, path: str | Path, template: str) -> str:
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    missing = [token for token in _LLAMA3_TOKENS if token not in special]
-    if missing:
+    if missing := [token for token in _LLAMA3_TOKENS if token not in special]:
         raise ConfigError(
             f"model.template={template!r} needs the special tokens {', '.join(missing)}, which the tokenizer of "
             f"model.path={str(path)!r} lacks; use model.template=tokenizer"
         )
     # Numbered tokens (<|reserved_special_token_7|>) are recognised by the text before the number.
     marks = sorted({re.sub(r"\d+\|>$", "", token) for token in special})
-    return (
-        _LLAMA3.strip()
-        .replace("CONTENT", _LLAMA3_CONTENT[template])
-        .replace("AFTER_TURN", _LLAMA3_AFTER_TURN[template])
-        .replace("MARKS", repr(marks))
-    )
+    text = _LLAMA3.strip().replace("CONTENT", _LLAMA3_CONTENT[template])
+    return text.replace("AFTER_TURN", _LLAMA3_AFTER_TURN[template]).replace("MARKS", repr(marks))
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> str:
@@ -155,9 +144,8 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> str:
     conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "sampo"}]
     tail = str(tokenizer.apply_chat_template(conversation, tokenize=False)).rpartition("sampo")[2]
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    for token in tokenizer.tokenize(tail):
-        if token in special:
-            return token
+    if (token := next((token for token in tokenizer.tokenize(tail) if token in special), None)) is not None:
+        return token
     raise ConfigError(
         f"model.template='tokenizer': the chat template of model.path={str(path)!r} ends an assistant's turn with "
         f"{tail!r}, which has no special token to stop on; use model.template=llama3-sampo or llama3"

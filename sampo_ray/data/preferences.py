@@ -1,6 +1,6 @@
 """Blocks of token ids, which a round is made of, and how scored completions become preference pairs.
 
-A block is a `pyarrow.Table` with one of the schemas below, in the object store as in Parquet files.
+A block is a `pyarrow.Table` with one of these schemas, in the object store as in Parquet files.
 """
 
 import itertools
@@ -14,14 +14,13 @@ import numpy as np
 import pyarrow as pa
 
 from sampo_ray.config.sections import DataConfig
-from sampo_ray.data.layouts import Counts, Row, Unusable, read_rows
+from sampo_ray.data.sources import Counts, Row, Unusable, read_rows
 from sampo_ray.training.batching import Pair
 
 if TYPE_CHECKING:
     from sampo_ray.data.chat import ChatFormat
 
-_TOKENS = pa.list_(pa.int32())
-_LOGPROBS = pa.list_(pa.float32())
+_TOKENS, _LOGPROBS = pa.list_(pa.int32()), pa.list_(pa.float32())
 _REFERENCES = ("chosen_ref", "rejected_ref")
 
 PROMPTS = pa.schema(
@@ -48,9 +47,7 @@ SCORES = pa.schema([*COMPLETIONS, ("reward", pa.float64())])  # null: scoring fa
 PAIRS = pa.schema(
     {
         "id": pa.string(),
-        "prompt": _TOKENS,
-        "chosen": _TOKENS,
-        "rejected": _TOKENS,
+        **dict.fromkeys(("prompt", "chosen", "rejected"), _TOKENS),
         "chosen_reward": pa.float64(),  # null offline
         "rejected_reward": pa.float64(),
     }
@@ -132,14 +129,11 @@ def best_against_worst(scores: pa.Table) -> tuple[pa.Table, Counter[str]]:
         by_prompt.setdefault(sample.prompt_id, []).append(sample)
     picks: list[tuple[int, int]] = []
     for samples in by_prompt.values():
-        scored = sorted(
-            (sample for sample in samples if not math.isnan(sample.reward)), key=lambda sample: sample.number
-        )
+        scored = sorted((each for each in samples if not math.isnan(each.reward)), key=lambda each: each.number)
         if unscored := len(samples) - len(scored):
             dropped["completions without a reward"] += unscored
         try:
-            best, worst = _best_and_worst(scored)
-            picks.append((best.row, worst.row))
+            picks.append(_best_and_worst(scored))
         except Unusable as reason:
             dropped[str(reason)] += 1
     chosen, rejected = (scores.take(pa.array([pick[side] for pick in picks], pa.int64())) for side in (0, 1))
@@ -147,8 +141,8 @@ def best_against_worst(scores: pa.Table) -> tuple[pa.Table, Counter[str]]:
     return pa.table([*table, chosen["reward"], rejected["reward"]], schema=PAIRS), dropped
 
 
-def _best_and_worst(scored: Sequence[_Sample]) -> tuple[_Sample, _Sample]:
-    """The completions of one prompt that become chosen and rejected. Raises Unusable."""
+def _best_and_worst(scored: Sequence[_Sample]) -> tuple[int, int]:
+    """Rows of the completions of one prompt that become chosen and rejected. Raises Unusable."""
     if len(scored) < 2:
         raise Unusable("fewer than two scored completions")
     finished = [sample for sample in scored if sample.finish_reason == "stop"]
@@ -161,7 +155,7 @@ def _best_and_worst(scored: Sequence[_Sample]) -> tuple[_Sample, _Sample]:
         raise Unusable("tie" if tie else "only unfinished completions are better than the worst")
     if best.text == worst.text:
         raise Unusable("identical texts")
-    return best, worst
+    return best.row, worst.row
 
 
 def pairs_of(block: pa.Table) -> list[Pair]:
@@ -169,8 +163,8 @@ def pairs_of(block: pa.Table) -> list[Pair]:
     names = [name for name in ("prompt", "chosen", "rejected", *_REFERENCES) if name in block.column_names]
     pairs = list[Pair]()
     for batch in block.to_batches():
-        columns = {name: _arrays(batch.column(name)) for name in names}
-        rows = (dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True))
+        columns = [_arrays(batch.column(name)) for name in names]
+        rows = (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
         pairs += [Pair(id=id, **row) for id, row in zip(batch.column("id").to_pylist(), rows, strict=True)]
     return pairs
 
@@ -210,5 +204,4 @@ def _blocks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
 
 
 def _table(schema: pa.Schema, columns: Iterable[Sequence[object]]) -> pa.Table:
-    arrays = [pa.array(column, type=column_field.type) for column, column_field in zip(columns, schema, strict=True)]
-    return pa.table(arrays, schema=schema)
+    return pa.table([pa.array(each, field.type) for each, field in zip(columns, schema, strict=True)], schema=schema)

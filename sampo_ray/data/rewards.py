@@ -7,7 +7,6 @@ completion; higher is better. It may be called from several threads at once.
 """
 
 import importlib
-import importlib.util
 import inspect
 import json
 import math
@@ -23,8 +22,8 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
 
 from sampo_ray.config.sections import RewardConfig
-from sampo_ray.data.layouts import Message
 from sampo_ray.data.preferences import cut_prompt
+from sampo_ray.data.sources import Message
 from sampo_ray.errors import ConfigError, RewardError
 
 RewardFunction = Callable[..., Iterable[SupportsFloat]]
@@ -32,8 +31,6 @@ Prompts = list[list[Message]]
 Columns = dict[str, list[object]]
 Scorer = Callable[[Prompts, list[str], Columns], list[float]]
 """A loaded reward source: prompts, completions, other columns -> one finite reward per completion, or RewardError."""
-
-_QUOTED = 200  # characters of a prompt in an error message
 
 
 def check_reward(reward: RewardConfig) -> None:
@@ -47,10 +44,8 @@ def check_reward(reward: RewardConfig) -> None:
 def function_source(spec: str) -> str | None:
     """The source text of the file in `path/file.py:function`, to be sent to other nodes; None for a module."""
     place, _ = _parse_spec(spec)
-    if not place.endswith(".py"):
-        return None
     try:
-        return Path(place).read_text()
+        return Path(place).read_text() if place.endswith(".py") else None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"reward.function={spec!r}: cannot be read ({error}); name an existing file") from None
 
@@ -86,8 +81,7 @@ def call_function(function: RewardFunction, prompts: Prompts, completions: list[
     Raises RewardError if the function needs a column that the data lacks or returns anything but finite numbers. What
     the function raises is passed on.
     """
-    signature = inspect.signature(function)
-    parameters = signature.parameters
+    parameters = (signature := inspect.signature(function)).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     names = {name for name in columns if takes_all or name in parameters} - {*list(parameters)[:2]}
     taken = {name: column for name, column in columns.items() if name in names}
@@ -107,10 +101,8 @@ def _finite_rewards(rewards: Iterable[SupportsFloat], prompts: Prompts) -> list[
         kind, prompt = type(rewards).__name__, _quoted(prompts[0])
         raise RewardError(f"the reward source returned {kind} instead of a list of numbers for {prompt}") from None
     if len(values) != len(prompts):
-        raise RewardError(
-            f"the reward source returned {len(values)} scores for {len(prompts)} completions; return one score each. "
-            f"The first completion answers {_quoted(prompts[0])}"
-        )
+        counts = f"{len(values)} scores for {len(prompts)} completions; return one score each"
+        raise RewardError(f"the reward source returned {counts}. The first completion answers {_quoted(prompts[0])}")
     return [_finite(value, prompt) for value, prompt in zip(values, prompts, strict=True)]
 
 
@@ -185,10 +177,8 @@ def _model_config(path: str) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        reason = str(error).split("\n", 1)[0]
-        raise ConfigError(
-            f"reward.model={path!r}: cannot be opened ({reason}); name a Hugging Face folder or hub name"
-        ) from None
+        reason, advice = str(error).split("\n", 1)[0], "name a Hugging Face folder or hub name"
+        raise ConfigError(f"reward.model={path!r}: cannot be opened ({reason}); {advice}") from None
     if config.num_labels != 1:
         raise ConfigError(
             f"reward.model={path!r}: has {config.num_labels} labels (num_labels); a reward model has one, so use a "
@@ -206,9 +196,8 @@ def _parse_spec(spec: str) -> tuple[str, str]:
 
 def _execute_file(path: str, text: str) -> types.ModuleType:
     name = f"sampo_reward_{Path(path).stem}"
-    module = types.ModuleType(name)
+    sys.modules[name] = module = types.ModuleType(name)  # dataclasses and pickle look up a class's module
     module.__file__ = path
-    sys.modules[name] = module  # dataclasses and pickle look up a class's module
     exec(compile(text, path, "exec"), module.__dict__)
     return module
 
@@ -218,12 +207,12 @@ def _finite(value: SupportsFloat, prompt: list[Message]) -> float:
         reward = float(value)
     except (TypeError, ValueError):
         reward = math.nan
-    if not math.isfinite(reward):
-        place = f"for a completion of {_quoted(prompt)}"
-        raise RewardError(f"the reward source returned {value!r} {place}; return a finite number")
-    return reward
+    if math.isfinite(reward):
+        return reward
+    prompt_text = _quoted(prompt)
+    raise RewardError(f"the reward source returned {value!r} for a completion of {prompt_text}; return a finite number")
 
 
 def _quoted(prompt: list[Message]) -> str:
     text = " ".join(prompt[-1]["content"].split())
-    return f"the prompt {text if len(text) <= _QUOTED else text[:_QUOTED] + '...'!r}"
+    return f"the prompt {text if len(text) <= 200 else text[:200] + '...'!r}"

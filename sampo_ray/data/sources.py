@@ -1,4 +1,4 @@
-"""Data sources, read as streams of records.
+"""Data sources, read as streams of records, and these as rows: prompts and preference pairs in the layouts users write.
 
 A source is a JSONL file (compressed or not), a Parquet file, a glob or folder of such files, a folder written by
 `datasets`' `save_to_disk`, or the name of a dataset on the Hugging Face hub. For the last two, a split is named after a
@@ -7,10 +7,13 @@ colon, as in `org/name:train_prefs`. Files may be at any fsspec URL.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
@@ -18,25 +21,193 @@ from fsspec.core import has_magic, url_to_fs
 
 from sampo_ray.errors import DataError
 
+Message = dict[str, str]
+"""One turn: {"role": "system" | "user" | "assistant", "content": text}."""
+
+Kind = Literal["pairs", "prompts"]
+
+_LAYOUT_COLUMNS = {"id", "prompt_id", "prompt", "messages", "chosen", "rejected"}
+_EXPECTED = {
+    "pairs": "write prompt, chosen and rejected, as strings or as lists of messages that end in the answer",
+    "prompts": "write prompt as a string, or prompt or messages as a list of messages that ends with the user",
+}
 _PARQUET = re.compile(r"\.(parquet|pq)$")
 _FILE = re.compile(r"\.((jsonl|ndjson|json)(\.(gz|bz2|xz|zst))?|parquet|pq)$")
 _FILE_IN_FOLDER = re.compile(r"\.((jsonl|ndjson)(\.(gz|bz2|xz|zst))?|parquet|pq)$")  # a .json may be anything
 _HELD_OUT = re.compile(r"(^|[^a-z])(test|valid|validation|eval|dev)([^a-z]|$)")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
-_CHUNK = 1 << 20
-_PARQUET_ROWS = 256  # rows in memory at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One raw row.
-
-    `position` is unique within its source and the same on every machine. `where` is for messages: `file:line`, 1-based.
-    """
+    """A raw row. `position` is unique in its source and the same on every machine, `where` a 1-based `file:line`."""
 
     position: str
     where: str
     values: dict[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A usable row. `chosen` and `rejected` are None where only prompts are read; `columns` are all other columns."""
+
+    id: str
+    where: str
+    prompt: list[Message]
+    chosen: str | None
+    rejected: str | None
+    columns: dict[str, object]
+
+
+@dataclass
+class Counts:
+    """How many rows of a source were read, dropped and cut; filled while the source is read."""
+
+    rows: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    prompts_cut: int = 0
+    responses_cut: int = 0
+    first: dict[str, str] = field(default_factory=dict)  # reason -> the first row that was dropped for it
+
+    @property
+    def usable(self) -> int:
+        return self.rows - self.dropped.total()
+
+    def drop(self, reason: str, where: str) -> None:
+        self.dropped[reason] += 1
+        self.first.setdefault(reason, where)
+
+    def nothing_usable(self, source: str, kind: Kind) -> DataError:
+        """The error for a source without a usable row."""
+        if not self.rows:
+            return DataError(f"data source {source!r}: holds no rows; {_EXPECTED[kind]}")
+        reasons = ", ".join(f"{why}: {n} (first at {self.first[why]})" for why, n in self.dropped.most_common())
+        return DataError(f"data source {source!r}: no usable row among {self.rows} ({reasons}); {_EXPECTED[kind]}")
+
+
+class Unusable(Exception):
+    """A row or prompt that is dropped; the message is the reason it is counted under."""
+
+
+def read_rows(source: str, kind: Kind, counts: Counts | None = None, most_records: int | None = None) -> Iterator[Row]:
+    """Streams the usable rows of `source`; counts the others by reason in `counts`.
+
+    A row's id is its `id` or `prompt_id` (a repeated one gets `#2`, `#3`, ...), else its position in the source. Only
+    the ids stay in memory. DataError for a source that cannot be read, and for a line that is not valid JSON.
+    """
+    counts = Counts() if counts is None else counts
+    parse = _parse_pair if kind == "pairs" else _parse_prompt
+    seen: dict[str, int] = {}
+    for record in itertools.islice(read_records(source), most_records):
+        counts.rows += 1
+        try:
+            prompt, chosen, rejected = parse(record.values)
+            row_id = _row_id(record, seen)
+        except Unusable as reason:
+            counts.drop(str(reason), record.where)
+            continue
+        columns = {name: value for name, value in record.values.items() if name not in _LAYOUT_COLUMNS}
+        yield Row(row_id, record.where, prompt, chosen, rejected, columns)
+
+
+def check_source(source: str, kind: Kind) -> Row:
+    """Opens `source` and returns its first usable row. Raises DataError if there is none near its beginning."""
+    counts = Counts()
+    for row in read_rows(source, kind, counts, most_records=1000):
+        return row
+    raise counts.nothing_usable(source, kind)
+
+
+def _parse_pair(values: Mapping[str, object]) -> tuple[list[Message], str, str]:
+    chosen_prompt, chosen = _response(values.get("chosen"))
+    rejected_prompt, rejected = _response(values.get("rejected"))
+    if chosen_prompt and rejected_prompt and chosen_prompt != rejected_prompt:
+        raise Unusable("chosen and rejected answer different prompts")
+    prompt = _whole_prompt(values.get("prompt"), chosen_prompt or rejected_prompt)
+    if not chosen.strip() or not rejected.strip():
+        raise Unusable("empty response")
+    if chosen == rejected:
+        raise Unusable("identical responses")
+    return prompt, chosen, rejected
+
+
+def _parse_prompt(values: Mapping[str, object]) -> tuple[list[Message], None, None]:
+    prompt = values.get("prompt")
+    if prompt is None and values.get("messages") is not None:
+        messages = _messages(values["messages"])
+        prompt = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+    if prompt is None and isinstance(values.get("chosen"), list):
+        prompt, _ = _response(values["chosen"])
+    return _whole_prompt(prompt, []), None, None
+
+
+def _response(value: object) -> tuple[list[Message], str]:
+    """A chosen or rejected column as the messages before the answer (none for a string) and the answer."""
+    if value is None:
+        raise Unusable("no chosen or no rejected")
+    if isinstance(value, str):
+        return [], _unicode(value)
+    messages = _messages(value)
+    if not messages:
+        raise Unusable("empty response")
+    if messages[-1]["role"] != "assistant":
+        raise Unusable("wrong roles")
+    return messages[:-1], messages[-1]["content"]
+
+
+def _whole_prompt(prompt: object, prefix: list[Message]) -> list[Message]:
+    """The prompt column, or the messages that chosen and rejected begin with (`prefix`)."""
+    if isinstance(prompt, str):
+        text = _unicode(prompt)
+        messages = prefix or [{"role": "user", "content": text}]
+    elif prompt is None:
+        messages = prefix
+    else:
+        messages = _messages(prompt)
+        if prefix and messages[-len(prefix) :] != prefix:
+            raise Unusable("chosen and rejected answer different prompts")
+    if not messages:
+        raise Unusable("no prompt")
+    if messages[-1]["role"] != "user" or any(message["role"] == "system" for message in messages[1:]):
+        raise Unusable("wrong roles")
+    if not messages[-1]["content"].strip():
+        raise Unusable("empty prompt")
+    return messages
+
+
+def _messages(value: object) -> list[Message]:
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise Unusable("neither text nor a list of messages")
+    return [_message(message.get("role"), message.get("content")) for message in value]
+
+
+def _message(role: object, content: object) -> Message:
+    if not isinstance(role, str) or role not in ("system", "user", "assistant"):
+        raise Unusable("wrong roles")
+    if not isinstance(content, str):
+        raise Unusable("a message without text")
+    return {"role": role, "content": _unicode(content)}
+
+
+def _unicode(text: str) -> str:
+    """The text, unless it has a lone surrogate: JSON can spell those, tokenizers and Arrow strings cannot hold them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Unusable("not valid Unicode") from None
+    return text
+
+
+def _row_id(record: Record, seen: dict[str, int]) -> str:
+    given = next((record.values[name] for name in ("id", "prompt_id") if record.values.get(name) is not None), None)
+    if given is None:
+        return record.position
+    name = original = _unicode(str(given))
+    while name in seen:
+        seen[original] += 1
+        name = f"{original}#{seen[original]}"
+    seen[name] = 1
+    return name
 
 
 def read_records(source: str) -> Iterator[Record]:
@@ -67,7 +238,7 @@ def fingerprint(source: str) -> str:
         for path in files.paths:
             digest.update(f"{files.name(path)}\n{files.fs.size(path)}\n".encode())
             with files.fs.open(path, "rb") as file:
-                while chunk := file.read(_CHUNK):
+                while chunk := file.read(1 << 20):
                     digest.update(chunk)
     return digest.hexdigest()
 
@@ -98,9 +269,8 @@ def _open(source: str) -> _Files | _Dataset:
         return _Dataset(source, None, saved)
     fs, path = url_to_fs(source)
     if has_magic(source):
-        return _Files(
-            fs, re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0], _readable(source, sorted(fs.glob(path)))
-        )
+        root = re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0]
+        return _Files(fs, root, _readable(source, sorted(fs.glob(path))))
     if _FILE.search(path):
         if fs.exists(path):
             return _Files(fs, path, [path])
@@ -161,24 +331,17 @@ def _json_rows(fs: AbstractFileSystem, path: str) -> Iterator[tuple[int, dict[st
 
 
 def _parquet_rows(fs: AbstractFileSystem, path: str) -> Iterator[tuple[int, dict[str, object]]]:
-    number = 0
     with _as_data_error(path), fs.open(path, "rb") as file:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=_PARQUET_ROWS):
-            for values in batch.to_pylist():
-                number += 1
-                yield number, values
+        batches = pq.ParquetFile(file).iter_batches(batch_size=256)  # rows in memory at a time
+        yield from enumerate((values for batch in batches for values in batch.to_pylist()), start=1)
 
 
 def _dataset_records(source: str, dataset: _Dataset) -> Iterator[Record]:
-    # Imported here: it takes a second, which plain files do not need.
-    import datasets
+    import datasets  # takes a second, which plain files do not need
 
-    if dataset.files is not None:
-        with _as_data_error(source):
-            loaded = datasets.load_from_disk(dataset.name)
-    else:
-        with _as_data_error(f"{source} (no local file, so a hub dataset)"):
-            loaded = datasets.load_dataset(dataset.name, streaming=True)
+    hub = dataset.files is None
+    with _as_data_error(f"{source} (no local file, so a hub dataset)" if hub else source):
+        loaded = datasets.load_dataset(dataset.name, streaming=True) if hub else datasets.load_from_disk(dataset.name)
     split = ""
     if isinstance(loaded, dict):
         split = dataset.split or ("train" if "train" in loaded else next(iter(loaded)) if len(loaded) == 1 else "")

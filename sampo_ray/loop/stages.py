@@ -12,8 +12,8 @@ import ray
 from sampo_ray.actors.policy.messages import RolloutRequest
 from sampo_ray.config.run import RunConfig
 from sampo_ray.config.sections import DataConfig, FleetConfig, RolloutConfig
-from sampo_ray.data.layouts import Counts
 from sampo_ray.data.preferences import best_against_worst, pairs_of, tokenized_pairs, tokenized_prompts
+from sampo_ray.data.sources import Counts
 from sampo_ray.errors import DataError
 from sampo_ray.loop.blocks import StageOutput, collect, is_lost, run_stage
 from sampo_ray.run.feedback import as_jsonl, pairs_from, read_votes

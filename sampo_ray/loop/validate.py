@@ -7,8 +7,8 @@ from transformers import AutoConfig, PretrainedConfig
 from sampo_ray.config.keys import is_json, parse
 from sampo_ray.config.run import RunConfig
 from sampo_ray.data.chat import ChatFormat
-from sampo_ray.data.layouts import check_source
 from sampo_ray.data.rewards import check_reward
+from sampo_ray.data.sources import check_source
 from sampo_ray.errors import ConfigError, KeysError
 from sampo_ray.run.storage import Place, absolute
 from sampo_ray.run.trackers import check_trackers
