@@ -19,9 +19,8 @@ from sampo_ray.actors.policy.adapters import merging
 from sampo_ray.config.rows import RowBudget
 from sampo_ray.config.run import RunConfig
 from sampo_ray.errors import TrainingError
-from sampo_ray.run.adapter_files import adapters_info, write_adapters
 from sampo_ray.run.buckets import unpack
-from sampo_ray.run.version_files import write_version
+from sampo_ray.run.version_files import adapters_info, write_adapters, write_version
 from sampo_ray.run.version_folders import VersionInfo
 from sampo_ray.training.batching import Step, assemble, lengths_of, plan_round
 from sampo_ray.training.objective import METRICS, Draw, LossInputs

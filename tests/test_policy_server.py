@@ -40,10 +40,9 @@ from sampo_ray.config.sections import GeneratorsConfig, LoraConfig
 from sampo_ray.console.tiny import tiny_llama
 from sampo_ray.data.chat import ChatFormat
 from sampo_ray.errors import WeightsError
-from sampo_ray.run.adapter_files import adapters_info
 from sampo_ray.run.buckets import joined, unpack
 from sampo_ray.run.storage import Place
-from sampo_ray.run.version_files import read_version, write_version
+from sampo_ray.run.version_files import adapters_info, read_version, write_version
 from sampo_ray.run.version_folders import AdaptersInfo, VersionInfo, WeightsId, version_folder
 from tests.conftest import assert_greedy
 

@@ -16,16 +16,15 @@ from transformers import AutoModelForCausalLM
 
 from sampo_ray.actors.policy.adapters import merging
 from sampo_ray.actors.weights.client import Weights, fetch, find_weight_store
-from sampo_ray.actors.weights.loaded import LoadedVersions, LongPoll
+from sampo_ray.actors.weights.live import LoadedVersions, LongPoll
 from sampo_ray.actors.weights.publish import NewVersion, publish_adapters, publish_version
 from sampo_ray.actors.weights.store import start_weight_store
 from sampo_ray.config.sections import LoraConfig
 from sampo_ray.console.tiny import tiny_llama, tiny_tokenizer
 from sampo_ray.errors import WeightsError
-from sampo_ray.run.adapter_files import adapters_info
 from sampo_ray.run.buckets import pack, unpack
 from sampo_ray.run.storage import Place
-from sampo_ray.run.version_files import read_version, write_version
+from sampo_ray.run.version_files import adapters_info, read_version, write_version
 from sampo_ray.run.version_folders import (
     AdaptersInfo,
     VersionInfo,

@@ -21,13 +21,12 @@ from sampo_ray.actors.weights.client import find_weight_store
 from sampo_ray.actors.weights.publish import NewVersion, publish_adapters, publish_version
 from sampo_ray.data.preferences import pairs_of, with_reference
 from sampo_ray.errors import TrainingError, WeightsError
-from sampo_ray.run.adapter_files import adapters_info
 from sampo_ray.run.buckets import checksum_of_file, checksums
 from sampo_ray.run.manifest import Checkpoint, lineage, read_manifest
 from sampo_ray.run.parts import part_place
 from sampo_ray.run.steps import StepMetrics, StepResult
 from sampo_ray.run.storage import Place
-from sampo_ray.run.version_files import write_version
+from sampo_ray.run.version_files import adapters_info, write_version
 from sampo_ray.run.version_folders import VersionInfo, version_folder
 from sampo_ray.run.versions import labels_of
 from sampo_ray.training.batching import plan_round

@@ -10,9 +10,8 @@ from ray.actor import ActorHandle
 from sampo_ray.actors.transfer.sending import Sender
 from sampo_ray.actors.weights.client import put
 from sampo_ray.config.sections import LoraConfig
-from sampo_ray.run.adapter_files import write_adapters
 from sampo_ray.run.storage import Place
-from sampo_ray.run.version_files import write_version
+from sampo_ray.run.version_files import write_adapters, write_version
 from sampo_ray.run.version_folders import VersionInfo, WeightsId, version_folder
 
 

@@ -14,8 +14,7 @@ from ray.exceptions import RayError
 
 from sampo_ray.actors.transfer.coordinator import ReceivingReplica, TransferCoordinator, TransferGroup, TransferPlan
 from sampo_ray.actors.weights.client import NAMESPACE, Channel, StoreState, Weights, put, throttle
-from sampo_ray.actors.weights.live import LivePolicy
-from sampo_ray.actors.weights.loaded import LoadedVersions, LongPoll
+from sampo_ray.actors.weights.live import LivePolicy, LoadedVersions, LongPoll
 from sampo_ray.actors.weights.pinned import PinnedApps
 from sampo_ray.errors import WeightsError
 from sampo_ray.run import versions

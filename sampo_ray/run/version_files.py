@@ -1,29 +1,28 @@
-"""Weights on their way from trainer to replicas: buckets of bytes, durable versions, and the store that hands them out.
+"""The files of versions: Hugging Face folders (bf16 safetensors), complete with their `version.json`.
 
-A *version* is a Hugging Face folder `versions/<number>/` (bf16 safetensors), complete once its `version.json` exists;
-a LoRA run's versions within a round are folders of peft's instead (`adapters.py`).
-A *bucket* is one shard's tensors as a flat byte array with a checksum, in memory or in Ray's object store.
-The *store* (`weight_store.py`) is an actor that replicas long-poll; it only ever hands out versions that are durable.
+What a LoRA run publishes within its rounds are folders in peft's format. Their version.json says, as `adapters`, which
+version they belong to (`base`: the one that their round began with), the `rank` and the `scaling`. The store hands such
+a version out as the base's buckets, which are in the object store anyway, and one more with the adapters, some
+hundredths of their bytes. A replica merges them as the trainer would (`sampo_ray/training/lora.py`), before its engine
+pauses.
 """
 
 import json
-import os
-import shutil
-import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import torch
-from fsspec.implementations.local import LocalFileSystem
 from safetensors.torch import load, save_file
 
+from sampo_ray.config.sections import LoraConfig
 from sampo_ray.errors import WeightsError
 from sampo_ray.run.buckets import BUCKET_BYTES, Bucket, TensorSpec, checksum, checksums, flat, pack, views
-from sampo_ray.run.version_folders import VersionInfo, is_complete, read_info
+from sampo_ray.run.storage import Place
+from sampo_ray.run.version_folders import AdaptersInfo, VersionInfo, is_complete, read_info
+from sampo_ray.training.lora import MATRICES, file_name, peft_settings
 
 SHELL_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 
@@ -46,7 +45,7 @@ def write_version(
     if is_complete(folder_url):
         deque(tensors, maxlen=0)
         return [keep(bucket) for bucket in read_version(folder_url)]
-    with drafted(folder_url, info) as draft:
+    with _drafted(folder_url, info) as draft:
         shell = _copy_shell(shell_folder, draft)
         if shell.get("tie_word_embeddings"):
             tensors = ((key, tensor) for key, tensor in tensors if key != "lm_head.weight")
@@ -54,30 +53,26 @@ def write_version(
 
 
 @contextmanager
-def drafted(folder_url: str, info: VersionInfo) -> Iterator[Path]:
+def _drafted(folder_url: str, info: VersionInfo) -> Iterator[Path]:
     """A folder for the files of a version that is not complete yet; afterwards they are in place, version.json last."""
-    fs, folder = fsspec.core.url_to_fs(folder_url)
-    parent, name = folder.rsplit("/", 1)
-    local = isinstance(fs, LocalFileSystem)
-    if local:
-        os.makedirs(parent, exist_ok=True)
-        for leftover in Path(parent).glob(f".{name}.*"):
-            shutil.rmtree(leftover)
-    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=parent if local else None) as scratch:
-        draft = Path(scratch) / name
+    place = Place(folder_url.rstrip("/"))
+    parent, _, name = place.url.rpartition("/")
+    Place(parent).clear_drafts()
+    with place.draft() as scratch:
+        draft = scratch / name
         draft.mkdir()
         yield draft
         complete = info.model_copy(update={"files": checksums(draft)})
-        (draft / "version.json").write_text(json.dumps(complete.model_dump(exclude_unset=True), indent=1))
-        _place(draft, fs, folder, local)
+        place.remove()  # an attempt that did not finish
+        place.take(draft)
+        place.at("version.json").write(json.dumps(complete.model_dump(exclude_unset=True), indent=1).encode())
 
 
 def _copy_shell(shell_folder: str, draft: Path) -> dict[str, Any]:
-    fs, shell = fsspec.core.url_to_fs(shell_folder)
-    for path in fs.ls(shell, detail=False):
-        name = path.rsplit("/", 1)[-1]
+    shell = Place(shell_folder)
+    for name in shell.names():
         if name.endswith(SHELL_SUFFIXES) and not name.endswith(".index.json") and name != "version.json":
-            (draft / name).write_bytes(fs.cat_file(path))
+            (draft / name).write_bytes(shell.at(name).read())
     if not (draft / "config.json").exists():
         raise WeightsError(f"{shell_folder}: no config.json; name a Hugging Face model folder")
     return json.loads((draft / "config.json").read_text())
@@ -113,26 +108,44 @@ def _write_shards(
     return kept
 
 
-def _place(draft: Path, fs: Any, folder: str, local: bool) -> None:
-    if fs.exists(folder):
-        fs.rm(folder, recursive=True)  # an attempt that did not finish
-    if local:
-        os.rename(draft, folder)
-        return
-    for path in sorted(draft.iterdir(), key=lambda path: path.name == "version.json"):
-        fs.put_file(str(path), f"{folder}/{path.name}")
-
-
 def read_version(folder_url: str) -> Iterator[Bucket]:
     """Yields the version's shards as buckets, each file's checksum verified first (WeightsError if one fails)."""
-    fs, folder = fsspec.core.url_to_fs(folder_url)
     for name, expected in read_info(folder_url).files.items():
         try:
-            data = fs.cat_file(f"{folder}/{name}")
+            data = Place(folder_url).at(name).read()
         except FileNotFoundError:
             raise WeightsError(f"{folder_url}/{name}: missing, though version.json names it") from None
-        found = checksum(data)
-        if found != expected:
+        if (found := checksum(data)) != expected:
             raise WeightsError(f"{folder_url}/{name}: checksum is {found}, expected {expected}; the file is damaged")
         if name.endswith(".safetensors"):
             yield from pack(load(data).items(), 2 * len(data))
+
+
+def adapters_info(config: LoraConfig, base: int) -> AdaptersInfo:
+    """The entry `adapters` of a version.json."""
+    return AdaptersInfo(base=base, rank=config.rank, scaling=config.scaled_by / config.rank)
+
+
+def write_adapters(
+    folder_url: str,
+    weights: Iterable[tuple[str, Sequence[torch.Tensor]]],
+    config: LoraConfig,
+    info: VersionInfo,
+    keep: Callable[[Bucket], Bucket] = lambda bucket: bucket,
+) -> Bucket:
+    """Writes a folder that peft loads, and returns what `keep` made of its tensors; see `write_version`.
+
+    `weights` are names of adapted weights, each with A [rank, in] and B [out, rank].
+    """
+    held: dict[str, torch.Tensor] = {}
+    layers = []
+    for name, parts in weights:
+        layers.append(name.removesuffix(".weight"))
+        held |= {file_name(name, side): part.to("cpu", copy=True) for side, part in zip(MATRICES, parts, strict=True)}
+    if not is_complete(folder_url):
+        settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", **peft_settings(config, layers)}
+        with _drafted(folder_url, info) as draft:
+            save_file(held, draft / "adapter_model.safetensors", metadata={"format": "pt"})
+            (draft / "adapter_config.json").write_text(json.dumps(settings, indent=1))
+    (bucket,) = read_version(folder_url)
+    return keep(bucket)

@@ -5,10 +5,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import fsspec
 from pydantic import BaseModel, ConfigDict
 
 from sampo_ray.errors import WeightsError
+from sampo_ray.run.storage import Place
 
 
 @dataclass(frozen=True)
@@ -66,28 +66,21 @@ def version_folder(versions_url: str, version: int) -> str:
 
 
 def is_complete(folder_url: str) -> bool:
-    fs, folder = fsspec.core.url_to_fs(folder_url)
-    return bool(fs.exists(f"{folder}/version.json"))
+    return Place(folder_url).at("version.json").exists()
 
 
 def read_info(folder_url: str) -> VersionInfo:
     """The version.json of a complete version; WeightsError when there is none."""
-    fs, folder = fsspec.core.url_to_fs(folder_url)
     try:
-        return VersionInfo.model_validate(json.loads(fs.cat_file(f"{folder}/version.json")))
+        return VersionInfo.model_validate(json.loads(Place(folder_url).at("version.json").read()))
     except FileNotFoundError:
         raise WeightsError(f"{folder_url}: not a complete version (no version.json)") from None
 
 
 def complete_versions(versions_url: str) -> list[int]:
     """The numbers of all complete versions under `versions_url`, ascending."""
-    fs, folder = fsspec.core.url_to_fs(versions_url)
-    if not fs.exists(folder):
-        return []
-    fs.invalidate_cache()
-    names = [path.rstrip("/").rsplit("/", 1)[-1] for path in fs.ls(folder, detail=False)]
-    numbers = sorted(int(name) for name in names if re.fullmatch(r"\d{6,}", name))
-    return [number for number in numbers if fs.exists(f"{version_folder(folder, number)}/version.json")]
+    numbers = sorted(int(name) for name in Place(versions_url).names() if re.fullmatch(r"\d{6,}", name))
+    return [number for number in numbers if is_complete(version_folder(versions_url, number))]
 
 
 def adapter_folder(run_url: str, name: str) -> str:
