@@ -88,8 +88,8 @@ class Bare:
         )
 
     def run(self, rig: _rig.Rig, turn: int, prompts: int) -> tuple[int, float]:
+        from sampo_ray.actors.policy.answers import sampling_params
         from sampo_ray.actors.policy.messages import RolloutRequest
-        from sampo_ray.actors.policy.rollouts import sampling_params
 
         block = rig.prompts(turn * 4000, prompts)
         asked: list[Any] = []

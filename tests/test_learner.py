@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from sampo_ray.actors.policy.adapters import merging
 from sampo_ray.config.rows import RowBudget
 from sampo_ray.config.run import RunConfig
 from sampo_ray.errors import TrainingError
@@ -285,6 +284,8 @@ def logprobs(pairs) -> np.ndarray:
 
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_adapters_alone_make_the_merged_weights_of_their_base(alone, tiny_model, pairs, tmp_path, zero_stage):
+    from sampo_ray.actors.policy.replica_weights import merging  # imports vLLM
+
     learner = make(tiny_model, "sigmoid", lora={"rank": 4}, zero_stage=zero_stage)
     for step in plan(pairs):
         learner.optimize(step, pairs, 4)

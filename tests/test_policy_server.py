@@ -23,12 +23,10 @@ from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionReq
 from transformers import AutoTokenizer
 
 from sampo_ray.actors.policy import replica_weights
-from sampo_ray.actors.policy.adapters import merging
-from sampo_ray.actors.policy.answers import AnswersInFlight
 from sampo_ray.actors.policy.deployment import policy_deployment
-from sampo_ray.actors.policy.lifecycle import ReplicaState, RequestGate
+from sampo_ray.actors.policy.lifecycle import AnswersInFlight, ReplicaState, RequestGate
 from sampo_ray.actors.policy.messages import AnsweredBy, Chunks, Failure, RolloutRequest, WeightsChanged, Whole
-from sampo_ray.actors.policy.replica_weights import LoadedWeights, ReplicaWeights, WeightsSource
+from sampo_ray.actors.policy.replica_weights import LoadedWeights, ReplicaWeights, WeightsSource, merging
 from sampo_ray.actors.transfer import transport
 from sampo_ray.actors.transfer.coordinator import ReceivingReplica
 from sampo_ray.actors.transfer.sending import Sender, start_sender

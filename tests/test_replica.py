@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 
-from sampo_ray.actors.policy.answers import answer_items, tokens_by_choice, versions_event
-from sampo_ray.actors.policy.lifecycle import ReplicaEvent, ReplicaState, RequestGate, next_state
+from sampo_ray.actors.policy.answers import answer_items, sampling_params, versions_event
+from sampo_ray.actors.policy.lifecycle import ReplicaEvent, ReplicaState, RequestGate, next_state, tokens_by_choice
 from sampo_ray.actors.policy.messages import AnswerItem, Chunks, Failure, RolloutRequest, VersionSpan, WeightsChanged
-from sampo_ray.actors.policy.rollouts import sampling_params
 from sampo_ray.internals.vllm import RequestProgress
 from sampo_ray.run.version_folders import WeightsId
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from sampo_ray.actors.policy.adapters import merging
+from sampo_ray.actors.policy.replica_weights import merging
 from sampo_ray.actors.weights.client import Weights, fetch, find_weight_store
 from sampo_ray.actors.weights.live import LoadedVersions, LongPoll
 from sampo_ray.actors.weights.publish import NewVersion, publish_adapters, publish_version

@@ -1,41 +1,111 @@
-"""Answers to OpenAI requests as items that name the weights, and which tokens each version has computed."""
+"""What a replica generates: completions on token ids for rollouts, and answers to OpenAI requests as items."""
 
-import contextlib
+import asyncio
 import json
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 
+import pyarrow as pa
 from pydantic import BaseModel
+from vllm import SamplingParams, TokensPrompt
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.logprobs import FlatLogprobs
+from vllm.outputs import CompletionOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
-from sampo_ray.actors.policy import sse
-from sampo_ray.actors.policy.messages import AnswerItem, Chunks, Failure, VersionSpan, WeightsChanged, Whole
-from sampo_ray.internals.vllm import RequestProgress
+from sampo_ray.actors.policy import messages, sse
+from sampo_ray.actors.policy.lifecycle import RequestGate, end_process
+from sampo_ray.actors.policy.replica_weights import ReplicaWeights
+from sampo_ray.data.chat import ChatFormat
+from sampo_ray.training.streams import completion_seed
 
 
-class AnswersInFlight:
-    """The answers that a replica is giving, by request id, and the versions that have computed them."""
+class Rollouts:
+    """Draws completions from the weights that a replica holds."""
 
-    def __init__(self) -> None:
-        self._spans: dict[str, list[VersionSpan]] = {}
+    def __init__(self, client: AsyncLLM, weights: ReplicaWeights, gate: RequestGate, chat: ChatFormat) -> None:
+        self._client, self._weights, self._gate, self._chat = client, weights, gate, chat
 
-    @contextlib.contextmanager
-    def track(self, request_id: str, version: int) -> Iterator[list[VersionSpan]]:
-        """Around an answer; gives its spans, to which a swap adds."""
-        spans = self._spans[request_id] = [VersionSpan(version=version)]
-        try:
-            yield spans
-        finally:
-            del self._spans[request_id]
+    async def generate(self, prompts: pa.Table, rows: Sequence[int], request: messages.RolloutRequest) -> pa.Table:
+        """See `PolicyServer.generate`."""
+        if request.weights is not None:
+            await self._weights.wait_for(request.weights)
+        chosen, end = prompts.take(list(rows)), self._chat.end_of_turn_id
+        drawn = await asyncio.gather(
+            *(
+                self._complete(prompt, sampling_params(request, key, sample, end))
+                for key, prompt in zip(chosen["id"].to_pylist(), chosen["prompt"].to_pylist(), strict=True)
+                for sample in range(request.samples)
+            )
+        )
+        outputs = [output for output, _, _ in drawn]
+        ids = [list(output.token_ids) for output in outputs]
+        columns = {
+            "sample": pa.array(list(range(request.samples)) * len(chosen), pa.int32()),
+            "completion": pa.array(ids, pa.list_(pa.int32())),
+            "text": pa.array([self._chat.text(each) for each in ids], pa.string()),
+            "finish_reason": pa.array([output.finish_reason for output in outputs], pa.string()),
+            "logprobs": pa.array([sampled_logprobs(output) for output in outputs], pa.list_(pa.float32())),
+            "first_version": pa.array([first for _, first, _ in drawn], pa.int64()),
+            "last_version": pa.array([last for _, _, last in drawn], pa.int64()),
+        }
+        table = chosen.take([row for row in range(len(chosen)) for _ in range(request.samples)])
+        for name, column in columns.items():
+            table = table.append_column(name, column)
+        return table
 
-    def note_swap(self, version: int, requests: Sequence[RequestProgress]) -> None:
-        """Notes for each answer how many tokens it has from the old weights. `requests`: the paused engine's."""
-        for request_id, spans in self._spans.items():
-            spans.append(VersionSpan(version=version, from_tokens=tokens_by_choice(request_id, requests)))
+    async def warm_up(self) -> None:
+        """Has the engine compile what rollouts and endpoint use. Otherwise the first batches take many seconds."""
+        end = self._chat.end_of_turn_id
+        requests = [messages.RolloutRequest(1, temperature, 0.9, 8, seed=0) for temperature in (0.0, 1.0)]
+        params = [sampling_params(request, "warm-up", n, end) for request in requests for n in range(4)]
+        await asyncio.gather(*(self._complete([end] * 8, each) for each in params))
+
+    async def _complete(self, prompt: list[int], params: SamplingParams) -> tuple[CompletionOutput, int, int]:
+        """What the engine sampled, and the versions held when the request came and when it ended."""
+        async with self._gate.request():
+            first = self._weights.loaded
+            request = TokensPrompt(prompt_token_ids=prompt, cache_salt=first.salt)
+            try:
+                async for output in self._client.generate(request, params, request_id=os.urandom(16).hex()):
+                    final = output
+            except EngineDeadError as error:
+                end_process(f"the engine died: {error}")
+            return final.outputs[0], first.id.version, self._weights.loaded.id.version
+
+
+def sampling_params(
+    request: messages.RolloutRequest, prompt_id: str, sample: int, end_of_turn_id: int
+) -> SamplingParams:
+    """vLLM's parameters for one completion, seeded by (request's seed, prompt id, sample)."""
+    greedy = request.temperature == 0
+    return SamplingParams(
+        temperature=request.temperature,
+        top_p=1.0 if greedy else request.top_p,
+        max_tokens=request.max_tokens,
+        seed=None if greedy else completion_seed(request.seed, prompt_id, sample),
+        stop_token_ids=[end_of_turn_id],
+        logprobs=0,  # only that of the sampled token
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def sampled_logprobs(output: CompletionOutput) -> list[float]:
+    """Log-probability of each sampled token, nats."""
+    assert isinstance(output.logprobs, FlatLogprobs)
+    assert output.logprobs.token_ids == list(output.token_ids)
+    return output.logprobs.logprobs
 
 
 async def answer_items(
-    items: AsyncIterator[list[str] | BaseModel], spans: Sequence[VersionSpan], changed: Callable[[], WeightsChanged]
-) -> AsyncGenerator[AnswerItem, None]:
+    items: AsyncIterator[list[str] | BaseModel],
+    spans: Sequence[messages.VersionSpan],
+    changed: Callable[[], messages.WeightsChanged],
+) -> AsyncGenerator[messages.AnswerItem, None]:
     """What LLMServer yields, as items. If weights were swapped on the way (more than one of `spans`), the last one
     names all versions, and `changed()` comes before it.
     """
@@ -55,10 +125,10 @@ async def answer_items(
             if swapped:
                 item.policy_versions = list(spans)  # type: ignore[attr-defined]
                 yield changed()
-            yield Whole(item)
+            yield messages.Whole(item)
 
 
-def chunks_or_failure(events: list[str]) -> Iterator[Chunks | Failure]:
+def chunks_or_failure(events: list[str]) -> Iterator[messages.Chunks | messages.Failure]:
     """Events of a stream up to an error, and the error, which LLMServer yields as text or as an object among them."""
     for position, event in enumerate(events):
         if isinstance(event, ErrorResponse):
@@ -68,27 +138,17 @@ def chunks_or_failure(events: list[str]) -> Iterator[Chunks | Failure]:
         else:
             continue
         if position:
-            yield Chunks(events[:position])
+            yield messages.Chunks(events[:position])
         yield failure(error)
         return
-    yield Chunks(events)
+    yield messages.Chunks(events)
 
 
-def failure(response: ErrorResponse) -> Failure:
-    return Failure(response.error.code, response.error.message, response.error.param)
+def failure(response: ErrorResponse) -> messages.Failure:
+    return messages.Failure(response.error.code, response.error.message, response.error.param)
 
 
-def tokens_by_choice(request_id: str, requests: Sequence[RequestProgress]) -> list[int | None]:
-    """Tokens that each choice of an answer has; None for one that has ended."""
-    found: dict[int, int] = {}
-    for request in requests:
-        if request_id in request.external_id:
-            prompt = request.external_id.partition(request_id)[2].removeprefix("-")
-            found[(int(prompt) if prompt.isdecimal() else 0) * request.n + request.index] = request.tokens
-    return [found.get(choice) for choice in range(max(found, default=-1) + 1)]
-
-
-def versions_event(previous: str, spans: Sequence[VersionSpan]) -> str:
+def versions_event(previous: str, spans: Sequence[messages.VersionSpan]) -> str:
     """A chunk of a streamed answer that only names versions; its other fields are those of the chunk before it."""
     header = json.loads(previous.removeprefix(sse.PREFIX))
     fields = {key: header.get(key) for key in ("id", "object", "created", "model")}

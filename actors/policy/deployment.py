@@ -1,24 +1,164 @@
-"""The Serve deployment of policy replicas: engine settings, scaling, and the source of its weights."""
+"""The Serve deployment of policy replicas, vLLM for rollouts and the live endpoint, on weights that change."""
 
+import asyncio
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import replace
+
+import pyarrow as pa
 import torch
+from pydantic import BaseModel
 from ray import serve
 from ray.serve.llm import LLMConfig, build_llm_deployment
+from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
+from vllm.v1.engine.exceptions import EngineDeadError
 
-from sampo_ray.actors.policy.replica_weights import WeightsSource
-from sampo_ray.actors.policy.server import PolicyServer
+from sampo_ray.actors.policy.answers import Rollouts, answer_items
+from sampo_ray.actors.policy.lifecycle import AnswersInFlight, ReplicaEvent, RequestGate, end_process, end_process_with
+from sampo_ray.actors.policy.messages import AnsweredBy, AnswerItem, LivePosition, ReplicaStatus, RolloutRequest
+from sampo_ray.actors.policy.replica_weights import LoadedWeights, ReplicaWeights, WeightsSource
 from sampo_ray.actors.transfer.backend import BACKEND
 from sampo_ray.config.sections import GeneratorsConfig
+from sampo_ray.data.chat import ChatFormat
+from sampo_ray.internals.serve_llm import EngineServer, use_local_folders
 from sampo_ray.internals.torch import cpu_has_bf16
+from sampo_ray.run.storage import Place
+from sampo_ray.run.version_folders import WeightsId, adapter_folder, read_info
+
+HEALTH_PERIOD_S = 0.2
+ANY_POSITION = LivePosition()
+
+
+class PolicyServer(EngineServer):
+    """A vLLM replica that follows the weight store. It is ready once it holds the store's current weights.
+
+    `chat` and `completions` yield `AnswerItem`s (messages.py). When the engine dies, so does this process, so that
+    Serve starts another.
+    """
+
+    async def __init__(self, llm_config: LLMConfig, *, source: WeightsSource, chat_folder: str) -> None:  # type: ignore[misc]
+        self._source = source
+        chat_folder = await asyncio.to_thread(local_folder, chat_folder)
+        model_folder = await asyncio.to_thread(local_folder, llm_config.model_loading_config.model_source)
+        use_local_folders(llm_config, model_folder, chat_folder)
+        self._adapters, self._loading_adapter = set[str](), asyncio.Lock()
+        await super().__init__(llm_config)
+        self._gate, self._answers = RequestGate(), AnswersInFlight()
+        self._weights = ReplicaWeights(self.client, source, self._gate, self._answers)
+        self._rollouts = Rollouts(self.client, self._weights, self._gate, ChatFormat.load(chat_folder, "tokenizer"))
+        await self._rollouts.warm_up()
+        self._weights.advance(ReplicaEvent.ENGINE_UP)
+        if source.pinned is None:
+            await self._weights.catch_up()
+        else:
+            self._weights.pin(LoadedWeights(source.pinned, await asyncio.to_thread(read_info, model_folder), swaps=1))
+        work = [self._watch()] if source.pinned else [self._watch(), self._weights.follow()]
+        self._tasks = [end_process_with(asyncio.create_task(each)) for each in work]
+
+    async def generate(self, prompts: pa.Table, rows: Sequence[int], request: RolloutRequest) -> pa.Table:
+        """Samples completions for each of `rows` of a PROMPTS block; returns a COMPLETIONS block in order.
+
+        A completion's ids are those the engine sampled, with the end-of-turn token where it stopped. Log-probs are the
+        model's own (nats, before temperature and top-p). Versions are those held when the request came and when it
+        ended. Waits for `request.weights`; WeightsNotLoadedError if they do not come or have passed.
+        """
+        return await self._rollouts.generate(prompts, rows, request)
+
+    async def hold(self, weights: WeightsId) -> None:
+        """Waits as `generate` does. Calls that wait make Serve start replicas before there is work for them."""
+        await self._weights.wait_for(weights)
+
+    async def weights(self) -> ReplicaStatus:
+        return self._weights.status
+
+    async def chat(
+        self, request: ChatCompletionRequest, raw_request_info: object = None, at_least: LivePosition = ANY_POSITION
+    ) -> AsyncGenerator[AnswerItem, None]:
+        """Answers with weights not older than `at_least`; WeightsNotLoadedError when they do not come soon."""
+        return self._answer(super().chat, request, raw_request_info, at_least)
+
+    async def completions(
+        self, request: CompletionRequest, raw_request_info: object = None, at_least: LivePosition = ANY_POSITION
+    ) -> AsyncGenerator[AnswerItem, None]:
+        return self._answer(super().completions, request, raw_request_info, at_least)
+
+    async def check_health(self) -> None:
+        try:
+            await super().check_health()
+        except EngineDeadError as error:
+            end_process(f"the engine died: {error}")
+
+    async def __del__(self) -> None:
+        if getattr(self, "_tasks", None):
+            self._weights.advance(ReplicaEvent.DRAIN)
+            for task in self._tasks:
+                task.cancel()
+            self._weights.leave()
+        await super().__del__()
+
+    async def _answer(
+        self,
+        respond: Callable[..., Awaitable[AsyncGenerator[list[str] | BaseModel, None]]],
+        request: ChatCompletionRequest | CompletionRequest,
+        raw_request_info: object,
+        at_least: LivePosition,
+    ) -> AsyncGenerator[AnswerItem, None]:
+        await self._weights.wait_until_at(at_least)
+        if request.model != self.model_id and self._source.adapters:
+            await self._require_adapter(self._source.adapters, request.model)
+        async with self._gate.request():
+            weights = self._weights_of(request.model)
+            request.cache_salt = f"{weights.salt}/{request.cache_salt or ''}"
+            request.request_id = os.urandom(16).hex()  # a user's may not be unique, and a request may come again
+            with self._answers.track(request.request_id, weights.id.version) as spans:
+                yield AnsweredBy(weights.id, weights.sequence)
+                items = answer_items(await respond(request, raw_request_info), spans, self._weights.changed)
+                async with contextlib.aclosing(items):
+                    async for item in items:
+                        yield item
+
+    async def _require_adapter(self, run: str, model: str) -> None:
+        """Loads the adapter that the model name `policy@NAME` means, unless it is loaded already."""
+        async with self._loading_adapter:
+            if model not in self._adapters:
+                folder = adapter_folder(run, model.partition("@")[2])
+                await self.load_adapter(model, await asyncio.to_thread(local_folder, folder))
+                self._adapters.add(model)
+
+    def _weights_of(self, model: str) -> LoadedWeights:
+        """What answers for a model name: the weights held, or a version of adapters alone on them."""
+        name, loaded = model.partition("@")[2], self._weights.loaded
+        if not self._source.adapters or not name.isdecimal():
+            return loaded
+        return replace(loaded, id=WeightsId(loaded.id.run, int(name)))
+
+    async def _watch(self) -> None:
+        # Serve wants three failed checks, 10 s apart, and its routing prefers a replica that fails fast.
+        while True:
+            await asyncio.sleep(HEALTH_PERIOD_S)
+            await self.check_health()
+
+
+def local_folder(url: str) -> str:
+    """The path of a folder on this machine. A remote one is copied, and the copy stays until the machine removes it."""
+    place = Place(url)
+    if place.local:
+        return place.path
+    scratch = tempfile.mkdtemp(prefix="sampo-")
+    with place.on_disk() as folder:
+        shutil.copytree(folder, scratch, dirs_exist_ok=True)
+    return scratch
 
 
 def cpu_engine(max_model_len: int) -> dict[str, object]:
     """vLLM's settings where there is no GPU: nothing is compiled, prompts are not cut, and arithmetic that the CPU has.
 
     Where a CPU has no bf16 instructions, vLLM's products of bf16 matrices were measured 7 times slower than fp32 ones
-    (64 rows); the weights are the same numbers in both.
-
-    vLLM 0.29 rewinds the random generator of a seeded request whose prompt it cuts into chunks, which on a CPU kills
-    the engine ("CPU Generator does not use offset").
+    (64 rows); the weights are the same numbers in both. vLLM 0.29 rewinds the random generator of a seeded request
+    whose prompt it cuts into chunks, which on a CPU kills the engine ("CPU Generator does not use offset").
     """
     return {
         "dtype": "bfloat16" if cpu_has_bf16() else "float32",
@@ -33,9 +173,8 @@ def cpu_environment() -> dict[str, str]:
     """Environment of an engine on CPUs: as many threads as the caller has (`OMP_NUM_THREADS`), on any core.
 
     By default vLLM keeps a core free and ties all engines of a machine to the same other ones: on two cores a 135M
-    model had 80 tokens/s instead of 132, and two engines took 39 s to start instead of 24.
-
-    glibc's settings keep freed memory in the process, so that a swap can use that of the weights before.
+    model had 80 tokens/s instead of 132, and two engines took 39 s to start instead of 24. glibc's settings keep freed
+    memory in the process, so that a swap can use that of the weights before.
     """
     kept = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
     return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(torch.get_num_threads()), **kept}
@@ -74,11 +213,9 @@ def policy_deployment(
         "max_queued_requests": config.max_queued_requests,
         "graceful_shutdown_timeout_s": source.drain_s,  # answers in flight end before the replica does
     }
+    bound = {"source": source, "chat_folder": chat_folder}
     return build_llm_deployment(
-        llm_config,
-        bind_kwargs={"source": source, "chat_folder": chat_folder},
-        override_serve_options=options,
-        deployment_cls=PolicyServer,
+        llm_config, bind_kwargs=bound, override_serve_options=options, deployment_cls=PolicyServer
     )
 
 

@@ -1,24 +1,26 @@
-"""The life of a policy replica as a pure function of its events, and the gate that its requests pass."""
+"""The life of a policy replica: its states, a pure function of its events, its requests in flight, and its end."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import logging
+import os
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from enum import StrEnum
+from typing import NoReturn
+
+from sampo_ray.actors.policy.messages import VersionSpan
+from sampo_ray.internals.vllm import RequestProgress
+
+logger = logging.getLogger("ray.serve")  # the one that Serve sends to its log files
 
 
 class ReplicaState(StrEnum):
-    STARTING = "starting"
-    """Its engine is not up yet."""
-    STALE = "stale"
-    """The engine is up, but holds other weights than those to serve. It answers no requests."""
-    LOADING = "loading"
-    """Weights are being replaced; requests in flight are paused."""
-    READY = "ready"
-    """It serves the weights that it has, also while newer ones are on their way."""
-    DRAINING = "draining"
-    """It takes no new requests and finishes those it has."""
-    DEAD = "dead"
-    """Its process is ending; Serve starts another replica."""
+    STARTING = "starting"  # its engine is not up yet
+    STALE = "stale"  # the engine is up, but holds other weights than those to serve; it answers no requests
+    LOADING = "loading"  # weights are being replaced; requests in flight are paused
+    READY = "ready"  # it serves the weights that it has, also while newer ones are on their way
+    DRAINING = "draining"  # it takes no new requests and finishes those it has
+    DEAD = "dead"  # its process is ending; Serve starts another replica
 
 
 class ReplicaEvent(StrEnum):
@@ -41,9 +43,7 @@ _NEXT = {
 
 
 def next_state(state: ReplicaState, event: ReplicaEvent) -> ReplicaState:
-    """The state that follows. ValueError for a transition that does not exist.
-
-    Transitions that do not exist, and why:
+    """The state that follows. ValueError for a transition that does not exist:
 
     * `stale` to `ready` without `loading`: the replica would answer with the weights that it was built from.
     * `loading` to `ready` or `stale` other than by `loaded`: an engine whose update failed half-way holds a mixture of
@@ -58,10 +58,7 @@ def next_state(state: ReplicaState, event: ReplicaEvent) -> ReplicaState:
 
 
 class RequestGate:
-    """Lets a swap wait until no request is in flight (`serve.swap: wait`), so that each answer has one version.
-
-    For one event loop.
-    """
+    """Lets a swap wait until no request is in flight (`serve.swap: wait`), so that each answer has one version."""
 
     def __init__(self) -> None:
         self._in_flight = 0
@@ -85,10 +82,59 @@ class RequestGate:
 
     @asynccontextmanager
     async def closed(self) -> AsyncIterator[None]:
-        """Around a swap: begins once no request is in flight. Stays closed after a failure, because half-loaded weights
-        must not answer.
+        """Around a swap: begins once no request is in flight. Half-loaded weights must not answer, so a failure leaves
+        it closed.
         """
         self._open.clear()
         await self._empty.wait()
         yield
         self._open.set()
+
+
+class AnswersInFlight:
+    """The answers that a replica is giving, by request id, and the versions that have computed them."""
+
+    def __init__(self) -> None:
+        self._spans: dict[str, list[VersionSpan]] = {}
+
+    @contextmanager
+    def track(self, request_id: str, version: int) -> Iterator[list[VersionSpan]]:
+        """Around an answer; gives its spans, to which a swap adds."""
+        spans = self._spans[request_id] = [VersionSpan(version=version)]
+        try:
+            yield spans
+        finally:
+            del self._spans[request_id]
+
+    def note_swap(self, version: int, requests: Sequence[RequestProgress]) -> None:
+        """Notes for each answer how many tokens it has from the old weights. `requests`: the paused engine's."""
+        for request_id, spans in self._spans.items():
+            spans.append(VersionSpan(version=version, from_tokens=tokens_by_choice(request_id, requests)))
+
+
+def tokens_by_choice(request_id: str, requests: Sequence[RequestProgress]) -> list[int | None]:
+    """Tokens that each choice of an answer has; None for one that has ended."""
+    found: dict[int, int] = {}
+    for request in requests:
+        if request_id in request.external_id:
+            prompt = request.external_id.partition(request_id)[2].removeprefix("-")
+            found[(int(prompt) if prompt.isdecimal() else 0) * request.n + request.index] = request.tokens
+    return [found.get(choice) for choice in range(max(found, default=-1) + 1)]
+
+
+def end_process(reason: str) -> NoReturn:
+    """Ends this replica and its engine at once. Serve starts another, which is ready once it holds current weights."""
+    logger.critical("this replica ends: %s", reason)
+    logging.shutdown()
+    os._exit(1)  # Ray kills the processes that this one started
+
+
+def end_process_with(task: asyncio.Task[None]) -> asyncio.Task[None]:
+    """Has the process end when the task ends other than by being cancelled: a replica must not live on without it."""
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            end_process(f"{task.get_coro()} ended: {task.exception()!r}")
+
+    task.add_done_callback(ended)
+    return task

@@ -1,31 +1,28 @@
 """The weights that a policy replica computes with: how it follows the weight store and swaps newer ones in."""
 
 import asyncio
-import contextlib
-import logging
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
+import torch
 from ray.exceptions import RayError
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from sampo_ray.actors.policy.adapters import merging
-from sampo_ray.actors.policy.answers import AnswersInFlight
-from sampo_ray.actors.policy.lifecycle import ReplicaEvent, ReplicaState, RequestGate, next_state
-from sampo_ray.actors.policy.messages import LivePosition, ReplicaStatus
-from sampo_ray.actors.policy.process import end_process, in_thread
+from sampo_ray.actors.policy import lifecycle
+from sampo_ray.actors.policy.lifecycle import ReplicaEvent, ReplicaState, end_process, logger
+from sampo_ray.actors.policy.messages import LivePosition, ReplicaStatus, WeightsChanged
 from sampo_ray.actors.transfer.backend import HostUpdate, Receiver, staged_weights
-from sampo_ray.actors.weights.client import Channel, Weights, find_weight_store
+from sampo_ray.actors.weights.client import Channel, Weights, find_weight_store, throttle
 from sampo_ray.errors import WeightsError, WeightsNotLoadedError
 from sampo_ray.internals.vllm import has_requests, requests_in_flight
-from sampo_ray.run.buckets import Bucket
+from sampo_ray.run.buckets import Bucket, checksum, flat, unpack, verify, views
 from sampo_ray.run.version_folders import VersionInfo, WeightsId
-
-logger = logging.getLogger("ray.serve")  # the one that Serve sends to its log files
+from sampo_ray.training.lora import MATRICES, file_name, merged
 
 POLL_S = 30.0
 RETRY_S = 2.0
@@ -34,11 +31,10 @@ SWAP_TIMEOUT_S = 120.0
 POSITION_TIMEOUT_S = 10.0
 PREPARE_TIMEOUT_S = 600.0
 PREPARE_SLICE_S = 0.025
-SHARE_OF_A_CORE = 0.2
-"""Share of the time in which new weights are staged where the engine computes on the same cores."""
 FIRST_WEIGHTS_TIMEOUT_S = 600.0
-NO_WEIGHTS = WeightsId("", -1)
-"""An id that no store knows."""
+SHARE_OF_A_CORE = 0.2  # of the time: for staging new weights where the engine computes on the same cores
+NO_WEIGHTS = WeightsId("", -1)  # an id that no store knows
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,15 +45,12 @@ class WeightsSource:
     channel: Channel = "live"
     pinned: WeightsId | None = None
     swap: Literal["keep", "wait"] = "keep"
-    drain_s: float = 300.0
-    """With swap=wait: seconds that answers in flight may take to finish."""
+    drain_s: float = 300.0  # with swap=wait: seconds that answers in flight may take to finish
     adapters: str | None = None
     """The run directory, if LoRA adapters are served on the pinned version. One is loaded when a request first names
-    it, as `policy@NAME` or, for a version of adapters alone, `policy@N`.
-    """
+    it, as `policy@NAME` or, for a version of adapters alone, `policy@N`."""
     max_rank: int = 0
-    transport: Literal["host", "ipc", "broadcast"] = "host"
-    """How new weights come (actors/transfer/transport.py)."""
+    transport: Literal["host", "ipc", "broadcast"] = "host"  # of new weights (actors/transfer/transport.py)
 
 
 @dataclass(frozen=True)
@@ -82,25 +75,26 @@ class ReplicaWeights:
     the process ends, because the engine holds a mixture of weights.
     """
 
-    def __init__(self, client: AsyncLLM, source: WeightsSource, gate: RequestGate, answers: AnswersInFlight) -> None:
+    def __init__(
+        self, client: AsyncLLM, source: WeightsSource, gate: lifecycle.RequestGate, answers: lifecycle.AnswersInFlight
+    ) -> None:
         self._client, self._source, self._gate, self._answers = client, source, gate, answers
         self.loaded, self.state = LoadedWeights(NO_WEIGHTS), ReplicaState.STARTING
-        self._replaced = set[WeightsId]()
-        self._changed = asyncio.Condition()
-        self._receiver = (
-            Receiver(client, source.transport, source.channel)
-            if source.pinned is None and source.transport != "host"
-            else None
-        )
+        self._replaced, self._changed = set[WeightsId](), asyncio.Condition()
+        receives = source.pinned is None and source.transport != "host"
+        self._receiver = Receiver(client, source.transport, source.channel) if receives else None
 
     @property
     def status(self) -> ReplicaStatus:
         now, info = self.loaded.id, self.loaded.info
-        place: tuple[int | None, int | None] = (info.round, info.step) if info else (None, None)
-        return {"run": now.run, "version": now.version, "round": place[0], "step": place[1], "state": str(self.state)}
+        round, step = (info.round, info.step) if info else (None, None)
+        return {"run": now.run, "version": now.version, "round": round, "step": step, "state": str(self.state)}
+
+    def changed(self) -> WeightsChanged:
+        return WeightsChanged(self.loaded.id, self.loaded.sequence)
 
     def advance(self, event: ReplicaEvent) -> None:
-        self.state = next_state(self.state, event)
+        self.state = lifecycle.next_state(self.state, event)
 
     def pin(self, weights: LoadedWeights) -> None:
         """Takes the weights that the engine was built from as those to serve for good."""
@@ -111,7 +105,7 @@ class ReplicaWeights:
     def leave(self) -> None:
         """Takes a replica that ends out of the transfers of its store."""
         if self._receiver:
-            with contextlib.suppress(ValueError):  # the store has ended before
+            with suppress(ValueError):  # the store has ended before
                 self._receiver.leave(find_weight_store(self._source.store))
 
     async def wait_for(self, weights: WeightsId) -> None:
@@ -123,14 +117,11 @@ class ReplicaWeights:
 
         await self._until(lambda: self.loaded.id == weights or passed(), FETCH_TIMEOUT_S)
         if self.loaded.id != weights:
-            raise WeightsNotLoadedError(
-                f"rollouts were asked for from {weights}, but this replica holds {self.loaded.id}"
-            )
+            holds = f"this replica holds {self.loaded.id}"
+            raise WeightsNotLoadedError(f"rollouts were asked for from {weights}, but {holds}")
 
     async def wait_until_at(self, position: LivePosition) -> None:
-        """Waits for weights that went live no earlier than those a client has seen. WeightsNotLoadedError if they do
-        not come.
-        """
+        """Waits for weights no older than those a client has seen. WeightsNotLoadedError if they do not come."""
 
         def reached() -> bool:
             return self.loaded.id.run != position.run or self.loaded.sequence >= position.sequence
@@ -148,18 +139,15 @@ class ReplicaWeights:
             if weights:
                 await self.adopt(weights)
             elif time.monotonic() > deadline:
-                waited = f"{FIRST_WEIGHTS_TIMEOUT_S:.0f} s"
-                raise WeightsError(
-                    f"weight store {self._source.store!r} has had no weights for {waited}; publish version 0"
-                )
+                waited = f"weight store {self._source.store!r} has had no weights for {FIRST_WEIGHTS_TIMEOUT_S:.0f} s"
+                raise WeightsError(f"{waited}; publish version 0")
             weights = await self._newer(POLL_S if self.loaded.id == NO_WEIGHTS else 0)
 
     async def follow(self) -> None:
         """Loads each newer version of the store, for ever."""
         while True:
             try:
-                weights = await self._newer(POLL_S)
-                if weights:
+                if weights := await self._newer(POLL_S):
                     await self.adopt(weights)
             except (RayError, WeightsError, TimeoutError, ValueError, OSError) as error:
                 # Nothing was changed yet (a failure in the swap itself ends the process): serve on, and ask again.
@@ -179,7 +167,7 @@ class ReplicaWeights:
             try:
                 async with (
                     asyncio.timeout(SWAP_TIMEOUT_S + (self._source.drain_s if drains else 0)),
-                    self._gate.closed() if drains else contextlib.nullcontext(),
+                    self._gate.closed() if drains else nullcontext(),
                 ):
                     paused = time.perf_counter()
                     await self._swap(update, weights)
@@ -198,7 +186,7 @@ class ReplicaWeights:
         waiting = find_weight_store(self._source.store).wait.remote(known[0], timeout_s, self._source.channel, known[1])
         return await asyncio.wait_for(waiting, timeout_s + FETCH_TIMEOUT_S)
 
-    @contextlib.asynccontextmanager
+    @asynccontextmanager
     async def _received(self, weights: Weights) -> AsyncIterator[HostUpdate]:
         """Gets weights, verified, to where the engine's workers can read them."""
         if self._receiver and weights.adapters is None:
@@ -241,10 +229,46 @@ class ReplicaWeights:
 
     async def _until(self, condition: Callable[[], bool], timeout_s: float) -> None:
         """Returns when the condition on `loaded` holds, or after `timeout_s`."""
-        with contextlib.suppress(TimeoutError):
+        with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s), self._changed:
                 await self._changed.wait_for(condition)
 
 
 async def fetched(bucket: Bucket) -> Bucket:
     return replace(bucket, data=await asyncio.wait_for(bucket.data, FETCH_TIMEOUT_S))
+
+
+@asynccontextmanager
+async def in_thread(context: AbstractContextManager[T]) -> AsyncIterator[T]:
+    """Enters and leaves a blocking context manager without blocking the event loop."""
+    value = await asyncio.to_thread(context.__enter__)
+    try:
+        yield value
+    finally:
+        await asyncio.to_thread(context.__exit__, None, None, None)
+
+
+def merging(adapters: Bucket, scaling: float, share: float = 1.0) -> Callable[[Bucket], Bucket]:
+    """A function that merges LoRA adapters into a bucket of their base; works no more than `share` of the time.
+
+    Both raise WeightsError for damaged bytes.
+    """
+    parts = dict(unpack(adapters))
+
+    def merge(bucket: Bucket) -> Bucket:
+        adapted = [spec for spec in bucket.specs if file_name(spec.name, "A") in parts]
+        if not adapted:
+            return bucket
+        begun = time.perf_counter()
+        verify(bucket)
+        data = bucket.data.copy()
+        throttle(begun, share)
+        for spec, (name, weight) in zip(adapted, views(adapted, flat(bucket.data)), strict=True):
+            begun = time.perf_counter()
+            a, b = (parts[file_name(name, side)] for side in MATRICES)
+            new = merged(weight, a, b, scaling).to(weight.dtype)
+            flat(data)[spec.offset : spec.offset + spec.nbytes] = new.view(torch.uint8).flatten()
+            throttle(begun, share)
+        return replace(bucket, data=data, checksum=checksum(data))
+
+    return merge
