@@ -89,7 +89,7 @@ def model_folder(path: Path | None, folder: Path) -> tuple[str, str]:
     """The model to measure with, and what to call it: `path`, or a random Llama of 5 million parameters made here."""
     if path is not None:
         return str(path.resolve()), path.name
-    from sampo_ray.console.tiny import tiny_llama, tiny_tokenizer
+    from sampo_ray.console.demo_task import tiny_llama, tiny_tokenizer
 
     tokenizer = tiny_tokenizer([messages(index)[0]["content"] for index in range(500)])
     model = tiny_llama(tokenizer, hidden=256, layers=6)

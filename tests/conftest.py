@@ -54,7 +54,7 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of two layers and a byte-level tokenizer, as a Hugging Face folder."""
-    from sampo_ray.console.tiny import tiny_llama, tiny_tokenizer
+    from sampo_ray.console.demo_task import tiny_llama, tiny_tokenizer
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tokenizer = tiny_tokenizer(TEXTS)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from sampo_ray.console.tiny import SPECIAL_TOKENS, tiny_llama, tiny_tokenizer
+from sampo_ray.console.demo_task import SPECIAL_TOKENS, tiny_llama, tiny_tokenizer
 from sampo_ray.data.chat import ChatFormat
 from sampo_ray.errors import ConfigError
 

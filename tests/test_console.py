@@ -4,8 +4,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from sampo_ray.console.errors import Commands
-from sampo_ray.console.main import app
+from sampo_ray.console.main import Commands, app
 from sampo_ray.errors import StageError
 
 

@@ -35,7 +35,7 @@ from sampo_ray.actors.weights.client import Weights, put
 from sampo_ray.actors.weights.publish import NewVersion, publish_adapters, publish_version
 from sampo_ray.actors.weights.store import start_weight_store
 from sampo_ray.config.sections import GeneratorsConfig, LoraConfig
-from sampo_ray.console.tiny import tiny_llama
+from sampo_ray.console.demo_task import tiny_llama
 from sampo_ray.data.chat import ChatFormat
 from sampo_ray.errors import WeightsError
 from sampo_ray.run.buckets import joined, unpack

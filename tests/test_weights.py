@@ -20,7 +20,7 @@ from sampo_ray.actors.weights.live import LoadedVersions, LongPoll
 from sampo_ray.actors.weights.publish import NewVersion, publish_adapters, publish_version
 from sampo_ray.actors.weights.store import start_weight_store
 from sampo_ray.config.sections import LoraConfig
-from sampo_ray.console.tiny import tiny_llama, tiny_tokenizer
+from sampo_ray.console.demo_task import tiny_llama, tiny_tokenizer
 from sampo_ray.errors import WeightsError
 from sampo_ray.run.buckets import pack, unpack
 from sampo_ray.run.storage import Place

@@ -1,4 +1,4 @@
-"""The demo's task, data and base policy, made on the spot, and the arithmetic of its table.
+"""The demo's task, data and base policy, made on the spot; tiny Llamas and tokenizers; the arithmetic of its table.
 
 The task is to sort four digits: an answer can be checked. The demonstrations that the base policy imitates have two
 habits that real ones have: some sort the wrong way round (`CARELESS`), and some go on chatting after the answer
@@ -12,7 +12,7 @@ import math
 import random
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sampo_ray.console.tiny import tiny_llama, tiny_tokenizer
 from sampo_ray.data.chat import ChatFormat
 
 CARELESS = 0.45
@@ -43,6 +43,7 @@ _CHATTER = (
     "It was a real pleasure to look into this for you.",
     "Sorting is something that many people find useful every day.",
 )
+SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 _MOST_CHATTER = 4
 _DIGITS = 4
 _LESSONS = 6000
@@ -88,12 +89,7 @@ class Outcome:
 
 
 def make_demo(
-    folder: str | Path,
-    seed: int = 0,
-    sft_steps: int = 200,
-    pairs: int = 768,
-    prompts: int = 768,
-    evaluation: int = 400,
+    folder: str | Path, seed: int = 0, sft_steps: int = 200, pairs: int = 768, prompts: int = 768, evaluation: int = 400
 ) -> DemoAssets:
     """Writes the data and the base policy (fine-tuned in fp32, saved in bf16) into `folder`, each a function of `seed`.
 
@@ -318,3 +314,55 @@ ROWS: dict[str, list[str]] = {
     "Iterative SamPO": ["rounds.mode=online", "rounds.count=3", "method.reduction=sample"],
 }
 """The rows below base: one program, and what each sets."""
+
+
+def tiny_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE on `texts` with Llama-3's special tokens in front and every digit a token; it encodes
+    any text.
+    """
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", pad_token="<|end_of_text|>"
+    )
+
+
+def tiny_llama(
+    tokenizer: PreTrainedTokenizerFast,
+    hidden: int = 64,
+    layers: int = 2,
+    positions: int = 1024,
+    tied: bool = False,
+    seed: int = 0,
+) -> LlamaForCausalLM:
+    """A randomly initialised Llama for `tokenizer`, bf16, heads of 32 dimensions with two query heads a key head."""
+    torch.manual_seed(seed)
+    vocabulary = -(-len(tokenizer) // 64) * 64
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=hidden * 3,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=max(1, hidden // 64),
+        head_dim=32,
+        max_position_embeddings=positions,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        tie_word_embeddings=tied,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    model.bfloat16()
+    return model

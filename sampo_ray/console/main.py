@@ -1,13 +1,32 @@
 """The command line `sampo`: what each command takes. What a command does is imported when it runs."""
 
+import signal
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from sampo_ray.console.errors import Commands
 from sampo_ray.console.keys import app as keys
 from sampo_ray.console.versions import app as versions
+from sampo_ray.errors import UserError
+
+
+class Commands(TyperGroup):
+    """A group of commands that prints a UserError as one message, without a stack, and ends with status 1."""
+
+    def invoke(self, ctx: Any) -> object:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        except UserError as error:
+            # An error of a Ray actor prints as the actor's stack; its cause is the error that was raised there.
+            typer.echo(f"error: {getattr(error, 'cause', error)}", err=True)
+            raise typer.Exit(1) from None
+
 
 app = typer.Typer(
     name="sampo",
@@ -20,6 +39,7 @@ app = typer.Typer(
 feedback = typer.Typer(help="Votes of users on answers.", no_args_is_help=True)
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value ...", show_default=False)]
 RunDirectory = Annotated[str, typer.Argument(metavar="RUN", help="The run directory.")]
+Pairs = Annotated[str, typer.Argument(metavar="OUT.jsonl", help="A path or fsspec URL; an existing file is replaced.")]
 
 
 @app.command()
@@ -31,14 +51,14 @@ def train(
     serve: Annotated[bool, typer.Option(help="Keep the live endpoint up after the run has ended.")] = False,
 ) -> None:
     """Runs a recipe, or continues a run that was interrupted."""
-    from sampo_ray.console import train as command
+    from sampo_ray.console import session
 
     if resume:
-        command.resume(resume, [*([str(recipe)] if recipe else []), *(overrides or [])], serve)
+        session.resume(resume, [*([str(recipe)] if recipe else []), *(overrides or [])], serve)
     elif dry_run:
-        command.show(recipe, overrides or [])
+        session.show(recipe, overrides or [])
     else:
-        command.train(recipe, overrides or [], serve)
+        session.train(recipe, overrides or [], serve)
 
 
 @app.command()
@@ -70,9 +90,9 @@ def submit(
 @app.command()
 def serve(run: RunDirectory, overrides: Overrides = None) -> None:
     """Serves a run without training it; follows a run that another process trains."""
-    from sampo_ray.console.serve import serve_run
+    from sampo_ray.console import session
 
-    serve_run(run, overrides or [])
+    session.serve(run, overrides or [])
 
 
 app.add_typer(versions)
@@ -81,12 +101,7 @@ app.add_typer(feedback, name="feedback")
 
 
 @feedback.command()
-def export(
-    run: RunDirectory,
-    out: Annotated[
-        str, typer.Argument(metavar="OUT.jsonl", help="A path or fsspec URL; an existing file is replaced.")
-    ],
-) -> None:
+def export(run: RunDirectory, out: Pairs) -> None:
     """Writes the preference pairs that a run's votes make, in a form that `data.train` reads."""
     from sampo_ray.errors import ConfigError
     from sampo_ray.run.feedback import as_jsonl, pairs_from, read_votes

@@ -1,21 +1,137 @@
-"""What commands that start Ray have in common: quiet libraries, a log file, a cluster, the endpoint's address."""
+"""`sampo train` and `sampo serve`, and what they share with the demo: quiet libraries, a log file, a cluster.
+
+Ray, torch and the rest are imported once the configuration is known to be sound, so that a mistake in it is reported
+at once.
+"""
 
 import contextlib
 import json
 import logging
 import os
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from sampo_ray.config.run import RunConfig
+import typer
+from rich.console import Console
+
+from sampo_ray.config.profiles import resolve
+from sampo_ray.config.run import RunConfig, load_config
 from sampo_ray.config.sections import ServeConfig
-from sampo_ray.loop.display import Display
+from sampo_ray.errors import ConfigError
+from sampo_ray.loop.display import Display, open_display
+from sampo_ray.run.directory import create_run, dump_config, open_run
+from sampo_ray.run.lock import exclusive
 from sampo_ray.run.storage import Place, absolute
 
 LOCAL_CPUS = 16
 """Logical CPUs of a Ray that is started for one command: more than cores, since its actors share those."""
+CHANGEABLE = (
+    *("serve.", "fleet.", "run.trackers", "model.attention"),
+    *("trainer.workers", "trainer.min_workers", "trainer.num_cpus"),
+    *("trainer.checkpoint_every", "trainer.max_failures", "trainer.lifetime"),
+)
+"""How overrides begin that a resumed run accepts: they change where and how fast it trains, not its result."""
+
+
+def train(recipe: Path | None, overrides: list[str], keep_serving: bool) -> None:
+    """Runs a recipe in a new run directory."""
+    config = _checked(recipe, overrides)
+    with exclusive(config.run.dir):
+        _run(config, None, keep_serving)
+
+
+def resume(directory: str, overrides: list[str], keep_serving: bool) -> None:
+    """Continues the run in `directory`; a finished run is left as it is."""
+    with exclusive(directory):
+        run = open_run(directory)
+        if run.manifest.finished:
+            typer.echo(f"this run is finished; its models are in {directory}/exports")
+            return
+        for override in overrides:
+            if not override.startswith(CHANGEABLE):
+                raise ConfigError(f"override {override!r}: a resumed run keeps its method, data and sizes; drop it")
+        _run(_checked(run.config.model_dump(), overrides), directory, keep_serving)
+
+
+def show(recipe: Path | None, overrides: list[str]) -> None:
+    """Checks a recipe and prints its configuration as it would run here."""
+    config = _checked(recipe, overrides)
+    import torch
+
+    from sampo_ray.loop.validate import check_fit
+
+    resolved, notes = resolve(config, {"GPU": torch.cuda.device_count()}, os.cpu_count() or 1)
+    check_fit(resolved)
+    for note in notes:
+        typer.echo(f"# {note}")
+    typer.echo(dump_config(resolved), nl=False)
+
+
+def _checked(recipe: Path | Mapping[str, object] | None, overrides: list[str]) -> RunConfig:
+    if recipe is None:
+        raise ConfigError("name a recipe, or a run to continue: --resume RUN_DIR")
+    config = load_config(recipe, overrides)
+    quiet_libraries()
+    from sampo_ray.loop.validate import check
+
+    check(config)
+    return config
+
+
+def _run(config: RunConfig, resumed: str | None, keep_serving: bool) -> None:
+    """Trains in a new run directory, or in the one of a run that is `resumed`."""
+    from sampo_ray.iterate import iterate
+    from sampo_ray.loop.fleet import open_fleet
+    from sampo_ray.loop.validate import check_fit
+    from sampo_ray.run.trackers import open_trackers
+
+    check_port(config.serve)
+    with open_display(Console(file=sys.stdout)) as display, contextlib.ExitStack() as stack:
+        stack.enter_context(library_output_to(driver_log(config)))
+        config, notes = resolve(config, stack.enter_context(ray_cluster()), os.cpu_count() or 1)
+        check_fit(config)
+        for note in notes:
+            display.note(note)
+        run = open_run(resumed, config) if resumed else create_run(config)
+        display.note(f"run {run.id} in {run.place.url}")
+        run.log = stack.enter_context(open_trackers(config, run.place, run.id))
+        with display.stage("start", None, "engines"):
+            fleet = stack.enter_context(open_fleet(run, keep_serving))
+        announce(display, fleet.endpoint)
+        try:
+            export = iterate(run, fleet, display)
+        except BaseException:
+            display.note(f"nothing stored is lost; continue with: sampo train --resume {run.place.url}")
+            raise
+        display.note(f"model: {export.url}")
+        if keep_serving and fleet.endpoint:
+            serve_until_interrupt(display, fleet.endpoint, config.serve.keyed)
+
+
+def serve(directory: str, overrides: list[str]) -> None:
+    """Serves the run in `directory` until it is interrupted, and follows it if another process trains it."""
+    for override in overrides:
+        if not override.startswith(("serve.", "fleet.generators.")):
+            raise ConfigError(f"override {override!r}: `sampo serve` takes serve.... and fleet.generators.... only")
+    run = open_run(directory)
+    tree = run.config.model_dump()
+    config = load_config({**tree, "serve": {**tree["serve"], "enabled": True}}, overrides)
+    quiet_libraries()
+    from sampo_ray.loop.serving import open_live
+    from sampo_ray.loop.validate import check_keys_file
+
+    check_keys_file(config.serve.keys_file)
+    check_port(config.serve)
+    with open_display(Console(file=sys.stdout)) as display, contextlib.ExitStack() as stack:
+        stack.enter_context(library_output_to(driver_log(config)))
+        config, _ = resolve(config, stack.enter_context(ray_cluster()), os.cpu_count() or 1)
+        with display.stage("start", None, "engine"):
+            endpoint = stack.enter_context(open_live(open_run(run.place.url, config)))
+        announce(display, endpoint)
+        serve_until_interrupt(display, endpoint, config.serve.keyed)
 
 
 def quiet_libraries() -> None:
@@ -66,12 +182,9 @@ def ray_cluster() -> Iterator[dict[str, float]]:
 
     from sampo_ray.internals.ray import silence_services
 
-    local = (
-        {}
-        if os.environ.get("RAY_ADDRESS")
-        else {"address": "local", "num_cpus": LOCAL_CPUS, "include_dashboard": False}
-    )
-    ray.init(log_to_driver=False, logging_level=logging.ERROR, namespace="sampo", **local)
+    local = {"address": "local", "num_cpus": LOCAL_CPUS, "include_dashboard": False}
+    where = {} if os.environ.get("RAY_ADDRESS") else local
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, namespace="sampo", **where)
     try:
         yield dict(ray.cluster_resources())
     finally:
