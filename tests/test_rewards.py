@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from sampo_ray.actors.scoring.reward import RewardWorker, build_reward_app
+from sampo_ray.actors.scoring.workers import RewardWorker, build_reward_app
 from sampo_ray.config.sections import FleetConfig, RewardConfig
 from sampo_ray.data.chat import ChatFormat
 from sampo_ray.data.preferences import SCORES

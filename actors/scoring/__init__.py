@@ -1,4 +1,1 @@
-"""Serve deployments that score blocks: reference log-probs of pairs, rewards of completions.
-
-No formats of files and no reward logic here: those are in sampo_ray.run and sampo_ray.data, from which this imports.
-"""
+"""Serve deployments that score blocks. Formats of files and reward logic are in sampo_ray.run and sampo_ray.data."""

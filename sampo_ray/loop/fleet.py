@@ -12,8 +12,7 @@ from ray.actor import ActorHandle
 from ray.serve.handle import DeploymentHandle
 
 from sampo_ray.actors.ranks.trainer import Trainer
-from sampo_ray.actors.scoring.reference import build_reference_app
-from sampo_ray.actors.scoring.reward import build_reward_app
+from sampo_ray.actors.scoring.workers import build_reference_app, build_reward_app
 from sampo_ray.config.run import RunConfig
 from sampo_ray.config.sections import GeneratorsConfig
 from sampo_ray.loop.serving import PolicyServing, attach_run

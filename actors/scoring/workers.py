@@ -1,0 +1,181 @@
+"""Serve replicas that score blocks: reference log-probs of pairs by the trainer's forward, rewards of completions."""
+
+import asyncio
+import functools
+import json
+import logging
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+
+import pyarrow as pa
+import ray
+import tenacity
+import torch
+from ray import serve
+
+from sampo_ray.actors.weights.client import fetch, find_weight_store
+from sampo_ray.config.run import RunConfig
+from sampo_ray.config.sections import FleetConfig, RewardConfig
+from sampo_ray.data.preferences import SCORES, pairs_of, with_reference
+from sampo_ray.data.rewards import RewardModel, Scorer, call_function, columns_of, function_source, load_function
+from sampo_ray.errors import RewardError
+from sampo_ray.run.buckets import unpack
+from sampo_ray.run.storage import Place
+from sampo_ray.run.version_folders import WeightsId
+from sampo_ray.training.objective import reference_positions
+from sampo_ray.training.policy import Policy, load_policy, score_pairs
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_S = 300.0
+"""For the store to load a version, and for each of its buckets to arrive."""
+
+
+class ReferenceWorker:
+    """Scores pairs with the version that each call names, without gradients; keeps the last one loaded."""
+
+    def __init__(self, store: str, threads: int | None) -> None:
+        if threads:
+            torch.set_num_threads(threads)
+        self._store = find_weight_store(store)
+        self._computing = threading.Lock()  # Serve runs calls in threads, and each may load another version
+        self._loaded: WeightsId | None = None
+        self._policy: Policy | None = None
+
+    def score(
+        self, pairs: pa.Table, run: str, version: int, versions_url: str, config: RunConfig, round: int, out: str
+    ) -> pa.Table:
+        """Scores a PAIRS block of a round with `version` of `run`; writes and returns a REFERENCE block."""
+        with self._computing:
+            policy = self._load(WeightsId(run, version), versions_url, config.model.flex)
+            select = reference_positions(config, round)
+            scored = with_reference(pairs, score_pairs(policy, pairs_of(pairs), config.row_budget, select))
+        Place(out).write_table(scored)
+        return scored
+
+    def _load(self, wanted: WeightsId, versions_url: str, flex: bool) -> Policy:
+        if self._loaded == wanted and self._policy is not None:
+            return self._policy
+        started = time.monotonic()
+        if self._policy is None or self._loaded is None or self._loaded.run != wanted.run:
+            with Place(versions_url).at("000000").on_disk() as base:
+                self._policy = load_policy(base, device=_device(), flex=flex).eval().requires_grad_(False)
+        self._loaded = None
+        weights = ray.get(self._store.get.remote(wanted.run, wanted.version), timeout=WEIGHTS_S)
+        parameters = dict(self._policy.model.named_parameters())
+        for bucket in weights.buckets:
+            for name, tensor in unpack(fetch(bucket, WEIGHTS_S)):
+                parameters[name].copy_(tensor)
+        self._loaded = wanted
+        logger.info("reference %s loaded in %.2f s", wanted, time.monotonic() - started)
+        return self._policy
+
+
+def build_reference_app(store: str, fleet: FleetConfig, threads: int | None) -> serve.Application:
+    """The reference workers as a Serve application; they load nothing before the first call."""
+    deployment = _deployment(ReferenceWorker, fleet, 0.5).options(name="references", health_check_timeout_s=120)
+    return deployment.bind(store, threads)
+
+
+class RewardWorker:
+    """Scores with a Python function or a reward model. `source` is the text of the file in `file.py:function`, which
+    need not exist on this node.
+    """
+
+    def __init__(self, config: RewardConfig, source: str | None, hung_limit: int) -> None:
+        self.config, self.hung_limit, self.hung = config, hung_limit, 0
+        self.scorer: Scorer
+        if config.function is not None:
+            self.scorer = functools.partial(call_function, load_function(config.function, source))
+        else:
+            assert config.model is not None
+            self.scorer = RewardModel(config.model, _device())
+
+    async def score(self, completions: pa.Table) -> pa.Table:
+        """COMPLETIONS -> SCORES, in the same order; the source gets the whole block in one call.
+
+        A call that raises or takes longer than `timeout_s` is repeated `retries` times with growing pauses; if all
+        fail, the block's rewards are null. Raises RewardError if the source returns anything but one finite number per
+        completion.
+        """
+        prompts = [json.loads(text) for text in completions["messages"].to_pylist()]
+        call = functools.partial(self.scorer, prompts, completions["text"].to_pylist(), columns_of(completions))
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception(lambda e: isinstance(e, Exception) and not isinstance(e, RewardError)),
+            stop=tenacity.stop_after_attempt(1 + self.config.retries),
+            wait=tenacity.wait_exponential(0.5, max=30.0),
+            after=self._warn,
+            retry_error_callback=lambda _: [None] * len(prompts),
+        )
+        rewards: Sequence[float | None] = await retrying(self._call, call) if prompts else []
+        return completions.append_column(SCORES.field("reward"), pa.array(rewards, pa.float64()))
+
+    def check_health(self) -> None:
+        """Fails when too many calls hang: threads cannot be stopped, so Serve must replace the replica."""
+        if self.hung >= self.hung_limit:
+            raise RuntimeError(f"{self.hung} calls of the reward source hang beyond reward.timeout_s")
+
+    def _warn(self, state: tenacity.RetryCallState) -> None:
+        assert state.outcome is not None
+        error = state.outcome.exception()
+        assert error is not None
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        # The error's message is left out: it may quote a prompt.
+        found = type(error).__name__, place.filename, place.lineno
+        logger.warning(
+            "reward call %d of %d failed: %s in %s:%s", state.attempt_number, 1 + self.config.retries, *found
+        )
+
+    async def _call(self, call: functools.partial[list[float]]) -> list[float]:
+        """Runs the call in a new thread, so that a call that hangs does not delay the others."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[list[float]] = loop.create_future()
+
+        def finish(set_outcome: Callable[[], None]) -> None:
+            if answer.done():  # given up, but it returned after all
+                self.hung -= 1
+            else:
+                set_outcome()
+
+        def work() -> None:
+            try:
+                outcome = functools.partial(answer.set_result, call())
+            except Exception as error:  # raised by the waiting request
+                outcome = functools.partial(answer.set_exception, error)
+            loop.call_soon_threadsafe(finish, outcome)
+
+        threading.Thread(target=work, daemon=True).start()
+        try:
+            return await asyncio.wait_for(answer, self.config.timeout_s)
+        finally:
+            if answer.cancelled():
+                self.hung += 1
+
+
+def build_reward_app(config: RewardConfig, fleet: FleetConfig) -> serve.Application:
+    """The application of a run's reward workers; its handle has `score(COMPLETIONS) -> SCORES`.
+
+    A function in a file is sent as text, so only this machine needs the file. A module must be importable on every
+    node (through the job's working directory, for example), and a reward model's path must be readable there.
+    """
+    source = None if config.function is None else function_source(config.function)
+    return _deployment(RewardWorker, fleet, 0.1).bind(config, source, fleet.max_ongoing_requests)
+
+
+def _deployment(worker: type, fleet: FleetConfig, num_cpus: float) -> serve.Deployment:
+    return serve.deployment(
+        worker,
+        max_ongoing_requests=fleet.max_ongoing_requests,
+        max_queued_requests=fleet.max_queued_requests,
+        autoscaling_config=fleet.autoscaling,
+        ray_actor_options={
+            "num_cpus": num_cpus if fleet.num_cpus is None else fleet.num_cpus,
+            "num_gpus": fleet.num_gpus or 0,
+        },
+    )
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
