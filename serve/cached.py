@@ -13,8 +13,8 @@ Value = TypeVar("Value")
 class CachedRead(Generic[Value]):
     """The result of `read`, which is called when somebody asks and the last read ended `max_age_s` ago.
 
-    One read at a time serves all callers. It goes on when a caller is cancelled. A read that fails counts as one: its
-    error is raised to all who ask until the next read. `last` stays the last good value, for callers that prefer it.
+    One read at a time serves all callers, and goes on when one is cancelled. The error of a read that fails is raised
+    to all who ask until the next read. `last` stays the last good value, for callers that prefer it.
     """
 
     def __init__(
@@ -31,9 +31,7 @@ class CachedRead(Generic[Value]):
         self._reading: asyncio.Task[None] | None = None
 
     async def get(self) -> Value:
-        """Raises what the read raised, and TimeoutError `timeout_s` after the read began: a read that hangs delays only
-        those who ask within that time, and no second one is started.
-        """
+        """Raises what the read raised, and TimeoutError `timeout_s` after it began; no second one is started then."""
         if self._reading is None and self._clock() - self._ended >= self._max_age_s:
             self._started = self._clock()
             # An empty context: Ray cancels what a request has called when the request is cancelled.

@@ -15,25 +15,20 @@ from ray import serve
 from sampo_ray.config.sections import ServeConfig
 from sampo_ray.errors import EndpointError
 
-POLL_S = 0.5
-START_TIMEOUT_S = 120.0
-HEALTH_TIMEOUT_S = 5.0
-PROXY_MARGIN_S = 10.0
-"""How much longer than the endpoint Serve's proxy waits: its limit is for requests that never reach the endpoint."""
+POLL_S, START_TIMEOUT_S, HEALTH_TIMEOUT_S = 0.5, 120.0, 5.0
 
 
 def start_serve(config: ServeConfig) -> None:
-    """Starts Ray Serve with the run's HTTP address, unless Serve runs already.
+    """Starts Ray Serve with the run's HTTP address, unless it runs already; EndpointError when the port is taken.
 
-    Call it before any application is deployed, which would start Serve with defaults. `port` must not be 0 (see
-    `free_port`). Raises EndpointError when the port is taken.
+    Call it before any application is deployed, which would start Serve with defaults. `port` must not be 0.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if serve.status().proxies:
         return
     if config.enabled:
         check_port(config)
-    timeout_s = config.request_timeout_s + PROXY_MARGIN_S
+    timeout_s = config.request_timeout_s + 10  # the proxy's limit is for requests that never reach the endpoint
     serve.start(
         proxy_location="HeadOnly" if config.enabled else "Disabled",
         http_options={"host": config.host, "port": config.port, "request_timeout_s": timeout_s},
@@ -56,22 +51,20 @@ def free_port(host: str) -> int:
 
 
 def deploy_endpoint(name: str, policy_app: str, store: str, config: ServeConfig, route_prefix: str = "/") -> None:
-    """Begins to deploy the endpoint as the application `name`, in front of the application `policy_app`, whose replicas
-    follow the weight store `store`. The policy may still be starting. The endpoint outlives the driver.
+    """Begins to deploy the application `name` in front of `policy_app`, which may still be starting and whose replicas
+    follow the weight store `store`. The endpoint outlives the driver.
     """
     from sampo_ray.serve.gateway import build_endpoint_app  # imports vLLM, which takes many seconds
 
-    target = serve.RunTarget(build_endpoint_app(name, policy_app, store, config), name=name, route_prefix=route_prefix)
-    serve.run_many([target], wait_for_applications_running=False)
+    app = build_endpoint_app(name, policy_app, store, config)
+    serve.run_many([serve.RunTarget(app, name=name, route_prefix=route_prefix)], wait_for_applications_running=False)
 
 
 def await_endpoint(name: str, config: ServeConfig, route_prefix: str = "/") -> str:
-    """Waits until a deployed endpoint answers; returns its base URL, to which a client appends `/v1/...`.
-
-    Raises EndpointError when the deployment fails or does not answer within START_TIMEOUT_S.
+    """The base URL, to which a client appends `/v1/...`, once the endpoint answers. EndpointError when its deployment
+    fails or does not answer within START_TIMEOUT_S.
     """
-    url = base_url(config, route_prefix)
-    deadline = time.monotonic() + START_TIMEOUT_S
+    url, deadline = base_url(config, route_prefix), time.monotonic() + START_TIMEOUT_S
     while not _answers(url):
         status = serve.status().applications[name]
         if status.status == "DEPLOY_FAILED":

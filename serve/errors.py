@@ -12,29 +12,22 @@ from starlette.responses import JSONResponse
 from sampo_ray.serve.middleware.headers import SECURITY_HEADERS
 
 RETRY_AFTER_S = 2
-TYPE_NAMES = frozenset({"str", "int", "float", "bool", "list", "dict"})
+TYPES = frozenset({"str", "int", "float", "bool", "list", "dict"})
 
 
 class ApiError(Exception):
     """An answer with an HTTP `status` of 400 or more, a message, and the request's field that it is about (`param`)."""
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        retry_after_s: int = RETRY_AFTER_S,
+        self, status: int, message: str, param: str | None = None, code: str | None = None, retry_s: int = RETRY_AFTER_S
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-        self._retry_after_s = retry_after_s
+        self.status, self.message, self.param, self.code, self._retry_s = status, message, param, code, retry_s
 
     @property
     def headers(self) -> dict[str, str]:
         if self.status in (429, 503):
-            return {"retry-after": str(self._retry_after_s)}
+            return {"retry-after": str(self._retry_s)}
         return {"www-authenticate": "Bearer"} if self.status == 401 else {}
 
     def body(self) -> dict[str, dict[str, str | None]]:
@@ -74,14 +67,12 @@ def from_validation(error: ValidationError) -> ApiError:
     """The first invalid field of a request body. Its value is left out, since it may be a prompt."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     # The path of a union names the types of its alternatives as well; the user knows only fields and positions.
-    path = [part for part in first["loc"] if isinstance(part, int) or _is_field(part)]
+    path = [
+        p for p in first["loc"] if isinstance(p, int) or (p.isidentifier() and not p[0].isupper() and p not in TYPES)
+    ]
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")[:100]
     message = first["msg"].removeprefix("Value error, ")
     return ApiError(400, f"{field or 'body'}: {message[:1].lower()}{message[1:]}", param=field or None)
-
-
-def _is_field(part: str) -> bool:
-    return part.isidentifier() and not part[0].isupper() and part not in TYPE_NAMES
 
 
 def install(app: FastAPI) -> None:
@@ -95,8 +86,8 @@ def install(app: FastAPI) -> None:
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         # request.url would parse the Host header, which may hold anything.
         messages = {404: f"{request.method} {request.scope['path']}: no such route", 405: "method not allowed here"}
-        known = ApiError(error.status_code, messages.get(error.status_code, "the request was refused"))
-        return known.response(error.headers)
+        message = messages.get(error.status_code, "the request was refused")
+        return ApiError(error.status_code, message).response(error.headers)
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:

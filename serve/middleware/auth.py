@@ -26,7 +26,6 @@ from sampo_ray.serve.cached import CachedRead
 from sampo_ray.serve.errors import ApiError
 
 logger = logging.getLogger("ray.serve")  # Serve writes this one to its log files
-
 MAX_AGE_S = 0.8  # of the keys file: a change takes effect within a second
 BOTH: frozenset[KeyScope] = frozenset({"use", "admin"})
 
@@ -35,14 +34,10 @@ BOTH: frozenset[KeyScope] = frozenset({"use", "admin"})
 class Access:
     """Which keys are valid and what needs none. It is sent to replicas, and holds digests, never keys."""
 
-    keys: tuple[Key, ...]
-    """The keys of `serve.api_keys`, with both scopes."""
-    keys_file: str | None
-    """The file with further keys; each replica reads it."""
-    anonymous: frozenset[KeyScope]
-    """The scopes that need no key."""
-    local: bool
-    """Whether the endpoint is bound to loopback."""
+    keys: tuple[Key, ...]  # those of `serve.api_keys`, with both scopes
+    keys_file: str | None  # further keys; each replica reads it
+    anonymous: frozenset[KeyScope]  # scopes that need no key
+    local: bool  # whether the endpoint is bound to loopback
 
     @classmethod
     def of(cls, config: ServeConfig) -> "Access":
@@ -94,8 +89,8 @@ class KeysFile:
 class Authentication:
     """ASGI middleware that answers 401 without a known key and 403 where the key lacks the scope.
 
-    Later code finds the key's entry (None without one) in `request.state.key`. Where requests without a key are
-    allowed, those from another site's page are not: a browser would send them for any page that its user opens.
+    Routes find the key's entry (None without one) in `request.state.key`. Where requests without a key are allowed,
+    those from another site's page are not: a browser would send them for any page that its user opens.
     """
 
     def __init__(self, app: ASGIApp, access: Access) -> None:
@@ -134,12 +129,9 @@ class Authentication:
 
 def needed_scope(scope: Scope) -> KeyScope | None:
     """The scope that a request needs, or None. OPTIONS needs none, since every route answers it with 405."""
-    path = route_path(scope)
-    if scope["type"] == "http" and (
-        scope["method"] == "OPTIONS"
-        or path == "/health"
-        or (scope["method"] in ("GET", "HEAD") and (path in ("", "/") or path.startswith("/page/")))
-    ):
+    path, method = route_path(scope), scope.get("method")
+    is_page = method in ("GET", "HEAD") and (path in ("", "/") or path.startswith("/page/"))
+    if scope["type"] == "http" and (method == "OPTIONS" or path == "/health" or is_page):
         return None
     return "admin" if is_admin_path(path) else "use"
 
@@ -157,13 +149,10 @@ def route_path(scope: Scope) -> str:
 
 
 def is_cross_site(scope: Scope, local: bool) -> bool:
-    """Whether another site's page sends this request, or (`local`) its Host is a name that resolves to loopback, as in
-    DNS rebinding.
-    """
+    """Whether another site's page sends it or, if `local`, its Host is a name that means loopback (DNS rebinding)."""
     host, origin = (header(scope, name).decode("latin-1").lower() for name in (b"host", b"origin"))
-    return bool(origin and _split(origin).netloc != host) or (
-        local and not is_loopback(_split(f"//{host}").hostname or "")
-    )
+    rebound = local and not is_loopback(_split(f"//{host}").hostname or "")
+    return rebound or bool(origin and _split(origin).netloc != host)
 
 
 def header(scope: Scope, name: bytes) -> bytes:

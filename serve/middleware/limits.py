@@ -1,9 +1,8 @@
 """Limits: requests and tokens a minute for each key, requests in flight for all, and the time that a body may take.
 
 Counts live in the endpoint's process: exact for its one replica, and lost when it restarts. Only POST requests outside
-of `/admin` count. Tokens are those of prompt and answer, by the answer's `usage`, and are charged when the answer ends:
-a key may exceed its limit by what it has in flight, and then waits until that is refilled. Requests without a key
-share one quota.
+of `/admin` count. Tokens (of prompt and answer) are charged when the answer ends: a key may exceed its limit by what it
+has in flight, and then waits until that is refilled. Requests without a key share one quota.
 """
 
 import asyncio
@@ -22,18 +21,15 @@ from sampo_ray.serve.errors import ApiError
 from sampo_ray.serve.middleware.auth import is_admin_path, route_path
 
 BODY_TIMEOUT_S = 30.0
-MAX_IN_FLIGHT = 1000
-"""Requests of all keys that the endpoint works on at once; more get a 429."""
+MAX_IN_FLIGHT = 1000  # requests of all keys that the endpoint works on at once; more get a 429
 BYTES_PER_TOKEN = 4
-NEGLIGIBLE = 1e-6
 # In JSON text no string holds this: quotation marks in strings are escaped.
 USAGE = re.compile(rb'"usage":\{[^{}]*?"total_tokens":(\d+)')
 
 
 class Bucket:
-    """A token bucket: it starts full with `per_minute` and is refilled evenly. `clock` gives seconds.
-
-    More can be taken than the bucket holds: its level is then below zero, and the wait longer.
+    """A token bucket: it starts full with `per_minute` and is refilled evenly. `clock` gives seconds. More can be taken
+    than it holds: its level is then below zero, and the wait longer.
     """
 
     def __init__(self, per_minute: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -43,7 +39,7 @@ class Bucket:
     def wait(self, amount: float = 1.0) -> float:
         """Seconds until `amount` is available, if nobody takes any before; 0 when it is available now."""
         missing = min(amount, self._size) - self._now()
-        return missing * 60.0 / self._size if missing > NEGLIGIBLE else 0.0
+        return missing * 60.0 / self._size if missing > 1e-6 else 0.0
 
     def take(self, amount: float = 1.0) -> None:
         self._level = self._now() - amount
@@ -81,7 +77,7 @@ class Quota:
         for unit, bucket in self._buckets.items():
             if seconds := math.ceil(bucket.wait()):
                 message = f"this key has used up its {unit} per minute; try again in {seconds} s"
-                raise ApiError(429, message, code="rate_limit_exceeded", retry_after_s=seconds)
+                raise ApiError(429, message, code="rate_limit_exceeded", retry_s=seconds)
         self.charge("requests", 1)
 
     def charge(self, unit: str, count: int) -> None:
@@ -93,18 +89,15 @@ class TokenCounter:
     """Counts the tokens of one answer as it is sent, without parsing JSON for each token of a stream."""
 
     def __init__(self) -> None:
-        self.hide_usage = False
-        """Whether to remove the usage at a stream's end: the endpoint asked for it, not the client."""
-        self.request_bytes = 0
-        self._usage, self._events = 0, 0
+        self.hide_usage = False  # at a stream's end, where the endpoint asked for it and not the client
+        self.request_bytes = self._usage = self._events = 0
         self._ended = self._failed = False
 
     @property
     def tokens(self) -> int:
         """Tokens of prompt and answer, by the answer's usage. For an answer that was cut off before its usage: one for
         each event that was sent, and one for each BYTES_PER_TOKEN of the request."""
-        complete = self._ended and not self._events  # not a stream; some of those have no usage
-        if self._usage or self._failed or complete:
+        if self._usage or self._failed or (self._ended and not self._events):  # not a stream; some have no usage
             return self._usage
         return self._events + self.request_bytes // BYTES_PER_TOKEN
 
@@ -125,9 +118,8 @@ class TokenCounter:
 
 
 class LimitRequests:
-    """ASGI middleware that holds each key (`request.state.key`) to its limits, and each body to BODY_TIMEOUT_S.
-
-    Routes find `limits` and the answer's `token_counter` in `request.state`.
+    """ASGI middleware that holds each key (`request.state.key`) to its limits, and each body to BODY_TIMEOUT_S. Routes
+    find `limits` and the answer's `token_counter` in `request.state`.
     """
 
     def __init__(self, app: ASGIApp, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
@@ -161,9 +153,8 @@ class LimitRequests:
         return None
 
     def _quota(self, scope: Scope) -> Quota | None:
-        if scope["method"] != "POST" or is_admin_path(route_path(scope)):
-            return None
-        if not (self._limits.requests_per_minute or self._limits.tokens_per_minute):
+        limited = self._limits.requests_per_minute or self._limits.tokens_per_minute
+        if not limited or scope["method"] != "POST" or is_admin_path(route_path(scope)):
             return None
         key: Key | None = scope.get("state", {}).get("key")
         return self._quotas.setdefault(key.sha256 if key else None, Quota(self._limits, self._clock))

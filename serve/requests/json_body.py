@@ -24,18 +24,16 @@ ACCEPTED = ("json", "choice", "json_object", "disable_any_whitespace", "disable_
 
 async def read_json(request: Request, max_bytes: int) -> dict[str, JsonValue]:
     """The request's body as a JSON object; an empty body is an empty object. Raises ApiError (4xx)."""
-    raw = await read_bytes(request, max_bytes)
-    return decode(raw) if raw else {}
+    return decode(await read_bytes(request, max_bytes) or b"{}")
 
 
 async def read_bytes(request: Request, max_bytes: int) -> bytes:
     """The request's body. Raises ApiError (413) if it is announced as, or turns out, longer than `max_bytes`."""
     message = f"body: larger than {max_bytes} bytes, which is all this endpoint takes"
-    too_large = ApiError(413, message, code="body_too_large")
+    too_large, body = ApiError(413, message, code="body_too_large"), bytearray()
     announced = request.headers.get("content-length", "0")
     if not announced.isdecimal() or len(announced) > 20 or int(announced) > max_bytes:
         raise too_large
-    body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > max_bytes:
@@ -77,30 +75,29 @@ def _finite(text: str) -> float:
 def check_constraints(body: dict[str, JsonValue]) -> None:
     """Raises ApiError (400), naming the field, for a request body with constraints beyond the limits.
 
-    Call it before vLLM's models see the body: they compile constraints while they validate. Values of a wrong type pass
-    here and are refused there.
+    vLLM's models must not see the body before: they compile constraints while they validate, and refuse wrong types.
     """
     outputs = _mapping(body.get("structured_outputs"))
     for field in outputs:
         if field not in ACCEPTED and outputs[field] is not None:
-            raise _refused(f"structured_outputs.{field}"[:100], "not accepted by this endpoint; use json or choice")
+            raise refused(f"structured_outputs.{field}"[:100], "not accepted by this endpoint; use json or choice")
     _check_size(outputs.get("choice"), "structured_outputs.choice")
     _check_schema(outputs.get("json"), "structured_outputs.json")
     form = _mapping(body.get("response_format"))
     if form.get("type") not in (None, "text", "json_object", "json_schema"):
-        raise _refused("response_format.type", "must be text, json_object or json_schema")
+        raise refused("response_format.type", "must be text, json_object or json_schema")
     for name in ("schema", "json_schema"):  # vLLM takes both names
         _check_schema(_mapping(form.get("json_schema")).get(name), f"response_format.json_schema.{name}")
     tools = body.get("tools")
     if isinstance(tools, list):
         if len(tools) > MAX_TOOLS:
-            raise _refused("tools", f"{len(tools)} are more than the {MAX_TOOLS} that this endpoint takes")
+            raise refused("tools", f"{len(tools)} are more than the {MAX_TOOLS} that this endpoint takes")
         for position, tool in enumerate(tools):
             parameters = _mapping(_mapping(tool).get("function")).get("parameters")
             _check_schema(parameters, f"tools[{position}].function.parameters")
 
 
-def _refused(field: str, reason: str) -> ApiError:
+def refused(field: str, reason: str) -> ApiError:
     return ApiError(400, f"{field}: {reason}", param=field)
 
 
@@ -113,7 +110,7 @@ def _check_schema(schema: JsonValue, field: str) -> None:
         try:
             schema = json.loads(schema)
         except (ValueError, RecursionError):
-            raise _refused(field, "not valid JSON") from None
+            raise refused(field, "not valid JSON") from None
     _check_size(schema, field)
     _check_references(schema, field)
     for value, _ in _walk(schema):
@@ -121,10 +118,10 @@ def _check_schema(schema: JsonValue, field: str) -> None:
         used = next((name for name in PATTERNS if name in mapping), None)
         # A property may be called "pattern"; its value is then a schema.
         if used and not (used == "pattern" and isinstance(mapping[used], dict)):
-            raise _refused(field, f"{used} is not accepted by this endpoint; use enum or format")
+            raise refused(field, f"{used} is not accepted by this endpoint; use enum or format")
         for name in BOUNDS:  # the engine finds a negative bound only when it compiles
             if isinstance(bound := mapping.get(name), int | float) and bound < 0:
-                raise _refused(field, f"{name} must not be negative")
+                raise refused(field, f"{name} must not be negative")
 
 
 def _check_size(tree: JsonValue, field: str) -> None:
@@ -134,7 +131,7 @@ def _check_size(tree: JsonValue, field: str) -> None:
         sizes = (count, MAX_VALUES, "values"), (characters, MAX_CHARACTERS, "characters"), (depth, MAX_DEPTH, "levels")
         for size, limit, noun in sizes:
             if size > limit:
-                raise _refused(field, f"more than the {limit} {noun} that this endpoint takes")
+                raise refused(field, f"more than the {limit} {noun} that this endpoint takes")
 
 
 def _walk(tree: JsonValue) -> Iterator[tuple[JsonValue, int]]:
@@ -160,12 +157,12 @@ def _check_references(schema: JsonValue, field: str) -> None:
     for value, _ in _walk(schema):
         reference = _mapping(value).get("$ref")
         if isinstance(reference, str) and reference not in definitions:
-            raise _refused(field, "$ref must name one of the schema's own $defs")
+            raise refused(field, "$ref must name one of the schema's own $defs")
     for start in definitions:
         seen, pending = set(), _bare_references(definitions[start])
         while pending:
             if (reference := pending.pop()) == start:
-                raise _refused(field, "a definition refers to nothing but itself")
+                raise refused(field, "a definition refers to nothing but itself")
             if reference not in seen:
                 seen.add(reference)
                 pending.extend(_bare_references(definitions[reference]))

@@ -16,7 +16,7 @@ from vllm.tokenizers import TokenizerLike
 
 from sampo_ray.serve.errors import ApiError, from_validation
 from sampo_ray.serve.middleware.limits import Limits
-from sampo_ray.serve.requests.json_body import check_constraints, decode, read_bytes
+from sampo_ray.serve.requests.json_body import check_constraints, decode, read_bytes, refused
 
 REFUSED_FIELDS = (
     *("chat_template", "chat_template_kwargs", "documents"),  # would change the prompt format of training
@@ -26,7 +26,6 @@ REFUSED_FIELDS = (
 MAX_COMPLETIONS = 256  # of one request over all its prompts: as many as an engine works on at once
 # Entries of fields that cost the engine time for each token.
 MAX_ITEMS = {"stop": 16, "stop_token_ids": 64, "bad_words": 64, "logit_bias": 1024, "logprob_token_ids": 64}
-_REQUIRED = {"messages": [{"role": "user", "content": "x"}], "prompt": "x"}
 # vLLM's validators compare and take apart raw values before their types are checked.
 _WRONG_TYPES = (TypeError, AttributeError, KeyError, OverflowError, RecursionError)
 
@@ -39,8 +38,7 @@ class PromptLimit(TokenizeParams):
 
     def apply_post_tokenization(self, tokenizer: TokenizerLike | None, prompt: TokensPrompt) -> TokensPrompt:
         prompt = super().apply_post_tokenization(tokenizer, prompt)
-        count = len(prompt.get("prompt_token_ids", ()))
-        if count > self.max_prompt_tokens:
+        if (count := len(prompt.get("prompt_token_ids", ()))) > self.max_prompt_tokens:
             message = f"prompt: more than the {self.max_prompt_tokens} tokens that this endpoint takes"
             raise VLLMValidationError(message, parameter="prompt", value=count)
         return prompt
@@ -53,8 +51,7 @@ class _Limited(BaseModel):
     _max_tokens: int | None = PrivateAttr(None)  # of each completion, for a request that does not set it
 
     def build_tok_params(self, model_config: ModelConfig) -> TokenizeParams:
-        params = super().build_tok_params(model_config)  # type: ignore[misc]
-        limit = self._max_prompt_tokens
+        params, limit = super().build_tok_params(model_config), self._max_prompt_tokens  # type: ignore[misc]
         return params if limit is None else PromptLimit(**vars(params), max_prompt_tokens=limit)
 
     def to_sampling_params(self, max_tokens: int, *rest: object) -> SamplingParams:
@@ -81,19 +78,20 @@ AnyRequest = ChatCompletionRequest | CompletionRequest
 
 async def read_request(request: Request, kind: type[PolicyRequest], max_bytes: int) -> PolicyRequest:
     """The request's body as `kind`, within the limits of `request.state`. Raises ApiError (4xx)."""
-    body = decode(await read_bytes(request, max_bytes))
-    body = {field: value for field, value in body.items() if field in kind.model_fields}
+    sent = decode(await read_bytes(request, max_bytes))
+    body = {field: value for field, value in sent.items() if field in kind.model_fields}
     _check_raw(body)
     parsed = validated(body, kind)
-    if _completions(parsed) > MAX_COMPLETIONS:
+    if (count := _completions(parsed)) > MAX_COMPLETIONS:
         field = "n" if (parsed.n or 1) > 1 else "prompt"
-        message = f"{field}: asks for {_completions(parsed)} completions, more than the {MAX_COMPLETIONS} of a request"
-        raise ApiError(400, message, param=field)
+        raise refused(field, f"asks for {count} completions, more than the {MAX_COMPLETIONS} of a request")
     limits: Limits | None = getattr(request.state, "limits", None)
     if limits is not None:
         _limit_tokens(parsed, body, limits)
-        if limits.tokens_per_minute and parsed.stream:
-            request.state.token_counter.hide_usage = _request_usage(parsed)
+        asks_for_usage = parsed.stream_options is not None and parsed.stream_options.include_usage
+        if limits.tokens_per_minute and parsed.stream and not asks_for_usage:
+            parsed.stream_options = StreamOptions(include_usage=True)  # tokens are counted by it
+            request.state.token_counter.hide_usage = True
     return parsed
 
 
@@ -101,17 +99,16 @@ def _check_raw(body: dict[str, JsonValue]) -> None:
     """Checks before validation, which would compile constraints and describe every one of 100,000 mistakes."""
     for field in REFUSED_FIELDS:
         if body.get(field) is not None:
-            raise ApiError(400, f"{field}: not accepted by this endpoint; leave it out", param=field)
+            raise refused(field, "not accepted by this endpoint; leave it out")
     check_constraints(body)
     for field, most in MAX_ITEMS.items():
         value = body.get(field)
         if isinstance(value, list | dict) and len(value) > most:
-            message = f"{field}: {len(value)} are more than the {most} that this endpoint takes"
-            raise ApiError(400, message, param=field)
+            raise refused(field, f"{len(value)} are more than the {most} that this endpoint takes")
     if not _is_prompt(body.get("prompt")):
-        raise ApiError(400, "prompt: must be text, a list of token ids, or a list of several such", param="prompt")
+        raise refused("prompt", "must be text, a list of token ids, or a list of several such")
     if not _is_ids(body.get("allowed_token_ids") or []):
-        raise ApiError(400, "allowed_token_ids: must be a list of token ids", param="allowed_token_ids")
+        raise refused("allowed_token_ids", "must be a list of token ids")
 
 
 def _is_prompt(prompt: JsonValue) -> bool:
@@ -145,17 +142,16 @@ def validated(body: dict[str, JsonValue], kind: type[PolicyRequest]) -> PolicyRe
 
 def _check_messages(messages: JsonValue) -> None:
     if not isinstance(messages, list) or not messages:
-        raise ApiError(400, "messages: must be a list of at least one message", param="messages")
+        raise refused("messages", "must be a list of at least one message")
     for position, message in enumerate(messages):
         field = f"messages[{position}]"
         if not isinstance(message, dict):
-            raise ApiError(400, f"{field}: must be an object with role and content", param=field)
+            raise refused(field, "must be an object with role and content")
         if not isinstance(message.get("role"), str):
-            raise ApiError(400, f"{field}.role: must be a string", param=f"{field}.role")
+            raise refused(f"{field}.role", "must be a string")
         content = message.get("content")
         if not _is_text(content) and not (content is None and message.get("tool_calls")):
-            expected = "must be text, or a list of parts of type 'text'"
-            raise ApiError(400, f"{field}.content: {expected}", param=f"{field}.content")
+            raise refused(f"{field}.content", "must be text, or a list of parts of type 'text'")
 
 
 def _is_text(content: JsonValue) -> bool:
@@ -181,32 +177,24 @@ def _completions(request: AnyRequest) -> int:
 def _limit_tokens(request: AnyRequest, body: dict[str, JsonValue], limits: Limits) -> None:
     """Sets the endpoint's token limits on the request. ApiError (400) if it asks for more."""
     request._max_prompt_tokens = limits.max_prompt_tokens
-    most, completions = limits.max_answer_tokens, _completions(request)
-    if most is None:
+    if (most := limits.max_answer_tokens) is None:
         return
+    completions = _completions(request)
     field = "max_completion_tokens" if getattr(request, "max_completion_tokens", None) is not None else "max_tokens"
     asked = None if body.get(field) is None else getattr(request, field)
     if asked is None and completions <= most:
         request._max_tokens = most // completions
     elif (asked or 1) * completions > most:
         times = f" for each of {completions} completions" if completions > 1 else ""
-        message = f"{field}: {asked or 1}{times} is more than the {most} tokens of an answer here"
-        raise ApiError(400, message, param=field)
-
-
-def _request_usage(request: AnyRequest) -> bool:
-    """Makes a stream end with its usage, by which tokens are counted; True if the client had not asked for it."""
-    if request.stream_options is not None and request.stream_options.include_usage:
-        return False
-    request.stream_options = StreamOptions(include_usage=True)
-    return True
+        raise refused(field, f"{asked or 1}{times} is more than the {most} tokens of an answer here")
 
 
 def _wrong_field(body: dict[str, JsonValue], kind: type[PolicyRequest]) -> str | None:
     """The first field whose type is wrong in an otherwise valid request."""
+    required = {"messages": [{"role": "user", "content": "x"}], "prompt": "x"}
     for field in body:
         try:
-            kind.model_validate({**_REQUIRED, field: body[field]})
+            kind.model_validate({**required, field: body[field]})
         except _WRONG_TYPES:
             return field
         except (ValidationError, VLLMClientError):

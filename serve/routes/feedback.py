@@ -31,7 +31,6 @@ from sampo_ray.serve.requests.json_body import read_json
 
 logger = logging.getLogger("ray.serve")  # Serve writes it to its log files
 T = TypeVar("T")
-
 FLUSH_S = 1.0  # answers of the last second are lost if the endpoint is killed; votes are not
 CLEANUP_S = 60.0
 MAX_BODY_BYTES = 1 << 20
@@ -43,8 +42,7 @@ class PendingAnswer:
 
     def __init__(self, messages: list[dict[str, str]], weights: WeightsId) -> None:
         self._messages, self._weights = messages, weights
-        self._id, self._text, self._reason = "", [""], ""
-        self._versions = [weights.version]
+        self._id, self._text, self._reason, self._versions = "", [""], "", [weights.version]
 
     def from_response(self, response: BaseModel) -> Answer | None:
         """The answer of a request that does not stream."""
@@ -52,7 +50,7 @@ class PendingAnswer:
         return self._finished()
 
     def add_events(self, chunks: str) -> Answer | None:
-        """Adds the next events of a stream; returns the answer when the last event is among them."""
+        """Adds the next events of a stream; returns the answer with the last one."""
         for data in sse.data_of(chunks):
             if data == sse.DONE_DATA:
                 return self._finished()
@@ -121,16 +119,15 @@ class _Journals:
 class FeedbackStore:
     """Keeps answers and stores votes in the run directory that `place` gives; ApiError while that is unknown.
 
-    Create it in a running event loop. The loop fills a buffer of answers; one thread reads and writes the files.
+    Create it in a running event loop, which fills a buffer of answers; one thread reads and writes the files.
     """
 
     def __init__(self, place: Callable[[], Awaitable[Place]], config: FeedbackConfig) -> None:
         self._place, self._config, self._keep_s = place, config, 3600 * config.keep_hours
         self._buffer: dict[str, bytes] = {}
-        self._buffered = 0
+        self._buffered, self._cleaned_up = 0, 0.0
         self._thread = ThreadPoolExecutor(1, "feedback")
         self._journals: _Journals | None = None
-        self._cleaned_up = 0.0
         self._flushing = asyncio.get_running_loop().create_task(self._flush_forever()) if self.enabled else None
 
     @property
@@ -141,20 +138,19 @@ class FeedbackStore:
         """Buffers an answer (None: one that broke off) without waiting; drops the oldest beyond the limits."""
         if answer is None:
             return
-        record = answer.model_dump_json().encode()
-        self._buffer[answer.id] = record
+        self._buffer[answer.id] = record = answer.model_dump_json().encode()
         self._buffered += len(record)
         while len(self._buffer) > self._config.max_answers or self._buffered > self._config.max_bytes:
             self._buffered -= len(self._buffer.pop(next(iter(self._buffer))))
 
     async def keep_stream(self, chunks: AsyncIterator[str], pending: PendingAnswer) -> AsyncIterator[str]:
-        """Passes the chunks on; keeps the answer before its last chunk is passed on."""
+        """Passes the chunks on; keeps the answer before the last one is."""
         async for text in chunks:
             self.keep(pending.add_events(text))
             yield text
 
     async def store(self, judgement: Judgement) -> bool:
-        """Stores a vote durably; returns True if it was stored already. Raises ApiError if it cannot be stored."""
+        """Stores a vote durably; True if it was stored already. Raises ApiError if it cannot be stored."""
         place = await self._place()
         buffered = {key: self._buffer[key] for key in judgement.ids if key in self._buffer}
         return await self._in_thread(lambda: self._store(place, judgement, buffered))
@@ -188,14 +184,13 @@ class FeedbackStore:
         return answer
 
     async def close(self) -> None:
-        """Writes the buffered answers; for an orderly end."""
+        """Writes the buffered answers."""
         if self._flushing is not None:
             self._flushing.cancel()
             with suppress(ApiError):
                 await self._flush()
 
     async def _flush(self) -> None:
-        """Writes the buffered answers and drops old ones."""
         clean_up = time.monotonic() - self._cleaned_up >= CLEANUP_S
         if not self._buffer and not clean_up:
             return

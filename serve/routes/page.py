@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable
 from importlib import resources
 from os.path import splitext
-from typing import TypedDict
 
 import yaml
 from fastapi import FastAPI
@@ -32,21 +31,6 @@ COLUMNS = ("loss", "margin", "accuracy", "chosen_tokens", "rejected_tokens")
 STEPS, POINTS, ROUNDS = 500, 250, 8
 TAIL_BYTES = 512 << 10  # STEPS lines of metrics.jsonl fit into it
 FRESH_S, READ_TIMEOUT_S = 1.0, 10.0
-
-
-class RunView(TypedDict):
-    run: str
-    base: str | None
-    method: str | None
-    finished: bool
-    alive: bool  # whether a process works on it
-    round: int | None  # from 1; null before the first, as `rounds` is without a configuration
-    rounds: int | None
-    stage: dict[str, object] | None  # see sampo_ray/run/status.py
-    history: list[dict[str, object]]
-    """The last rounds: round, steps, committed, start_version, and stages with their seconds."""
-    steps: dict[str, list[float | str | None]]
-    """Columns over some of the last optimizer steps: version, round and COLUMNS."""
 
 
 def load_assets() -> dict[str, tuple[bytes, str]]:
@@ -78,11 +62,11 @@ class PageRoutes:
             raise unavailable("the run directory cannot be read just now; try again soon") from None
 
     @functools.cached_property
-    def _view(self) -> CachedRead[RunView]:
+    def _view(self) -> CachedRead[dict[str, object]]:
         """One view for all requests within FRESH_S."""
         return CachedRead(self._read, FRESH_S, READ_TIMEOUT_S)
 
-    async def _read(self) -> RunView:
+    async def _read(self) -> dict[str, object]:
         return await asyncio.to_thread(view, await self.catalogue.run_place())
 
 
@@ -111,18 +95,17 @@ class RedirectToPage:
             await self._app(scope, receive, send)
 
 
-def view(run: Place) -> RunView:
-    """The view of a run directory. OSError or ValueError when it is none."""
-    manifest = read_manifest(run)
-    status = read_status(run) or Status()
+def view(run: Place) -> dict[str, object]:
+    """The view of a run directory, as JSON. OSError or ValueError when it is none."""
+    manifest, status = read_manifest(run), read_status(run) or Status()
     rounds, base, method = _settings(run)
     return {
         "run": manifest.id,
         "base": base,
         "method": method,
         "finished": manifest.finished,
-        "alive": status.alive(),
-        "round": status.round or len(manifest.rounds) or None,
+        "alive": status.alive(),  # whether a process works on it
+        "round": status.round or len(manifest.rounds) or None,  # from 1; null before the first
         "rounds": status.rounds or rounds,
         "stage": status.stage.model_dump() if status.stage and status.alive() else None,
         "history": [_round_view(record) for record in manifest.rounds[-ROUNDS:]],
