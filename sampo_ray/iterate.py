@@ -2,10 +2,8 @@
 
 from collections.abc import Sequence
 
-from sampo_ray.loop.ahead import prepare_next_round
 from sampo_ray.loop.fleet import Fleet
-from sampo_ray.loop.reporter import Reporter
-from sampo_ray.loop.rounds import Round, tokenize
+from sampo_ray.loop.rounds import Reporter, Round, prepare_next_round, tokenize
 from sampo_ray.run.directory import Run
 from sampo_ray.run.parts import Part
 from sampo_ray.run.storage import Place

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from sampo_ray.run.steps import StepMetrics
+from sampo_ray.run.manifest import StepMetrics
 from sampo_ray.run.storage import Place
 
 
@@ -23,7 +23,7 @@ class Stage:
 
 @dataclass
 class Notes:
-    """Implements sampo_ray.loop.reporter.Reporter."""
+    """Implements sampo_ray.loop.rounds.Reporter."""
 
     runs: list[Place] = field(default_factory=list)
     rounds: list[int] = field(default_factory=list)

@@ -11,7 +11,7 @@ from rich.table import Table
 from sampo_ray.config.run import load_config
 from sampo_ray.errors import ConfigError
 from sampo_ray.loop.display import BETWEEN_LINES_S, LiveDisplay, PlainDisplay, duration, open_display
-from sampo_ray.run.steps import StepMetrics
+from sampo_ray.run.manifest import StepMetrics
 from sampo_ray.run.storage import Place
 from sampo_ray.run.trackers import TRACKERS, check_trackers, open_trackers
 

@@ -7,7 +7,7 @@ import pytest
 
 from sampo_ray.actors.ranks.exchange import Closed, Exchange, Posted
 from sampo_ray.errors import TrainingError
-from sampo_ray.run.steps import StepMetrics, StepResult
+from sampo_ray.run.manifest import StepMetrics, StepResult
 
 SOON, NEVER = 10.0, 0.01
 

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from sampo_ray.config.run import load_config
-from sampo_ray.loop.fleet import applications
+from sampo_ray.loop.fleet import applications, last_error
 from sampo_ray.loop.rounds import Round
-from sampo_ray.loop.serving import last_error
 from sampo_ray.run.directory import create_run
 from sampo_ray.run.parts import Part
 from tests.notes import Notes

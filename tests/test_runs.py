@@ -11,10 +11,16 @@ from hypothesis import strategies as st
 
 from sampo_ray.config.run import load_config
 from sampo_ray.errors import ConfigError
-from sampo_ray.run.directory import create_run, open_run
-from sampo_ray.run.lock import exclusive
-from sampo_ray.run.manifest import Checkpoint, DataRecord, Manifest, RoundRecord, StageRecord
-from sampo_ray.run.steps import StepMetrics, parse_metrics
+from sampo_ray.run.directory import create_run, exclusive, open_run
+from sampo_ray.run.manifest import (
+    Checkpoint,
+    DataRecord,
+    Manifest,
+    RoundRecord,
+    StageRecord,
+    StepMetrics,
+    parse_metrics,
+)
 from sampo_ray.run.storage import Place
 
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from sampo_ray.config.run import RunConfig
 from sampo_ray.errors import TrainingError
+from sampo_ray.run.manifest import StepResult
 from sampo_ray.run.parts import Part
-from sampo_ray.run.steps import StepResult
 from sampo_ray.run.storage import Place
 
 EXCHANGE_ANSWER_S = 60.0

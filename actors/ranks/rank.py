@@ -22,9 +22,8 @@ from sampo_ray.actors.weights.publish import NewVersion, publish_adapters, publi
 from sampo_ray.data.preferences import pairs_of, with_reference
 from sampo_ray.errors import TrainingError, WeightsError
 from sampo_ray.run.buckets import checksum_of_file, checksums
-from sampo_ray.run.manifest import Checkpoint, lineage, read_manifest
+from sampo_ray.run.manifest import Checkpoint, StepMetrics, StepResult, lineage, read_manifest
 from sampo_ray.run.parts import part_place
-from sampo_ray.run.steps import StepMetrics, StepResult
 from sampo_ray.run.storage import Place
 from sampo_ray.run.version_files import adapters_info, write_version
 from sampo_ray.run.version_folders import VersionInfo, version_folder

@@ -15,7 +15,7 @@ from sampo_ray.actors.ranks.exchange import EXCHANGE_ANSWER_S, Exchange, RoundSp
 from sampo_ray.actors.ranks.rank import RankSettings, train_rank
 from sampo_ray.config.sections import TrainerConfig
 from sampo_ray.errors import TrainingError
-from sampo_ray.run.steps import StepResult
+from sampo_ray.run.manifest import StepResult
 from sampo_ray.run.storage import Place
 
 logger = logging.getLogger(__name__)

@@ -22,8 +22,7 @@ from sampo_ray.config.run import RunConfig, load_config
 from sampo_ray.config.sections import ServeConfig
 from sampo_ray.errors import ConfigError
 from sampo_ray.loop.display import Display, open_display
-from sampo_ray.run.directory import create_run, dump_config, open_run
-from sampo_ray.run.lock import exclusive
+from sampo_ray.run.directory import create_run, dump_config, exclusive, open_run
 from sampo_ray.run.storage import Place, absolute
 
 LOCAL_CPUS = 16
@@ -120,7 +119,7 @@ def serve(directory: str, overrides: list[str]) -> None:
     tree = run.config.model_dump()
     config = load_config({**tree, "serve": {**tree["serve"], "enabled": True}}, overrides)
     quiet_libraries()
-    from sampo_ray.loop.serving import open_live
+    from sampo_ray.loop.fleet import open_live
     from sampo_ray.loop.validate import check_keys_file
 
     check_keys_file(config.serve.keys_file)

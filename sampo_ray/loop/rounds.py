@@ -1,8 +1,10 @@
-"""One round of a run: its stages, each done once, and what the run directory records of them."""
+"""One round of a run: its stages, each done once, what the run directory records of them, and how the next begins."""
 
+import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -11,12 +13,10 @@ from sampo_ray.config.run import RunConfig
 from sampo_ray.data.sources import fingerprint
 from sampo_ray.errors import StageError
 from sampo_ray.loop import stages
-from sampo_ray.loop.blocks import StageOutput
-from sampo_ray.loop.reporter import Reporter
+from sampo_ray.loop.blocks import STAGE_STALL_S, StageOutput
 from sampo_ray.run.directory import Run
-from sampo_ray.run.manifest import DataRecord, StageRecord
+from sampo_ray.run.manifest import DataRecord, StageRecord, StepMetrics, StepResult
 from sampo_ray.run.parts import Part, parts_of
-from sampo_ray.run.steps import StepResult
 from sampo_ray.run.storage import Place
 from sampo_ray.run.version_folders import complete_versions, version_folder
 from sampo_ray.run.versions import read_serving
@@ -27,6 +27,36 @@ if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
     from sampo_ray.actors.ranks.trainer import Trainer
+    from sampo_ray.loop.fleet import Fleet
+
+CHECK_EVERY_S = 0.5
+
+
+class StageReporter(Protocol):
+    def advance(self, count: int = 1) -> None:
+        """`count` more units are done."""
+
+
+class Reporter(Protocol):
+    """What the loop reports while it works; the display implements it."""
+
+    def begin_run(self, run: Place) -> None:
+        """What follows belongs to the run in this directory."""
+
+    def begin_round(self, index: int, count: int) -> None:
+        """Round `index` (from 0) of `count` begins."""
+
+    def stage(self, name: str, total: int | None, unit: str) -> contextlib.AbstractContextManager[StageReporter]:
+        """A stage of `total` units (None: unknown), such as `stage("generate", 64, "prompts")`."""
+
+    def metrics(self, step: StepMetrics) -> None:
+        """An optimizer step is done."""
+
+    def version(self, number: int) -> None:
+        """Policy version `number` is published."""
+
+    def note(self, text: str) -> None:
+        """A line that the user should see and keep."""
 
 
 def tokenize(run: Run, reporter: Reporter) -> list[Part]:
@@ -272,3 +302,48 @@ class Round:
         others = [v for v in complete_versions(self.run.versions.url) if v not in kept]
         for version in set(others[: -self.config.publish.keep]) - served:
             Place(version_folder(self.run.versions.url, version)).remove()
+
+
+@contextlib.contextmanager
+def prepare_next_round(round: Round, fleet: "Fleet", prompts: Sequence[Part]) -> Iterator[None]:
+    """Prepares the next online round in a thread, for as long as the block runs.
+
+    With `rollout.ahead` its completions are sampled from whatever weights the replicas have, so they are older than the
+    next round's start by at most this round's steps; the next round samples the rest. Otherwise generators that were
+    scaled down are started in time for it.
+    """
+    if not round.config.online or round.index + 1 == round.config.rounds.count:
+        yield
+        return
+    over = threading.Event()
+    work = _sample_ahead if round.config.rollout.ahead else _start_generators
+    thread = threading.Thread(target=work, args=(round, fleet, prompts, over), name="next-round", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+    thread.join(timeout=STAGE_STALL_S)
+    if thread.is_alive():
+        raise StageError(f"completions sampled ahead were not complete {STAGE_STALL_S:.0f} s after the training ended")
+
+
+def _sample_ahead(round: Round, fleet: "Fleet", prompts: Sequence[Part], over: threading.Event) -> None:
+    config, index = round.config, round.index + 1
+    folder = round.run.place.at("rounds", str(index))
+    try:
+        order = prompts_of(config, index, sum(part.rows for part in prompts))
+        parts = stages.reorder(prompts, order, StageOutput(folder.at("prompts")), stages.PART_PROMPTS)
+        out = StageOutput(folder.at("completions"), enough=over.is_set)
+        made = sample(config, index, parts, out, fleet.generators, weights=None)
+    except Exception as error:  # of any kind: the next round samples again, and fails if it must
+        round.reporter.note(f"no more completions were sampled ahead: {error}")
+    else:
+        round.reporter.note(f"sampled ahead for round {index + 1}: {sum(part.rows for part in made)} completions")
+
+
+def _start_generators(round: Round, fleet: "Fleet", prompts: Sequence[Part], over: threading.Event) -> None:
+    while not over.wait(CHECK_EVERY_S):
+        if round.seconds_left is not None and round.seconds_left < fleet.start_seconds:
+            fleet.start_generators(round.config.fleet.generators, round.end)
+            return

