@@ -99,7 +99,7 @@ def _check_raw(body: dict[str, JsonValue]) -> None:
     """Checks before validation, which would compile constraints and describe every one of 100,000 mistakes."""
     for field in REFUSED_FIELDS:
         if body.get(field) is not None:
-            raise refused(field, "not accepted by this endpoint; leave it out")
+            raise ApiError(400, f"{field}: not accepted by this endpoint; leave it out", param=field)
     check_constraints(body)
     for field, most in MAX_ITEMS.items():
         value = body.get(field)
