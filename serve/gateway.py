@@ -1,7 +1,7 @@
 """The ingress of the live policy: OpenAI's routes before a running policy application, each answer with its version.
 
-It holds no weights and no engine. The policy is another Serve application, reached by name, so that one deployment can
-play both roles (rollouts and endpoint) and so that neither redeploys the other.
+The policy is another Serve application, reached by name, so that one deployment can play both roles (rollouts and
+endpoint) and so that neither redeploys the other.
 
 `x-policy-version` and `x-policy-run` name the weights that an answer began with. When others were swapped in on the
 way, the answer names them all and where they change, as `policy_versions`: in the body or, streaming, in a chunk before
@@ -10,32 +10,36 @@ the last line. A request whose replica dies before anything was streamed is aske
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import Literal, cast
 
 from fastapi import FastAPI, Request
 from ray import serve
-from ray.serve.handle import DeploymentHandle
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.llm.ingress import make_fastapi_ingress
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_incrementing
 
-from sampo_ray.actors.policy import sse
-from sampo_ray.actors.policy.messages import AnsweredBy, Chunks, Whole
+from sampo_ray.actors.policy import messages, sse
 from sampo_ray.actors.weights.client import StoreState
 from sampo_ray.config.sections import ServeConfig
 from sampo_ray.run.version_folders import WeightsId
 from sampo_ray.serve import errors
+from sampo_ray.serve.cached import CachedRead
 from sampo_ray.serve.catalogue import Catalogue
-from sampo_ray.serve.errors import ApiError, ReplicaLost
+from sampo_ray.serve.errors import ApiError, ReplicaLost, unavailable
 from sampo_ray.serve.middleware.auth import Access, Authentication
 from sampo_ray.serve.middleware.headers import SECURITY_HEADERS, ResponseHeaders, version_headers
 from sampo_ray.serve.middleware.limits import MAX_IN_FLIGHT, LimitRequests, Limits
-from sampo_ray.serve.policy_app import Answer, PolicyApp
 from sampo_ray.serve.requests.openai import ChatCompletionRequest, CompletionRequest, read_request
 from sampo_ray.serve.routes.admin import ADMIN_ROUTES, AdminRoutes
 from sampo_ray.serve.routes.feedback import FEEDBACK_ROUTES, FeedbackRoutes, FeedbackStore, pending_answer
 from sampo_ray.serve.routes.page import PAGE_ROUTES, PageRoutes, RedirectToPage, load_assets
 
+PATIENCE_S, HANDLE_POLL_S = 2.0, 0.5
+STATUS_FRESH_S, STATUS_TIMEOUT_S = 1.0, 10.0
 ROUTES = {
     **ADMIN_ROUTES,
     **FEEDBACK_ROUTES,
@@ -48,6 +52,97 @@ ROUTES = {
 }
 
 
+class PolicyApp:
+    """A Serve application of policy replicas, by name; it may start, die and come back while this object lives."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._handle: DeploymentHandle | None = None
+        self._status = CachedRead(lambda: asyncio.to_thread(self._look), STATUS_FRESH_S, STATUS_TIMEOUT_S)
+        self.seen = messages.LivePosition()
+        """The latest position that an answer has had; no answer begins earlier."""
+
+    async def handle(self, start_by: float) -> DeploymentHandle:
+        """ApiError (503) when the application is not deployed until `start_by` (event loop's clock)."""
+        while self._handle is None:
+            try:
+                self._handle = (await asyncio.to_thread(serve.get_app_handle, self._name)).options(stream=True)
+            except (RayError, RayServeException):
+                if asyncio.get_running_loop().time() > start_by:
+                    raise unavailable() from None
+                await asyncio.sleep(HANDLE_POLL_S)
+        return self._handle
+
+    def note(self, seen: messages.AnsweredBy | messages.WeightsChanged) -> None:
+        """Notes weights of which a client has seen an answer."""
+        before = self.seen.sequence if self.seen.run == seen.weights.run else 0
+        self.seen = messages.LivePosition(seen.weights.run, max(before, seen.sequence))
+
+    async def up_and_runs(self) -> tuple[bool, bool]:
+        """Whether a replica runs or Serve would start one, and whether one runs. At most one look a second, for all
+        callers together.
+        """
+        # While the controller restarts, replicas answer without it, and the last status still counts.
+        with suppress(TimeoutError, RayError):
+            return await self._status.get()
+        return self._status.last or (False, False)
+
+    def _look(self) -> tuple[bool, bool]:
+        app = serve.status().applications.get(self._name)
+        if app is None:
+            return False, False
+        runs = all(d.replica_states.get("RUNNING") for d in app.deployments.values())
+        return runs or all(d.status == "HEALTHY" for d in app.deployments.values()), runs
+
+
+class Answer:
+    """The items of one streaming call, until `deadline` (event loop's clock). Its failures are ApiErrors.
+
+    Serve cancels the call when the request that made it is cancelled (the client went away); this class does when the
+    endpoint itself gives up.
+    """
+
+    def __init__(self, policy: PolicyApp, items: DeploymentResponseGenerator, deadline: float) -> None:
+        self._policy, self._items, self._deadline = policy, items, deadline
+
+    async def opened(self, start_by: float) -> messages.AnsweredBy:
+        """The weights that answer: a replica's first item, sent at once. Waits for a replica until `start_by`."""
+        first = asyncio.ensure_future(self._item())
+        try:
+            while not (await asyncio.wait({first}, timeout=PATIENCE_S))[0]:
+                if asyncio.get_running_loop().time() > start_by and not (await self._policy.up_and_runs())[1]:
+                    self._items.cancel()
+                    raise unavailable()
+            answered_by = first.result()
+            if isinstance(answered_by, messages.AnsweredBy):
+                return answered_by
+            raise ReplicaLost()
+        finally:
+            first.cancel()
+
+    async def next(self) -> messages.Chunks | messages.Whole | None:
+        """The next part of the answer; None at the end. Notes changed weights, and raises the engine's errors."""
+        match await self._item():
+            case messages.WeightsChanged() as changed:
+                self._policy.note(changed)
+                return await self.next()
+            case messages.Failure(status, message, param):
+                raise errors.from_engine(status, message, param)
+            case messages.Chunks() | messages.Whole() as content:
+                return content
+        return None
+
+    async def _item(self) -> messages.AnswerItem | None:
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                return await anext(self._items, None)
+        except TimeoutError:
+            self._items.cancel()
+            raise ApiError(504, "the request took longer than this endpoint allows", code="timeout") from None
+        except (RayError, RayServeException) as error:
+            raise errors.from_policy(error) from None
+
+
 class PolicyIngress(AdminRoutes, FeedbackRoutes, PageRoutes):
     """Answers for the Serve application `policy_app`, which serves the model `policy`, and for pinned versions.
 
@@ -57,23 +152,20 @@ class PolicyIngress(AdminRoutes, FeedbackRoutes, PageRoutes):
 
     def __init__(self, policy_app: str, store: str, config: ServeConfig) -> None:
         self.live: WeightsId | None = None
-        self.catalogue = Catalogue(policy_app, store)
+        self.catalogue, self.assets, self._config = Catalogue(policy_app, store), load_assets(), config
         self.feedback_store = FeedbackStore(self.catalogue.run_place, config.feedback)
         self._policy = PolicyApp(policy_app)
         self._apps = {policy_app: self._policy}
-        self._config = config
-        self.assets = load_assets()
 
     def commanded(self, state: StoreState) -> None:
         """No answer from now on begins with weights that were live before the command."""
-        serving = state.serving
-        if serving.live is not None:
-            self._policy.note(AnsweredBy(WeightsId(state.run, serving.live), serving.sequence))
+        if state.serving.live is not None:
+            self._policy.note(messages.AnsweredBy(WeightsId(state.run, state.serving.live), state.serving.sequence))
 
     async def health(self) -> Response:
         """200 when a request would be answered, else 503."""
-        if not await self._policy.is_up():
-            raise errors.unavailable()
+        if not (await self._policy.up_and_runs())[0]:
+            raise unavailable()
         return JSONResponse({"status": "ok"})
 
     async def list_models(self) -> Response:
@@ -106,7 +198,7 @@ class PolicyIngress(AdminRoutes, FeedbackRoutes, PageRoutes):
         answer, weights, first = await self._opened(policy, target.version, call, start_by)
         headers = version_headers(weights)
         pending = pending_answer(body, weights) if self.feedback_store.enabled else None
-        if isinstance(first, Whole):
+        if isinstance(first, messages.Whole):
             if pending:
                 self.feedback_store.keep(pending.from_response(first.response))
             content = first.response.model_copy(update={"model": asked_for or body.model}).model_dump_json()
@@ -124,7 +216,7 @@ class PolicyIngress(AdminRoutes, FeedbackRoutes, PageRoutes):
     )
     async def _opened(
         self, policy: PolicyApp, version: int | None, call: Callable[[DeploymentHandle], Answer], start_by: float
-    ) -> tuple[Answer, WeightsId, Chunks | Whole]:
+    ) -> tuple[Answer, WeightsId, messages.Chunks | messages.Whole]:
         """An answer, the weights it begins with, and its first part, from the first replica that gives one."""
         answer = call(await policy.handle(start_by))
         answered_by = await answer.opened(start_by)
@@ -139,10 +231,10 @@ class PolicyIngress(AdminRoutes, FeedbackRoutes, PageRoutes):
         return answer, answered_by.weights, first
 
 
-async def _stream(first: Chunks, answer: Answer) -> AsyncIterator[str]:
-    part: Chunks | Whole | None = first
+async def _stream(first: messages.Chunks, answer: Answer) -> AsyncIterator[str]:
+    part: messages.Chunks | messages.Whole | None = first
     try:
-        while isinstance(part, Chunks):
+        while isinstance(part, messages.Chunks):
             yield "".join(part.events)
             part = await answer.next()
     except ApiError as error:  # the status line has been sent; OpenAI's clients look for this
@@ -151,9 +243,7 @@ async def _stream(first: Chunks, answer: Answer) -> AsyncIterator[str]:
 
 def build_endpoint_app(name: str, policy_app: str, store: str, config: ServeConfig) -> serve.Application:
     """The endpoint as a Serve application of one deployment, `name`, in front of the application `policy_app`, whose
-    replicas follow the weight store of that name.
-
-    API keys travel as digests only. ValueError for an unusable key.
+    replicas follow the weight store of that name. API keys travel as digests only. ValueError for an unusable key.
     """
     # A redirect would lead wherever the Host header says.
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)

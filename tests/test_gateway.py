@@ -24,10 +24,9 @@ from sampo_ray.run.version_folders import WeightsId
 from sampo_ray.serve import errors
 from sampo_ray.serve.endpoint import base_url, check_port, free_port
 from sampo_ray.serve.errors import ApiError
-from sampo_ray.serve.gateway import PolicyIngress, _stream
+from sampo_ray.serve.gateway import Answer, PolicyApp, PolicyIngress, _stream
 from sampo_ray.serve.middleware.auth import Access, Authentication
 from sampo_ray.serve.middleware.headers import ResponseHeaders, version_headers
-from sampo_ray.serve.policy_app import Answer, PolicyApp
 from sampo_ray.serve.requests.json_body import decode
 from sampo_ray.serve.requests.openai import ChatCompletionRequest, CompletionRequest, read_request, validated
 

@@ -15,18 +15,14 @@ from sampo_ray.run.version_folders import WeightsId
 
 @dataclass(frozen=True)
 class RolloutRequest:
-    """How to draw rollouts: `samples` completions a prompt, each of at most `max_tokens` tokens.
-
-    `temperature` 0 is greedy. Each draw is seeded by (`seed`, prompt id, sample) alone. `weights` are those to draw
-    from; None: those that the replica holds.
-    """
+    """How to draw rollouts: `samples` completions a prompt, each of at most `max_tokens` tokens."""
 
     samples: int
-    temperature: float
+    temperature: float  # 0 is greedy
     top_p: float
     max_tokens: int
-    seed: int
-    weights: WeightsId | None = None
+    seed: int  # each draw is seeded by it, the prompt's id and the sample alone
+    weights: WeightsId | None = None  # those to draw from; None: those that the replica holds
 
 
 class ReplicaStatus(TypedDict):
@@ -89,9 +85,7 @@ AnswerItem: TypeAlias = AnsweredBy | WeightsChanged | Chunks | Whole | Failure
 
 
 class VersionSpan(TypedDict):
-    """An entry of an answer's `policy_versions`: from how many tokens on, by choice, the version computed it (null: the
-    choice had ended). The first entry has no `from_tokens`.
-    """
+    """An entry of an answer's `policy_versions`."""
 
     version: int
-    from_tokens: NotRequired[list[int | None]]
+    from_tokens: NotRequired[list[int | None]]  # where it began, by choice; null: had ended. Not in the first entry

@@ -19,18 +19,16 @@ from sampo_ray.actors.policy.messages import LivePosition, ReplicaStatus, Weight
 from sampo_ray.actors.transfer.backend import HostUpdate, Receiver, staged_weights
 from sampo_ray.actors.weights.client import Channel, Weights, find_weight_store, throttle
 from sampo_ray.errors import WeightsError, WeightsNotLoadedError
-from sampo_ray.internals.vllm import has_requests, requests_in_flight
+from sampo_ray.internals.vllm import requests_in_flight
 from sampo_ray.run.buckets import Bucket, checksum, flat, unpack, verify, views
 from sampo_ray.run.version_folders import VersionInfo, WeightsId
 from sampo_ray.training.lora import MATRICES, file_name, merged
 
-POLL_S = 30.0
-RETRY_S = 2.0
+POLL_S, RETRY_S = 30.0, 2.0
 FETCH_TIMEOUT_S = 300.0
 SWAP_TIMEOUT_S = 120.0
 POSITION_TIMEOUT_S = 10.0
-PREPARE_TIMEOUT_S = 600.0
-PREPARE_SLICE_S = 0.025
+PREPARE_TIMEOUT_S, PREPARE_SLICE_S = 600.0, 0.025
 FIRST_WEIGHTS_TIMEOUT_S = 600.0
 SHARE_OF_A_CORE = 0.2  # of the time: for staging new weights where the engine computes on the same cores
 NO_WEIGHTS = WeightsId("", -1)  # an id that no store knows
@@ -195,7 +193,7 @@ class ReplicaWeights:
                 yield received
                 return
         buckets = [await fetched(bucket) for bucket in weights.buckets]
-        engine_computes = current_platform.is_cpu() and has_requests(self._client)
+        engine_computes = current_platform.is_cpu() and requests_in_flight(self._client)
         share, merge = SHARE_OF_A_CORE if engine_computes else 1.0, None
         if weights.adapters is not None and weights.info.adapters is not None:
             adapters = await fetched(weights.adapters)
@@ -249,9 +247,8 @@ async def in_thread(context: AbstractContextManager[T]) -> AsyncIterator[T]:
 
 
 def merging(adapters: Bucket, scaling: float, share: float = 1.0) -> Callable[[Bucket], Bucket]:
-    """A function that merges LoRA adapters into a bucket of their base; works no more than `share` of the time.
-
-    Both raise WeightsError for damaged bytes.
+    """A function that merges LoRA adapters into a bucket of their base and works no more than `share` of the time; both
+    raise WeightsError for damaged bytes.
     """
     parts = dict(unpack(adapters))
 

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 PREFIX, END = "data: ", "\n\n"
 END_BYTES = END.encode()  # JSON text never holds it: a line break in a string is written \n
 DONE_DATA = "[DONE]"
-DONE = f"{PREFIX}{DONE_DATA}{END}"
-"""The last event of a stream."""
+DONE = f"{PREFIX}{DONE_DATA}{END}"  # the last event of a stream
 
 
 def event(body: Mapping[str, object]) -> str:
@@ -22,11 +21,6 @@ def data_of(events: str) -> Iterator[str]:
 def error_data(event: str) -> str | None:
     """The JSON of an event that reports an error, as vLLM writes it; None for other events."""
     return event.removeprefix(PREFIX) if event.startswith(f'{PREFIX}{{"error"') else None
-
-
-def count(raw: bytes) -> int:
-    """How many events end in these bytes."""
-    return raw.count(END_BYTES)
 
 
 def without(raw: bytes, drop: Callable[[bytes], object]) -> bytes:

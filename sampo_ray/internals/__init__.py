@@ -1,8 +1,6 @@
 """The private interfaces of libraries that this program reaches: names with a leading underscore, `_internal` and
-`_private` packages, and undocumented inner workings.
+`_private` packages, and undocumented inner workings. One module a library; importing it costs what the library costs.
 
-One module a library. Each function or class says what it reaches and with which version it was checked, and
-tests/test_internals.py has a contract test for it, which fails once the library has another interface. Nothing outside
-this room touches an underscore of a library. The room imports nothing of the program but its errors; a module imports
-the library that it wraps at its top, so importing it costs what the library costs.
+Each function or class says what it reaches and with which version it was checked, and tests/test_internals.py has a
+contract test for it, which fails once the library has another interface.
 """

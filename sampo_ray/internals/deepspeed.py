@@ -39,9 +39,8 @@ def load_checkpoint(
 
 def write_universal(checkpoint: Path, out: Path) -> None:
     """Writes what all ranks saved in `checkpoint` as one that any number of ranks can load: masters and moments by
-    parameter (DeepSpeed's universal format; Lian et al. 2024, arXiv 2406.18820), the same bits.
-
-    Calls the command-line tool `ds_to_universal` in this process.
+    parameter (DeepSpeed's universal format; Lian et al. 2024, arXiv 2406.18820), the same bits. Calls the command-line
+    tool `ds_to_universal` in this process.
     """
     settings = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
     folders = {"input_folder": str(checkpoint), "output_folder": str(out)}

@@ -22,8 +22,5 @@ class TimeLimitedJobClient(JobSubmissionClient):
 
 
 def silence_services() -> None:
-    """Keeps a thread that still waits for Ray's dashboard from complaining on the terminal after `ray.shutdown`.
-
-    Reaches the logger of `ray._private.services`.
-    """
+    """Keeps a thread of `ray._private.services` from complaining of a missing dashboard after `ray.shutdown`."""
     logging.getLogger("ray._private.services").setLevel(logging.CRITICAL)

@@ -49,12 +49,9 @@ class EngineServer(LLMServer):
         return self._llm_config.model_id
 
     async def load_adapter(self, name: str, folder: str) -> None:
-        """Makes the LoRA adapter in a local folder known to the engine as `name`. Reaches DiskMultiplexConfig, the
-        argument of the engine's `resolve_lora`.
-        """
-        await self.engine.resolve_lora(
-            DiskMultiplexConfig(model_id=name, local_path=folder, lora_assigned_int_id=0, max_total_tokens=None)
-        )
+        """Makes the LoRA adapter in a local folder known to the engine as `name`. Reaches DiskMultiplexConfig."""
+        lora = DiskMultiplexConfig(model_id=name, local_path=folder, lora_assigned_int_id=0, max_total_tokens=None)
+        await self.engine.resolve_lora(lora)
 
 
 def use_local_folders(config: LLMConfig, model: str, tokenizer: str) -> None:

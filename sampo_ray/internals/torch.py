@@ -8,14 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import flex_attention
 
-ModuleState: TypeAlias = dict[str, object]
-"""All attributes of a module: its `__dict__`, which holds parameters and buffers in dictionaries of their own."""
+ModuleState: TypeAlias = dict[str, object]  # a module's `__dict__`, with parameters and buffers in dicts of their own
 
 
 def init_amx() -> None:
-    """Asks the operating system for AMX tiles, without which vLLM's bf16 kernels end a worker with SIGILL. Does nothing
-    on a CPU without AMX. Reaches `torch.cpu._init_amx`.
-    """
+    """Asks the system for AMX tiles, without which vLLM's bf16 kernels die of SIGILL, by `torch.cpu._init_amx`."""
     if hasattr(torch.cpu, "_init_amx"):
         torch.cpu._init_amx()
 
@@ -26,16 +23,9 @@ def parameters_of(module: nn.Module) -> dict[str, Tensor | None]:
 
 
 def copied_state(module: nn.Module, parameters: Mapping[str, Tensor | None]) -> ModuleState:
-    """The module's state with other parameters; setting an attribute in one state leaves the other as it is.
-
-    Reaches `Module._parameters`, `._buffers` and `._non_persistent_buffers_set`.
-    """
-    return {
-        **vars(module),
-        "_parameters": dict(parameters),
-        "_buffers": dict(module._buffers),
-        "_non_persistent_buffers_set": set(module._non_persistent_buffers_set),
-    }
+    """The module's state with other parameters; setting an attribute in one state leaves the other as it is."""
+    buffers = {"_buffers": dict(module._buffers), "_non_persistent_buffers_set": {*module._non_persistent_buffers_set}}
+    return {**vars(module), "_parameters": dict(parameters), **buffers}
 
 
 def set_state(module: nn.Module, state: ModuleState) -> None:
@@ -58,9 +48,6 @@ def limit_recompilations(kernels: int) -> None:
 def create_block_mask(
     sees: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], tokens: int, device: torch.device
 ) -> flex_attention.BlockMask:
-    """FlexAttention's mask [tokens, tokens], compiled except on CPUs: uncompiled it is made from a whole matrix.
-
-    Uses the private parameter `_compile`.
-    """
+    """FlexAttention's mask [tokens, tokens], made with `_compile` but on CPUs: else it is made from a whole matrix."""
     compiled = device.type != "cpu"
     return flex_attention.create_block_mask(sees, None, None, tokens, tokens, device=device, _compile=compiled)

@@ -1,7 +1,4 @@
-"""vLLM's private interfaces, checked with vllm 0.29.0: the state of an engine's requests, and of layers after loading.
-
-They have no underscore, but vLLM documents none of them.
-"""
+"""vLLM's undocumented interfaces, checked with vllm 0.29.0: the state of an engine's requests, and of loaded layers."""
 
 from dataclasses import dataclass
 
@@ -17,12 +14,10 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 @dataclass(frozen=True)
 class RequestProgress:
-    """How far an engine request is: `external_id` is the id it was sent with (of a list of prompts with `-` and the
-    prompt's position added), `index` its place among the `n` completions of its prompt.
-    """
+    """How far an engine request is."""
 
-    external_id: str
-    index: int
+    external_id: str  # the one it was sent with; for a list of prompts with `-` and the prompt's position added
+    index: int  # among the `n` completions of its prompt
     n: int
     tokens: int
 
@@ -33,11 +28,6 @@ def requests_in_flight(engine: AsyncLLM) -> list[RequestProgress]:
         RequestProgress(s.external_req_id, s.request_index, s.n or 1, s.detokenizer.num_output_tokens())
         for s in engine.output_processor.request_states.values()
     ]
-
-
-def has_requests(engine: AsyncLLM) -> bool:
-    """Whether any request is unfinished. Reaches `AsyncLLM.output_processor.request_states`."""
-    return bool(engine.output_processor.request_states)
 
 
 def parameters_as_created(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -65,8 +55,7 @@ def process_weights(module: nn.Module) -> None:
     method = quant_method(module)
     assert method is not None
     method.process_weights_after_loading(module)
-    update = getattr(module, "update_param_tp_status", None)
-    if callable(update):
+    if callable(update := getattr(module, "update_param_tp_status", None)):
         update()
 
 
@@ -76,18 +65,13 @@ def skip_packing(module: nn.Module, model: nn.Module) -> bool:
     vLLM packs a second copy of an embedding on a CPU, which nothing computes with. Reaches its `cpu_linear`.
     """
     is_head = isinstance(module, ParallelLMHead) or module is getattr(model, "lm_head", None)
-    if isinstance(module, VocabParallelEmbedding) and not is_head:
+    if skipped := isinstance(module, VocabParallelEmbedding) and not is_head:
         module.cpu_linear = nn.functional.linear
-        return True
-    return False
+    return skipped
 
 
 def pack_heads(model: nn.Module) -> None:
-    """Packs the heads of a model on a CPU again.
-
-    vLLM 0.29 computes there with a packed copy, and does not renew that of a tied head, since a reload gives it no
-    weights.
-    """
+    """Packs the heads of a model on a CPU again: at a reload, vLLM 0.29 leaves the packed copy of a tied head old."""
     for module in model.modules():
         if isinstance(module, ParallelLMHead):
             module.quant_method.process_weights_after_loading(module)

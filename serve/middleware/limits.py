@@ -107,7 +107,7 @@ class TokenCounter:
             self._failed = message["status"] >= 400
         elif message["type"] == "http.response.body":
             body = bytes(message.get("body", b""))
-            self._events += sse.count(body)
+            self._events += body.count(sse.END_BYTES)
             self._ended = not message.get("more_body", False)
             if found := USAGE.findall(body):
                 self._usage = int(found[-1])
