@@ -26,9 +26,8 @@ COMMAND_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True)
 class Target:
-    """Who answers for a model name: a Serve application, the name its engine has the model under, and a version that
-    it must hold to be right (None: whatever is live).
-    """
+    """Who answers for a model name: an application, its engine's name for the model, and a version that it must hold to
+    be right (None: whatever is live)."""
 
     app: str
     engine_model: str
@@ -54,9 +53,7 @@ class Catalogue:
             return self._state.last
 
     async def run_place(self) -> Place:
-        """The directory of the run that the fleet works for; while the store is away, of the last one. ApiError (503)
-        when there is none.
-        """
+        """The fleet's run directory; while the store is away, the last one. ApiError (503) when there is none."""
         try:
             self._place = await asyncio.wait_for(find_weight_store(self._store).place.remote(), CALL_TIMEOUT_S)
         except (RayError, ValueError, TimeoutError):
@@ -87,20 +84,14 @@ class Catalogue:
         base, _, name = str(model).partition("@")
         state = await self.state()
         serving = state.serving
-        ranks = adapter_ranks(serving)
 
         def app_of(version: int) -> str:
-            return pinned_app(state.apps, state.run, version, ranks[version])
+            return pinned_app(state.apps, state.run, version, adapter_ranks(serving)[version])
 
         if base == MODEL and name in serving.named_adapters:
             version = serving.named_adapters[name].base
             return Target(app_of(version), f"{MODEL}@{name}", version)
-        try:
-            if base != MODEL:
-                raise VersionError("no model of that name")
-            version = find(name, state.labels)
-        except VersionError as error:
-            raise _no_model(str(error), state) from None
+        version = _find(str(model), state)
         held = serving.adapters[str(version)].base if version in serving.pinned_adapters else version
         if held in serving.pinned:
             return Target(app_of(held), f"{MODEL}@{version}", version)
@@ -111,9 +102,7 @@ class Catalogue:
     async def cards(self) -> list[dict[str, Any]]:
         """OpenAI's model cards: the live policy first, then every version that is kept, newest first."""
         state = await self.state()
-        cards = [
-            self._card(f"{MODEL}@{entry.version}", {"run": state.run, **entry.listed()}) for entry in state.versions
-        ]
+        cards = [self._card(f"{MODEL}@{e.version}", {"run": state.run, **e.listed()}) for e in state.versions]
         live = [self._card(MODEL, card["metadata"]) for card in cards if card["metadata"]["state"] == "live"]
         by_version = {card["metadata"]["version"]: card["metadata"] for card in cards}
         adapters = [
@@ -128,12 +117,7 @@ class Catalogue:
         state = await self.state()
         name = model.partition("@")[2]
         if model != MODEL and name not in state.serving.adapters:
-            try:
-                if not model.startswith(f"{MODEL}@"):
-                    raise VersionError("no model of that name")
-                name = str(find(name, state.labels))
-            except VersionError as error:
-                raise _no_model(str(error), state) from None
+            name = str(_find(model, state))
         wanted = f"{MODEL}@{name}" if name else MODEL
         for card in await self.cards():
             if card["id"] == wanted:
@@ -157,6 +141,15 @@ def served_names(state: StoreState) -> list[str]:
         if entry.version in served:
             names += [f"{MODEL}@{name}" for name in (entry.version, *entry.labels)]
     return [*names, *(f"{MODEL}@{name}" for name in serving.named_adapters)]
+
+
+def _find(model: str, state: StoreState) -> int:
+    try:
+        if not model.startswith(f"{MODEL}@"):
+            raise VersionError("no model of that name")
+        return find(model.partition("@")[2], state.labels)
+    except VersionError as error:
+        raise _no_model(str(error), state) from None
 
 
 def _no_model(reason: str, state: StoreState) -> ApiError:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from sampo_ray.actors.weights.gate import Probe, judge, win_rate
+from sampo_ray.actors.weights.live import Probe, judge, win_rate
 from sampo_ray.actors.weights.pinned import adapter_ranks, pinned_app
 from sampo_ray.config.run import load_config
 from sampo_ray.config.sections import GatesConfig, ServeConfig

@@ -38,16 +38,12 @@ def adapter_ranks(state: Serving) -> dict[int, int]:
 
 def pinned_app(apps: str, run_id: str, version: int, rank: int) -> str:
     """The name of a pinned version's Serve application; it names the run, since a fleet may serve one after another."""
-    return f"{pinned_prefix(apps)}{run_id}-{version}" + (f"-lora{rank}" if rank else "")
-
-
-def pinned_prefix(apps: str) -> str:
-    return f"{apps}-pinned-"
+    return f"{apps}-pinned-{run_id}-{version}" + (f"-lora{rank}" if rank else "")
 
 
 def delete_pinned(apps: str, keep: Sequence[str] = ()) -> None:
     running = serve.status().applications
-    delete_apps([name for name in running if name.startswith(pinned_prefix(apps)) and name not in keep])
+    delete_apps([name for name in running if name.startswith(f"{apps}-pinned-") and name not in keep])
 
 
 def delete_apps(names: Sequence[str]) -> None:
@@ -67,24 +63,13 @@ def _reconcile(apps: str, place: Place, run_id: str, ranks: dict[int, int], _bef
     delete_pinned(apps, keep=list(names))
     config = open_run(place.url).config
     settings = config.fleet.generators.model_copy(update={"min_replicas": 0, "max_replicas": 1})
-    running = serve.status().applications
+    tokenizer, drain_s, running = place.at("tokenizer").url, config.serve.request_timeout_s, serve.status().applications
     targets = []
     for name, (version, rank) in names.items():
         if name not in running:
-            source = WeightsSource(
-                pinned=WeightsId(run_id, version),
-                drain_s=config.serve.request_timeout_s,
-                adapters=place.url if rank else None,
-                max_rank=rank,
-            )
-            app = policy_deployment(
-                f"policy@{version}",
-                version_folder(place.at("versions").url, version),
-                place.at("tokenizer").url,
-                source,
-                settings,
-                config.data.max_length,
-            )
+            adapters, folder = place.url if rank else None, version_folder(place.at("versions").url, version)
+            source = WeightsSource(pinned=WeightsId(run_id, version), drain_s=drain_s, adapters=adapters, max_rank=rank)
+            app = policy_deployment(f"policy@{version}", folder, tokenizer, source, settings, config.data.max_length)
             targets.append(serve.RunTarget(app, name=name, route_prefix=None))
     if targets:
         serve.run_many(targets, wait_for_applications_running=False)

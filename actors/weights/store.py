@@ -85,7 +85,7 @@ class WeightStore:
         async with self._lock:
             self._check_run(run_id)
             if self._loaded.is_newer(version):
-                here = tuple([await self._copied(bucket) for bucket in buckets])
+                here = tuple([await asyncio.to_thread(copied, replace(b, data=await b.data)) for b in buckets])
                 if offered:
                     await self._transfers.offer(WeightsId(run_id, version))
                 await asyncio.to_thread(self._loaded.add, version, here)
@@ -171,9 +171,6 @@ class WeightStore:
                     await self._policy.look(self._attached.watch)
             except (OSError, ValidationError, WeightsError, RayError) as error:
                 logger.warning("could not read the run directory, and will try again: %s", type(error).__name__)
-
-    async def _copied(self, bucket: Bucket) -> Bucket:
-        return await asyncio.to_thread(copied, replace(bucket, data=await bucket.data))
 
 
 def copied(bucket: Bucket) -> Bucket:

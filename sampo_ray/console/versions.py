@@ -15,9 +15,8 @@ if TYPE_CHECKING:
     from sampo_ray.run.versions import Command, Follow
 
 app = typer.Typer()
-adapters = typer.Typer(
-    help="LoRA adapters of your own, served on the version they were made for.", no_args_is_help=True
-)
+ADAPTER_HELP = "LoRA adapters of your own, served on the version they were made for."
+adapters = typer.Typer(help=ADAPTER_HELP, no_args_is_help=True)
 app.add_typer(adapters, name="adapter")
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The run directory.")]
 VersionArgument = Annotated[str, typer.Argument(metavar="VERSION", help="A number, or a label such as round-2.")]
@@ -27,7 +26,22 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 @app.command()
 def versions(run: RunArgument) -> None:
     """Lists a run's versions: which is live, pinned or refused, and why."""
-    show(run)
+    from rich.console import Console
+    from rich.table import Table
+
+    from sampo_ray.run.versions import listing, read_serving
+
+    place, infos, follow = opened(run)
+    state = read_serving(place, follow)
+    table = Table("version", "labels", "state", "loss", "margin", "chosen", "published")
+    for entry in listing(state, infos):
+        numbers = [entry.metrics.get(name) for name in ("loss", "margin", "chosen_tokens")]
+        shown = ("-" if n is None else f"{n:{form}}" for n, form in zip(numbers, (".3f", "+.3f", ".0f"), strict=True))
+        when = "-" if entry.created is None else f"{datetime.fromtimestamp(entry.created):%m-%d %H:%M}"
+        state_and_why = entry.state + (f": {entry.reason}" if entry.reason else "")
+        table.add_row(str(entry.version), ", ".join(entry.labels), state_and_why, *shown, when)
+    Console().print(table)
+    typer.echo(f"follow: {state.follow}{' (held)' if state.held else ''}")
 
 
 @app.command()
@@ -136,25 +150,6 @@ def carry_out(run: str, command: "Command") -> None:
     live = "nothing" if state.live is None else f"version {state.live}"
     pinned = ", ".join(map(str, state.all_pinned)) or "none"
     typer.echo(f"live: {live}{held}; pinned: {pinned}")
-
-
-def show(run: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from sampo_ray.run.versions import listing, read_serving
-
-    place, infos, follow = opened(run)
-    state = read_serving(place, follow)
-    table = Table("version", "labels", "state", "loss", "margin", "chosen", "published")
-    for entry in listing(state, infos):
-        numbers = [entry.metrics.get(name) for name in ("loss", "margin", "chosen_tokens")]
-        shown = ("-" if n is None else f"{n:{form}}" for n, form in zip(numbers, (".3f", "+.3f", ".0f"), strict=True))
-        when = "-" if entry.created is None else f"{datetime.fromtimestamp(entry.created):%m-%d %H:%M}"
-        state_and_why = entry.state + (f": {entry.reason}" if entry.reason else "")
-        table.add_row(str(entry.version), ", ".join(entry.labels), state_and_why, *shown, when)
-    Console().print(table)
-    typer.echo(f"follow: {state.follow}{' (held)' if state.held else ''}")
 
 
 def opened(run: str) -> "tuple[Place, dict[int, VersionInfo], Follow]":

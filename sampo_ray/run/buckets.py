@@ -72,7 +72,7 @@ def pack(tensors: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int = BUCKET
         source = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
         start = -(-end // ALIGNMENT) * ALIGNMENT
         if specs and start + source.size > bucket_bytes:
-            yield _sealed(specs, data[:end])
+            yield Bucket(tuple(specs), data[:end], checksum(data[:end]))
             specs, start = [], 0
         if not specs:
             data = np.zeros(max(bucket_bytes, source.size), np.uint8)
@@ -81,24 +81,16 @@ def pack(tensors: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int = BUCKET
         dtype = str(tensor.dtype).removeprefix("torch.")
         specs.append(TensorSpec(name, dtype, tuple(tensor.shape), start, source.size))
     if specs:
-        yield _sealed(specs, data[:end])
-
-
-def _sealed(specs: list[TensorSpec], data: np.ndarray) -> Bucket:
-    return Bucket(tuple(specs), data, checksum(data))
+        yield Bucket(tuple(specs), data[:end], checksum(data[:end]))
 
 
 def verify(bucket: Bucket, pieces: Iterable[np.ndarray] | None = None) -> None:
     """Raises WeightsError unless the bucket's bytes are here and match their checksum. `pieces`: the bytes, in turn."""
+    of = f"bucket of {bucket.specs[0].name}"
     if not isinstance(bucket.data, np.ndarray):
-        raise WeightsError(
-            f"bucket of {bucket.specs[0].name}: its bytes were not fetched (data is {type(bucket.data)})"
-        )
-    found = checksum_of([bucket.data] if pieces is None else pieces)
-    if found != bucket.checksum:
-        raise WeightsError(
-            f"bucket of {bucket.specs[0].name}: checksum is {found}, expected {bucket.checksum}; the bytes are damaged"
-        )
+        raise WeightsError(f"{of}: its bytes were not fetched (data is {type(bucket.data)})")
+    if (found := checksum_of([bucket.data] if pieces is None else pieces)) != bucket.checksum:
+        raise WeightsError(f"{of}: checksum is {found}, expected {bucket.checksum}; the bytes are damaged")
 
 
 def unpack(bucket: Bucket) -> Iterator[tuple[str, torch.Tensor]]:
@@ -123,9 +115,7 @@ def views(specs: Iterable[TensorSpec], data: torch.Tensor) -> Iterator[tuple[str
 
 def joined(buckets: Iterable[Bucket]) -> tuple[list[tuple[int, int]], list[TensorSpec]]:
     """Where buckets lie when all are put into one range of bytes: start and size of each, and all tensors' specs."""
-    places: list[tuple[int, int]] = []
-    specs: list[TensorSpec] = []
-    end = 0
+    places, specs, end = list[tuple[int, int]](), list[TensorSpec](), 0
     for bucket in buckets:
         start, size = -(-end // ALIGNMENT) * ALIGNMENT, max(spec.offset + spec.nbytes for spec in bucket.specs)
         places.append((start, size))

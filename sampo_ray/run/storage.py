@@ -44,14 +44,9 @@ class Place:
         return bool(fs.exists(path))
 
     def read(self, start: int | None = None, end: int | None = None) -> bytes:
-        """The file, or its bytes `start` to `end`."""
+        """The file, or its bytes `start` to `end`; a negative start counts from its end."""
         fs, path = self._fs()
         return bytes(fs.cat_file(path, start=start, end=end))
-
-    def tail(self, size: int) -> bytes:
-        """The last `size` bytes; all of them if there are fewer."""
-        fs, path = self._fs()
-        return bytes(fs.cat_file(path, start=-size))
 
     def write(self, content: bytes) -> None:
         """Replaces the file atomically: readers see the old content or the new."""

@@ -85,8 +85,7 @@ def _write_shards(
     bucket_bytes: int,
     keep: Callable[[Bucket], Bucket],
 ) -> list[Bucket]:
-    kept: list[Bucket] = []
-    shards: list[tuple[TensorSpec, ...]] = []
+    kept, shards = list[Bucket](), list[tuple[TensorSpec, ...]]()
     for bucket in pack(tensors, bucket_bytes):
         path = draft / f"shard-{len(shards)}.safetensors"
         save_file(dict(views(bucket.specs, flat(bucket.data))), path, metadata={"format": "pt"})
@@ -137,8 +136,7 @@ def write_adapters(
 
     `weights` are names of adapted weights, each with A [rank, in] and B [out, rank].
     """
-    held: dict[str, torch.Tensor] = {}
-    layers = []
+    held, layers = dict[str, torch.Tensor](), []
     for name, parts in weights:
         layers.append(name.removesuffix(".weight"))
         held |= {file_name(name, side): part.to("cpu", copy=True) for side, part in zip(MATRICES, parts, strict=True)}

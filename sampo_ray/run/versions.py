@@ -8,6 +8,7 @@ published; the command line and the admin routes change it on request. The proce
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +24,6 @@ from sampo_ray.run.version_folders import AdaptersInfo, VersionInfo
 Follow = Literal["latest", "round", "manual"]
 ServedAs = Literal["live", "pinned", "refused", "candidate", "kept"]
 """A candidate has not been checked yet."""
-BASE_LABELS = ("base",)
 HISTORY = 50
 LOCK_SECONDS = 30.0
 LABEL = re.compile(r"[a-z][a-z0-9._/-]{0,63}")
@@ -48,17 +48,14 @@ class VersionEntry(VersionInfo):
 
 
 class Serving(BaseModel):
-    """What the live policy serves.
-
-    `sequence` counts changes of `live`: it orders the answers of several replicas also when a rollback makes version
-    numbers go backwards.
-    """
+    """What the live policy serves."""
 
     follow: Follow = "latest"
     held: bool = False
     """An operator promoted or rolled back: new versions do not go live until `latest` is promoted."""
     live: int | None = None
     sequence: int = 0
+    """Counts changes of `live`: it orders answers of several replicas also when a rollback lowers the version."""
     previous: list[int] = Field(default_factory=list)
     """Earlier live versions, oldest first; a rollback goes to the last."""
     pinned: list[int] = Field(default_factory=list)
@@ -78,7 +75,6 @@ class Serving(BaseModel):
 
     @property
     def pinned_adapters(self) -> set[int]:
-        """Pinned versions of adapters alone."""
         return {int(name) for name in self.adapters if name.isdecimal()}
 
     @property
@@ -94,12 +90,8 @@ class Serving(BaseModel):
 
 def labels_of(round: int, step: int, last: bool, rounds: int) -> list[str]:
     """The labels of a version from when it is published: `round` counts from 0, labels from 1; version 0 is `base`."""
-    labels = [f"round-{round + 1}/step-{step}"]
-    if last:
-        labels.append(f"round-{round + 1}")
-    if last and round + 1 == rounds:
-        labels.append("final")
-    return labels
+    ends = [f"round-{round + 1}", *(["final"] if round + 1 == rounds else [])]
+    return [f"round-{round + 1}/step-{step}", *(ends if last else [])]
 
 
 def is_followed(follow: Follow, labels: Sequence[str]) -> bool:
@@ -111,9 +103,8 @@ def is_followed(follow: Follow, labels: Sequence[str]) -> bool:
 def accept(state: Serving, version: int, labels: Sequence[str]) -> Serving:
     """A version has passed its checks: it goes live if the live policy follows such versions and it is newer."""
     new = state.model_copy(update={"passed": [*(v for v in state.passed if v != version), version][-HISTORY:]})
-    if state.live is None or (not state.held and version > state.live and is_followed(state.follow, labels)):
-        return _live(new, version)
-    return new
+    follows = state.live is None or (not state.held and version > state.live and is_followed(state.follow, labels))
+    return _live(new, version) if follows else new
 
 
 def resume(state: Serving, labels: Mapping[int, Sequence[str]], checked: bool) -> Serving:
@@ -254,18 +245,15 @@ def apply(state: Serving, infos: Mapping[int, VersionInfo], command: Command) ->
     match command:
         case Rollback():
             after = rollback(state)
-            if after.live not in labels:
-                raise VersionError(
-                    f"version {after.live}, which was live before, is not kept; there is {listed(labels)}"
-                )
-            return after
+            if after.live in labels:
+                return after
+            raise VersionError(f"version {after.live}, which was live before, is not kept; there is {listed(labels)}")
         case Promote("latest"):
-            newest = newest_passed(state, labels)
-            if newest is None:
-                raise VersionError(
-                    f"no version has passed its checks yet (follow={state.follow}); promote one by its number"
-                )
-            return release(state, newest)
+            if (newest := newest_passed(state, labels)) is not None:
+                return release(state, newest)
+            raise VersionError(
+                f"no version has passed its checks yet (follow={state.follow}); promote one by its number"
+            )
         case Promote(name):
             return promote(state, find(name, labels))
         case Pin(name):
@@ -304,28 +292,20 @@ def find(name: str, labels: Mapping[int, Sequence[str]]) -> int:
 
 def listed(labels: Mapping[int, Sequence[str]]) -> str:
     """Versions for a message: each number with its shortest label."""
-    each = [f"{v} ({min(labels[v], key=len)})" if labels[v] else str(v) for v in sorted(labels)]
-    return ", ".join(each) if each else "none yet"
+    each = (f"{v} ({min(labels[v], key=len)})" if labels[v] else str(v) for v in sorted(labels))
+    return ", ".join(each) or "none yet"
 
 
 def listing(state: Serving, infos: Mapping[int, VersionInfo]) -> list[VersionEntry]:
     """The versions on disk, newest first."""
-    labels = all_labels(state, infos)
-    return [
-        VersionEntry.model_validate(
-            {
-                **infos[version].model_dump(exclude_unset=True),
-                "labels": labels[version],
-                "state": state_of(state, version),
-                "reason": state.refused.get(version),
-            }
-        )
-        for version in sorted(infos, reverse=True)
-    ]
+    labels, entries = all_labels(state, infos), []
+    for version in sorted(infos, reverse=True):
+        served = {"labels": labels[version], "state": state_of(state, version), "reason": state.refused.get(version)}
+        entries.append(VersionEntry.model_validate({**infos[version].model_dump(exclude_unset=True), **served}))
+    return entries
 
 
 def state_of(state: Serving, version: int) -> ServedAs:
-    """How a version is served."""
     if version == state.live:
         return "live"
     if version in state.all_pinned:
@@ -338,7 +318,7 @@ def state_of(state: Serving, version: int) -> ServedAs:
 def all_labels(state: Serving, infos: Mapping[int, VersionInfo]) -> dict[int, list[str]]:
     """Labels by version, those of users first."""
     return {
-        version: [*(n for n, v in state.labels.items() if v == version), *(info.labels if version else BASE_LABELS)]
+        version: [*(n for n, v in state.labels.items() if v == version), *(info.labels if version else ("base",))]
         for version, info in infos.items()
     }
 
@@ -350,13 +330,9 @@ def read_serve_config(run: Place) -> ServeConfig:
     return ServeConfig(api_keys=(), **{key: tree[key] for key in ("follow", "swap", "gates") if key in tree})
 
 
-def serving_file(run: Place) -> Place:
-    return run.at("serving.json")
-
-
 def read_serving(run: Place, follow: Follow = "latest") -> Serving:
     """The state now; `follow` is that of a run that has none yet."""
-    file = serving_file(run)
+    file = run.at("serving.json")
     return Serving.model_validate_json(file.read()) if file.exists() else Serving(follow=follow)
 
 
@@ -365,19 +341,14 @@ def edit_serving(run: Place, change: Callable[[Serving], Serving], follow: Follo
 
     When `change` raises a VersionError, nothing is written.
     """
-    if not run.local:
-        return _edited(run, change, follow)
-    lock = filelock.FileLock(run.at("serving.lock").path)
+    file = run.at("serving.json")
+    lock = filelock.FileLock(run.at("serving.lock").path, timeout=LOCK_SECONDS) if run.local else nullcontext()
     try:
-        with lock.acquire(timeout=LOCK_SECONDS):
-            return _edited(run, change, follow)
+        with lock:
+            before = read_serving(run, follow)
+            after = change(before)
+            if after != before or not file.exists():
+                file.write(json.dumps(after.model_dump(mode="json"), indent=1).encode())
+            return after
     except filelock.Timeout:
         raise VersionError(f"another process has held serving.lock for {LOCK_SECONDS:.0f} s; try again") from None
-
-
-def _edited(run: Place, change: Callable[[Serving], Serving], follow: Follow) -> Serving:
-    before = read_serving(run, follow)
-    after = change(before)
-    if after != before or not serving_file(run).exists():
-        serving_file(run).write(json.dumps(after.model_dump(mode="json"), indent=1).encode())
-    return after

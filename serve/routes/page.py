@@ -114,7 +114,7 @@ def view(run: Place) -> dict[str, object]:
 
 def last_steps(run: Place) -> list[StepMetrics]:
     """The last STEPS lines of metrics.jsonl; incomplete ones are left out."""
-    raw = file.tail(TAIL_BYTES) if (file := run.at("metrics.jsonl")).exists() else b""
+    raw = file.read(-TAIL_BYTES) if (file := run.at("metrics.jsonl")).exists() else b""
     whole = raw.decode(errors="replace").splitlines()[1 if len(raw) == TAIL_BYTES else 0 :]
     return parse_metrics(whole[-STEPS:])
 
