@@ -10,6 +10,7 @@ import shlex
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import aiohttp
@@ -91,19 +92,17 @@ def submit_entrypoint(command: str, folder: Path, address: str, console: Console
     packages: dict[str, object] = {"working_dir": str(folder), "py_modules": [str(Path(sampo_ray.__file__).parent)]}
     job = _submitted(client, command, packages, address)
     by_hand = f"--address {shlex.quote(address)} {job}"
-    console.print(f"job {job} submitted to {address}", markup=False, highlight=False, soft_wrap=True)
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    say(f"job {job} submitted to {address}")
     try:
         asyncio.run(_follow(client, job, console))
         details = _final_details(client, job)
     except KeyboardInterrupt:
-        console.print(
-            f"\njob {job} goes on.  follow: ray job logs --follow {by_hand}   stop: ray job stop {by_hand}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        say(f"\njob {job} goes on.  follow: ray job logs --follow {by_hand}   stop: ray job stop {by_hand}")
         return 130
-    console.print(_ending(job, details), markup=False, highlight=False, soft_wrap=True)
+    seconds = ((details.end_time or 0) - (details.start_time or 0)) / 1000
+    outcome = f"job {job} {details.status.value.lower()} after {seconds:.0f} s"
+    say(outcome if details.status == JobStatus.SUCCEEDED else f"{outcome}: {details.message}")
     return 0 if details.status == JobStatus.SUCCEEDED else details.driver_exit_code or 1
 
 
@@ -194,9 +193,3 @@ def _final_details(client: JobSubmissionClient, job: str) -> JobDetails:
         if time.monotonic() > deadline:
             raise SubmitError(f"job {job}: its log has ended, but it still is {details.status.value}")
         time.sleep(0.5)
-
-
-def _ending(job: str, details: JobDetails) -> str:
-    seconds = ((details.end_time or 0) - (details.start_time or 0)) / 1000
-    outcome = f"job {job} {details.status.value.lower()} after {seconds:.0f} s"
-    return outcome if details.status == JobStatus.SUCCEEDED else f"{outcome}: {details.message}"

@@ -61,41 +61,30 @@ class PreferenceLoss:
     statistics: bool = False
 
 
-def _builtin(
-    function: str,
-    settings: Mapping[str, float] | None = None,
-    positions: Positions = "reduction",
-    reference: FromReference = "log-probs",
-    reductions: tuple[str, ...] = tuple(REDUCTIONS),
-    statistics: bool = False,
-) -> PreferenceLoss:
-    name = f"sampo_ray.training.losses:{function}"
-    return PreferenceLoss(name, settings or {}, positions, reference, reductions, statistics)
-
-
+_BUILT_IN = "sampo_ray.training.losses:"
 LOSSES: dict[str, PreferenceLoss] = {
-    "sigmoid": _builtin("sigmoid", {"label_smoothing": 0.0}),
-    "robust": _builtin("robust", {"label_smoothing": 0.1}),
-    "hinge": _builtin("hinge"),
-    "ipo": _builtin("ipo"),
-    "dpop": _builtin("dpop", {"weight": 50.0}),
-    "mix": _builtin("mix", {"weight": 1.0}, positions="chosen"),
-    "lenN": _builtin("len_n", {"weight": 0.01}),
-    "orpo": _builtin("orpo", reference="nothing", reductions=("mean",)),
-    "simpo": _builtin("simpo", {"beta": 2.5, "margin": 1.4}, reference="nothing", reductions=("mean",)),
-    "kto_pair": _builtin("kto_pair", statistics=True),
-    "bco_pair": _builtin("bco_pair", statistics=True),
-    "sppo_hard": _builtin("sppo_hard"),
-    "nca_pair": _builtin("nca_pair"),
-    "tdpo": _builtin(
-        "tdpo",
+    "sigmoid": PreferenceLoss(_BUILT_IN + "sigmoid", {"label_smoothing": 0.0}),
+    "robust": PreferenceLoss(_BUILT_IN + "robust", {"label_smoothing": 0.1}),
+    "hinge": PreferenceLoss(_BUILT_IN + "hinge"),
+    "ipo": PreferenceLoss(_BUILT_IN + "ipo"),
+    "dpop": PreferenceLoss(_BUILT_IN + "dpop", {"weight": 50.0}),
+    "mix": PreferenceLoss(_BUILT_IN + "mix", {"weight": 1.0}, positions="chosen"),
+    "lenN": PreferenceLoss(_BUILT_IN + "len_n", {"weight": 0.01}),
+    "orpo": PreferenceLoss(_BUILT_IN + "orpo", reference="nothing", reductions=("mean",)),
+    "simpo": PreferenceLoss(
+        _BUILT_IN + "simpo", {"beta": 2.5, "margin": 1.4}, reference="nothing", reductions=("mean",)
+    ),
+    "kto_pair": PreferenceLoss(_BUILT_IN + "kto_pair", statistics=True),
+    "bco_pair": PreferenceLoss(_BUILT_IN + "bco_pair", statistics=True),
+    "sppo_hard": PreferenceLoss(_BUILT_IN + "sppo_hard"),
+    "nca_pair": PreferenceLoss(_BUILT_IN + "nca_pair"),
+    "tdpo": PreferenceLoss(
+        _BUILT_IN + "tdpo",
         {"weight": 0.5},
         reference="distributions",
         reductions=("sum", "sample"),  # D is a sum over the tokens that they count
     ),
 }
-
-
 REFUSED = {"ld_dpo": "is loss='sigmoid' with reduction='ld'"}
 """Known names of losses that are configured in another way, and how."""
 

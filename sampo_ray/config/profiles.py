@@ -2,26 +2,18 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, TypeAlias, TypeVar
 
 from sampo_ray.config.run import RunConfig
 from sampo_ray.config.sections import FleetConfig, FleetsConfig, TrainerConfig
 from sampo_ray.errors import ConfigError
 
 F = TypeVar("F", bound=FleetConfig)
+Sizes: TypeAlias = tuple[TrainerConfig, FleetsConfig]
 CLUSTER_GPUS = 4
 """From this many GPUs on, trainer, reference, generators and live policy each have their own."""
 SMALL_ACTORS_CPUS, TASK_CPUS = 0.3, 0.5
 """Logical CPUs that weight store, exchange and endpoint request from Ray together, and the largest task."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The sections that a profile fills in."""
-
-    trainer: TrainerConfig
-    fleet: FleetsConfig
 
 
 def resolve(config: RunConfig, resources: Mapping[str, float], cores: int) -> tuple[RunConfig, list[str]]:
@@ -38,10 +30,10 @@ def resolve(config: RunConfig, resources: Mapping[str, float], cores: int) -> tu
     if cluster and gpus < CLUSTER_GPUS:
         raise ConfigError(f"profile='cluster' needs {CLUSTER_GPUS} GPUs or more, Ray has {gpus}; use profile=laptop")
     profile: Literal["laptop", "cluster"] = "cluster" if cluster else "laptop"
-    sizes = _cluster(config, gpus) if cluster else _laptop(config, gpus, (gpus or cores) if auto else None)
-    _check_transport(config.publish.transport, sizes.trainer.num_gpus or 0, sizes.fleet.generators.num_gpus or 0)
-    notes = [f"{change} ({profile} profile)" for change in _changes(config, sizes)]
-    filled = {"profile": profile, "trainer": sizes.trainer.model_dump(), "fleet": sizes.fleet.model_dump()}
+    trainer, fleet = _cluster(config, gpus) if cluster else _laptop(config, gpus, (gpus or cores) if auto else None)
+    _check_transport(config.publish.transport, trainer.num_gpus or 0, fleet.generators.num_gpus or 0)
+    notes = [f"{change} ({profile} profile)" for change in _changes(config, trainer, fleet)]
+    filled = {"profile": profile, "trainer": trainer.model_dump(), "fleet": fleet.model_dump()}
     resolved = RunConfig.model_validate(config.model_dump() | filled)
     asked, cpus = _cpus(resolved), resources.get("CPU", math.inf)
     if asked + TASK_CPUS > cpus:
@@ -77,7 +69,7 @@ def _laptop(config: RunConfig, gpus: int, at_most: int | None) -> Sizes:
     generators = fleet(fleets.generators, 0.5, 0.3)
     engine = ({"gpu_memory_utilization": 0.3} if gpus else {}) | fleets.generators.engine
     workers = math.gcd(size(trainer.workers or gpus or 1), config.optim.batch_size)
-    return Sizes(
+    return (
         # Ray may place two halves on one GPU, where two ranks cannot be.
         _ranks(trainer, workers, (0.5 if workers == 1 else 0.51) if gpus else 0, 0.5),
         FleetsConfig(
@@ -105,7 +97,7 @@ def _cluster(config: RunConfig, gpus: int) -> Sizes:
         each = each if asked.num_gpus is None else asked.num_gpus
         return _sized(asked, least, max(asked.max_replicas or most, least, 1), each, 1.0)
 
-    return Sizes(
+    return (
         _ranks(trainer, workers, 1.0, 1.0),
         FleetsConfig(
             generators=fleet(fleets.generators, 1.0, sampling or live),
@@ -141,18 +133,14 @@ def _check_transport(transport: str, rank: float, replica: float) -> None:
         )
 
 
-def _changes(config: RunConfig, sizes: Sizes) -> list[str]:
+def _changes(config: RunConfig, trainer: TrainerConfig, fleet: FleetsConfig) -> list[str]:
     """Each size that was given and is another now."""
-    before, after = config.fleet, sizes.fleet
     named = [
-        ("trainer.workers", config.trainer.workers, sizes.trainer.workers),
-        ("trainer.min_workers", config.trainer.min_workers, sizes.trainer.min_workers),
+        ("trainer.workers", config.trainer.workers, trainer.workers),
+        ("trainer.min_workers", config.trainer.min_workers, trainer.min_workers),
     ]
-    for name, asked, sized in (
-        ("generators", before.generators, after.generators),
-        ("references", before.references, after.references),
-        ("rewards", before.rewards, after.rewards),
-    ):
+    for name in FleetsConfig.model_fields:
+        asked, sized = getattr(config.fleet, name), getattr(fleet, name)
         named.append((f"fleet.{name}.max_replicas", asked.max_replicas, sized.max_replicas))
         named.append((f"fleet.{name}.min_replicas", asked.min_replicas, sized.min_replicas))
-    return [f"{name}: {asked} -> {sized}" for name, asked, sized in named if asked is not None and asked != sized]
+    return [f"{name}: {before} -> {after}" for name, before, after in named if before is not None and before != after]

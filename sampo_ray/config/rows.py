@@ -15,7 +15,5 @@ class RowBudget:
 
 
 def default_row(max_length: int) -> int:
-    """Tokens of a row that holds any pair of two sequences of `max_length`, and at least 4,096, as each row costs a
-    pass over all gradients.
-    """
+    """Tokens of a row for any two sequences of `max_length`; at least 4,096: each costs a pass over all gradients."""
     return max(2 * max_length, 4096)

@@ -1,6 +1,4 @@
-"""The demo on the real stack: one fleet, three runs of one program, and a table of what each did to quality and
-length.
-"""
+"""The demo on the real stack: one fleet, three runs of one program, a table of what each did to quality and length."""
 
 import contextlib
 import json

@@ -226,7 +226,8 @@ def fine_tune(
     """Trains `model` in fp32 to answer prompts as (prompt, response) lessons do; leaves it in bf16."""
     model.float().train()
     rng = random.Random(seed)
-    encoded = _encode(chat, lessons)
+    prompts = chat.encode_prompts([chat.render([{"role": "user", "content": prompt}]) for prompt, _ in lessons])
+    encoded = list(zip(prompts, chat.encode_responses([response for _, response in lessons]), strict=True))
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, learning_rate, total_steps=steps + 1, pct_start=0.1, anneal_strategy="linear", cycle_momentum=False
@@ -242,12 +243,6 @@ def fine_tune(
 
 Lesson = tuple[list[int], list[int]]
 """Token ids of a prompt and of its response."""
-
-
-def _encode(chat: ChatFormat, lessons: Sequence[tuple[str, str]]) -> list[Lesson]:
-    prompts = chat.encode_prompts([chat.render([{"role": "user", "content": prompt}]) for prompt, _ in lessons])
-    responses = chat.encode_responses([response for _, response in lessons])
-    return list(zip(prompts, responses, strict=True))
 
 
 def _batches(lessons: Sequence[Lesson], size: int, steps: int, rng: random.Random) -> Iterator[list[Lesson]]:
@@ -301,11 +296,8 @@ def _wilson(successes: int, count: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def _percent(value: float, low: float | None, high: float | None) -> str:
-    return (
-        f"{100 * value:.1f}"
-        if low is None or high is None
-        else f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-    )
+    interval = "" if low is None or high is None else f" [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{100 * value:.1f}{interval}"
 
 
 ROWS: dict[str, list[str]] = {
@@ -317,9 +309,7 @@ ROWS: dict[str, list[str]] = {
 
 
 def tiny_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE on `texts` with Llama-3's special tokens in front and every digit a token; it encodes
-    any text.
-    """
+    """A byte-level BPE trained on `texts`; Llama-3's special tokens come first, and every digit is a token."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -347,9 +337,8 @@ def tiny_llama(
 ) -> LlamaForCausalLM:
     """A randomly initialised Llama for `tokenizer`, bf16, heads of 32 dimensions with two query heads a key head."""
     torch.manual_seed(seed)
-    vocabulary = -(-len(tokenizer) // 64) * 64
     config = LlamaConfig(
-        vocab_size=vocabulary,
+        vocab_size=-(-len(tokenizer) // 64) * 64,
         hidden_size=hidden,
         intermediate_size=hidden * 3,
         num_hidden_layers=layers,

@@ -56,9 +56,7 @@ def check(config: RunConfig) -> None:
 
 
 def check_rope(model: PretrainedConfig, max_length: int) -> None:
-    """ConfigError where rotary frequencies would depend on what else is in a row: transformers chooses those of
-    `longrope` by the largest position of all.
-    """
+    """ConfigError where rotary frequencies would depend on other pairs: `longrope` goes by a row's largest position."""
     settings = getattr(model, "rope_parameters", None) or {}
     name = "original_max_position_embeddings"
     trained = int(settings.get(name) or getattr(model, name, None) or 0)
@@ -70,24 +68,20 @@ def check_rope(model: PretrainedConfig, max_length: int) -> None:
 
 
 def check_fit(config: RunConfig) -> None:
-    """ConfigError when a resolved configuration cannot be trained with what it was resolved for: without GPUs, or on
-    this machine, if it is trained on this one.
-    """
+    """ConfigError when a resolved configuration cannot be trained without GPUs, or on this machine if it is to be."""
     if config.model.flex and not config.trainer.num_gpus:
         raise ConfigError(
             "model.attention='flex' needs GPUs, since it has no backward pass on CPUs; use model.attention=segments"
         )
-    if config.profile != "laptop":
-        return
-    check_device(AutoConfig.from_pretrained(config.model.path), config)
+    if config.profile == "laptop":
+        check_device(AutoConfig.from_pretrained(config.model.path), config)
 
 
 def check_keys_file(file: str | None) -> None:
     """ConfigError when the endpoint could not read its keys."""
-    if file is None:
-        return
     try:
-        parse(Place(absolute(file)).read(), is_json(file))
+        if file is not None:
+            parse(Place(absolute(file)).read(), is_json(file))
     except (OSError, KeysError) as error:
         reason = f"cannot be read ({type(error).__name__})" if isinstance(error, OSError) else str(error)
         raise ConfigError(
