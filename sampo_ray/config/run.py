@@ -53,7 +53,7 @@ class RunConfig(sections.Section):
         return self.rounds.mode == "online"
 
     @model_validator(mode="after")
-    def _has_data(self) -> "RunConfig":
+    def _has_pairs(self) -> "RunConfig":
         if not self.online and not self.data.train:
             raise ValueError("data.train is missing; rounds.mode=offline trains on preference pairs, so name a file")
         if self.online and not self.data.prompts:
@@ -64,10 +64,6 @@ class RunConfig(sections.Section):
             raise ValueError("rounds.data=split is for offline rounds; online ones take rollout.prompts each")
         if self.serve.gates.min_win_rate is not None and not self.online:
             raise ValueError("serve.gates.min_win_rate needs a reward source: use rounds.mode=online, or drop it")
-        return self
-
-    @model_validator(mode="after")
-    def _samples_make_pairs(self) -> "RunConfig":
         if self.online and self.rollout.samples < 2:
             raise ValueError(
                 f"rollout.samples={self.rollout.samples} gives no pairs; rounds.mode=online needs 2 or more"
@@ -80,7 +76,7 @@ class RunConfig(sections.Section):
         return self
 
     @model_validator(mode="after")
-    def _loss_gets_its_reference(self) -> "RunConfig":
+    def _can_train(self) -> "RunConfig":
         if self.reference.positions == "sampled" and (self.method.reduction, self.method.mask) != ("sample", "shared"):
             raise ValueError(
                 "reference.positions=sampled needs method.reduction=sample and method.mask=shared, not "
@@ -96,10 +92,6 @@ class RunConfig(sections.Section):
                 f"method.loss={self.method.loss!r} has its reference beside the policy; drop reference.where and "
                 "reference.positions, which are for stored log-probs"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _ranks_can_train(self) -> "RunConfig":
         if self.model.flex and self.trainer.gradient_checkpointing == "selective":
             raise ValueError(
                 "trainer.gradient_checkpointing=selective does not go with model.attention=flex; use true or false"
@@ -152,10 +144,9 @@ def _set(tree: Tree, override: str) -> Tree:
         leaf = yaml.safe_load(value)
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: the value is not valid YAML; quote it") from None
-    tree = copy.deepcopy(tree)
-    *sections, name = key.split(".")
-    inner = tree
-    for section in sections:
+    inner = tree = copy.deepcopy(tree)
+    *outer, name = key.split(".")
+    for section in outer:
         below = inner.setdefault(section, {})
         if not isinstance(below, dict):
             raise ConfigError(f"override {override!r}: {section} is a value ({below!r}), not a section")

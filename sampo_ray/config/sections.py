@@ -246,13 +246,9 @@ class TrainerConfig(Section):
     """Restarts of the ranks after crashes before the run stops."""
 
     @model_validator(mode="after")
-    def _can_offload(self) -> "TrainerConfig":
+    def _consistent(self) -> "TrainerConfig":
         if self.offload == "parameters" and self.zero_stage != 3:
             raise ValueError(f"offload='parameters' needs zero_stage=3, not {self.zero_stage}; use offload='optimizer'")
-        return self
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "TrainerConfig":
         if self.workers is not None and self.fewest > self.workers:
             raise ValueError(f"min_workers={self.min_workers} is more than workers={self.workers}; make it smaller")
         return self

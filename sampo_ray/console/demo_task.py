@@ -352,6 +352,4 @@ def tiny_llama(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = LlamaForCausalLM(config)
-    model.bfloat16()
-    return model
+    return LlamaForCausalLM(config).bfloat16()
