@@ -17,9 +17,7 @@ from sampo_ray.errors import StageError
 from sampo_ray.run.parts import BLOCK_FETCH_S, LOST, Part, logger, part_place
 from sampo_ray.run.storage import Place
 
-STAGE_STALL_S = 1800.0
-"""A stage that completes no part in this time fails."""
-ATTEMPTS = 4
+STAGE_STALL_S, ATTEMPTS = 1800.0, 4
 
 
 @ray.remote(num_cpus=0.1)
@@ -89,10 +87,8 @@ def run_stage(out: StageOutput, window: int, count: int, start: Callable[[int, P
 
 
 def _present(folder: Place, count: int) -> dict[int, Part]:
-    names = set(folder.names())
-    places = {index: part_place(folder, index) for index in range(count)}
-    found = {index: place for index, place in places.items() if place.url.rsplit("/", 1)[-1] in names}
-    return {index: Part(place, place.table_rows()) for index, place in found.items()}
+    names, places = set(folder.names()), [part_place(folder, index) for index in range(count)]
+    return {i: Part(place, place.table_rows()) for i, place in enumerate(places) if place.url.split("/")[-1] in names}
 
 
 def _rows_unless_lost(counted: ray.ObjectRef, last: bool) -> int | None:

@@ -1,7 +1,6 @@
 """What the user sees of a run: a live display on a terminal, plain lines elsewhere. Both implement `Reporter`."""
 
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from sampo_ray.run.status import Activity, Status, StatusFile
 from sampo_ray.run.storage import Place
 
 BETWEEN_LINES_S = 5.0
-"""Plain output: a running stage prints at most one line in this time."""
 SHOWN = {
     "loss": ("loss", "{:.4f}"),
     "margin": ("margin", "{:+.4f}"),
@@ -41,7 +39,6 @@ class Stage:
     done: int = 0
 
     def advance(self, count: int = 1) -> None:
-        """`count` more units are done."""
         self.done += count
         self.advanced(self)
 
@@ -52,8 +49,7 @@ class Stage:
     @property
     def pace(self) -> float | None:
         """Units per second; None while unknown."""
-        elapsed = self.elapsed
-        return self.done / elapsed if self.done and elapsed > 0 else None
+        return self.done / elapsed if self.done and (elapsed := self.elapsed) > 0 else None
 
     def activity(self) -> Activity:
         facts = {"name": self.name, "done": self.done, "total": self.total, "unit": self.unit}
@@ -64,8 +60,7 @@ class Stage:
 
     def rate(self) -> str:
         """Units per second, or seconds per unit where that reads better; empty while unknown."""
-        pace = self.pace
-        if pace is None:
+        if (pace := self.pace) is None:
             return ""
         if pace >= 10:
             return f"{pace:,.0f}/s"
@@ -100,8 +95,8 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-class Display(ABC):
-    """Shows a run on a terminal or in a pipe, and writes its status file. A context manager; see `open_display`."""
+class Display:
+    """Implements `rounds.Reporter`: shows a run, and writes its status file. A context manager; see `open_display`."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self.console, self.clock = console, clock
@@ -119,15 +114,12 @@ class Display(ABC):
             self._file.close()
 
     def begin_run(self, run: Place) -> None:
-        """What follows belongs to this run, and goes to its status file."""
         if self._file:
             self._file.close()
         self._file, self._status = StatusFile(run), Status()
 
     @contextmanager
     def stage(self, name: str, total: int | None, unit: str) -> Iterator[Stage]:
-        """A stage of `total` units (None: unknown), such as `stage("generate", 64, "prompts")`."""
-
         def advanced(stage: Stage) -> None:
             self._on_advance(stage)
             self._write(stage=stage.activity())
@@ -141,33 +133,29 @@ class Display(ABC):
             self._on_end(stage)
             self._write(stage=None)
 
-    @abstractmethod
-    def _on_begin(self, stage: Stage) -> None: ...
+    def _on_begin(self, stage: Stage) -> None:
+        raise NotImplementedError
 
-    @abstractmethod
-    def _on_advance(self, stage: Stage) -> None: ...
+    def _on_advance(self, stage: Stage) -> None:
+        """Nothing here: a live display shows it at its next refresh."""
 
     def _on_end(self, stage: Stage) -> None:
         self._print(stage.result())
 
     def begin_round(self, index: int, count: int) -> None:
-        """Round `index` (from 0) of `count` begins."""
         self._round = f"round {index + 1}/{count}"
         self._write(round=index + 1, rounds=count)
 
     def metrics(self, step: StepMetrics) -> None:
-        """Shows the metrics of an optimizer step that are in `SHOWN`."""
         values = step.values
         if values.get("skipped"):
             self.note(f"step {step.step} was skipped: {values['reason']}")
         self._show({name: form.format(values[metric]) for metric, (name, form) in SHOWN.items() if metric in values})
 
     def version(self, number: int) -> None:
-        """Policy version `number` is published."""
         self._show({"policy": f"v{number}"})
 
     def note(self, text: str) -> None:
-        """A line that stays."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def heading(self, text: str) -> None:
@@ -199,15 +187,11 @@ class LiveDisplay(Display):
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(console, clock)
         self._running: dict[TaskID, Stage] = {}
-        self._bars = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[amount]}", markup=False),
-            TextColumn("{task.fields[rate]}", style="cyan", markup=False),
-            TextColumn("{task.fields[left]}", style="magenta", markup=False),
-            console=console,
-            auto_refresh=False,
-        )
+        name, amount = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[amount]}"))
+        rate = TextColumn("{task.fields[rate]}", style="cyan", markup=False)
+        left = TextColumn("{task.fields[left]}", style="magenta", markup=False)
+        columns = name, BarColumn(bar_width=24), amount, rate, left
+        self._bars = Progress(*columns, console=console, auto_refresh=False)
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Self:
@@ -221,9 +205,6 @@ class LiveDisplay(Display):
     def _on_begin(self, stage: Stage) -> None:
         task = self._bars.add_task(stage.name, total=stage.total, amount=stage.amount(), rate="", left="")
         self._running[task] = stage
-
-    def _on_advance(self, stage: Stage) -> None:
-        """The next refresh shows it."""
 
     def _on_end(self, stage: Stage) -> None:
         for task in [task for task, running in self._running.items() if running is stage]:

@@ -5,7 +5,7 @@ import re
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,8 +48,7 @@ class Fleet:
     endpoint: str | None
     separate_generators: DeploymentHandle | None
     shared_policy: DeploymentHandle | None
-    start_seconds: float
-    """What it took until all was ready."""
+    start_seconds: float  # until all was ready
 
     def attach(self, run: Run) -> None:
         """Makes the fleet serve this run, from its latest durable version."""
@@ -93,16 +92,9 @@ def open_fleet(run: Run, keep_serving: bool = False) -> Iterator[Fleet]:
         # Runs on one cluster share its proxy.
         handles, endpoint = serving.deploy(apps, f"/{run.id}" if config.profile == "cluster" else "/")
         policy, generators = handles.get(f"{run.id}-policy"), handles.get(f"{run.id}-generators")
-        yield Fleet(
-            serving.store,
-            trainer,
-            handles.get(f"{run.id}-references"),
-            handles.get(f"{run.id}-rewards"),
-            endpoint,
-            generators,
-            policy if is_shared(config) else None,
-            time.monotonic() - started,
-        )
+        references, rewards = handles.get(f"{run.id}-references"), handles.get(f"{run.id}-rewards")
+        shared, seconds = policy if is_shared(config) else None, time.monotonic() - started
+        yield Fleet(serving.store, trainer, references, rewards, endpoint, generators, shared, seconds)
 
 
 def is_shared(config: RunConfig) -> bool:
@@ -172,13 +164,9 @@ class PolicyServing:
 
         base, chat = self._run.versions.at("000000").url, self._run.place.at("tokenizer").url
         config = self._run.config
-        source = WeightsSource(
-            self.store_name,
-            channel,
-            swap=config.serve.swap,
-            drain_s=config.serve.request_timeout_s,
-            transport=config.publish.transport,
-        )
+        swap, drain_s = config.serve.swap, config.serve.request_timeout_s
+        transport = config.publish.transport
+        source = WeightsSource(self.store_name, channel, swap=swap, drain_s=drain_s, transport=transport)
         return policy_deployment("policy", base, chat, source, settings, config.data.max_length)
 
     def deploy(self, apps: dict[str, serve.Application], route: str) -> tuple[dict[str, DeploymentHandle], str | None]:
@@ -193,20 +181,15 @@ class PolicyServing:
             # There are none for an offline run without a reference, or whose reference only its trainer needs.
             handles = dict(zip(apps, serve.run_many(targets) if targets else [], strict=True))
         except RuntimeError as error:
-            reason = last_error(f"{error}{deployment_errors(list(apps))}")
-            raise FleetError(f"{reason} (Ray's logs have the rest)") from None
+            running = serve.status().applications  # a deployment's traceback holds more than its application's error
+            all_of = [d for name in apps if name in running for d in running[name].deployments.values()]
+            traces = "".join(f"\n{each.message}" for each in all_of if each.status != "HEALTHY" and each.message)
+            raise FleetError(f"{last_error(f'{error}{traces}')} (Ray's logs have the rest)") from None
         return handles, await_endpoint(gateway, self._serve, route) if self._serve.enabled else None
 
     def _at_end(self, function: Callable[..., object], *arguments: object) -> None:
         if not self._keep:
             self._stack.callback(function, *arguments)
-
-
-def deployment_errors(apps: Sequence[str]) -> str:
-    """A traceback for each deployment that does not run; the error of its application holds less."""
-    running = serve.status().applications
-    deployments = [d for name in apps if name in running for d in running[name].deployments.values()]
-    return "".join(f"\n{each.message}" for each in deployments if each.status != "HEALTHY" and each.message)
 
 
 def last_error(report: str) -> str:

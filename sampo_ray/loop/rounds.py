@@ -109,8 +109,7 @@ class Round:
     def __init__(self, run: Run, index: int, reporter: Reporter) -> None:
         self.run, self.index, self.reporter, self.config = run, index, reporter, run.config
         self.folder = run.place.at("rounds", str(index))
-        self.seconds_left: float | None = None
-        """Of the training, at its present pace; None before the first step."""
+        self.seconds_left: float | None = None  # of the training, at its present pace; None before the first step
         self._record = run.round(index)
         if not self.committed:
             reporter.begin_round(index, run.config.rounds.count)
@@ -121,38 +120,33 @@ class Round:
 
     @property
     def start(self) -> tuple[str, int]:
-        """The weights that the round starts from, which are its reference: run and version."""
+        """Run and version of the weights that the round starts from, which are its reference."""
         return self.run.id, self._record.start_version
 
     @property
     def end(self) -> tuple[str, int]:
-        """The weights that the round ends with, known once it trains: run and version."""
+        """Run and version of the weights that the round ends with, known once it trains."""
         return self.run.id, self._record.end_version
 
     def prompts(self, data: Sequence[Part]) -> list[Part]:
         """The round's share of the prompts; a run that has used all of them begins again in another order."""
         order = prompts_of(self.config, self.index, sum(part.rows for part in data))
-        return self._stage(
-            "prompts", len(order), "prompts", lambda out: stages.reorder(data, order, out, stages.PART_PROMPTS)
-        )
+        size = stages.PART_PROMPTS
+        return self._stage("prompts", len(order), "prompts", lambda out: stages.reorder(data, order, out, size))
 
     def sample(self, prompts: Sequence[Part], generators: Callable[[int | None], "DeploymentHandle"]) -> list[Part]:
         """Completions of the round's prompts, sampled from the policy that the round starts from, except those that
         were sampled ahead from older weights; their age is recorded and reported.
         """
 
+        def make(out: StageOutput) -> list[Part]:
+            return sample(self.config, self.index, prompts, out, generators, self.start)
+
         def count(parts: list[Part]) -> StageRecord:
-            ahead = self.config.rollout.ahead
-            return StageRecord(age=stages.age(parts, self.start[1])) if ahead else StageRecord()
+            return StageRecord(age=stages.age(parts, self.start[1])) if self.config.rollout.ahead else StageRecord()
 
         total = sum(part.rows for part in prompts) * self.config.rollout.samples
-        parts = self._stage(
-            "completions",
-            total,
-            "samples",
-            lambda out: sample(self.config, self.index, prompts, out, generators, self.start),
-            count,
-        )
+        parts = self._stage("completions", total, "samples", make, count)
         if age := self._record.stages["completions"].age:
             self.reporter.note(f"age of the completions, in steps: mean {age.mean:.1f}, most {age.most}")
         return parts
@@ -164,21 +158,17 @@ class Round:
 
     def best_against_worst(self, scores: Sequence[Part]) -> list[Part]:
         """Candidate pairs; prompts without a usable pair are dropped and counted."""
-        parts = self._stage(
-            "candidates",
-            None,
-            "pairs",
-            lambda out: stages.pair(scores, out),
-            lambda parts: StageRecord(dropped=stages.dropped(parts)),
-        )
+
+        def count(parts: list[Part]) -> StageRecord:
+            return StageRecord(dropped=stages.dropped(parts))
+
+        parts = self._stage("candidates", None, "pairs", lambda out: stages.pair(scores, out), count)
         if dropped := self._record.stages["candidates"].dropped:
             self.reporter.note("no pair: " + ", ".join(f"{n} {reason}" for reason, n in dropped.items()))
         return parts
 
     def feedback(self) -> list[Part]:
-        """Pairs from votes that came in before the round began; each vote is used in one round. Empty if feedback is
-        off.
-        """
+        """Pairs from votes that came in before the round began; each is used in one round. Empty if that is off."""
         done, off = self._record.stages, not self.config.serve.feedback.keep_hours
         if "feedback" not in done and (off or "pairs" in done):  # turned on when the round had its pairs already
             return []
@@ -202,9 +192,8 @@ class Round:
         """The round's pairs in training order, in parts of whole global batches; those from votes among them."""
         total, more = (sum(part.rows for part in parts) for parts in (source, votes))
         if not total + more:
-            raise StageError(
-                f"round {self.index + 1} has no preference pairs; look at the reward source and the prompts"
-            )
+            name = f"round {self.index + 1}"
+            raise StageError(f"{name} has no preference pairs; look at the reward source and the prompts")
         seed = self.config.run.seed
         order = Stream.PAIR_ORDER.generator(seed=seed, round=self.index).permutation(total)
         if self.config.rounds.data == "split":
@@ -214,10 +203,8 @@ class Round:
             order = np.concatenate([order, np.arange(total, total + more)])
             order = Stream.FEEDBACK_ORDER.generator(seed=seed, round=self.index).permutation(order)
         batch = self.config.optim.batch_size
-        rows = -(-stages.PART_PAIRS // batch) * batch
-        return self._stage(
-            "pairs", len(order), "pairs", lambda out: stages.reorder([*source, *votes], order, out, rows)
-        )
+        rows, both = -(-stages.PART_PAIRS // batch) * batch, [*source, *votes]
+        return self._stage("pairs", len(order), "pairs", lambda out: stages.reorder(both, order, out, rows))
 
     def reference(self, pairs: Sequence[Part], references: "DeploymentHandle | None") -> list[Part]:
         """The pairs with their token log-probs under the policy that the round starts from; unchanged where the loss
@@ -236,8 +223,8 @@ class Round:
         """Trains on the pairs from the last checkpoint on, and yields each step's result."""
         config, lengths = self.config, stages.lengths(pairs)
         steps = steps_in_round(len(lengths), config.optim.batch_size, config.rounds.epochs)
-        run, version = self.start
-        spec = RoundSpec(run, self.run.place, config, self.index, version, steps, tuple(pairs), lengths)
+        version = self._record.start_version
+        spec = RoundSpec(self.run.id, self.run.place, config, self.index, version, steps, tuple(pairs), lengths)
         if self._record.steps is None:
             self._record.steps = steps
             self.run.save()
@@ -296,8 +283,7 @@ class Round:
 
     def _prune_versions(self) -> None:
         """Keeps the base, the first and last versions of rounds, the last `publish.keep`, and those that are served."""
-        records = self.run.manifest.rounds
-        served = read_serving(self.run.place).kept()
+        records, served = self.run.manifest.rounds, read_serving(self.run.place).kept()
         kept = {0} | {r.start_version for r in records} | {r.end_version for r in records}
         others = [v for v in complete_versions(self.run.versions.url) if v not in kept]
         for version in set(others[: -self.config.publish.keep]) - served:

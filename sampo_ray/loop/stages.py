@@ -32,11 +32,8 @@ CALL_SAMPLES = 8
 """Completions of one generator call, about: few, so that queues tell how busy a replica is; more than one, because with
 a small model a call costs more than a completion."""
 PAIRINGS_AT_ONCE, REORDERINGS_AT_ONCE = 8, 2
-ASSIGN_S = 900.0
-"""Until a replica takes a call."""
-SUMMARY_S = 900.0
-"""For figures of a stage's parts."""
-TOKENIZE_S = 24 * 3600.0
+ASSIGN_S, SUMMARY_S, TOKENIZE_S = 900.0, 900.0, 24 * 3600.0
+"""Until a replica takes a call; for figures of a stage's parts; for a whole source."""
 
 
 def _tokenized(
@@ -70,12 +67,9 @@ def _tokenized(
     )
 
 
-_tokenize = ray.remote(num_cpus=0.5)(_tokenized)
-
-
 def tokenize(out: Place, source: str, kind: str, tokenizer: Place, data: DataConfig) -> StageRecord:
     """Tokenizes a source of preference pairs or prompts (`kind`) into parts."""
-    return ray.get(_tokenize.remote(out, source, kind, tokenizer, data), timeout=TOKENIZE_S)
+    return ray.get(ray.remote(num_cpus=0.5)(_tokenized).remote(out, source, kind, tokenizer, data), timeout=TOKENIZE_S)
 
 
 def _paired_votes(out: Place, run: Place, earlier: Sequence[Place], tokenizer: Place, data: DataConfig) -> StageRecord:
@@ -89,9 +83,6 @@ def _paired_votes(out: Place, run: Place, earlier: Sequence[Place], tokenizer: P
     return _tokenized(out, source.url, "pairs", tokenizer, data, none_is_fine=True).model_copy(update=counts)
 
 
-_feedback = ray.remote(num_cpus=0.5)(_paired_votes)
-
-
 def _votes_in(pairs: Place) -> list[str]:
     """The ids of the votes that a file's pairs come from."""
     return [vote for line in pairs.read().splitlines() for vote in json.loads(line)["feedback"]["votes"]]
@@ -102,7 +93,8 @@ def feedback(out: Place, run: Place, earlier: Sequence[Place], tokenizer: Place,
 
     `pairs.jsonl` in `out` has the pairs with the votes they come from.
     """
-    return ray.get(_feedback.remote(out, run, earlier, tokenizer, data), timeout=TOKENIZE_S)
+    task = ray.remote(num_cpus=0.5)(_paired_votes)
+    return ray.get(task.remote(out, run, earlier, tokenizer, data), timeout=TOKENIZE_S)
 
 
 @ray.remote(num_cpus=0.2)
@@ -163,8 +155,7 @@ def _ages(completions: pa.Table, version: int) -> np.ndarray:
 
 def age(completions: Sequence[Part], version: int) -> Age:
     """How many steps before `version` the weights were that completions were begun with."""
-    ages = ray.get([_ages.remote(part.argument(), version) for part in completions], timeout=SUMMARY_S)
-    steps = np.concatenate(ages)
+    steps = np.concatenate(ray.get([_ages.remote(part.argument(), version) for part in completions], timeout=SUMMARY_S))
     return Age(mean=float(steps.mean()), most=int(steps.max()))
 
 
@@ -187,9 +178,8 @@ def _pair(out: Place, scores: pa.Table) -> pa.Table:
 
 @ray.remote(num_cpus=0.1)
 def _dropped(pairs: pa.Table) -> Counter[str]:
-    metadata = {key.decode(): count for key, count in (pairs.schema.metadata or {}).items()}
-    counts = {key: int(count) for key, count in metadata.items() if key.startswith("dropped:")}
-    return Counter({key.removeprefix("dropped:"): count for key, count in counts.items()})
+    counts = {key: int(n) for key, n in (pairs.schema.metadata or {}).items() if key.startswith(b"dropped:")}
+    return Counter({key.decode().removeprefix("dropped:"): n for key, n in counts.items()})
 
 
 def pair(scores: Sequence[Part], out: StageOutput) -> list[Part]:

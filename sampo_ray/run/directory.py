@@ -61,18 +61,15 @@ class Run:
         self.place.at("manifest.json").write(self.manifest.model_dump_json(indent=1).encode())
 
     def metrics(self) -> list[StepMetrics]:
-        """The metrics of all steps so far."""
         file = self.place.at("metrics.jsonl")
         return parse_metrics(file.read().decode().splitlines()) if file.exists() else []
 
     def record(self, metrics: StepMetrics) -> None:
         """Adds one step's line, unless that step of that round has one already (it was trained again after a crash)."""
-        key = metrics.round, metrics.step
-        if key in self._recorded:
+        if (key := (metrics.round, metrics.step)) in self._recorded:
             return
         self._recorded.add(key)
-        line = metrics.line() + "\n"
-        file = self.place.at("metrics.jsonl")
+        file, line = self.place.at("metrics.jsonl"), metrics.line() + "\n"
         if self.place.local:
             with open(file.path, "a") as out:
                 out.write(line)
@@ -140,8 +137,7 @@ def read_settings(place: Place) -> dict[str, Any]:
 
 def dump_config(config: RunConfig) -> str:
     """The configuration as YAML, as `load_config` reads it; secrets are not written."""
-    tree = config.model_dump(mode="json", exclude={"serve": {"api_keys"}})
-    return str(yaml.safe_dump(tree, sort_keys=False))
+    return str(yaml.safe_dump(config.model_dump(mode="json", exclude={"serve": {"api_keys"}}), sort_keys=False))
 
 
 def _version(package: str) -> str | None:

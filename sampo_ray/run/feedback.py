@@ -10,8 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Literal, TypedDict
+from typing import Annotated, Literal, NamedTuple, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
@@ -70,15 +69,12 @@ class Judgement(BaseModel):
 
     @property
     def kind(self) -> Kind:
-        if self.thumb or self.edited:
-            return self.thumb or "edited"
-        return "tie" if self.tie else "better"
+        return self.thumb or ("edited" if self.edited else "tie" if self.tie else "better")
 
     @property
     def vote_id(self) -> str:
         """Equal for equal judgements of the same responses; the note does not count."""
-        ids = sorted(self.ids) if self.tie else self.ids
-        return _digest([self.kind, *ids, self.edited])
+        return _digest([self.kind, *(sorted(self.ids) if self.tie else self.ids), self.edited])
 
 
 class Vote(BaseModel):
@@ -129,8 +125,7 @@ class FeedbackRow(TypedDict):
     feedback: dict[str, int | list[str] | list[int] | list[float]]
 
 
-@dataclass(frozen=True)
-class _Opinion:
+class _Opinion(NamedTuple):
     """That one text is better than another: a comparison, an edit, or the thumbs on two answers."""
 
     chosen: str
@@ -197,8 +192,7 @@ def _matched_thumbs(votes: Sequence[Vote], unused: Counter[str]) -> Iterable[_Op
     for vote in votes:
         if vote.kind in ("up", "down"):
             by_text.setdefault(vote.answers[0].text, []).append(vote)
-    liked: list[str] = []
-    disliked: list[str] = []
+    liked, disliked = list[str](), list[str]()
     for text, thumbs in by_text.items():  # in the order of their first vote
         balance = sum(1 if vote.kind == "up" else -1 for vote in thumbs)
         if balance > 0 and not _ended(text, thumbs):
@@ -250,9 +244,8 @@ def _majority_row(prompt: list[dict[str, str]], opinions: Sequence[_Opinion]) ->
 
 def _ended(text: str, votes: Iterable[Vote]) -> bool:
     """Whether the policy ended an answer with this text itself, or a user wrote it as an edit."""
-    return any(
-        vote.edited == text or any(a.text == text and a.finish_reason == "stop" for a in vote.answers) for vote in votes
-    )
+    ended = ((vote.edited, {a.text for a in vote.answers if a.finish_reason == "stop"}) for vote in votes)
+    return any(text == edited or text in answers for edited, answers in ended)
 
 
 def _json(value: object) -> str:

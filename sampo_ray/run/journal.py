@@ -5,7 +5,7 @@ import uuid
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from sampo_ray.run.storage import Place
 
@@ -13,8 +13,7 @@ MERGE_AT = 64  # files of one time span that are merged before the span is over
 ATTEMPTS = 5
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
+class _Entry(NamedTuple):
     """What the index knows of a record: its time, and that it is bytes `start` to `end` of a segment."""
 
     segment: str
@@ -46,7 +45,6 @@ class Journal:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all segments."""
         return sum(self._segments.values())
 
     def refresh(self) -> None:

@@ -19,10 +19,8 @@ class Checkpoint(BaseModel):
     round: int
     step: int
     world: int
-    files: dict[str, str]
-    """Checksums by file name."""
-    statistics: Statistics = Statistics()
-    """Of the round's steps so far, for losses that use them."""
+    files: dict[str, str]  # checksums by file name
+    statistics: Statistics = Statistics()  # of the round's steps so far, for losses that use them
 
 
 class Age(BaseModel):
@@ -35,20 +33,16 @@ class Age(BaseModel):
 class StageRecord(BaseModel):
     """A finished stage. Only the fields that were set are written."""
 
-    rows: list[int] = []
-    """Of each of its parts."""
+    rows: list[int] = []  # of each of its parts
     steps: int = 0
     seconds: float | None = None
     age: Age | None = None
     rows_read: int = 0
-    dropped: dict[str, int] = {}
-    """Rows of a source, or prompts, that were left out, by reason."""
+    dropped: dict[str, int] = {}  # rows of a source, or prompts, that were left out, by reason
     prompts_cut: int = 0
     responses_cut: int = 0
-    votes: int = 0
-    """How many votes the pairs come from."""
-    left: dict[str, int] = {}
-    """Votes that made no pair, by reason."""
+    votes: int = 0  # how many the pairs come from
+    left: dict[str, int] = {}  # votes that made no pair, by reason
 
     @model_serializer(mode="wrap")
     def _only_set(self, serialize: SerializerFunctionWrapHandler) -> dict[str, object]:
@@ -84,8 +78,7 @@ class Manifest(BaseModel):
     data: DataRecord = DataRecord()
     rounds: list[RoundRecord] = []
     checkpoint: Checkpoint | None = None
-    earlier: Checkpoint | None = None
-    """The checkpoint before, used if that is damaged."""
+    earlier: Checkpoint | None = None  # the one before, used if that is damaged
     finished: bool = False
 
 
@@ -100,11 +93,8 @@ class Lineage:
 
 
 def lineage(config: RunConfig, fingerprint: str | None) -> Lineage:
-    method = config.method
-    decisive = config.model_dump(
-        mode="json", include={"model", "data", "rounds", "method", "optim", "rollout", "reward", "run"}
-    )
-    decisive["run"] = config.run.seed
+    method, sections = config.method, {"model", "data", "rounds", "method", "optim", "rollout", "reward"}
+    decisive = {**config.model_dump(mode="json", include=sections), "run": config.run.seed}
     return Lineage(
         base=config.model.path.rstrip("/").rsplit("/", 1)[-1],
         method=f"{method.loss}/{method.reduction}, beta {method.beta:g}",
@@ -145,7 +135,6 @@ class StepResult:
 
     metrics: StepMetrics
     published: bool = False
-    """Whether its version was published."""
     checkpoint: Checkpoint | None = None
 
 

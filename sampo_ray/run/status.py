@@ -30,10 +30,8 @@ class Status(BaseModel):
     round: int | None = None
     rounds: int | None = None
     stage: Activity | None = None
-    running: bool = True
-    """False once the process has ended, unless it was killed."""
-    time: float = 0.0
-    """Of writing, in seconds since 1970."""
+    running: bool = True  # False once the process has ended, unless it was killed
+    time: float = 0.0  # of writing, in seconds since 1970
 
     def alive(self) -> bool:
         """Whether a process works on the run, judged by the age of the file."""
