@@ -1,7 +1,6 @@
 """The ingress of the live policy: OpenAI's routes before a running policy application, each answer with its version.
 
-The policy is another Serve application, reached by name, so that one deployment can play both roles (rollouts and
-endpoint) and so that neither redeploys the other.
+The policy is another Serve application, so that it can also draw rollouts and neither redeploys the other.
 
 `x-policy-version` and `x-policy-run` name the weights that an answer began with. When others were swapped in on the
 way, the answer names them all and where they change, as `policy_versions`: in the body or, streaming, in a chunk before
@@ -59,8 +58,7 @@ class PolicyApp:
         self._name = name
         self._handle: DeploymentHandle | None = None
         self._status = CachedRead(lambda: asyncio.to_thread(self._look), STATUS_FRESH_S, STATUS_TIMEOUT_S)
-        self.seen = messages.LivePosition()
-        """The latest position that an answer has had; no answer begins earlier."""
+        self.seen = messages.LivePosition()  # the latest that an answer has had; no answer begins earlier
 
     async def handle(self, start_by: float) -> DeploymentHandle:
         """ApiError (503) when the application is not deployed until `start_by` (event loop's clock)."""
@@ -79,9 +77,7 @@ class PolicyApp:
         self.seen = messages.LivePosition(seen.weights.run, max(before, seen.sequence))
 
     async def up_and_runs(self) -> tuple[bool, bool]:
-        """Whether a replica runs or Serve would start one, and whether one runs. At most one look a second, for all
-        callers together.
-        """
+        """Whether a replica runs or Serve would start one, and whether one runs; looks at most once a second."""
         # While the controller restarts, replicas answer without it, and the last status still counts.
         with suppress(TimeoutError, RayError):
             return await self._status.get()
@@ -96,10 +92,8 @@ class PolicyApp:
 
 
 class Answer:
-    """The items of one streaming call, until `deadline` (event loop's clock). Its failures are ApiErrors.
-
-    Serve cancels the call when the request that made it is cancelled (the client went away); this class does when the
-    endpoint itself gives up.
+    """The items of one streaming call, until `deadline` (event loop's clock). Its failures are ApiErrors. Serve cancels
+    the call when the client goes away, this class when the endpoint itself gives up.
     """
 
     def __init__(self, policy: PolicyApp, items: DeploymentResponseGenerator, deadline: float) -> None:
@@ -146,8 +140,7 @@ class Answer:
 class PolicyIngress(AdminRoutes, FeedbackRoutes, PageRoutes):
     """Answers for the Serve application `policy_app`, which serves the model `policy`, and for pinned versions.
 
-    An answer has `request_timeout_s` from when its request is read to its last token, of which it waits at most
-    `start_timeout_s` for a replica to run; when that passes, or the client goes away, its generation is cancelled.
+    A request may take `request_timeout_s`, of which it waits at most `start_timeout_s` for a replica to run.
     """
 
     def __init__(self, policy_app: str, store: str, config: ServeConfig) -> None:

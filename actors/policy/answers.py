@@ -29,7 +29,12 @@ class Rollouts:
         self._client, self._weights, self._gate, self._chat = client, weights, gate, chat
 
     async def generate(self, prompts: pa.Table, rows: Sequence[int], request: messages.RolloutRequest) -> pa.Table:
-        """See `PolicyServer.generate`."""
+        """Samples completions for each of `rows` of a PROMPTS block; returns a COMPLETIONS block in order.
+
+        A completion's ids are those the engine sampled, with the end-of-turn token where it stopped. Log-probs are the
+        model's own (nats, before temperature and top-p). Versions are those held when the request came and when it
+        ended. Waits for `request.weights`; WeightsNotLoadedError if they do not come or have passed.
+        """
         if request.weights is not None:
             await self._weights.wait_for(request.weights)
         chosen, end = prompts.take(list(rows)), self._chat.end_of_turn_id
@@ -106,9 +111,7 @@ async def answer_items(
     spans: Sequence[messages.VersionSpan],
     changed: Callable[[], messages.WeightsChanged],
 ) -> AsyncGenerator[messages.AnswerItem, None]:
-    """What LLMServer yields, as items. If weights were swapped on the way (more than one of `spans`), the last one
-    names all versions, and `changed()` comes before it.
-    """
+    """What LLMServer yields, as items. After a swap, `changed()` precedes the last one, which names all versions."""
     last_event = ""
     async for item in items:
         swapped = len(spans) > 1
@@ -133,8 +136,8 @@ def chunks_or_failure(events: list[str]) -> Iterator[messages.Chunks | messages.
     for position, event in enumerate(events):
         if isinstance(event, ErrorResponse):
             error = event
-        elif data := sse.error_data(event):
-            error = ErrorResponse.model_validate_json(data)
+        elif event.startswith(sse.ERROR):
+            error = ErrorResponse.model_validate_json(event.removeprefix(sse.PREFIX))
         else:
             continue
         if position:

@@ -33,10 +33,8 @@ ANY_POSITION = LivePosition()
 
 
 class PolicyServer(EngineServer):
-    """A vLLM replica that follows the weight store. It is ready once it holds the store's current weights.
-
-    `chat` and `completions` yield `AnswerItem`s (messages.py). When the engine dies, so does this process, so that
-    Serve starts another.
+    """A vLLM replica that follows the weight store. It is ready once it holds the store's current weights. When the
+    engine dies, so does this process, so that Serve starts another.
     """
 
     async def __init__(self, llm_config: LLMConfig, *, source: WeightsSource, chat_folder: str) -> None:  # type: ignore[misc]
@@ -59,12 +57,7 @@ class PolicyServer(EngineServer):
         self._tasks = [end_process_with(asyncio.create_task(each)) for each in work]
 
     async def generate(self, prompts: pa.Table, rows: Sequence[int], request: RolloutRequest) -> pa.Table:
-        """Samples completions for each of `rows` of a PROMPTS block; returns a COMPLETIONS block in order.
-
-        A completion's ids are those the engine sampled, with the end-of-turn token where it stopped. Log-probs are the
-        model's own (nats, before temperature and top-p). Versions are those held when the request came and when it
-        ended. Waits for `request.weights`; WeightsNotLoadedError if they do not come or have passed.
-        """
+        """See `Rollouts.generate`."""
         return await self._rollouts.generate(prompts, rows, request)
 
     async def hold(self, weights: WeightsId) -> None:
@@ -121,7 +114,6 @@ class PolicyServer(EngineServer):
                         yield item
 
     async def _require_adapter(self, run: str, model: str) -> None:
-        """Loads the adapter that the model name `policy@NAME` means, unless it is loaded already."""
         async with self._loading_adapter:
             if model not in self._adapters:
                 folder = adapter_folder(run, model.partition("@")[2])
@@ -189,11 +181,10 @@ def policy_deployment(
     max_model_len: int,
     name: str = "policy",
 ) -> serve.Application:
-    """The Serve deployment of policy replicas, which serve `source` under the name `model_id`.
+    """Policy replicas that serve `source`, whose store must run, as `model_id`; on GPUs if `config` has any.
 
     `model_folder` is a complete version (the one to pin, or 000000 until the store's weights are loaded), `chat_folder`
-    the run's tokenizer with its chat template and end-of-turn token. Both are paths or fsspec URLs that every node
-    reaches. The store that `source` names must run. `config.num_gpus` decides between GPU and CPU.
+    the run's tokenizer. Both are paths or fsspec URLs that every node reaches.
     """
     gpus = config.num_gpus or 0
     llm_config = LLMConfig(

@@ -25,10 +25,8 @@ class ReplicaState(StrEnum):
 
 class ReplicaEvent(StrEnum):
     ENGINE_UP = "engine up"
-    LOAD = "load"
-    LOADED = "loaded"
-    DRAIN = "drain"
-    FAIL = "fail"
+    LOAD, LOADED = "load", "loaded"
+    DRAIN, FAIL = "drain", "fail"
 
 
 _NEXT = {
@@ -51,10 +49,9 @@ def next_state(state: ReplicaState, event: ReplicaEvent) -> ReplicaState:
     * `loading` to `draining`: it needs weights to finish its requests with.
     * out of `draining` or `dead`: Serve sends it no more requests, and a new replica is easier to trust.
     """
-    try:
-        return _NEXT[state, event]
-    except KeyError:
-        raise ValueError(f"a replica that is {state} cannot go on with {event!r}") from None
+    if (following := _NEXT.get((state, event))) is None:
+        raise ValueError(f"a replica that is {state} cannot go on with {event!r}")
+    return following
 
 
 class RequestGate:
@@ -82,9 +79,7 @@ class RequestGate:
 
     @asynccontextmanager
     async def closed(self) -> AsyncIterator[None]:
-        """Around a swap: begins once no request is in flight. Half-loaded weights must not answer, so a failure leaves
-        it closed.
-        """
+        """Around a swap: begins once no request is in flight. Stays closed after a failure: weights are half-loaded."""
         self._open.clear()
         await self._empty.wait()
         yield

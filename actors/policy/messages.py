@@ -26,13 +26,11 @@ class RolloutRequest:
 
 
 class ReplicaStatus(TypedDict):
-    """The weights that a replica computes with, and its state (actors/policy/lifecycle.py)."""
-
     run: str
     version: int
     round: int | None
     step: int | None
-    state: str
+    state: str  # a ReplicaState
 
 
 class LivePosition(NamedTuple):
@@ -60,25 +58,19 @@ class WeightsChanged:
 
 @dataclass(frozen=True)
 class Chunks:
-    """Server-sent events of a streamed answer, as text."""
-
-    events: list[str]
+    events: list[str]  # of a streamed answer: server-sent events, as text
 
 
 @dataclass(frozen=True)
 class Whole:
-    """An answer that is not streamed: OpenAI's response object."""
-
-    response: BaseModel
+    response: BaseModel  # OpenAI's, not streamed
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The engine's error, with its HTTP status and the field of the request that it is about."""
-
-    status: int
+    status: int  # HTTP's, for an error of the engine
     message: str
-    param: str | None = None
+    param: str | None = None  # the field of the request that it is about
 
 
 AnswerItem: TypeAlias = AnsweredBy | WeightsChanged | Chunks | Whole | Failure

@@ -44,9 +44,7 @@ class WeightsSource:
     pinned: WeightsId | None = None
     swap: Literal["keep", "wait"] = "keep"
     drain_s: float = 300.0  # with swap=wait: seconds that answers in flight may take to finish
-    adapters: str | None = None
-    """The run directory, if LoRA adapters are served on the pinned version. One is loaded when a request first names
-    it, as `policy@NAME` or, for a version of adapters alone, `policy@N`."""
+    adapters: str | None = None  # run directory with LoRA adapters to serve, each loaded when `policy@NAME` names it
     max_rank: int = 0
     transport: Literal["host", "ipc", "broadcast"] = "host"  # of new weights (actors/transfer/transport.py)
 
@@ -67,10 +65,8 @@ class LoadedWeights:
 
 
 class ReplicaWeights:
-    """Loads a replica's weights into its engine, and knows which ones it holds and in what state it is.
-
-    A swap pauses the engine, loads, and resumes; requests in flight keep their KV cache. When an update fails half-way,
-    the process ends, because the engine holds a mixture of weights.
+    """Loads a replica's weights into its engine. A swap pauses the engine, loads, and resumes; requests in flight keep
+    their KV cache. When an update fails half-way, the process ends, because the engine holds a mixture of weights.
     """
 
     def __init__(
@@ -95,7 +91,7 @@ class ReplicaWeights:
         self.state = lifecycle.next_state(self.state, event)
 
     def pin(self, weights: LoadedWeights) -> None:
-        """Takes the weights that the engine was built from as those to serve for good."""
+        """Serves the weights that the engine was built from for good."""
         self.advance(ReplicaEvent.LOAD)
         self.loaded = weights
         self.advance(ReplicaEvent.LOADED)

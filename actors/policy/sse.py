@@ -7,6 +7,7 @@ PREFIX, END = "data: ", "\n\n"
 END_BYTES = END.encode()  # JSON text never holds it: a line break in a string is written \n
 DONE_DATA = "[DONE]"
 DONE = f"{PREFIX}{DONE_DATA}{END}"  # the last event of a stream
+ERROR = f'{PREFIX}{{"error"'  # how vLLM's events that report an error begin
 
 
 def event(body: Mapping[str, object]) -> str:
@@ -16,11 +17,6 @@ def event(body: Mapping[str, object]) -> str:
 def data_of(events: str) -> Iterator[str]:
     """The data of each of some whole events."""
     return (data for each in events.split(END) if (data := each.removeprefix(PREFIX)))
-
-
-def error_data(event: str) -> str | None:
-    """The JSON of an event that reports an error, as vLLM writes it; None for other events."""
-    return event.removeprefix(PREFIX) if event.startswith(f'{PREFIX}{{"error"') else None
 
 
 def without(raw: bytes, drop: Callable[[bytes], object]) -> bytes:

@@ -7,10 +7,8 @@ from ray.job_submission import JobSubmissionClient
 
 
 class TimeLimitedJobClient(JobSubmissionClient):
-    """Ray's job client with a limit of `seconds` for each request, also for those that its constructor makes.
-
-    Without one, a call waits forever on a server that accepts a connection and never answers. Overrides
-    `SubmissionClient._do_request`, through which all requests go but the WebSocket of a job's log.
+    """Ray's job client with a limit of `seconds` for each request, also its constructor's: without one, a call waits
+    forever on a server that never answers. Overrides `_do_request`, by which all but a log's WebSocket goes.
     """
 
     def __init__(self, address: str, seconds: float) -> None:

@@ -28,9 +28,8 @@ class OneProcessEngine(VLLMEngine):
 
 
 class EngineServer(LLMServer):
-    """Ray's LLM server with vLLM's engine client within reach, and without telemetry.
-
-    Reaches `LLMServer._default_engine_cls`, `._start_engine` and `._llm_config`, and `VLLMEngine._engine_client`.
+    """Ray's LLM server with vLLM's engine client within reach, and without telemetry. Reaches `_default_engine_cls`,
+    `_start_engine` and `_llm_config` of `LLMServer`, and `VLLMEngine._engine_client`.
     """
 
     _default_engine_cls = OneProcessEngine
@@ -57,9 +56,8 @@ class EngineServer(LLMServer):
 def use_local_folders(config: LLMConfig, model: str, tokenizer: str) -> None:
     """Has an engine of this configuration load model and tokenizer from folders of this node.
 
-    Reaches `LLMConfig._engine_config`, which the driver has filled with the folders' URLs and which is made again, and
-    `run_init_node` of the callback context: with all files here, no task has to download them, which would import vLLM
-    (10 s).
+    Reaches `LLMConfig._engine_config`, which the driver has filled with URLs and which is made again, and the callback
+    context's `run_init_node`: with all files here, no task has to download them, which would import vLLM (10 s).
     """
     config.engine_kwargs["tokenizer"] = tokenizer
     config.model_loading_config.model_source = model

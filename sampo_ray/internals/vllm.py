@@ -31,9 +31,8 @@ def requests_in_flight(engine: AsyncLLM) -> list[RequestProgress]:
 
 
 def parameters_as_created(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The module's parameters as vLLM created them for a checkpoint (all but biases): shapes without data.
-
-    Reaches `restore_metadata` of vLLM's layerwise reloading, which recorded them before it packed the weights.
+    """The module's parameters as vLLM created them for a checkpoint (all but biases): shapes without data, which its
+    layerwise reloading recorded in `restore_metadata` before it packed the weights.
     """
     parameters, _ = get_layerwise_info(module).restore_metadata
     return {name: restore_layer_refs(meta, module) for name, meta in parameters.items()}
@@ -60,9 +59,8 @@ def process_weights(module: nn.Module) -> None:
 
 
 def skip_packing(module: nn.Module, model: nn.Module) -> bool:
-    """For an embedding that is no head: has it compute with its weights as they are, and returns True.
-
-    vLLM packs a second copy of an embedding on a CPU, which nothing computes with. Reaches its `cpu_linear`.
+    """For an embedding that is no head: has its `cpu_linear` compute with its weights as they are, and returns True.
+    vLLM packs a second copy of it on a CPU, which nothing computes with.
     """
     is_head = isinstance(module, ParallelLMHead) or module is getattr(model, "lm_head", None)
     if skipped := isinstance(module, VocabParallelEmbedding) and not is_head:
