@@ -124,7 +124,7 @@ def policy_rig(folder: Path, model: Path | None, concurrency: int, **engine: Any
     from sampo_ray.config.sections import GeneratorsConfig, ServeConfig
     from sampo_ray.data.chat import ChatFormat
     from sampo_ray.run.version_files import write_version
-    from sampo_ray.run.version_folders import VersionInfo, version_folder
+    from sampo_ray.run.versions import VersionInfo, version_folder
     from sampo_ray.serve.endpoint import free_port, start_serve
 
     path, label = model_folder(model, folder)

@@ -129,7 +129,7 @@ class Group:
         import torch
 
         from sampo_ray.run.version_files import write_version
-        from sampo_ray.run.version_folders import VersionInfo
+        from sampo_ray.run.versions import VersionInfo
         from sampo_ray.training.batching import lengths_of, plan_round
         from sampo_ray.training.learner import Learner
         from sampo_ray.training.policy import load_policy, score_pairs

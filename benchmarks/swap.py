@@ -60,7 +60,7 @@ class Versions:
         from sampo_ray.actors.weights.client import put
         from sampo_ray.run.buckets import unpack
         from sampo_ray.run.version_files import read_version, write_version
-        from sampo_ray.run.version_folders import VersionInfo, version_folder
+        from sampo_ray.run.versions import VersionInfo, version_folder
 
         self.rig, self._numbers = rig, itertools.count(1)
         base, disturbed = (version_folder(rig.versions, number) for number in (0, 1))
@@ -134,7 +134,7 @@ def distance(rig: _rig.Rig, answers: Any, version: int) -> float:
     from transformers import AutoModelForCausalLM
 
     from sampo_ray.actors.policy.deployment import cpu_engine
-    from sampo_ray.run.version_folders import version_folder
+    from sampo_ray.run.versions import version_folder
 
     dtype = getattr(torch, cpu_engine(_rig.CONTEXT)["dtype"])
     model = AutoModelForCausalLM.from_pretrained(version_folder(rig.versions, version), dtype=dtype)

@@ -10,7 +10,7 @@ import pytest
 from sampo_ray.config.sections import GeneratorsConfig
 from sampo_ray.loop.fleet import Fleet
 from sampo_ray.loop.rounds import prepare_next_round
-from sampo_ray.run.version_folders import WeightsId
+from sampo_ray.run.versions import WeightsId
 
 
 class Handle:

@@ -20,7 +20,7 @@ from sampo_ray.data.sources import read_rows
 from sampo_ray.errors import FeedbackError
 from sampo_ray.run.feedback import Answer, Judgement, Vote, make_vote, pairs_from, read_votes, votes_journal
 from sampo_ray.run.storage import Place
-from sampo_ray.run.version_folders import WeightsId
+from sampo_ray.run.versions import WeightsId
 from sampo_ray.serve import errors
 from sampo_ray.serve.errors import ApiError
 from sampo_ray.serve.requests.openai import ChatCompletionRequest, validated

@@ -20,7 +20,7 @@ from ray.serve.exceptions import BackPressureError
 from sampo_ray.actors.policy.messages import AnsweredBy, AnswerItem, Chunks, Failure
 from sampo_ray.config.sections import ServeConfig
 from sampo_ray.errors import EndpointError
-from sampo_ray.run.version_folders import WeightsId
+from sampo_ray.run.versions import WeightsId
 from sampo_ray.serve import errors
 from sampo_ray.serve.endpoint import base_url, check_port, free_port
 from sampo_ray.serve.errors import ApiError

@@ -20,7 +20,7 @@ from sampo_ray.config.run import RunConfig
 from sampo_ray.errors import TrainingError
 from sampo_ray.run.buckets import unpack
 from sampo_ray.run.version_files import adapters_info, write_adapters, write_version
-from sampo_ray.run.version_folders import VersionInfo
+from sampo_ray.run.versions import VersionInfo
 from sampo_ray.training.batching import Step, assemble, lengths_of, plan_round
 from sampo_ray.training.objective import METRICS, Draw, LossInputs
 from sampo_ray.training.policy import load_policy

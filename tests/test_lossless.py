@@ -39,7 +39,7 @@ class Live:
     def publish(self) -> int:
         from sampo_ray.actors.weights.publish import NewVersion, publish_version
         from sampo_ray.run.storage import Place
-        from sampo_ray.run.version_folders import VersionInfo
+        from sampo_ray.run.versions import VersionInfo
 
         self.newest += 1
         model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.bfloat16)
@@ -113,7 +113,7 @@ def live(own_serve: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFac
     from sampo_ray.actors.weights.store import start_weight_store
     from sampo_ray.data.chat import ChatFormat
     from sampo_ray.run.version_files import write_version
-    from sampo_ray.run.version_folders import VersionInfo
+    from sampo_ray.run.versions import VersionInfo
     from sampo_ray.serve.endpoint import await_endpoint, deploy_endpoint, free_port, start_serve, stop_endpoint
 
     run = tmp_path_factory.mktemp("lossless")

@@ -41,7 +41,7 @@ from sampo_ray.errors import WeightsError
 from sampo_ray.run.buckets import joined, unpack
 from sampo_ray.run.storage import Place
 from sampo_ray.run.version_files import adapters_info, read_version, write_version
-from sampo_ray.run.version_folders import AdaptersInfo, VersionInfo, WeightsId, version_folder
+from sampo_ray.run.versions import AdaptersInfo, VersionInfo, WeightsId, version_folder
 from tests.conftest import assert_greedy
 
 LONG = "What is two plus three? The answer is five. " * 14  # more than one block of the prefix cache (128 tokens)

@@ -12,7 +12,7 @@ from sampo_ray.actors.policy.answers import answer_items, sampling_params, versi
 from sampo_ray.actors.policy.lifecycle import ReplicaEvent, ReplicaState, RequestGate, next_state, tokens_by_choice
 from sampo_ray.actors.policy.messages import AnswerItem, Chunks, Failure, RolloutRequest, VersionSpan, WeightsChanged
 from sampo_ray.internals.vllm import RequestProgress
-from sampo_ray.run.version_folders import WeightsId
+from sampo_ray.run.versions import WeightsId
 
 
 def test_a_draw_is_seeded_by_run_seed_prompt_and_sample_alone() -> None:

@@ -17,7 +17,7 @@ from sampo_ray.config.run import load_config
 from sampo_ray.run.directory import Run, create_run
 from sampo_ray.run.manifest import Age
 from sampo_ray.run.storage import Place
-from sampo_ray.run.version_folders import WeightsId
+from sampo_ray.run.versions import WeightsId
 from tests.conftest import assert_greedy
 from tests.notes import Notes
 
@@ -311,7 +311,7 @@ def fleet_shares(fleet, version: int) -> bool:
 
 def test_within_its_rounds_a_run_with_adapters_publishes_these_alone(fleet, tiny_model, tmp_path):
     from sampo_ray.iterate import iterate
-    from sampo_ray.run.version_folders import complete_versions, read_info, version_folder
+    from sampo_ray.run.versions import complete_versions, read_info, version_folder
 
     run = new_run(tmp_path, tiny_model, "model.lora.rank=4", "rounds.count=1", "optim.batch_size=2")
     iterate(run, fleet, Notes())

@@ -23,7 +23,7 @@ from sampo_ray.actors.transfer.sending import Sender
 from sampo_ray.actors.transfer.transport import BroadcastReceiver, BroadcastSender, digest
 from sampo_ray.actors.weights.client import Weights
 from sampo_ray.run.buckets import joined, pack, views
-from sampo_ray.run.version_folders import VersionInfo, WeightsId
+from sampo_ray.run.versions import VersionInfo, WeightsId
 
 CPU = torch.device("cpu")
 LARGE = 16_000_000

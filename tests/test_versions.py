@@ -18,8 +18,7 @@ from sampo_ray.run import versions
 from sampo_ray.run.directory import create_run
 from sampo_ray.run.manifest import lineage
 from sampo_ray.run.storage import Place
-from sampo_ray.run.version_folders import AdaptersInfo, VersionInfo, version_folder
-from sampo_ray.run.versions import Adapter, Serving, read_serve_config
+from sampo_ray.run.versions import Adapter, AdaptersInfo, Serving, VersionInfo, read_serve_config, version_folder
 
 INFOS = {
     0: VersionInfo(version=0, round=0, step=0),

@@ -25,15 +25,15 @@ from sampo_ray.errors import WeightsError
 from sampo_ray.run.buckets import pack, unpack
 from sampo_ray.run.storage import Place
 from sampo_ray.run.version_files import adapters_info, read_version, write_version
-from sampo_ray.run.version_folders import (
+from sampo_ray.run.versions import (
     AdaptersInfo,
+    Serving,
     VersionInfo,
     WeightsId,
     complete_versions,
     read_info,
     version_folder,
 )
-from sampo_ray.run.versions import Serving
 
 BASE = VersionInfo(version=0, round=0, step=0)
 

@@ -26,7 +26,7 @@ from sampo_ray.data.chat import ChatFormat
 from sampo_ray.internals.serve_llm import EngineServer, use_local_folders
 from sampo_ray.internals.torch import cpu_has_bf16
 from sampo_ray.run.storage import Place
-from sampo_ray.run.version_folders import WeightsId, adapter_folder, read_info
+from sampo_ray.run.versions import WeightsId, adapter_folder, read_info
 
 HEALTH_PERIOD_S = 0.2
 ANY_POSITION = LivePosition()

@@ -10,7 +10,7 @@ from typing import NamedTuple, NotRequired, TypeAlias, TypedDict
 
 from pydantic import BaseModel
 
-from sampo_ray.run.version_folders import WeightsId
+from sampo_ray.run.versions import WeightsId
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from sampo_ray.actors.weights.client import Channel, Weights, find_weight_store,
 from sampo_ray.errors import WeightsError, WeightsNotLoadedError
 from sampo_ray.internals.vllm import requests_in_flight
 from sampo_ray.run.buckets import Bucket, checksum, flat, unpack, verify, views
-from sampo_ray.run.version_folders import VersionInfo, WeightsId
+from sampo_ray.run.versions import VersionInfo, WeightsId
 from sampo_ray.training.lora import MATRICES, file_name, merged
 
 POLL_S, RETRY_S = 30.0, 2.0

@@ -26,8 +26,7 @@ from sampo_ray.run.manifest import Checkpoint, StepMetrics, StepResult, lineage,
 from sampo_ray.run.parts import part_place
 from sampo_ray.run.storage import Place
 from sampo_ray.run.version_files import adapters_info, write_version
-from sampo_ray.run.version_folders import VersionInfo, version_folder
-from sampo_ray.run.versions import labels_of
+from sampo_ray.run.versions import VersionInfo, labels_of, version_folder
 from sampo_ray.training.batching import plan_round
 from sampo_ray.training.learner import Learner, drain, from_all_ranks
 from sampo_ray.training.memory import check_device

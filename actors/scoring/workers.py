@@ -23,7 +23,7 @@ from sampo_ray.data.rewards import RewardModel, Scorer, call_function, columns_o
 from sampo_ray.errors import RewardError
 from sampo_ray.run.buckets import unpack
 from sampo_ray.run.storage import Place
-from sampo_ray.run.version_folders import WeightsId
+from sampo_ray.run.versions import WeightsId
 from sampo_ray.training.objective import reference_positions
 from sampo_ray.training.policy import Policy, load_policy, score_pairs
 

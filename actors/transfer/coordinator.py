@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sampo_ray.run.version_folders import WeightsId
+from sampo_ray.run.versions import WeightsId
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from sampo_ray.actors.transfer.coordinator import TransferGroup
 from sampo_ray.actors.transfer.transport import BroadcastSender, IpcSender, TransportSender, seconds_left
 from sampo_ray.actors.weights.client import fetch
 from sampo_ray.run.buckets import Bucket
-from sampo_ray.run.version_folders import WeightsId
+from sampo_ray.run.versions import WeightsId
 
 logger = logging.getLogger(__name__)
 

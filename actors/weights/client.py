@@ -8,8 +8,7 @@ import ray
 from ray.actor import ActorHandle
 
 from sampo_ray.run.buckets import Bucket, verify
-from sampo_ray.run.version_folders import VersionInfo, WeightsId
-from sampo_ray.run.versions import Serving, VersionEntry
+from sampo_ray.run.versions import Serving, VersionEntry, VersionInfo, WeightsId
 
 NAMESPACE = "sampo"
 Channel = Literal["live", "training"]
@@ -61,8 +60,6 @@ def fetch(bucket: Bucket, timeout_s: float) -> Bucket:
 
 
 def throttle(begun: float, share: float) -> None:
-    """Sleeps until the work since `begun` (time.perf_counter) has taken only `share` of the time.
-
-    An engine that computes on the same cores waits in each step for the slowest of its threads.
-    """
+    """Sleeps until the work since `begun` (time.perf_counter) has taken only `share` of the time: an engine that
+    computes on the same cores waits in each step for the slowest of its threads."""
     time.sleep((1 / share - 1) * (time.perf_counter() - begun))

@@ -25,8 +25,7 @@ from sampo_ray.run.directory import open_run
 from sampo_ray.run.parts import part_place
 from sampo_ray.run.storage import Place
 from sampo_ray.run.version_files import read_version
-from sampo_ray.run.version_folders import VersionInfo, WeightsId, complete_versions, read_info, version_folder
-from sampo_ray.run.versions import Serving
+from sampo_ray.run.versions import Serving, VersionInfo, WeightsId, complete_versions, read_info, version_folder
 
 CHECK_TIMEOUT_S = 1800.0
 CALL_SECONDS = 900.0
@@ -34,10 +33,7 @@ CALL_SECONDS = 900.0
 
 
 class LoadedVersions:
-    """The newest version of a run, the live one and the round's reference; any other is read from disk.
-
-    `put` moves the bytes of a bucket that was read into the object store.
-    """
+    """The newest version of a run, the live one and the round's reference; any other is read from disk and `put`."""
 
     def __init__(self, run: str, versions_url: str, put: Callable[[Bucket], Bucket]) -> None:
         self.run, self.url, self._put = run, versions_url, put
@@ -62,7 +58,6 @@ class LoadedVersions:
         return versions.all_labels(serving, {version: self.info(version)})[version]
 
     def get(self, version: int) -> Weights:
-        """From memory if it is there, else from disk."""
         held = [w for w in (self.training, self.live, self.reference) if w and w.id.version == version]
         return held[0] if held else self._read(version)
 
@@ -70,7 +65,6 @@ class LoadedVersions:
         return self.training is None or version > self.training.id.version
 
     def add(self, version: int, buckets: tuple[Bucket, ...]) -> None:
-        """A durable version is now the newest."""
         self.training = self._of(version, buckets)
 
     def read_newest(self) -> int | None:
@@ -254,10 +248,8 @@ def win_rate(ours: Sequence[float | None], theirs: Sequence[float | None]) -> fl
 
 @ray.remote(num_cpus=0.1)
 def check(apps: str, place: Place, run_id: str, version: int, before: int | None) -> Verdict | None:
-    """Probes a version through the fleet's generators and judges it; keeps the probe in `probes/`.
-
-    None when training has moved on meanwhile, so that no generator holds the version any more.
-    """
+    """Probes a version through the fleet's generators, keeps the probe in `probes/`, and judges it; None when training
+    has moved on, so that no generator holds the version any more."""
     config = open_run(place.url).config
     gates = config.serve.gates
     if gates.finite and not _is_finite(place, version):

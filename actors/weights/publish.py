@@ -12,7 +12,7 @@ from sampo_ray.actors.weights.client import put
 from sampo_ray.config.sections import LoraConfig
 from sampo_ray.run.storage import Place
 from sampo_ray.run.version_files import write_adapters, write_version
-from sampo_ray.run.version_folders import VersionInfo, WeightsId, version_folder
+from sampo_ray.run.versions import VersionInfo, WeightsId, version_folder
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,8 @@ def publish_version(
     timeout_s: float = 300.0,
     sender: Sender | None = None,
 ) -> WeightsId | None:
-    """Makes a version durable, then known: streams `tensors` to disk and object store, then tells the store.
-
-    A `sender` then sends it by a transport while this process goes on. Returns the id that is live afterwards.
-    """
+    """Streams `tensors` to disk and object store, then tells the store; returns the id that is live afterwards. A
+    `sender` then sends the version by a transport while this process goes on."""
     buckets = write_version(new.folder, tensors, shell_folder, new.info, keep=put)
     offered = sender is not None and sender.free
     call = store.publish.remote(new.run, new.info.version, new.reference, buckets, offered)

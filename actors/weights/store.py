@@ -20,7 +20,7 @@ from sampo_ray.errors import WeightsError
 from sampo_ray.run import versions
 from sampo_ray.run.buckets import Bucket, verify
 from sampo_ray.run.storage import Place
-from sampo_ray.run.version_folders import WeightsId
+from sampo_ray.run.versions import WeightsId
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +59,7 @@ class WeightStore:
 
     async def attach(self, run_id: str, versions_url: str, watch: bool = False) -> WeightsId | None:
         """Works for this run from now on, beginning with its versions on disk; returns what is live (None: nothing).
-
-        With `watch` another process trains the run, and new versions are looked for on disk.
-        """
+        With `watch` another process trains the run, and new versions are looked for on disk."""
         async with self._lock:
             before, self._attached = self._attached, Attachment(run=run_id, versions=versions_url, watch=watch)
             if (before.run, before.versions) != (run_id, versions_url):

@@ -1,7 +1,4 @@
-"""`sampo versions` and the commands that change what is served.
-
-They change `serving.json`; the process that serves the run follows that file at once.
-"""
+"""`sampo versions` and the commands that change serving.json, which the process that serves the run follows at once."""
 
 import json
 from datetime import datetime
@@ -11,8 +8,7 @@ import typer
 
 if TYPE_CHECKING:
     from sampo_ray.run.storage import Place
-    from sampo_ray.run.version_folders import VersionInfo
-    from sampo_ray.run.versions import Command, Follow
+    from sampo_ray.run.versions import Command, Follow, VersionInfo
 
 app = typer.Typer()
 ADAPTER_HELP = "LoRA adapters of your own, served on the version they were made for."
@@ -156,8 +152,7 @@ def opened(run: str) -> "tuple[Place, dict[int, VersionInfo], Follow]":
     """A run's place, its versions on disk with what their version.json says, and what its live policy follows."""
     from sampo_ray.errors import ConfigError
     from sampo_ray.run.storage import Place, absolute
-    from sampo_ray.run.version_folders import complete_versions, read_info, version_folder
-    from sampo_ray.run.versions import read_serve_config
+    from sampo_ray.run.versions import complete_versions, read_info, read_serve_config, version_folder
 
     place = Place(absolute(run))
     if not place.at("manifest.json").exists():

@@ -28,7 +28,7 @@ from sampo_ray.errors import FleetError
 from sampo_ray.run.directory import Run
 from sampo_ray.run.manifest import lineage
 from sampo_ray.run.storage import Place
-from sampo_ray.run.version_folders import VersionInfo, WeightsId
+from sampo_ray.run.versions import VersionInfo, WeightsId
 from sampo_ray.serve.endpoint import await_endpoint, deploy_endpoint, free_port, start_serve, stop_endpoint
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from sampo_ray.run.feedback import as_jsonl, pairs_from, read_votes
 from sampo_ray.run.manifest import Age, StageRecord
 from sampo_ray.run.parts import Part, part_place
 from sampo_ray.run.storage import Place
-from sampo_ray.run.version_folders import WeightsId
+from sampo_ray.run.versions import WeightsId
 from sampo_ray.training.batching import Lengths, lengths_of
 
 if TYPE_CHECKING:

@@ -62,10 +62,8 @@ def checksum_of(pieces: Iterable[Any]) -> str:
 
 
 def pack(tensors: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int = BUCKET_BYTES) -> Iterator[Bucket]:
-    """Copies (name, tensor) pairs into buckets of at most `bucket_bytes` (a larger tensor gets its own), streaming.
-
-    Each tensor is copied before the next is asked for, so a source may free or reuse it (as a ZeRO-3 gather does).
-    """
+    """Copies (name, tensor) pairs into buckets of at most `bucket_bytes` (a larger tensor gets its own), each before
+    the next is asked for, so that a source may free or reuse it (as a ZeRO-3 gather does)."""
     specs: list[TensorSpec] = []
     data, end = np.zeros(0, np.uint8), 0
     for name, tensor in tensors:

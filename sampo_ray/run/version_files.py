@@ -21,7 +21,7 @@ from sampo_ray.config.sections import LoraConfig
 from sampo_ray.errors import WeightsError
 from sampo_ray.run.buckets import BUCKET_BYTES, Bucket, TensorSpec, checksum, checksums, flat, pack, views
 from sampo_ray.run.storage import Place
-from sampo_ray.run.version_folders import AdaptersInfo, VersionInfo, is_complete, read_info
+from sampo_ray.run.versions import AdaptersInfo, VersionInfo, is_complete, read_info
 from sampo_ray.training.lora import MATRICES, file_name, peft_settings
 
 SHELL_SUFFIXES = (".json", ".jinja", ".txt", ".model")
@@ -132,10 +132,8 @@ def write_adapters(
     info: VersionInfo,
     keep: Callable[[Bucket], Bucket] = lambda bucket: bucket,
 ) -> Bucket:
-    """Writes a folder that peft loads, and returns what `keep` made of its tensors; see `write_version`.
-
-    `weights` are names of adapted weights, each with A [rank, in] and B [out, rank].
-    """
+    """Writes a folder that peft loads, and returns what `keep` made of its tensors; see `write_version`. `weights` are
+    names of adapted weights, each with A [rank, in] and B [out, rank]."""
     held, layers = dict[str, torch.Tensor](), []
     for name, parts in weights:
         layers.append(name.removesuffix(".weight"))

@@ -14,12 +14,11 @@ from typing import Literal
 
 import filelock
 import yaml
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from sampo_ray.config.sections import ServeConfig
-from sampo_ray.errors import VersionError
+from sampo_ray.errors import VersionError, WeightsError
 from sampo_ray.run.storage import Place
-from sampo_ray.run.version_folders import AdaptersInfo, VersionInfo
 
 Follow = Literal["latest", "round", "manual"]
 ServedAs = Literal["live", "pinned", "refused", "candidate", "kept"]
@@ -27,6 +26,84 @@ ServedAs = Literal["live", "pinned", "refused", "candidate", "kept"]
 HISTORY = 50
 LOCK_SECONDS = 30.0
 LABEL = re.compile(r"[a-z][a-z0-9._/-]{0,63}")
+
+
+@dataclass(frozen=True)
+class WeightsId:
+    """Which weights: the run they belong to and their version number in it."""
+
+    run: str
+    version: int
+
+    def __str__(self) -> str:
+        return f"{self.run}@{self.version}"
+
+
+class AdaptersInfo(BaseModel):
+    """LoRA adapters of a version: the version they are for (`base`), their rank, and the scaling of B @ A."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    base: int
+    rank: int
+    scaling: float
+
+
+class VersionInfo(BaseModel):
+    """A version's version.json. Unknown keys are kept, and a key that was not set is not written."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    version: int
+    round: int
+    step: int
+    """Optimizer steps within the round."""
+    parent: int | None = None
+    """The version that the round began with."""
+    labels: tuple[str, ...] = ()
+    base: str | None = None
+    """The name of the model that the run began with."""
+    method: str | None = None
+    recipe: str | None = None
+    """A hash of the settings that decide the result."""
+    data: str | None = None
+    """The fingerprint of the training data."""
+    metrics: Mapping[str, float] = {}
+    """Of the step that made this version."""
+    created: int | None = None
+    """Unix time."""
+    adapters: AdaptersInfo | None = None
+    """Set if the folder holds adapters alone."""
+    files: Mapping[str, str] = {}
+    """Checksums by file name."""
+
+
+def version_folder(versions_url: str, version: int) -> str:
+    return f"{versions_url.rstrip('/')}/{version:06d}"
+
+
+def is_complete(folder_url: str) -> bool:
+    return Place(folder_url).at("version.json").exists()
+
+
+def read_info(folder_url: str) -> VersionInfo:
+    """The version.json of a complete version; WeightsError when there is none."""
+    try:
+        return VersionInfo.model_validate(json.loads(Place(folder_url).at("version.json").read()))
+    except FileNotFoundError:
+        raise WeightsError(f"{folder_url}: not a complete version (no version.json)") from None
+
+
+def complete_versions(versions_url: str) -> list[int]:
+    """The numbers of all complete versions under `versions_url`, ascending."""
+    numbers = sorted(int(name) for name in Place(versions_url).names() if re.fullmatch(r"\d{6,}", name))
+    return [number for number in numbers if is_complete(version_folder(versions_url, number))]
+
+
+def adapter_folder(run_url: str, name: str) -> str:
+    """The folder of an adapter in a run directory: a user's by its name, a version of adapters alone by its number."""
+    run = run_url.rstrip("/")
+    return version_folder(f"{run}/versions", int(name)) if name.isdecimal() else f"{run}/adapters/{name}"
 
 
 class Adapter(BaseModel):
@@ -84,7 +161,6 @@ class Serving(BaseModel):
 
     @property
     def named_adapters(self) -> dict[str, Adapter]:
-        """The adapters of users."""
         return {name: adapter for name, adapter in self.adapters.items() if not name.isdecimal()}
 
 
@@ -108,11 +184,8 @@ def accept(state: Serving, version: int, labels: Sequence[str]) -> Serving:
 
 
 def resume(state: Serving, labels: Mapping[int, Sequence[str]], checked: bool) -> Serving:
-    """The state when a store starts on a run with these versions on disk.
-
-    A version whose publisher was killed before it could go live goes live now; where versions are `checked`, only the
-    base does. A live version that is gone from disk is replaced by the newest.
-    """
+    """The state when a store starts on a run: a version whose publisher was killed before it could go live does so now
+    (where versions are `checked`, only the base), and a live version that is gone from disk gives way to the newest."""
     if state.live not in labels:
         state = state.model_copy(update={"live": None})
     for version in sorted(labels)[: 1 if checked else None]:
@@ -139,7 +212,7 @@ def release(state: Serving, latest: int) -> Serving:
 
 
 def rollback(state: Serving) -> Serving:
-    """Makes the version live again that was live before, and holds it. VersionError when there is none."""
+    """Makes the version live again that was live before. VersionError when there is none."""
     if not state.previous:
         raise VersionError("there is no earlier live version to roll back to; promote one by its number")
     *before, target = state.previous
@@ -169,7 +242,6 @@ def unpin(state: Serving, version: int) -> Serving:
 
 
 def adapters_on(state: Serving, version: int) -> dict[str, Adapter]:
-    """The adapters that were made for a version, by name."""
     return {name: adapter for name, adapter in state.adapters.items() if adapter.base == version}
 
 
@@ -306,6 +378,7 @@ def listing(state: Serving, infos: Mapping[int, VersionInfo]) -> list[VersionEnt
 
 
 def state_of(state: Serving, version: int) -> ServedAs:
+    """How a version is served."""
     if version == state.live:
         return "live"
     if version in state.all_pinned:
@@ -337,10 +410,7 @@ def read_serving(run: Place, follow: Follow = "latest") -> Serving:
 
 
 def edit_serving(run: Place, change: Callable[[Serving], Serving], follow: Follow = "latest") -> Serving:
-    """Changes the state; one process at a time on a local run directory, elsewhere the last writer wins.
-
-    When `change` raises a VersionError, nothing is written.
-    """
+    """Changes the state; one process at a time on a local run directory, elsewhere the last writer wins."""
     file = run.at("serving.json")
     lock = filelock.FileLock(run.at("serving.lock").path, timeout=LOCK_SECONDS) if run.local else nullcontext()
     try:

@@ -24,7 +24,7 @@ from sampo_ray.errors import FeedbackError
 from sampo_ray.run.feedback import Answer, Judgement, make_vote, votes_journal
 from sampo_ray.run.journal import Journal
 from sampo_ray.run.storage import Place
-from sampo_ray.run.version_folders import WeightsId
+from sampo_ray.run.versions import WeightsId
 from sampo_ray.serve import errors
 from sampo_ray.serve.errors import ApiError, unavailable
 from sampo_ray.serve.requests.json_body import read_json

@@ -46,7 +46,7 @@ def endpoint(own_serve: None, tiny_model: Path, tmp_path_factory: pytest.TempPat
     from sampo_ray.actors.weights.store import start_weight_store
     from sampo_ray.data.chat import ChatFormat
     from sampo_ray.run.version_files import write_version
-    from sampo_ray.run.version_folders import VersionInfo
+    from sampo_ray.run.versions import VersionInfo
     from sampo_ray.serve.endpoint import await_endpoint, deploy_endpoint, free_port, start_serve
 
     run = tmp_path_factory.mktemp("run")

@@ -57,7 +57,7 @@ class Endpoint:
         """Makes noisy weights live and returns when the replica holds them."""
         from sampo_ray.actors.weights.publish import NewVersion, publish_version
         from sampo_ray.run.storage import Place
-        from sampo_ray.run.version_folders import VersionInfo
+        from sampo_ray.run.versions import VersionInfo
 
         model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.bfloat16)
         noise = {name: tensor + torch.randn_like(tensor) * 0.02 for name, tensor in model.state_dict().items()}
