@@ -1,6 +1,6 @@
 """The train step against TRL's DPOTrainer: pairs per second, and memory beyond weights, masters and moments.
 
-Torch and transformers will do: without DeepSpeed ours is the step of sampo_ray/training/step.py instead of that of a
+Torch and transformers will do: without DeepSpeed ours is the step of `training/objective.py` instead of that of a
 run, and without TRL it is compared with nobody. Against TRL's defaults, which compute the reference within the step,
 ours counts the seconds of its reference stage, too; against its best settings, which compute it beforehand, neither
 does.
@@ -145,8 +145,7 @@ def with_deepspeed(args: Namespace, policy: Any) -> "Optimize":
 
 def alone(args: Namespace, policy: Any) -> "Optimize":
     """The same step where there is no DeepSpeed."""
-    from sampo_ray.training.objective import Draw, LossInputs
-    from sampo_ray.training.step import MasterWeights, train_step
+    from sampo_ray.training.objective import Draw, LossInputs, MasterWeights, train_step
 
     weights = MasterWeights(policy)
 

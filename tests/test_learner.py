@@ -22,9 +22,8 @@ from sampo_ray.run.buckets import unpack
 from sampo_ray.run.version_files import adapters_info, write_adapters, write_version
 from sampo_ray.run.versions import VersionInfo
 from sampo_ray.training.batching import Step, assemble, lengths_of, plan_round
-from sampo_ray.training.objective import METRICS, Draw, LossInputs
+from sampo_ray.training.objective import METRICS, Draw, LossInputs, MasterWeights, train_step
 from sampo_ray.training.policy import load_policy
-from sampo_ray.training.step import MasterWeights, train_step
 
 from .conftest import random_pairs, with_reference
 from .test_losses import without_reference

@@ -42,10 +42,9 @@ from sampo_ray.training.batching import Pair, lengths_of, plan_round
 from sampo_ray.config.rows import RowBudget
 from sampo_ray.training.learner import Learner
 from sampo_ray.config.losses import LOSSES, LossSettings
-from sampo_ray.training.objective import Draw, LossInputs, Objective
+from sampo_ray.training.objective import Draw, LossInputs, MasterWeights, Objective, train_step
 from sampo_ray.training.policy import load_policy, score_pairs
 from sampo_ray.training.reduction import REDUCTIONS
-from sampo_ray.training.step import MasterWeights, train_step
 
 tokens, budget = np.arange(5, 25, dtype=np.int32), RowBudget(2, 256)
 pairs = [Pair(f"{i}", tokens[:4], tokens[i:9], tokens[i:]) for i in (4, 6)]

@@ -27,21 +27,16 @@ from sampo_ray.training.batching import Segments
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-
 # cuDNN's kernels make a plan for every new pair of lengths, and their backward pass is never deterministic.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 NAME = "sampo_segments"
-FLEX = "flex_attention"
-"""transformers' name for PyTorch's FlexAttention (Dong et al. 2024, arXiv 2412.05496)."""
+FLEX = "flex_attention"  # PyTorch's FlexAttention (Dong et al. 2024, arXiv 2412.05496) in transformers
 
 
 @dataclass(frozen=True, eq=False)
 class RowLayout:
-    """Where the pairs of a row lie, and each pair's mask of rejected over prompt and rejected.
-
-    Made once for all layers. (On CPUs SDPA would otherwise make the same masks in each call.)
-    """
+    """Where a row's pairs lie, and each one's mask of rejected over prompt and rejected, made once for all layers."""
 
     segments: tuple[Segments, ...]
     masks: tuple[Tensor, ...]
@@ -49,7 +44,7 @@ class RowLayout:
     @classmethod
     def of(cls, segments: tuple[Segments, ...], device: torch.device) -> RowLayout:
         def mask(pair: Segments) -> Tensor:
-            if device.type == "cpu":
+            if device.type == "cpu":  # where SDPA would make the same one in each call
                 return torch.ones(pair.rejected, pair.prompt + pair.rejected, dtype=torch.bool).tril(pair.prompt)
             return causal_lower_right(pair.rejected, pair.prompt + pair.rejected)
 
@@ -115,9 +110,7 @@ def _parts(segments: tuple[Segments, ...]) -> tuple[list[int], list[tuple[int, i
 
 
 def block_mask(segments: tuple[Segments, ...], tokens: int, device: torch.device) -> BlockMask:
-    """Which tokens of a row each of its tokens sees, for FlexAttention: the same as in `segment_attention`; filler
-    tokens see each other.
-    """
+    """What `segment_attention` lets each token of a row see, for FlexAttention; filler tokens see each other."""
     starts = torch.full((2, tokens), -1, dtype=torch.int32)
     prompt, response = starts  # of each token
     for each in segments:

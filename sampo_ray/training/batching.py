@@ -21,7 +21,6 @@ from sampo_ray.training.streams import Stream
 if TYPE_CHECKING:
     from jaxtyping import Float32, Int32, Int64
 
-
 ROW_MULTIPLE = 64
 """Rows are filled up to a multiple of this many tokens, as matrix kernels round differently for a few rows."""
 
@@ -75,19 +74,16 @@ def plan_round(lengths: Lengths, budget: RowBudget, *, epochs: int, seed: int, r
             index += 1
             batch = order[start : start + budget.batch_size]
             rows = plan_rows(batch, lengths, budget)
-            yield Step(
-                index, epoch, len(batch), tuple(tuple(rows[rank :: budget.world]) for rank in range(budget.world))
-            )
+            by_rank = tuple(tuple(rows[rank :: budget.world]) for rank in range(budget.world))
+            yield Step(index, epoch, len(batch), by_rank)
 
 
 def plan_rows(pairs: Int64[np.ndarray, " pairs"], lengths: Lengths, budget: RowBudget) -> list[np.ndarray]:
-    """Splits a global batch into rows of at most `tokens_per_row` tokens, the longest row first; each rank takes every
-    `world`-th.
+    """Rows of at most `tokens_per_row` tokens (or a longer pair), the longest first; each rank takes every `world`-th.
 
     Each row is a collective operation, in which all ranks wait for the one with the most tokens. So there are as few
     rows as possible, the same number for each rank (the last may be empty), and they are filled evenly: each pair, the
-    longest first, goes to the row that has the fewest tokens so far. A pair that is longer than a row has a row to
-    itself.
+    longest first, goes to the row that has the fewest tokens so far.
     """
     totals = lengths[pairs].sum(axis=1)
     longest_first = [(int(totals[i]), int(pairs[i])) for i in np.argsort(-totals, kind="stable")]
@@ -110,9 +106,8 @@ def _fill_rows(items: list[tuple[int, int]], count: int, capacity: int) -> list[
 
 @dataclass(frozen=True)
 class Segments:
-    """Where one pair lies in a row: chosen, then rejected, and the prompt that both see.
-
-    The prompt is computed once. It is just before the responses, or with an earlier pair of the row that has the same.
+    """Where one pair lies in a row: chosen, then rejected, and the prompt that both see, which is computed once: just
+    before the responses, or with an earlier pair of the row that has the same.
     """
 
     prompt_start: int
@@ -178,10 +173,8 @@ def assemble(pairs: Sequence[Pair]) -> Row:
             tokens.append(response)
             positions.append(np.arange(prompt, prompt + len(response)))
     fill = np.zeros(-end % ROW_MULTIPLE, np.int64)
-    joined, places = (
-        torch.from_numpy(np.concatenate([*parts, fill]).astype(np.int64)) for parts in (tokens, positions)
-    )
-    return Row(joined, places, tuple(segments))
+    joined, places = (np.concatenate([*parts, fill]).astype(np.int64) for parts in (tokens, positions))
+    return Row(torch.from_numpy(joined), torch.from_numpy(places), tuple(segments))
 
 
 def lengths_of(pairs: Sequence[Pair]) -> Lengths:

@@ -1,8 +1,7 @@
 """bf16 products summed in fp32 on CPUs: with their bf16 instructions or, where these are missing, with fp32 kernels.
 
 A product of two bf16 numbers is exact in fp32, so a bf16 matrix product done in fp32 and rounded once is what bf16
-hardware computes. torch's own fallback on such CPUs (AVX2) was measured 5 times (forward) and 25 times (backward)
-slower.
+hardware computes. torch's fallback on such CPUs (AVX2) was measured 5 times (forward) and 25 times (backward) slower.
 """
 
 import functools
@@ -40,14 +39,10 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        grad = grad.float()
-        needs_x, needs_weight = ctx.needs_input_grad
+        (x, weight), (needs_x, needs_weight), grad = ctx.saved_tensors, ctx.needs_input_grad, grad.float()
+        of_x = (grad @ weight.float()).to(x.dtype) if needs_x else None
         rows = grad.flatten(0, -2)
-        return (
-            (grad @ weight.float()).to(x.dtype) if needs_x else None,
-            (rows.T @ x.flatten(0, -2).float()).to(weight.dtype) if needs_weight else None,
-        )
+        return of_x, (rows.T @ x.flatten(0, -2).float()).to(weight.dtype) if needs_weight else None
 
 
 def _forward(self: nn.Linear, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """DeepSpeed optimizer steps over packed rows of preference pairs, one process per data-parallel rank.
 
-torch.distributed must be initialised; all methods are collective. Ray and the run directory are not known here.
+torch.distributed must be initialised; all methods are collective.
 """
 
 from __future__ import annotations
@@ -23,17 +23,7 @@ from sampo_ray.errors import TrainingError
 from sampo_ray.training.batching import Pair, Row, Step
 from sampo_ray.training.lora import named_weights, without_adapters
 from sampo_ray.training.objective import METRICS, Draw, LossInputs, accumulate, objective_of, zero_loss
-from sampo_ray.training.policy import (
-    Distributions,
-    Policy,
-    Reference,
-    Scores,
-    SelectPositions,
-    batch_rows,
-    every_token,
-    row_logprobs,
-    with_logprobs,
-)
+from sampo_ray.training.policy import batch_rows, every_token, row_logprobs, with_logprobs
 from sampo_ray.training.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -41,14 +31,11 @@ if TYPE_CHECKING:
 
     from sampo_ray.config.run import RunConfig
     from sampo_ray.config.sections import OptimConfig
-
+    from sampo_ray.training.policy import Distributions, Policy, Reference, Scores, SelectPositions
 
 T = TypeVar("T")
 StepValues = dict[str, float | str | None]
 """Metrics of a step by name; `reason` is text, and `grad_norm` None where DeepSpeed has none."""
-
-NAMED_PAIRS = 10
-"""The most pairs that an error names."""
 
 
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
@@ -60,9 +47,7 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
 
 
 def deepspeed_config(config: RunConfig) -> dict[str, object]:
-    """DeepSpeed's settings: bf16 compute; fp32 masters, accumulation and reduction; the learner decides when a step
-    ends. A step whose gradients are not finite is discarded (`check_grad_overflow`).
-    """
+    """bf16 compute, fp32 masters, accumulation and reduction; a step whose gradients are not finite is discarded."""
     zero: dict[str, object] = {
         "stage": config.trainer.zero_stage,
         "overlap_comm": False,
@@ -102,14 +87,8 @@ class Learner:
         self.config, self.device, self.objective = config, device, objective_of(config.method)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         optim = config.optim
-        adamw = torch.optim.AdamW(
-            [parameter for parameter in policy.parameters() if parameter.requires_grad],
-            lr=optim.learning_rate,
-            betas=optim.betas,
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            fused=True,
-        )
+        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        adamw = torch.optim.AdamW(trained, optim.learning_rate, optim.betas, optim.eps, optim.weight_decay, fused=True)
         self._engine: DeepSpeedEngine = deepspeed.initialize(
             model=policy, optimizer=adamw, config=deepspeed_config(config), dist_init_required=False
         )[0]
@@ -196,12 +175,8 @@ class Learner:
 
     def _skip(self, rows: list[tuple[list[Pair], Tensor]]) -> StepValues:
         """Counts a discarded step; `skipped` and `reason` of its result."""
-        not_finite = [
-            pair.id
-            for pairs, losses in rows
-            for pair, loss in zip(pairs, losses.tolist(), strict=True)
-            if not math.isfinite(loss)
-        ]
+        by_pair = [(pair.id, loss) for pairs, of in rows for pair, loss in zip(pairs, of.tolist(), strict=True)]
+        not_finite = [pair for pair, loss in by_pair if not math.isfinite(loss)]
         self._skipped += 1
         self._not_finite |= dict.fromkeys(pair for part in from_all_ranks(not_finite) for pair in part)
         reason, allowed = _skip_reason(list(self._not_finite)), self.config.trainer.max_skipped
@@ -245,10 +220,7 @@ class Learner:
         return zero.GatheredParameters(parameters) if sharded else contextlib.nullcontext()
 
     def save(self, folder: Path, tag: str) -> None:
-        """Writes this rank's share of optimizer and weights, without frozen ones, to `folder`/`tag`.
-
-        The files are pickles: resuming must trust them.
-        """
+        """Writes this rank's share of optimizer and trained weights: pickles, so resuming must trust them."""
         frozen = self.config.model.lora is not None
         self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=frozen)
 
@@ -265,14 +237,13 @@ class Learner:
 def _skip_reason(pairs: list[str]) -> str:
     if not pairs:
         return "all losses were finite, but a gradient was not"
-    named, more = ", ".join(pairs[:NAMED_PAIRS]), len(pairs) - NAMED_PAIRS
+    named, more = ", ".join(pairs[:10]), len(pairs) - 10
     return f"the loss is not finite of pair {named}" + (f" and {more} more" if more > 0 else "")
 
 
 def from_all_ranks(value: T) -> list[T]:
     """The values of all ranks, by rank; collective."""
-    values = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values := [value] * dist.get_world_size(), value)
     return values
 
 

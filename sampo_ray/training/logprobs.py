@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from sampo_ray.training import cpu
-from sampo_ray.training.cpu import bf16_products
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
@@ -90,7 +89,7 @@ class _TokenLogProbs(torch.autograd.Function):
         states, padded_targets = _filled(_operand(hidden), tile), _filled(targets, tile)
         picked = states.new_zeros(len(states), dtype=_accumulator(weight.dtype))
         sums = _Sums(picked)
-        with bf16_products(of=weight):
+        with cpu.bf16_products(of=weight):
             for columns, part in _parts(weight, tile):
                 for rows in _rows(states, tile):
                     logits = _product(states[rows], part.T, picked.dtype)
@@ -134,7 +133,7 @@ class _TokenComparisons(torch.autograd.Function):
         padded_targets = _filled(targets, tile)
         excess, picked, reference_picked = states.new_zeros(3, len(states), dtype=_accumulator(weight.dtype))
         sums, reference_sums = _Sums(excess), _Sums(excess)
-        with bf16_products(of=weight):
+        with cpu.bf16_products(of=weight):
             for columns, part, other in _both_parts(weight, reference_weight, tile):
                 for rows in _rows(states, tile):
                     logits = _product(states[rows], part.T, excess.dtype)
@@ -189,7 +188,7 @@ def _gradients(
     of_states = torch.zeros_like(states, dtype=_accumulator(weight.dtype))
     of_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None  # the head may be frozen
     memory = _memory(weight, ctx.tile) if of_weight is not None else None
-    with bf16_products(of=weight):
+    with cpu.bf16_products(of=weight):
         for columns, part, *rest in parts:
             of_part = memory[: len(part)].zero_() if memory is not None else None
             for rows in _rows(states, ctx.tile):
@@ -209,9 +208,7 @@ class _Sums:
         self.peak, self.total = torch.full_like(like, -torch.inf), torch.zeros_like(like)
 
     def add(self, rows: slice, logits: Tensor) -> Tensor:
-        """Adds a tile and overwrites it with exp(logits - peak); returns the factor from the old peak to the new one,
-        [tokens].
-        """
+        """Overwrites a tile with exp(logits - peak) and adds it; returns the factor from the old peak to the new."""
         peak = torch.maximum(self.peak[rows], logits.amax(1))
         scale = (self.peak[rows] - peak).exp_()
         self.total[rows] *= scale

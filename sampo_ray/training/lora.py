@@ -1,8 +1,7 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685): low-rank adapters on the linear layers of a frozen model.
 
-Each round has adapters of its own. They start at zero on the round's reference, so that the policy *is* the reference
-at that point. Within the round they are published alone. What ends the round, is exported and starts the next is the
-model with the adapters merged in.
+Each round has adapters of its own. They start at zero, so that the policy *is* the reference at that point. Within the
+round they are published alone. What ends it, is exported and starts the next is the model with them merged in.
 """
 
 from __future__ import annotations
@@ -21,9 +20,7 @@ from sampo_ray.errors import ConfigError
 if TYPE_CHECKING:
     from sampo_ray.config.sections import LoraConfig
 
-
-ADAPTER = "default"
-"""peft's name for the only adapter of a model."""
+ADAPTER = "default"  # peft's name for the only adapter of a model
 MATRICES = ("A", "B")
 
 

@@ -1,10 +1,7 @@
 """The preference losses: functions from the pairs of a batch to one loss per pair.
 
-A new loss is one function here and one line in `sampo_ray.config.losses.LOSSES`.
-docs/method.md lists all of them in a table.
-
-In the docstrings s_w and s_l are sequence log-ratios under the run's reduction, r = beta * s rewards, and
-Delta = r_w - r_l.
+A new loss is one function here and one line in `sampo_ray.config.losses.LOSSES`; docs/method.md has a table of all. In
+the docstrings s_w and s_l are sequence log-ratios under the run's reduction, r = beta * s, and Delta = r_w - r_l.
 """
 
 from __future__ import annotations
@@ -23,7 +20,6 @@ from sampo_ray.training.statistics import Statistics
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-
 
 PerPair: TypeAlias = "Float[Tensor, ' pairs']"
 
@@ -84,26 +80,20 @@ def robust(pairs: ScoredPairs, settings: LossSettings) -> PerPair:
 
 
 def hinge(pairs: ScoredPairs, settings: LossSettings) -> PerPair:
-    """max(0, 1 - Delta): SLiC's hinge (Zhao et al. 2023, arXiv 2305.10425) on log-ratios, as in RSO (Liu et al. 2023,
-    arXiv 2309.06657).
-    """
+    """max(0, 1 - Delta): SLiC's hinge (Zhao et al. 2023, arXiv 2305.10425) on log-ratios, as in RSO (2309.06657)."""
     return (1 - settings.beta * pairs.ratios.delta).relu()
 
 
 def ipo(pairs: ScoredPairs, settings: LossSettings) -> PerPair:
-    """(mean r^w - mean r^l - 1/(2 beta))^2: IPO (Azar et al. 2023, Eq. 17), log-ratios averaged over the counted
-    tokens.
-    """
+    """(mean r^w - mean r^l - 1/(2 beta))^2: IPO (Azar et al. 2023, Eq. 17), means over the counted tokens."""
     ratios = pairs.ratios
     margin = ratios.chosen / ratios.chosen_tokens - ratios.rejected / ratios.rejected_tokens
     return (margin - 1 / (2 * settings.beta)) ** 2
 
 
 def dpop(pairs: ScoredPairs, settings: LossSettings) -> PerPair:
-    """-log sigmoid(Delta - beta * lambda * max(0, -s_w)): DPO-Positive (Pal et al. 2024, arXiv 2402.13228), which
-    keeps the chosen response from becoming less likely than under the reference.
-    """
-    fallen = (-pairs.ratios.chosen).relu()
+    """-log sigmoid(Delta - beta * lambda * max(0, -s_w)): DPO-Positive (Pal et al. 2024, arXiv 2402.13228)."""
+    fallen = (-pairs.ratios.chosen).relu()  # by how much chosen is less likely than under the reference
     return -logsigmoid(settings.beta * (pairs.ratios.delta - settings.weight * fallen))
 
 
@@ -137,9 +127,7 @@ def orpo(pairs: ScoredPairs, settings: LossSettings) -> PerPair:
 
 
 def simpo(pairs: ScoredPairs, settings: LossSettings) -> PerPair:
-    """-log sigmoid(beta * (s_w - s_l) - gamma): SimPO (Meng et al. 2024, arXiv 2405.14734, Eq. 6), s a response's mean
-    log-prob per token, gamma the margin.
-    """
+    """-log sigmoid(beta * (s_w - s_l) - gamma): SimPO (Meng et al. 2024, arXiv 2405.14734, Eq. 6), s mean log-probs."""
     return -logsigmoid(settings.beta * pairs.ratios.delta - settings.margin)
 
 
@@ -170,9 +158,7 @@ def sppo_hard(pairs: ScoredPairs, settings: LossSettings) -> PerPair:
 
 
 def nca_pair(pairs: ScoredPairs, settings: LossSettings) -> PerPair:
-    """-log sigmoid(r_w) - 1/2 log sigmoid(-r_w) - 1/2 log sigmoid(-r_l): NCA (Chen et al. 2024, arXiv 2402.05369) for
-    two responses, one of them the best.
-    """
+    """-log sigmoid(r_w) - 1/2 log sigmoid(-r_w) - 1/2 log sigmoid(-r_l): NCA (Chen et al. 2024, arXiv 2402.05369)."""
     chosen, rejected = rewards(pairs, settings)
     return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
 

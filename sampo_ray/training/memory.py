@@ -86,8 +86,7 @@ def plan_memory(
     entries = min(tile.vocabulary, shape.vocabulary)
     head = 2 * shape.vocabulary * shape.hidden + 8 * entries * (tile.tokens + shape.hidden)
     kept = trainer.offload == "none"
-    weights = 0 if trainer.offload == "parameters" else weights
-    weights += 2 * shape.parameters * resident
+    weights = weights * (trainer.offload != "parameters") + 2 * shape.parameters * resident
     return MemoryPlan(weights, 4 * each * kept, 12 * each * kept, activations, head)
 
 
@@ -106,6 +105,7 @@ def check_memory(
         return
     count = "min_workers" if trainer.min_workers else "workers"
     asked = f"trainer.{count}={trainer.fewest} and trainer.zero_stage={trainer.zero_stage}"
+    where = "" if device == "cpu" else " on each GPU"
     need, have = (f"{size / 2**30:.1f} GiB" for size in (ranks * plan.states, available))
     fix = "a smaller model.path" if device == "cpu" else f"more trainer.{count}"
     if resident:
@@ -116,8 +116,7 @@ def check_memory(
         fix += ", or trainer.offload=optimizer"
     raise ConfigError(
         f"model.path: training its {shape.parameters / 1e9:.2f}B parameters with {asked} takes {need} for weights, "
-        "gradients and optimizer alone"
-        f"{'' if device == 'cpu' else ' on each GPU'}, but there are only {have}; use {fix}"
+        f"gradients and optimizer alone{where}, but there are only {have}; use {fix}"
     )
 
 

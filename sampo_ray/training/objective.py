@@ -1,27 +1,22 @@
-"""The losses of a row's pairs, and the sums that metrics are made of. No Ray, no DeepSpeed."""
+"""The losses of a row's pairs, the sums that metrics are made of, and a train step on one device. No DeepSpeed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 
 from sampo_ray.config.losses import REDUCTIONS as REDUCTION_SETTINGS
 from sampo_ray.config.losses import LossSettings, PreferenceLoss, find_loss
-from sampo_ray.training.batching import Pair, Row, assemble
+from sampo_ray.training.batching import Pair, Row, Step, assemble
 from sampo_ray.training.losses import ScoredPairs, evaluate
-from sampo_ray.training.policy import (
-    PairValues,
-    Reference,
-    SelectPositions,
-    every_token,
-    pair_divergences,
-    pair_logprobs,
-)
+from sampo_ray.training.policy import every_token, pair_divergences, pair_logprobs
 from sampo_ray.training.reduction import REDUCTIONS, MaskKey, Positions, Reduction, reduce_pairs
 from sampo_ray.training.statistics import Statistics
 from sampo_ray.training.streams import Stream
@@ -31,7 +26,7 @@ if TYPE_CHECKING:
 
     from sampo_ray.config.run import RunConfig
     from sampo_ray.config.sections import MethodConfig
-
+    from sampo_ray.training.policy import PairValues, Policy, Reference, SelectPositions
 
 METRICS = (
     "loss",
@@ -45,8 +40,7 @@ METRICS = (
     "rejected_logratio_per_token",
 )
 """Means over the pairs of a step. margin = beta * (s_w - s_l), accuracy = share with margin > 0, rewards in beta *
-nats. For a loss without a reference s is a log-prob, and so are the two `logratio_per_token`.
-"""
+nats. For a loss without a reference s is a log-prob, and so are the two `logratio_per_token`."""
 
 RESPONSES = ("chosen", "rejected")
 WHOLE_RESPONSES = {"reduction": 0, "chosen": 1, "all": 2}
@@ -126,10 +120,7 @@ class MaskedPositions:
         draws = [Draw(self.seed, self.round, epoch) for epoch in range(self.epochs)]
         kept = zip(*(row_positions(self.objective, draw, pairs)[1] for draw in draws), strict=True)
         return [
-            Positions(
-                np.unique(np.concatenate([at.chosen for at in epochs])),
-                np.unique(np.concatenate([at.rejected for at in epochs])),
-            )
+            Positions(*(np.unique(np.concatenate([getattr(at, name) for at in epochs])) for name in RESPONSES))
             for epochs in kept
         ]
 
@@ -171,10 +162,7 @@ def accumulate(
 def row_losses(
     policy: nn.Module, row: Row, pairs: Sequence[Pair], inputs: LossInputs
 ) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " metrics"]]:
-    """Losses of a row's pairs, at least one, and the sums over them of METRICS (detached, fp32).
-
-    For a loss that needs the reference's log-probs the pairs hold them.
-    """
+    """Losses of a row's pairs, at least one, and the sums over them of METRICS (detached, fp32)."""
     objective = inputs.objective
     scored = _score_row(policy, row, pairs, inputs)
     losses = evaluate(objective.loss, scored, objective.settings, inputs.statistics)
@@ -182,7 +170,6 @@ def row_losses(
 
 
 def _score_row(policy: nn.Module, row: Row, pairs: Sequence[Pair], inputs: LossInputs) -> ScoredPairs:
-    """A row's pairs as the loss reads them."""
     objective, device = inputs.objective, row.tokens.device
     lengths = [(pair.chosen, pair.rejected) for pair in row.segments]
     positions, of_reference = row_positions(objective, inputs.draw, pairs)
@@ -264,3 +251,53 @@ def _sums(losses: Tensor, scored: ScoredPairs, beta: float) -> Float[Tensor, " m
         ratios.rejected / ratios.rejected_tokens,
     )
     return torch.stack([column.sum() for column in columns])
+
+
+class MasterWeights:
+    """AdamW on fp32 copies of a policy's trained weights; their gradients are summed in fp32 over rows."""
+
+    def __init__(self, policy: Policy, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
+        self._weights = [weight for weight in policy.parameters() if weight.requires_grad]
+        self.masters = [nn.Parameter(weight.detach().float()) for weight in self._weights]
+        for weight, master in zip(self._weights, self.masters, strict=True):
+            master.grad = torch.zeros_like(master)
+            weight.register_post_accumulate_grad_hook(partial(_add_gradient, master))
+        self._adamw = torch.optim.AdamW(self.masters, betas=betas, eps=eps, weight_decay=0.0, fused=True)
+
+    @torch.no_grad()
+    def step(self, learning_rate: float, max_grad_norm: float) -> Tensor:
+        """Updates masters and weights, sets the gradients to zero, and returns their norm from before clipping."""
+        for group in self._adamw.param_groups:
+            group["lr"] = learning_rate
+        norm = clip_grad_norm_(self.masters, max_grad_norm)
+        self._adamw.step()
+        self._adamw.zero_grad(set_to_none=False)
+        for weight, master in zip(self._weights, self.masters, strict=True):
+            weight.copy_(master)
+        return norm
+
+
+def _add_gradient(master: nn.Parameter, weight: nn.Parameter) -> None:
+    assert master.grad is not None and weight.grad is not None
+    master.grad.add_(weight.grad)
+    weight.grad = None
+
+
+def train_step(
+    policy: Policy,
+    weights: MasterWeights,
+    step: Step,
+    pairs: Sequence[Pair],
+    inputs: LossInputs,
+    learning_rate: float,
+    max_grad_norm: float = 1.0,
+) -> tuple[dict[str, float], Statistics]:
+    """The learner's arithmetic, for one rank, with torch and transformers alone: for measurements and as a check on it.
+
+    Returns METRICS and `grad_norm`, and the statistics for the next step. Values that are not finite stay so.
+    """
+    [rows] = step.rows
+    sums, _ = accumulate(policy, rows, pairs, inputs, 1 / step.pairs)
+    norm = weights.step(learning_rate, max_grad_norm)
+    metrics = dict(zip(METRICS, (sums / step.pairs).tolist(), strict=True))
+    return metrics | {"grad_norm": float(norm)}, inputs.statistics.after(metrics, step.pairs)

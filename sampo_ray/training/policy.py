@@ -55,9 +55,6 @@ ATTENTION = {
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 """The operations of a linear layer, without and with a bias; its weight is the last operand."""
 
-OTHER_HEADS = ("classifier_", "summary_")
-"""Prefixes of settings that do not concern the language model."""
-
 
 class Policy(nn.Module):
     """A causal language model over rows of pairs, whose head is computed at selected positions only."""
@@ -83,10 +80,8 @@ class Policy(nn.Module):
         targets: Int64[Tensor, " selected"],
         reference: Distributions | None = None,
     ) -> Float[Tensor, " selected"] | Float[Tensor, "3 selected"]:
-        """Log-probabilities, fp32 nats, of `targets` given the hidden states at row positions `states`.
-
-        With `reference`, the distributions of a reference there, its log-probabilities come second, and
-        KL(reference || policy) third.
+        """Log-probabilities, fp32 nats, of `targets` given the hidden states at row positions `states`; with the
+        distributions of a `reference` there, its log-probabilities come second, and KL(reference || policy) third.
         """
         hidden = self.hidden(tokens, positions, segments, states)
         if reference is None:
@@ -136,7 +131,8 @@ def check_architecture(model: PreTrainedModel) -> None:
         how = " and ".join(sorted(kinds)) or "an attention of its own"
         raise ConfigError(f"model.path: {name} has {how}; only full attention over rows of pairs is supported")
     for field, value in config.to_dict().items():
-        noise = any(each in field for each in ("drop", "jitter")) and not field.startswith(OTHER_HEADS)
+        other_head = field.startswith(("classifier_", "summary_"))
+        noise = any(each in field for each in ("drop", "jitter")) and not other_head
         if noise and isinstance(value, float) and value > 0:
             raise ConfigError(f"model.path: {field}={value} in its config.json is not supported; set it to 0")
 
@@ -166,18 +162,15 @@ def load_policy(
     seed: int = 0,
     flex: bool = False,
 ) -> Policy:
-    """Loads a Hugging Face folder or hub name in bf16, safetensors only. `flex`: with FlexAttention.
-    `gradient_checkpointing`: see TrainerConfig.
+    """Loads a Hugging Face folder or hub name in bf16, safetensors only. `gradient_checkpointing`: see TrainerConfig.
 
-    With `lora` the model is frozen and gets new adapters (sampo_ray/training/lora.py), random by `seed`.
-    Raises ConfigError naming `model.path` when it cannot be opened or its head is not a plain matrix.
+    With `lora` the model is frozen and gets new adapters, random by `seed`; with `flex`, FlexAttention.
+    ConfigError, naming `model.path`, when it cannot be opened or its head is not a plain matrix.
     """
     try:
+        kind = attention.FLEX if flex else attention.NAME
         model = AutoModelForCausalLM.from_pretrained(
-            str(path),
-            dtype=torch.bfloat16,
-            attn_implementation=attention.FLEX if flex else attention.NAME,
-            use_safetensors=True,
+            str(path), dtype=torch.bfloat16, attn_implementation=kind, use_safetensors=True
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path={str(path)!r} cannot be loaded: {str(error).splitlines()[0]}") from error
@@ -208,7 +201,6 @@ def pair_logprobs(policy: nn.Module, row: Row, positions: list[Positions]) -> Pa
 def _selected_logprobs(
     policy: nn.Module, row: Row, positions: list[Positions]
 ) -> tuple[Float[Tensor, " selected"], list[int]]:
-    """Log-probabilities of the selected tokens, and how many of them each response has."""
     states, targets, counts = _states_and_targets(row, positions)
     return policy(row.tokens, row.positions, row.segments, states, targets), counts
 
@@ -253,10 +245,8 @@ def score_pairs(
     its first epoch, and on every device policy and reference run through the same shapes.
     """
     scores: Scores = {}
-    for rows in batch_rows(pairs, budget):
-        for indices in rows:
-            if len(indices):
-                scores |= row_logprobs(policy, pairs, indices, select)
+    for indices in (row for rows in batch_rows(pairs, budget) for row in rows if len(row)):
+        scores |= row_logprobs(policy, pairs, indices, select)
     return with_logprobs(pairs, scores)
 
 
@@ -289,6 +279,4 @@ def _scatter(logprobs: Tensor, positions: np.ndarray, length: int) -> np.ndarray
 
 def with_logprobs(pairs: Sequence[Pair], scores: Scores) -> list[Pair]:
     """The pairs with a reference's log-probs."""
-    return [
-        replace(pair, chosen_ref=scores[index][0], rejected_ref=scores[index][1]) for index, pair in enumerate(pairs)
-    ]
+    return [replace(pair, chosen_ref=scores[i][0], rejected_ref=scores[i][1]) for i, pair in enumerate(pairs)]
