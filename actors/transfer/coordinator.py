@@ -1,5 +1,4 @@
-"""Who takes part in sending a version by a transport (`transport.py`). The weight store keeps this for trainer and
-replicas.
+"""Who takes part in sending a version by a transport (`transport.py`); kept by the weight store.
 
 A replica is known from the first time it joins. The trainer offers a version when it publishes it, gathers the replicas
 that join for it, and starts the transfer by giving each a plan; each reports its result. A replica that does not join
@@ -27,9 +26,7 @@ class ReceivingReplica:
 
 @dataclass(frozen=True)
 class TransferGroup:
-    """The replicas that share a process group with the trainer. When one joins, leaves or fails, the group gets another
-    number.
-    """
+    """The replicas that share a process group with the trainer; `number` changes when one joins, leaves or fails."""
 
     number: int
     replicas: tuple[ReceivingReplica, ...]
@@ -44,8 +41,7 @@ class TransferGroup:
 class TransferPlan:
     """What a replica needs to receive one version. Its workers have the ranks of the group from `rank` on.
 
-    `limit_s`: seconds that all of it may take. `details`: the transport's, a TypedDict. Plain values, because the plan
-    goes to an engine's workers as a dict.
+    `limit_s`: seconds that all of it may take. `details`: the transport's, a TypedDict: workers get the plan as a dict.
     """
 
     version: int
@@ -116,10 +112,9 @@ class TransferCoordinator:
         if weights != self._offered:
             return
         group, rank, self._plans = self._group, 1, {}
-        for replica in group.replicas:
-            plan = TransferPlan(weights.version, group.number, rank, group.world, limit_s, details)
-            self._plans[replica.id] = plan
-            rank += replica.workers
+        for each in group.replicas:
+            self._plans[each.id] = TransferPlan(weights.version, group.number, rank, group.world, limit_s, details)
+            rank += each.workers
         self._pending = set(self._plans)
         await self._notify()
 
@@ -131,10 +126,7 @@ class TransferCoordinator:
         await self._notify()
 
     async def finish(self, weights: WeightsId, timeout_s: float, succeeded: bool) -> list[str]:
-        """Ends the transfer once all have reported, or at once if it failed; returns the ids of those that have not.
-
-        These are removed, as one of them may be why it failed.
-        """
+        """Ends the transfer once all have reported, or at once if it failed; removes the others; returns their ids."""
         if weights != self._offered:
             return []
         if succeeded:

@@ -24,10 +24,7 @@ CHUNK_BYTES = 8 << 20
 
 
 class SpareWeights:
-    """The modules of `model` with other tensors. `prepare` fills them; `adopt` makes them the model's.
-
-    Only what the preparation changed is adopted, so any other change to the modules in between is kept.
-    """
+    """The modules of `model` with other tensors. `prepare` fills them; `adopt` makes them the model's."""
 
     def __init__(self, model: VllmModel, dtype: torch.dtype) -> None:
         self._model, self._dtype = model, dtype
@@ -66,7 +63,7 @@ class SpareWeights:
                     module.process_weights_after_loading(self._dtype)
 
     def adopt(self) -> None:
-        """The model computes with these weights from now on."""
+        """The model computes with these weights from now on; other changes to its modules in between are kept."""
         for (module, before), spare in zip(self._before, self._spare, strict=True):
             vars(module).update({key: value for key, value in spare.items() if before.get(key) is not value})
 
@@ -84,17 +81,16 @@ class SpareWeights:
     @contextmanager
     def _active(self) -> Iterator[None]:
         """Within, the model's modules have the spare weights."""
-        live = [vars(module) for module, _ in self._before]
-        self._set_states(self._spare)
+        modules = [module for module, _ in self._before]
+        live = [vars(module) for module in modules]
+        for module, state in zip(modules, self._spare, strict=True):
+            set_state(module, state)
         try:
             with torch.no_grad():
                 yield
         finally:
-            self._set_states(live)
-
-    def _set_states(self, states: Iterable[ModuleState]) -> None:
-        for (module, _), state in zip(self._before, states, strict=True):
-            set_state(module, state)
+            for module, state in zip(modules, live, strict=True):
+                set_state(module, state)
 
     def _process(self, module: nn.Module) -> Iterator[None]:
         """Does what vLLM does with a module whose weights are loaded: on a CPU, packs them."""
