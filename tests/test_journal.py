@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sampo_ray.run.journal import MERGE_AT, Journal
+from sampo_ray.run.feedback import MERGE_AT, Journal
 from sampo_ray.run.storage import Place
 
 

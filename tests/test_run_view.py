@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sampo_ray.run.directory import Activity, Status, StatusFile, read_status
 from sampo_ray.run.manifest import DataRecord, Manifest, RoundRecord, StageRecord, StepMetrics
-from sampo_ray.run.status import Activity, Status, StatusFile, read_status
 from sampo_ray.run.storage import Place
 from sampo_ray.serve.errors import ApiError
 from sampo_ray.serve.routes import page as run_view

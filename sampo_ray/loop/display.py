@@ -11,8 +11,8 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
+from sampo_ray.run.directory import Activity, Status, StatusFile
 from sampo_ray.run.manifest import StepMetrics
-from sampo_ray.run.status import Activity, Status, StatusFile
 from sampo_ray.run.storage import Place
 
 BETWEEN_LINES_S = 5.0

@@ -64,9 +64,7 @@ class Fleet:
         return self.separate_generators
 
     def start_generators(self, settings: GeneratorsConfig, weights: tuple[str, int]) -> None:
-        """Makes Serve start all generators: with as many calls that wait for weights (run, version) as all replicas of
-        the fleet should have.
-        """
+        """Makes Serve start all generators: with as many calls that wait for (run, version) `weights` as they take."""
         scaling = settings.autoscaling
         if self.separate_generators is None or self.shared_policy or scaling["min_replicas"] == scaling["max_replicas"]:
             return

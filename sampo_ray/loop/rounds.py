@@ -134,9 +134,7 @@ class Round:
         return self._stage("prompts", len(order), "prompts", lambda out: stages.reorder(data, order, out, size))
 
     def sample(self, prompts: Sequence[Part], generators: Callable[[int | None], "DeploymentHandle"]) -> list[Part]:
-        """Completions of the round's prompts, sampled from the policy that the round starts from, except those that
-        were sampled ahead from older weights; their age is recorded and reported.
-        """
+        """Completions by the policy that the round starts from, or sampled ahead from older ones (age is reported)."""
 
         def make(out: StageOutput) -> list[Part]:
             return sample(self.config, self.index, prompts, out, generators, self.start)
@@ -206,9 +204,7 @@ class Round:
         return self._stage("pairs", len(order), "pairs", lambda out: stages.reorder(both, order, out, rows))
 
     def reference(self, pairs: Sequence[Part], references: "DeploymentHandle | None") -> list[Part]:
-        """The pairs with their token log-probs under the policy that the round starts from; unchanged where the loss
-        needs none or the trainer computes them.
-        """
+        """The pairs with token log-probs under the round's first policy; unchanged where no worker computes them."""
         if not self.config.reference_workers:
             return list(pairs)
         assert references is not None, "the fleet was started for a run without reference workers"

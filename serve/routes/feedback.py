@@ -21,8 +21,7 @@ from starlette.responses import JSONResponse, Response
 from sampo_ray.actors.policy import sse
 from sampo_ray.config.sections import FeedbackConfig
 from sampo_ray.errors import FeedbackError
-from sampo_ray.run.feedback import Answer, Judgement, make_vote, votes_journal
-from sampo_ray.run.journal import Journal
+from sampo_ray.run.feedback import Answer, Journal, Judgement, make_vote, votes_journal
 from sampo_ray.run.storage import Place
 from sampo_ray.run.versions import WeightsId
 from sampo_ray.serve import errors

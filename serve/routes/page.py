@@ -17,9 +17,8 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sampo_ray.config.run import load_config
-from sampo_ray.run.directory import read_settings
+from sampo_ray.run.directory import Status, read_settings, read_status
 from sampo_ray.run.manifest import RoundRecord, StepMetrics, lineage, parse_metrics, read_manifest
-from sampo_ray.run.status import Status, read_status
 from sampo_ray.run.storage import Place
 from sampo_ray.serve.cached import CachedRead
 from sampo_ray.serve.catalogue import Catalogue

@@ -13,8 +13,8 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, CDPSession, Locator, Page, Request, Route, expect, sync_playwright
 
+from sampo_ray.run.directory import Activity, Status
 from sampo_ray.run.manifest import Manifest, RoundRecord, StageRecord
-from sampo_ray.run.status import Activity, Status
 from sampo_ray.run.storage import Place
 from tests.conftest import require
 from tests.endpoint.live import KEY, Endpoint
