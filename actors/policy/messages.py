@@ -42,17 +42,13 @@ class LivePosition(NamedTuple):
 
 @dataclass(frozen=True)
 class AnsweredBy:
-    """The weights held when the request came. Comes before an error, too."""
-
-    weights: WeightsId
+    weights: WeightsId  # those held when the request came; comes before an error, too
     sequence: int
 
 
 @dataclass(frozen=True)
 class WeightsChanged:
-    """Other weights were swapped in during the answer; these are the last of them."""
-
-    weights: WeightsId
+    weights: WeightsId  # the last of those that were swapped in during the answer
     sequence: int
 
 

@@ -101,8 +101,8 @@ def _finite_rewards(rewards: Iterable[SupportsFloat], prompts: Prompts) -> list[
         kind, prompt = type(rewards).__name__, _quoted(prompts[0])
         raise RewardError(f"the reward source returned {kind} instead of a list of numbers for {prompt}") from None
     if len(values) != len(prompts):
-        counts = f"{len(values)} scores for {len(prompts)} completions; return one score each"
-        raise RewardError(f"the reward source returned {counts}. The first completion answers {_quoted(prompts[0])}")
+        counts = f"{len(values)} scores for {len(prompts)} completions; return one score each."
+        raise RewardError(f"the reward source returned {counts} The first completion answers {_quoted(prompts[0])}")
     return [_finite(value, prompt) for value, prompt in zip(values, prompts, strict=True)]
 
 
