@@ -132,8 +132,8 @@ def test_an_sdist_makes_a_wheel_with_every_module_once(wheel):
             "sampo = sampo_ray.console.main:main"
             in archive.read(next(name for name in archive.namelist() if name.endswith("entry_points.txt"))).decode()
         )
-    own = {f"sampo_ray/{file.name}" for file in (ROOT / "sampo_ray").glob("*.py")}
-    linked = {f"sampo_ray/{file.relative_to(ROOT)}" for name in LINKED for file in (ROOT / name).glob("*.py")}
+    own = {str(file.relative_to(ROOT)) for file in (ROOT / "sampo_ray").rglob("*.py")}  # links are not followed
+    linked = {f"sampo_ray/{file.relative_to(ROOT)}" for name in LINKED for file in (ROOT / name).rglob("*.py")}
     assert sorted(name for name in names if name.endswith(".py")) == sorted(own | linked)
     page = {f"sampo_ray/{file.relative_to(ROOT)}" for file in (ROOT / "serve" / "page").iterdir()}
     assert page <= set(names)

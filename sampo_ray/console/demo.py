@@ -43,7 +43,7 @@ def run_demo(directory: Path, seed: int, keep_serving: bool) -> None:
             fleet = stack.enter_context(open_fleet(list(runs.values())[-1], keep_serving))
         session.announce(display, fleet.endpoint)
         answers: dict[str, Answers] = {}
-        rightful = [json.loads(line)["answer"] for line in assets.evaluation.read_text().splitlines()]
+        expected = [json.loads(line)["answer"] for line in assets.evaluation.read_text().splitlines()]
         for name, run in runs.items():
             if not answers:
                 fleet.attach(run)
@@ -51,7 +51,7 @@ def run_demo(directory: Path, seed: int, keep_serving: bool) -> None:
             display.heading(f"{name}: {run.place.url}")
             iterate(run, fleet, display)
             answers[name] = evaluate(fleet, run, run.manifest.rounds[-1].end_version, assets, display)
-        display.console.print(render(summarise(answers, rightful), TEMPERATURE))
+        display.console.print(render(summarise(answers, expected), TEMPERATURE))
         display.note(f"{time.monotonic() - started:.0f} s in all; runs and exported models are in {folder}")
         if keep_serving and fleet.endpoint:
             keyed = run.config.serve.keyed

@@ -126,13 +126,13 @@ def reward(prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[
     return [_reward(completion, right) for completion, right in zip(completions, answer, strict=True)]
 
 
-def summarise(answers: Mapping[str, Answers], rightful: Sequence[str], base: str = "base") -> list[Outcome]:
-    """Compares policies on one set of prompts whose right answers are `rightful`.
+def summarise(answers: Mapping[str, Answers], expected: Sequence[str], base: str = "base") -> list[Outcome]:
+    """Compares policies on one set of prompts whose right answers are `expected`.
 
     A policy wins a prompt that it alone gets right and ties where both or neither do (a tie is half a win), so length
     earns nothing. Accuracy has Wilson's interval, the win rate the normal one of its per-prompt scores.
     """
-    right = {name: [correct(t, r) for t, r in zip(a.texts, rightful, strict=True)] for name, a in answers.items()}
+    right = {name: [correct(t, r) for t, r in zip(a.texts, expected, strict=True)] for name, a in answers.items()}
     return [_outcome(name, a, right[name], None if name == base else right[base]) for name, a in answers.items()]
 
 
@@ -182,10 +182,10 @@ def _row(digits: str) -> dict[str, str]:
 
 def _demonstration(digits: str, rng: random.Random) -> str:
     order = sorted(digits, reverse=rng.random() < CARELESS)
-    said = ["".join(order) + "."]
-    while len(said) <= _MOST_CHATTER and rng.random() < CHATTY:
-        said.append(rng.choice(_CHATTER))
-    return " ".join(said)
+    sentences = ["".join(order) + "."]
+    while len(sentences) <= _MOST_CHATTER and rng.random() < CHATTY:
+        sentences.append(rng.choice(_CHATTER))
+    return " ".join(sentences)
 
 
 def _preference(digits: str, rng: random.Random) -> dict[str, str]:

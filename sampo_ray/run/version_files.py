@@ -75,7 +75,8 @@ def _copy_shell(shell_folder: str, draft: Path) -> dict[str, Any]:
             (draft / name).write_bytes(shell.at(name).read())
     if not (draft / "config.json").exists():
         raise WeightsError(f"{shell_folder}: no config.json; name a Hugging Face model folder")
-    return json.loads((draft / "config.json").read_text())
+    config: dict[str, Any] = json.loads((draft / "config.json").read_text())
+    return config
 
 
 def _write_shards(
