@@ -1,6 +1,7 @@
 """What the user sees of a run: a live display on a terminal, plain lines elsewhere. Both implement `Reporter`."""
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-class Display:
+class Display(ABC):
     """Implements `rounds.Reporter`: shows a run, and writes its status file. A context manager; see `open_display`."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
@@ -133,11 +134,11 @@ class Display:
             self._on_end(stage)
             self._write(stage=None)
 
-    def _on_begin(self, stage: Stage) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _on_begin(self, stage: Stage) -> None: ...
 
-    def _on_advance(self, stage: Stage) -> None:
-        """Nothing here: a live display shows it at its next refresh."""
+    @abstractmethod
+    def _on_advance(self, stage: Stage) -> None: ...
 
     def _on_end(self, stage: Stage) -> None:
         self._print(stage.result())
@@ -205,6 +206,9 @@ class LiveDisplay(Display):
     def _on_begin(self, stage: Stage) -> None:
         task = self._bars.add_task(stage.name, total=stage.total, amount=stage.amount(), rate="", left="")
         self._running[task] = stage
+
+    def _on_advance(self, stage: Stage) -> None:
+        """The next refresh shows it."""
 
     def _on_end(self, stage: Stage) -> None:
         for task in [task for task, running in self._running.items() if running is stage]:

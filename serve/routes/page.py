@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from importlib import resources
 from os.path import splitext
+from typing import TypedDict
 
 import yaml
 from fastapi import FastAPI
@@ -37,6 +38,21 @@ def load_assets() -> dict[str, tuple[bytes, str]]:
     return {file.name: (file.read_bytes(), TYPES[end]) for file in files if (end := splitext(file.name)[1]) in TYPES}
 
 
+class RunView(TypedDict):
+    run: str
+    base: str | None
+    method: str | None
+    finished: bool
+    alive: bool  # whether a process works on it
+    round: int | None  # from 1; null before the first, as `rounds` is without a configuration
+    rounds: int | None
+    stage: dict[str, object] | None  # an Activity
+    history: list[
+        dict[str, object]
+    ]  # the last rounds: round, steps, committed, start_version, stages with their seconds
+    steps: dict[str, list[float | str | None]]  # columns over some of the last optimizer steps: version, round, COLUMNS
+
+
 class PageRoutes:
     """Handlers of `/` and `/page/...`, whose files hold no data, so they need no key, and of `/run`."""
 
@@ -60,11 +76,11 @@ class PageRoutes:
             raise unavailable("the run directory cannot be read just now; try again soon") from None
 
     @functools.cached_property
-    def _view(self) -> CachedRead[dict[str, object]]:
+    def _view(self) -> CachedRead[RunView]:
         """One view for all requests within FRESH_S."""
         return CachedRead(self._read, FRESH_S, READ_TIMEOUT_S)
 
-    async def _read(self) -> dict[str, object]:
+    async def _read(self) -> RunView:
         return await asyncio.to_thread(view, await self.catalogue.run_place())
 
 
@@ -93,7 +109,7 @@ class RedirectToPage:
             await self._app(scope, receive, send)
 
 
-def view(run: Place) -> dict[str, object]:
+def view(run: Place) -> RunView:
     """The view of a run directory, as JSON. OSError or ValueError when it is none."""
     manifest, status = read_manifest(run), read_status(run) or Status()
     rounds, base, method = _settings(run)
@@ -102,8 +118,8 @@ def view(run: Place) -> dict[str, object]:
         "base": base,
         "method": method,
         "finished": manifest.finished,
-        "alive": status.alive(),  # whether a process works on it
-        "round": status.round or len(manifest.rounds) or None,  # from 1; null before the first
+        "alive": status.alive(),
+        "round": status.round or len(manifest.rounds) or None,
         "rounds": status.rounds or rounds,
         "stage": status.stage.model_dump() if status.stage and status.alive() else None,
         "history": [_round_view(record) for record in manifest.rounds[-ROUNDS:]],
