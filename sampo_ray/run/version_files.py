@@ -8,6 +8,7 @@ pauses.
 """
 
 import json
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -63,9 +64,14 @@ def _drafted(folder_url: str, info: VersionInfo) -> Iterator[Path]:
         draft.mkdir()
         yield draft
         complete = info.model_copy(update={"files": checksums(draft)})
+        content = json.dumps(complete.model_dump(exclude_unset=True), indent=1)
         place.remove()  # an attempt that did not finish
-        place.take(draft)
-        place.at("version.json").write(json.dumps(complete.model_dump(exclude_unset=True), indent=1).encode())
+        if place.local:  # all at once, also for those who do not look at version.json
+            (draft / "version.json").write_text(content)
+            os.rename(draft, place.path)
+        else:
+            place.take(draft)
+            place.at("version.json").write(content.encode())
 
 
 def _copy_shell(shell_folder: str, draft: Path) -> dict[str, Any]:

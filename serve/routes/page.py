@@ -47,9 +47,7 @@ class RunView(TypedDict):
     round: int | None  # from 1; null before the first, as `rounds` is without a configuration
     rounds: int | None
     stage: dict[str, object] | None  # an Activity
-    history: list[
-        dict[str, object]
-    ]  # the last rounds: round, steps, committed, start_version, stages with their seconds
+    history: list[dict[str, object]]  # of the last rounds: round, steps, committed, start_version, stages with seconds
     steps: dict[str, list[float | str | None]]  # columns over some of the last optimizer steps: version, round, COLUMNS
 
 
