@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import ray
 from ray import serve
 
+from sampo_ray.internals.serve import begin_delete
 from sampo_ray.run.directory import open_run
 from sampo_ray.run.storage import Place
 from sampo_ray.run.versions import Serving, WeightsId, adapters_on, version_folder
@@ -48,7 +49,7 @@ def delete_pinned(apps: str, keep: Sequence[str] = ()) -> None:
 def delete_apps(names: Sequence[str]) -> None:
     """Deletes Serve applications, all at the same time, and waits until they are gone."""
     for name in names:
-        serve.delete(name, _blocking=False)
+        begin_delete(name)
     for name in names:
         serve.delete(name)
 
