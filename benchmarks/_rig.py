@@ -121,7 +121,8 @@ def policy_rig(folder: Path, model: Path | None, concurrency: int, **engine: Any
     from sampo_ray.actors.policy.deployment import policy_deployment
     from sampo_ray.actors.policy.replica_weights import WeightsSource
     from sampo_ray.actors.weights.store import start_weight_store
-    from sampo_ray.config.sections import GeneratorsConfig, ServeConfig
+    from sampo_ray.config.sections import GeneratorsConfig
+    from sampo_ray.config.serving import ServeConfig
     from sampo_ray.data.chat import ChatFormat
     from sampo_ray.run.version_files import write_version
     from sampo_ray.run.versions import VersionInfo, version_folder

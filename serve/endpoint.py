@@ -12,7 +12,7 @@ import urllib.request
 
 from ray import serve
 
-from sampo_ray.config.sections import ServeConfig
+from sampo_ray.config.serving import ServeConfig
 from sampo_ray.errors import EndpointError
 
 POLL_S, START_TIMEOUT_S, HEALTH_TIMEOUT_S = 0.5, 120.0, 5.0

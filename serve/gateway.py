@@ -23,7 +23,7 @@ from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_in
 
 from sampo_ray.actors.policy import messages, sse
 from sampo_ray.actors.weights.client import StoreState
-from sampo_ray.config.sections import ServeConfig
+from sampo_ray.config.serving import ServeConfig
 from sampo_ray.run.versions import WeightsId
 from sampo_ray.serve import errors
 from sampo_ray.serve.cached import CachedRead

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 
 from sampo_ray.config.keys import Key, digest, render
-from sampo_ray.config.sections import ServeConfig
+from sampo_ray.config.serving import ServeConfig
 from sampo_ray.run.storage import Place
 from sampo_ray.serve import errors
 from sampo_ray.serve.middleware import auth

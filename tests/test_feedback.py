@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
-from sampo_ray.config.sections import FeedbackConfig
+from sampo_ray.config.serving import FeedbackConfig
 from sampo_ray.console.main import app as cli
 from sampo_ray.data.sources import read_rows
 from sampo_ray.errors import FeedbackError

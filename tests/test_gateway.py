@@ -18,7 +18,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 
 from sampo_ray.actors.policy.messages import AnsweredBy, AnswerItem, Chunks, Failure
-from sampo_ray.config.sections import ServeConfig
+from sampo_ray.config.serving import ServeConfig
 from sampo_ray.errors import EndpointError
 from sampo_ray.run.versions import WeightsId
 from sampo_ray.serve import errors

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from sampo_ray.config.sections import ServeConfig
+from sampo_ray.config.serving import ServeConfig
 from sampo_ray.serve import errors
 from sampo_ray.serve.errors import ApiError
 from sampo_ray.serve.middleware import limits

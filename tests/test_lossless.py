@@ -18,7 +18,8 @@ import torch
 from ray import serve
 from transformers import AutoModelForCausalLM
 
-from sampo_ray.config.sections import GeneratorsConfig, ServeConfig
+from sampo_ray.config.sections import GeneratorsConfig
+from sampo_ray.config.serving import ServeConfig
 
 logger = logging.getLogger(__name__)
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from sampo_ray.actors.weights.live import Probe, judge, win_rate
 from sampo_ray.actors.weights.pinned import adapter_ranks, pinned_app
 from sampo_ray.config.run import load_config
-from sampo_ray.config.sections import GatesConfig, ServeConfig
+from sampo_ray.config.serving import GatesConfig, ServeConfig
 from sampo_ray.console.versions import rank_of
 from sampo_ray.errors import ConfigError, VersionError
 from sampo_ray.run import versions

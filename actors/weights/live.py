@@ -17,7 +17,7 @@ from sampo_ray.actors.policy.messages import RolloutRequest
 from sampo_ray.actors.weights.client import Weights
 from sampo_ray.actors.weights.pinned import PinnedApps
 from sampo_ray.config.run import RunConfig
-from sampo_ray.config.sections import GatesConfig, ServeConfig
+from sampo_ray.config.serving import GatesConfig, ServeConfig
 from sampo_ray.errors import WeightsNotLoadedError
 from sampo_ray.run import versions
 from sampo_ray.run.buckets import Bucket, unpack

@@ -13,14 +13,15 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from sampo_ray.config import sections
+from sampo_ray.config import sections, serving
 from sampo_ray.config.rows import RowBudget, default_row
+from sampo_ray.config.section import Section, suggestion
 from sampo_ray.errors import ConfigError
 
 Tree: TypeAlias = dict[str, object]
 
 
-class RunConfig(sections.Section):
+class RunConfig(Section):
     """A whole run. `profile: auto` chooses between `laptop` and `cluster` by the GPUs that Ray has."""
 
     profile: Literal["auto", "laptop", "cluster"] = "auto"
@@ -34,8 +35,8 @@ class RunConfig(sections.Section):
     reference: sections.ReferenceConfig = sections.ReferenceConfig()
     trainer: sections.TrainerConfig = sections.TrainerConfig()
     fleet: sections.FleetsConfig = sections.FleetsConfig()
-    publish: sections.PublishConfig = sections.PublishConfig()
-    serve: sections.ServeConfig = Field(default_factory=sections.ServeConfig)
+    publish: serving.PublishConfig = serving.PublishConfig()
+    serve: serving.ServeConfig = Field(default_factory=serving.ServeConfig)
     run: sections.OutputConfig
 
     @property
@@ -159,7 +160,7 @@ def _explain(error: ErrorDetails) -> str:
     path = [str(part) for part in error["loc"]]
     where, value = ".".join(path), error.get("input")
     if error["type"] == "extra_forbidden":
-        return f"{where}: unknown key; {sections.suggestion(path[-1], _fields_at(path[:-1]))}"
+        return f"{where}: unknown key; {suggestion(path[-1], _fields_at(path[:-1]))}"
     if error["type"] == "missing":
         return f"{where}: missing; set it in the recipe or as {where}=..."
     message = error["msg"].removeprefix("Value error, ")

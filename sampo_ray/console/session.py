@@ -19,7 +19,7 @@ from rich.console import Console
 
 from sampo_ray.config.profiles import resolve
 from sampo_ray.config.run import RunConfig, load_config
-from sampo_ray.config.sections import ServeConfig
+from sampo_ray.config.serving import ServeConfig
 from sampo_ray.errors import ConfigError
 from sampo_ray.loop.display import Display, open_display
 from sampo_ray.run.directory import create_run, dump_config, exclusive, open_run

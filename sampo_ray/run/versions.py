@@ -16,7 +16,7 @@ import filelock
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from sampo_ray.config.sections import ServeConfig
+from sampo_ray.config.serving import ServeConfig
 from sampo_ray.errors import VersionError, WeightsError
 from sampo_ray.run.storage import Place
 

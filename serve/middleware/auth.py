@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sampo_ray.config.keys import Key, digest, is_json, parse
 from sampo_ray.config.keys import Scope as KeyScope
-from sampo_ray.config.sections import ServeConfig, is_loopback
+from sampo_ray.config.serving import ServeConfig, is_loopback
 from sampo_ray.errors import KeysError
 from sampo_ray.run.storage import Place, absolute
 from sampo_ray.serve.cached import CachedRead

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sampo_ray.actors.policy import sse
 from sampo_ray.config.keys import Key
-from sampo_ray.config.sections import ServeConfig
+from sampo_ray.config.serving import ServeConfig
 from sampo_ray.serve.errors import ApiError
 from sampo_ray.serve.middleware.auth import is_admin_path, route_path
 

@@ -19,7 +19,7 @@ from ray.serve.llm.openai_api_models import ChatCompletionRequest
 from starlette.responses import JSONResponse, Response
 
 from sampo_ray.actors.policy import sse
-from sampo_ray.config.sections import FeedbackConfig
+from sampo_ray.config.serving import FeedbackConfig
 from sampo_ray.errors import FeedbackError
 from sampo_ray.run.feedback import Answer, Journal, Judgement, make_vote, votes_journal
 from sampo_ray.run.storage import Place

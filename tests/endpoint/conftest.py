@@ -11,7 +11,8 @@ from ray import serve
 from transformers import AutoModelForCausalLM
 
 from sampo_ray.config.keys import render
-from sampo_ray.config.sections import FeedbackConfig, GeneratorsConfig, ServeConfig
+from sampo_ray.config.sections import GeneratorsConfig
+from sampo_ray.config.serving import FeedbackConfig, ServeConfig
 from tests.endpoint.live import CONTEXT, KEY, OTHER_KEY, Endpoint, key_entry
 
 
