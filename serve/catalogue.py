@@ -11,8 +11,9 @@ from ray.exceptions import RayError, RayTaskError
 from sampo_ray.actors.weights.client import StoreState, find_weight_store
 from sampo_ray.actors.weights.pinned import adapter_ranks, pinned_app
 from sampo_ray.errors import VersionError
+from sampo_ray.run.commands import Command
 from sampo_ray.run.storage import Place
-from sampo_ray.run.versions import Command, find
+from sampo_ray.run.versions import find
 from sampo_ray.serve.cached import CachedRead
 from sampo_ray.serve.errors import ApiError, unavailable
 

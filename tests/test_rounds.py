@@ -334,7 +334,7 @@ def test_within_its_rounds_a_run_with_adapters_publishes_these_alone(fleet, tiny
 
 def test_a_version_that_fails_its_checks_is_listed_and_never_goes_live(fleet, tiny_model, tmp_path):
     from sampo_ray.iterate import iterate
-    from sampo_ray.run.versions import read_serving
+    from sampo_ray.run.serving import read_serving
 
     overrides = "rounds.count=1", "rollout.prompts=16", "publish.every_steps=50"
     run = new_run(tmp_path, tiny_model, *overrides, "serve.gates.finite=true", "serve.gates.max_mean_tokens=1.5")

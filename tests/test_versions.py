@@ -8,17 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from sampo_ray.actors.weights.live import Probe, judge, win_rate
+from sampo_ray.actors.weights.gates import Probe, judge, win_rate
 from sampo_ray.actors.weights.pinned import adapter_ranks, pinned_app
 from sampo_ray.config.run import load_config
 from sampo_ray.config.serving import GatesConfig, ServeConfig
 from sampo_ray.console.versions import rank_of
 from sampo_ray.errors import ConfigError, VersionError
-from sampo_ray.run import versions
+from sampo_ray.run import commands, serving, versions
 from sampo_ray.run.directory import create_run
 from sampo_ray.run.manifest import lineage
+from sampo_ray.run.serving import Adapter, Serving, read_serve_config
 from sampo_ray.run.storage import Place
-from sampo_ray.run.versions import Adapter, AdaptersInfo, Serving, VersionInfo, read_serve_config, version_folder
+from sampo_ray.run.versions import AdaptersInfo, VersionInfo, version_folder
 
 INFOS = {
     0: VersionInfo(version=0, round=0, step=0),
@@ -26,12 +27,12 @@ INFOS = {
     8: VersionInfo(version=8, round=0, step=8, labels=versions.labels_of(0, 8, True, 2)),
     12: VersionInfo(version=12, round=1, step=4, labels=versions.labels_of(1, 4, True, 2)),
 }
-LABELS = versions.all_labels(Serving(), INFOS)
+LABELS = serving.all_labels(Serving(), INFOS)
 
 
 def published(state: Serving) -> Serving:
     for version, labels in LABELS.items():
-        state = versions.accept(state, version, labels)
+        state = serving.accept(state, version, labels)
     return state
 
 
@@ -58,37 +59,37 @@ def test_what_goes_live_by_itself_is_what_the_policy_follows(follow, live):
 
 
 def test_a_version_held_by_hand_stays_until_training_is_followed_again():
-    state = versions.rollback(published(Serving()))
+    state = serving.rollback(published(Serving()))
     assert (state.live, state.held) == (8, True)
-    assert versions.accept(state, 20, ["round-3"]).live == 8
-    state = versions.apply(state, INFOS, versions.Promote("latest"))
+    assert serving.accept(state, 20, ["round-3"]).live == 8
+    state = commands.apply(state, INFOS, commands.Promote("latest"))
     assert (state.live, state.held) == (12, False)
-    state = versions.apply(state, INFOS, versions.Promote("base"))
+    state = commands.apply(state, INFOS, commands.Promote("base"))
     assert (state.live, state.held) == (0, True)
-    assert versions.rollback(state).live == 12
+    assert serving.rollback(state).live == 12
 
 
 def test_a_refused_version_is_listed_with_its_reason_and_cannot_be_promoted():
-    state = versions.refuse(published(Serving(follow="round")), 5, "too long")
-    entry = next(e for e in versions.listing(state, INFOS) if e.version == 5)
+    state = serving.refuse(published(Serving(follow="round")), 5, "too long")
+    entry = next(e for e in serving.listing(state, INFOS) if e.version == 5)
     assert (entry.state, entry.reason) == ("refused", "too long")
     with pytest.raises(VersionError, match="version 5 was refused: too long"):
-        versions.apply(state, INFOS, versions.Promote("5"))
-    (base,) = versions.listing(state, {0: INFOS[0].model_copy(update={"files": {"a": "xxh3"}})})
+        commands.apply(state, INFOS, commands.Promote("5"))
+    (base,) = serving.listing(state, {0: INFOS[0].model_copy(update={"files": {"a": "xxh3"}})})
     assert base.listed() == {"version": 0, "round": 0, "step": 0, "labels": ("base",), "state": "kept", "reason": None}
 
 
 def test_pins_labels_and_what_retention_leaves():
-    state = versions.apply(published(Serving()), INFOS, versions.Pin("round-1"))
-    state = versions.apply(state, INFOS, versions.Label("5", "blue"))
+    state = commands.apply(published(Serving()), INFOS, commands.Pin("round-1"))
+    state = commands.apply(state, INFOS, commands.Label("5", "blue"))
     assert state.pinned == [8] and state.kept() == {12, 8, 5}
-    assert versions.find("blue", versions.all_labels(state, INFOS)) == 5
+    assert versions.find("blue", serving.all_labels(state, INFOS)) == 5
     with pytest.raises(VersionError, match=r"version 5 is not pinned \(pinned: 8\)"):
-        versions.apply(state, INFOS, versions.Unpin("5"))
-    assert versions.apply(state, INFOS, versions.Unpin("8")).pinned == []
+        commands.apply(state, INFOS, commands.Unpin("5"))
+    assert commands.apply(state, INFOS, commands.Unpin("8")).pinned == []
     for bad in ("final", "round-9", "Blue", "", "a b", "7"):
         with pytest.raises(VersionError, match="label"):
-            versions.apply(state, INFOS, versions.Label("5", bad))
+            commands.apply(state, INFOS, commands.Label("5", bad))
 
 
 @given(
@@ -96,24 +97,22 @@ def test_pins_labels_and_what_retention_leaves():
     st.data(),
 )
 def test_the_sequence_grows_with_every_change_of_what_is_live_and_only_then(commands, data):
-    state, newest = versions.accept(Serving(), 0, ["base"]), 0
+    state, newest = serving.accept(Serving(), 0, ["base"]), 0
     for command in commands:
         before = state
         some = data.draw(st.integers(0, newest))
         try:
             if command == "publish":
                 newest += data.draw(st.integers(1, 3))
-                state = versions.accept(state, newest, [])
+                state = serving.accept(state, newest, [])
             elif command == "release":
-                state = versions.release(state, newest)
+                state = serving.release(state, newest)
             elif command == "rollback":
-                state = versions.rollback(state)
+                state = serving.rollback(state)
             elif command == "refuse":
-                state = versions.refuse(state, some, "why")
+                state = serving.refuse(state, some, "why")
             else:
-                state = {"promote": versions.promote, "pin": versions.pin, "unpin": versions.unpin}[command](
-                    state, some
-                )
+                state = {"promote": serving.promote, "pin": serving.pin, "unpin": serving.unpin}[command](state, some)
         except VersionError:
             assert state == before
         assert state.sequence - before.sequence == (state.live != before.live)
@@ -123,34 +122,34 @@ def test_the_sequence_grows_with_every_change_of_what_is_live_and_only_then(comm
 
 
 def test_adapters_are_served_on_the_version_they_were_made_for():
-    state = versions.add_adapter(published(Serving()), "tune", Adapter(base=8, rank=12))
-    assert state.pinned == [8] and adapter_ranks(versions.pin(state, 0)) == {0: 0, 8: 16}
+    state = serving.add_adapter(published(Serving()), "tune", Adapter(base=8, rank=12))
+    assert state.pinned == [8] and adapter_ranks(serving.pin(state, 0)) == {0: 0, 8: 16}
     assert pinned_app("f", "r1", 8, 16) == "f-pinned-r1-8-lora16" and pinned_app("f", "r1", 0, 0) == "f-pinned-r1-0"
     with pytest.raises(VersionError, match="carries adapters .tune."):
-        versions.unpin(state, 8)
+        serving.unpin(state, 8)
     for refused in (
-        lambda: versions.add_adapter(state, "tune", Adapter(base=0, rank=8)),
-        lambda: versions.label(state, 5, "tune"),
+        lambda: serving.add_adapter(state, "tune", Adapter(base=0, rank=8)),
+        lambda: serving.label(state, 5, "tune"),
     ):
         with pytest.raises(VersionError, match="tune"):
             refused()
     with pytest.raises(VersionError, match="there is no adapter 'other'; there is tune"):
-        versions.remove_adapter(state, "other")
-    assert versions.unpin(versions.remove_adapter(state, "tune"), 8).pinned == []
+        serving.remove_adapter(state, "other")
+    assert serving.unpin(serving.remove_adapter(state, "tune"), 8).pinned == []
 
 
 def test_a_version_of_adapters_alone_is_pinned_on_its_base():
     adapters = AdaptersInfo(base=0, rank=4, scaling=2.0)
     infos = {**INFOS, 5: INFOS[5].model_copy(update={"adapters": adapters})}
-    state = versions.apply(published(Serving()), infos, versions.Pin("5"))
+    state = commands.apply(published(Serving()), infos, commands.Pin("5"))
     assert (state.pinned, state.pinned_adapters, adapter_ranks(state)) == ([0], {5}, {0: 8})
-    assert state.kept() >= {0, 5} and versions.state_of(state, 5) == versions.state_of(state, 0) == "pinned"
+    assert state.kept() >= {0, 5} and serving.state_of(state, 5) == serving.state_of(state, 0) == "pinned"
     with pytest.raises(VersionError, match="version 0 carries adapters .5."):
-        versions.unpin(state, 0)
+        serving.unpin(state, 0)
     with pytest.raises(VersionError, match=r"version 8 is not pinned \(pinned: 0, 5\)"):
-        versions.unpin(state, 8)
-    state = versions.apply(state, infos, versions.Unpin("5"))
-    assert (state.adapters, versions.unpin(state, 0).pinned) == ({}, [])
+        serving.unpin(state, 8)
+    state = commands.apply(state, infos, commands.Unpin("5"))
+    assert (state.adapters, serving.unpin(state, 0).pinned) == ({}, [])
 
 
 def test_only_adapters_that_can_be_served_are_taken(tmp_path):
@@ -166,12 +165,12 @@ def test_only_adapters_that_can_be_served_are_taken(tmp_path):
 
 
 def test_a_run_that_is_taken_up_again_serves_what_is_durable():
-    assert versions.resume(Serving(), LABELS, checked=False).live == 12
-    assert versions.resume(Serving(), LABELS, checked=True).live == 0
-    held = versions.promote(published(Serving()), 5)
-    assert versions.resume(held, LABELS, checked=False) == held
+    assert serving.resume(Serving(), LABELS, checked=False).live == 12
+    assert serving.resume(Serving(), LABELS, checked=True).live == 0
+    held = serving.promote(published(Serving()), 5)
+    assert serving.resume(held, LABELS, checked=False) == held
     gone = {version: names for version, names in LABELS.items() if version != 5}
-    assert versions.resume(held, gone, checked=False).live in gone
+    assert serving.resume(held, gone, checked=False).live in gone
 
 
 def new_run(folder):
@@ -181,21 +180,21 @@ def new_run(folder):
 
 def test_the_state_is_a_file_and_edits_of_several_do_not_get_lost(tmp_path):
     place = Place(str(tmp_path))
-    assert versions.read_serving(place, "round") == Serving(follow="round")
+    assert serving.read_serving(place, "round") == Serving(follow="round")
 
     def pin(first):
         for version in range(first, first + 20):
-            versions.edit_serving(place, lambda state, v=version: versions.pin(state, v))
+            serving.edit_serving(place, lambda state, v=version: serving.pin(state, v))
 
     threads = [threading.Thread(target=pin, args=(100 * n,)) for n in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(versions.read_serving(place).pinned) == 80
+    assert len(serving.read_serving(place).pinned) == 80
     with pytest.raises(VersionError):
-        versions.edit_serving(place, versions.rollback)
-    assert len(versions.read_serving(place).pinned) == 80
+        serving.edit_serving(place, serving.rollback)
+    assert len(serving.read_serving(place).pinned) == 80
 
 
 def test_the_command_line_changes_and_shows_it(tmp_path):
@@ -204,7 +203,7 @@ def test_the_command_line_changes_and_shows_it(tmp_path):
     run = new_run(tmp_path / "run")
     for version, info in INFOS.items():
         Place(version_folder(run.versions.url, version)).at("version.json").write(info.model_dump_json().encode())
-    versions.edit_serving(run.place, published)
+    serving.edit_serving(run.place, published)
 
     def sampo(*arguments):
         result = CliRunner().invoke(app, [arguments[0], run.place.url, *arguments[1:]])

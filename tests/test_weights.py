@@ -16,18 +16,18 @@ from transformers import AutoModelForCausalLM
 
 from sampo_ray.actors.policy.replica_weights import merging
 from sampo_ray.actors.weights.client import Weights, fetch, find_weight_store
-from sampo_ray.actors.weights.live import LoadedVersions, LongPoll
+from sampo_ray.actors.weights.loaded import LoadedVersions, LongPoll
 from sampo_ray.actors.weights.publish import NewVersion, publish_adapters, publish_version
 from sampo_ray.actors.weights.store import start_weight_store
 from sampo_ray.config.sections import LoraConfig
 from sampo_ray.console.demo_task import tiny_llama, tiny_tokenizer
 from sampo_ray.errors import WeightsError
 from sampo_ray.run.buckets import pack, unpack
+from sampo_ray.run.serving import Serving
 from sampo_ray.run.storage import Place
 from sampo_ray.run.version_files import adapters_info, read_version, write_version
 from sampo_ray.run.versions import (
     AdaptersInfo,
-    Serving,
     VersionInfo,
     WeightsId,
     complete_versions,

@@ -8,7 +8,8 @@ import ray
 from ray.actor import ActorHandle
 
 from sampo_ray.run.buckets import Bucket, verify
-from sampo_ray.run.versions import Serving, VersionEntry, VersionInfo, WeightsId
+from sampo_ray.run.serving import Serving, VersionEntry
+from sampo_ray.run.versions import VersionInfo, WeightsId
 
 NAMESPACE = "sampo"
 Channel = Literal["live", "training"]

@@ -7,8 +7,9 @@ from ray import serve
 
 from sampo_ray.internals.serve import begin_delete
 from sampo_ray.run.directory import open_run
+from sampo_ray.run.serving import Serving, adapters_on
 from sampo_ray.run.storage import Place
-from sampo_ray.run.versions import Serving, WeightsId, adapters_on, version_folder
+from sampo_ray.run.versions import WeightsId, version_folder
 
 RANKS = (0, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM can be told to expect; 0: no adapters."""

@@ -14,10 +14,11 @@ from ray.exceptions import RayError
 
 from sampo_ray.actors.transfer.coordinator import ReceivingReplica, TransferCoordinator, TransferGroup, TransferPlan
 from sampo_ray.actors.weights.client import NAMESPACE, Channel, StoreState, Weights, put, throttle
-from sampo_ray.actors.weights.live import LivePolicy, LoadedVersions, LongPoll
+from sampo_ray.actors.weights.live import LivePolicy
+from sampo_ray.actors.weights.loaded import LoadedVersions, LongPoll
 from sampo_ray.actors.weights.pinned import PinnedApps
 from sampo_ray.errors import WeightsError
-from sampo_ray.run import versions
+from sampo_ray.run import commands, serving
 from sampo_ray.run.buckets import Bucket, verify
 from sampo_ray.run.storage import Place
 from sampo_ray.run.versions import WeightsId
@@ -134,14 +135,14 @@ class WeightStore:
         return self._policy.place.url
 
     async def state(self) -> StoreState:
-        serving, on_disk = self._policy.serving, await asyncio.to_thread(self._loaded.on_disk)
-        return StoreState(self._attached.run, self._pinned.apps, serving, versions.listing(serving, on_disk))
+        state, on_disk = self._policy.serving, await asyncio.to_thread(self._loaded.on_disk)
+        return StoreState(self._attached.run, self._pinned.apps, state, serving.listing(state, on_disk))
 
-    async def command(self, command: versions.Command) -> StoreState:
+    async def command(self, command: commands.Command) -> StoreState:
         """Carries out an operator's command and returns the new state; VersionError when it cannot be carried out."""
         async with self._lock:
             on_disk = await asyncio.to_thread(self._loaded.on_disk)
-            await self._policy.edit(lambda state: versions.apply(state, on_disk, command))
+            await self._policy.edit(lambda state: commands.apply(state, on_disk, command))
         return await self.state()
 
     def _opened(self) -> tuple[LoadedVersions, LivePolicy]:

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from sampo_ray.run.commands import Command
+    from sampo_ray.run.serving import Follow
     from sampo_ray.run.storage import Place
-    from sampo_ray.run.versions import Command, Follow, VersionInfo
+    from sampo_ray.run.versions import VersionInfo
 
 app = typer.Typer()
 ADAPTER_HELP = "LoRA adapters of your own, served on the version they were made for."
@@ -25,7 +27,7 @@ def versions(run: RunArgument) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from sampo_ray.run.versions import listing, read_serving
+    from sampo_ray.run.serving import listing, read_serving
 
     place, infos, follow = opened(run)
     state = read_serving(place, follow)
@@ -43,7 +45,7 @@ def versions(run: RunArgument) -> None:
 @app.command()
 def promote(run: RunArgument, version: VersionArgument) -> None:
     """Makes a version live and holds it there; `latest` follows training again."""
-    from sampo_ray.run.versions import Promote
+    from sampo_ray.run.commands import Promote
 
     carry_out(run, Promote(version))
 
@@ -51,7 +53,7 @@ def promote(run: RunArgument, version: VersionArgument) -> None:
 @app.command()
 def rollback(run: RunArgument) -> None:
     """Makes the version live that was live before, and holds it there."""
-    from sampo_ray.run.versions import Rollback
+    from sampo_ray.run.commands import Rollback
 
     carry_out(run, Rollback())
 
@@ -59,7 +61,7 @@ def rollback(run: RunArgument) -> None:
 @app.command()
 def pin(run: RunArgument, version: VersionArgument) -> None:
     """Serves a version as `policy@VERSION` beside the live one, and keeps it on disk."""
-    from sampo_ray.run.versions import Pin
+    from sampo_ray.run.commands import Pin
 
     carry_out(run, Pin(version))
 
@@ -67,7 +69,7 @@ def pin(run: RunArgument, version: VersionArgument) -> None:
 @app.command()
 def unpin(run: RunArgument, version: VersionArgument) -> None:
     """Stops serving a pinned version beside the live one."""
-    from sampo_ray.run.versions import Unpin
+    from sampo_ray.run.commands import Unpin
 
     carry_out(run, Unpin(version))
 
@@ -75,7 +77,7 @@ def unpin(run: RunArgument, version: VersionArgument) -> None:
 @app.command()
 def label(run: RunArgument, version: VersionArgument, name: Annotated[str, typer.Argument(metavar="LABEL")]) -> None:
     """Gives a version a label; requests for `policy@LABEL` get it while it is pinned or live."""
-    from sampo_ray.run.versions import Label
+    from sampo_ray.run.commands import Label
 
     carry_out(run, Label(version, name))
 
@@ -89,8 +91,9 @@ def add_adapter(
 ) -> None:
     """Copies an adapter into the run directory and serves it."""
     from sampo_ray.errors import VersionError
+    from sampo_ray.run.serving import Adapter, add_adapter, all_labels, edit_serving, read_serving
     from sampo_ray.run.storage import Place, absolute
-    from sampo_ray.run.versions import Adapter, add_adapter, all_labels, edit_serving, find, read_serving
+    from sampo_ray.run.versions import find
 
     place, infos, follow = opened(run)
     state = read_serving(place, follow)
@@ -112,7 +115,7 @@ def add_adapter(
 @adapters.command("remove")
 def remove_adapter(run: RunArgument, name: Annotated[str, typer.Argument()]) -> None:
     """Stops serving an adapter and removes it from the run directory."""
-    from sampo_ray.run.versions import edit_serving, remove_adapter
+    from sampo_ray.run.serving import edit_serving, remove_adapter
 
     place, _, follow = opened(run)
     edit_serving(place, lambda now: remove_adapter(now, name), follow)
@@ -138,7 +141,8 @@ def rank_of(folder: str) -> int:
 
 def carry_out(run: str, command: "Command") -> None:
     """Changes what a run serves and prints what is served then."""
-    from sampo_ray.run.versions import apply, edit_serving
+    from sampo_ray.run.commands import apply
+    from sampo_ray.run.serving import edit_serving
 
     place, infos, follow = opened(run)
     state = edit_serving(place, lambda now: apply(now, infos, command), follow)
@@ -151,8 +155,9 @@ def carry_out(run: str, command: "Command") -> None:
 def opened(run: str) -> "tuple[Place, dict[int, VersionInfo], Follow]":
     """A run's place, its versions on disk with what their version.json says, and what its live policy follows."""
     from sampo_ray.errors import ConfigError
+    from sampo_ray.run.serving import read_serve_config
     from sampo_ray.run.storage import Place, absolute
-    from sampo_ray.run.versions import complete_versions, read_info, read_serve_config, version_folder
+    from sampo_ray.run.versions import complete_versions, read_info, version_folder
 
     place = Place(absolute(run))
     if not place.at("manifest.json").exists():

@@ -17,8 +17,9 @@ from sampo_ray.loop.blocks import STAGE_STALL_S, StageOutput
 from sampo_ray.run.directory import Run
 from sampo_ray.run.manifest import DataRecord, StageRecord, StepMetrics, StepResult
 from sampo_ray.run.parts import Part, parts_of
+from sampo_ray.run.serving import read_serving
 from sampo_ray.run.storage import Place
-from sampo_ray.run.versions import complete_versions, read_serving, version_folder
+from sampo_ray.run.versions import complete_versions, version_folder
 from sampo_ray.training.batching import steps_in_round
 from sampo_ray.training.streams import Stream, rollout_seed
 

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from starlette.responses import JSONResponse, Response
 
 from sampo_ray.actors.weights.client import StoreState
-from sampo_ray.run import versions
+from sampo_ray.run import commands
 from sampo_ray.serve import errors
 from sampo_ray.serve.catalogue import Catalogue
 from sampo_ray.serve.requests.json_body import read_json
@@ -37,26 +37,26 @@ class AdminRoutes:
         return JSONResponse(_view(await self.catalogue.state()))
 
     async def admin_promote(self, request: Request) -> Response:
-        return await self._command(versions.Promote(_version(await _body(request))))
+        return await self._command(commands.Promote(_version(await _body(request))))
 
     async def admin_rollback(self, request: Request) -> Response:
         await _body(request)
-        return await self._command(versions.Rollback())
+        return await self._command(commands.Rollback())
 
     async def admin_pin(self, request: Request) -> Response:
-        return await self._command(versions.Pin(_version(await _body(request))))
+        return await self._command(commands.Pin(_version(await _body(request))))
 
     async def admin_unpin(self, request: Request) -> Response:
-        return await self._command(versions.Unpin(_version(await _body(request))))
+        return await self._command(commands.Unpin(_version(await _body(request))))
 
     async def admin_label(self, request: Request) -> Response:
         body = await _body(request)
         version = _version(body)
         if body.label is None:
             raise errors.ApiError(400, "label: missing; name the new label", param="label")
-        return await self._command(versions.Label(version, body.label))
+        return await self._command(commands.Label(version, body.label))
 
-    async def _command(self, command: versions.Command) -> Response:
+    async def _command(self, command: commands.Command) -> Response:
         state = await self.catalogue.command(command)
         self.commanded(state)
         return JSONResponse(_view(state))

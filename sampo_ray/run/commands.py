@@ -1,0 +1,72 @@
+"""What an operator may ask for, and what that makes of the state of what is served."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sampo_ray.errors import VersionError
+from sampo_ray.run import serving
+from sampo_ray.run.serving import Serving
+from sampo_ray.run.versions import VersionInfo, find, listed
+
+
+@dataclass(frozen=True)
+class Promote:
+    """Makes a version live and holds it there; `latest` follows training again."""
+
+    version: str
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """Makes the version live again that was live before, and holds it there."""
+
+
+@dataclass(frozen=True)
+class Pin:
+    """Serves a version beside the live one."""
+
+    version: str
+
+
+@dataclass(frozen=True)
+class Unpin:
+    version: str
+
+
+@dataclass(frozen=True)
+class Label:
+    """Gives a version a label."""
+
+    version: str
+    label: str
+
+
+Command = Promote | Rollback | Pin | Unpin | Label
+"""What an operator may ask for. A version is named by its number or a label."""
+
+
+def apply(state: Serving, infos: Mapping[int, VersionInfo], command: Command) -> Serving:
+    """The state after a command; `infos` are the versions on disk. VersionError when it cannot be carried out."""
+    labels = serving.all_labels(state, infos)
+    match command:
+        case Rollback():
+            after = serving.rollback(state)
+            if after.live in labels:
+                return after
+            raise VersionError(f"version {after.live}, which was live before, is not kept; there is {listed(labels)}")
+        case Promote("latest"):
+            if (newest := serving.newest_passed(state, labels)) is not None:
+                return serving.release(state, newest)
+            raise VersionError(
+                f"no version has passed its checks yet (follow={state.follow}); promote one by its number"
+            )
+        case Promote(name):
+            return serving.promote(state, find(name, labels))
+        case Pin(name):
+            version = find(name, labels)
+            adapters = infos[version].adapters
+            return serving.pin_adapters(state, version, adapters) if adapters else serving.pin(state, version)
+        case Unpin(name):
+            return serving.unpin(state, int(name) if name.isdecimal() else find(name, labels))
+        case Label(name, new):
+            return serving.label(state, find(name, labels), new)

@@ -1,0 +1,261 @@
+"""Which version of a policy is live, and why: a small state, pure functions that change it, and its file.
+
+`serving.json` in the run directory is the only truth about what is live, pinned or refused. The weight store changes it
+when a version is published; the command line and the admin routes change it on request (`sampo_ray/run/commands.py`).
+The process that serves the run follows the file.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Literal
+
+import filelock
+import yaml
+from pydantic import BaseModel, Field
+
+from sampo_ray.config.serving import ServeConfig
+from sampo_ray.errors import VersionError
+from sampo_ray.run.storage import Place
+from sampo_ray.run.versions import AdaptersInfo, VersionInfo
+
+Follow = Literal["latest", "round", "manual"]
+ServedAs = Literal["live", "pinned", "refused", "candidate", "kept"]
+"""A candidate has not been checked yet."""
+HISTORY = 50
+LOCK_SECONDS = 30.0
+LABEL = re.compile(r"[a-z][a-z0-9._/-]{0,63}")
+
+
+class Adapter(BaseModel):
+    """A LoRA adapter (peft) in `adapters/<name>/`, or a version of adapters alone, served by replicas of `base`."""
+
+    base: int
+    rank: int
+
+
+class VersionEntry(VersionInfo):
+    """A version in a list of those on disk: its `labels` begin with those of users; `reason`: why it was refused."""
+
+    state: ServedAs
+    reason: str | None
+
+    def listed(self) -> dict[str, object]:
+        """For JSON, without the files' checksums."""
+        return self.model_dump(exclude_unset=True, exclude={"files"})
+
+
+class Serving(BaseModel):
+    """What the live policy serves."""
+
+    follow: Follow = "latest"
+    held: bool = False
+    """An operator promoted or rolled back: new versions do not go live until `latest` is promoted."""
+    live: int | None = None
+    sequence: int = 0
+    """Counts changes of `live`: it orders answers of several replicas also when a rollback lowers the version."""
+    previous: list[int] = Field(default_factory=list)
+    """Earlier live versions, oldest first; a rollback goes to the last."""
+    pinned: list[int] = Field(default_factory=list)
+    labels: dict[str, int] = Field(default_factory=dict)
+    """Labels that users gave; those of rounds and steps are in each version's version.json."""
+    adapters: dict[str, Adapter] = Field(default_factory=dict)
+    """By name; a pinned version of adapters alone is here by its number."""
+    refused: dict[int, str] = Field(default_factory=dict)
+    """Versions that failed a check, with the reason."""
+    passed: list[int] = Field(default_factory=list)
+    """Versions that passed their checks, in that order."""
+
+    def kept(self) -> set[int]:
+        """Versions that retention must leave on disk."""
+        live = () if self.live is None else (self.live,)
+        return {*live, *self.all_pinned, *self.labels.values(), *self.previous[-1:]}
+
+    @property
+    def pinned_adapters(self) -> set[int]:
+        return {int(name) for name in self.adapters if name.isdecimal()}
+
+    @property
+    def all_pinned(self) -> list[int]:
+        """Versions served beside the live one, whole or as adapters."""
+        return sorted({*self.pinned, *self.pinned_adapters})
+
+    @property
+    def named_adapters(self) -> dict[str, Adapter]:
+        return {name: adapter for name, adapter in self.adapters.items() if not name.isdecimal()}
+
+
+def is_followed(follow: Follow, labels: Sequence[str]) -> bool:
+    """Whether a version with these labels goes live without an operator."""
+    ends_round = any(label == "base" or re.fullmatch(r"round-\d+", label) for label in labels)
+    return follow == "latest" or (follow == "round" and ends_round)
+
+
+def accept(state: Serving, version: int, labels: Sequence[str]) -> Serving:
+    """A version has passed its checks: it goes live if the live policy follows such versions and it is newer."""
+    new = state.model_copy(update={"passed": [*(v for v in state.passed if v != version), version][-HISTORY:]})
+    follows = state.live is None or (not state.held and version > state.live and is_followed(state.follow, labels))
+    return _live(new, version) if follows else new
+
+
+def resume(state: Serving, labels: Mapping[int, Sequence[str]], checked: bool) -> Serving:
+    """The state when a store starts on a run: a version whose publisher was killed before it could go live does so now
+    (where versions are `checked`, only the base), and a live version that is gone from disk gives way to the newest."""
+    if state.live not in labels:
+        state = state.model_copy(update={"live": None})
+    for version in sorted(labels)[: 1 if checked else None]:
+        if version not in state.passed or state.live is None:
+            state = accept(state, version, labels[version])
+    return state
+
+
+def refuse(state: Serving, version: int, reason: str) -> Serving:
+    """A version failed a check: it is listed with the reason, and the live version stays."""
+    return state.model_copy(update={"refused": {**state.refused, version: reason}})
+
+
+def promote(state: Serving, version: int) -> Serving:
+    """Makes a version live and holds it there. VersionError when a check refused it."""
+    if version in state.refused:
+        raise VersionError(f"version {version} was refused: {state.refused[version]}; promote another one")
+    return _live(state, version).model_copy(update={"held": True})
+
+
+def release(state: Serving, latest: int) -> Serving:
+    """Follows training again, beginning with `latest`, the newest version that may be live."""
+    return _live(state, latest).model_copy(update={"held": False})
+
+
+def rollback(state: Serving) -> Serving:
+    """Makes the version live again that was live before. VersionError when there is none."""
+    if not state.previous:
+        raise VersionError("there is no earlier live version to roll back to; promote one by its number")
+    *before, target = state.previous
+    return state.model_copy(update={"live": target, "sequence": state.sequence + 1, "previous": before, "held": True})
+
+
+def pin(state: Serving, version: int) -> Serving:
+    """Serves a version beside the live one, as `policy@N`, and keeps it on disk."""
+    return state.model_copy(update={"pinned": sorted({*state.pinned, version})})
+
+
+def pin_adapters(state: Serving, version: int, adapters: AdaptersInfo) -> Serving:
+    """Serves a version of adapters alone beside the live one, on its base, which is pinned too."""
+    served = Adapter(base=adapters.base, rank=adapters.rank)
+    return pin(state, served.base).model_copy(update={"adapters": {**state.adapters, str(version): served}})
+
+
+def unpin(state: Serving, version: int) -> Serving:
+    if version in state.pinned_adapters:
+        return remove_adapter(state, str(version))
+    if version not in state.pinned:
+        pinned = ", ".join(map(str, state.all_pinned)) or "none"
+        raise VersionError(f"version {version} is not pinned (pinned: {pinned})")
+    if on_it := adapters_on(state, version):
+        raise VersionError(f"version {version} carries adapters ({', '.join(on_it)}); unpin or remove them first")
+    return state.model_copy(update={"pinned": [v for v in state.pinned if v != version]})
+
+
+def adapters_on(state: Serving, version: int) -> dict[str, Adapter]:
+    return {name: adapter for name, adapter in state.adapters.items() if adapter.base == version}
+
+
+def add_adapter(state: Serving, name: str, adapter: Adapter) -> Serving:
+    """Serves an adapter as `policy@NAME` on its base version, which is pinned for it."""
+    _check_label(name)
+    if name in state.labels or name in state.adapters:
+        raise VersionError(f"the name {name!r} is taken; choose another, or remove what has it")
+    return pin(state, adapter.base).model_copy(update={"adapters": {**state.adapters, name: adapter}})
+
+
+def remove_adapter(state: Serving, name: str) -> Serving:
+    if name not in state.adapters:
+        raise VersionError(f"there is no adapter {name!r}; there is {', '.join(state.named_adapters) or 'none'}")
+    return state.model_copy(update={"adapters": {n: a for n, a in state.adapters.items() if n != name}})
+
+
+def label(state: Serving, version: int, name: str) -> Serving:
+    """Gives a version a label of the user's; the label moves if another version had it."""
+    _check_label(name)
+    if name in state.adapters:
+        raise VersionError(f"the name {name!r} is an adapter's; choose another")
+    return state.model_copy(update={"labels": {**state.labels, name: version}})
+
+
+def _check_label(name: str) -> None:
+    if not LABEL.fullmatch(name) or name in ("base", "latest", "live", "final") or name.startswith("round-"):
+        raise VersionError(
+            f"label {name!r}: use lower-case letters, digits, '.', '_', '-' and '/', a letter first, and none of the "
+            "names that versions get when they are published (base, final, latest, live, round-...)"
+        )
+
+
+def _live(state: Serving, version: int) -> Serving:
+    if state.live == version:
+        return state
+    before = state.previous if state.live is None else [*state.previous, state.live][-HISTORY:]
+    return state.model_copy(update={"live": version, "sequence": state.sequence + 1, "previous": before})
+
+
+def newest_passed(state: Serving, labels: Mapping[int, Sequence[str]]) -> int | None:
+    """The newest version on disk that passed its checks and that the live policy follows; None when there is none."""
+    follow: Follow = "latest" if state.follow == "manual" else state.follow
+    fit = [v for v, names in labels.items() if v in state.passed and is_followed(follow, names)]
+    return max(fit, default=None)
+
+
+def listing(state: Serving, infos: Mapping[int, VersionInfo]) -> list[VersionEntry]:
+    """The versions on disk, newest first."""
+    labels, entries = all_labels(state, infos), []
+    for version in sorted(infos, reverse=True):
+        served = {"labels": labels[version], "state": state_of(state, version), "reason": state.refused.get(version)}
+        entries.append(VersionEntry.model_validate({**infos[version].model_dump(exclude_unset=True), **served}))
+    return entries
+
+
+def state_of(state: Serving, version: int) -> ServedAs:
+    """How a version is served."""
+    if version == state.live:
+        return "live"
+    if version in state.all_pinned:
+        return "pinned"
+    if version in state.refused:
+        return "refused"
+    return "kept" if version in state.passed or version == 0 else "candidate"
+
+
+def all_labels(state: Serving, infos: Mapping[int, VersionInfo]) -> dict[int, list[str]]:
+    """Labels by version, those of users first."""
+    return {
+        version: [*(n for n, v in state.labels.items() if v == version), *(info.labels if version else ("base",))]
+        for version, info in infos.items()
+    }
+
+
+def read_serve_config(run: Place) -> ServeConfig:
+    """How a run's versions go live (`follow`, `swap`, `gates`); the defaults if the run has no configuration."""
+    file = run.at("config.yaml")
+    tree = yaml.safe_load(file.read()).get("serve", {}) if file.exists() else {}
+    return ServeConfig(api_keys=(), **{key: tree[key] for key in ("follow", "swap", "gates") if key in tree})
+
+
+def read_serving(run: Place, follow: Follow = "latest") -> Serving:
+    """The state now; `follow` is that of a run that has none yet."""
+    file = run.at("serving.json")
+    return Serving.model_validate_json(file.read()) if file.exists() else Serving(follow=follow)
+
+
+def edit_serving(run: Place, change: Callable[[Serving], Serving], follow: Follow = "latest") -> Serving:
+    """Changes the state; one process at a time on a local run directory, elsewhere the last writer wins."""
+    file = run.at("serving.json")
+    lock = filelock.FileLock(run.at("serving.lock").path, timeout=LOCK_SECONDS) if run.local else nullcontext()
+    try:
+        with lock:
+            before = read_serving(run, follow)
+            after = change(before)
+            if after != before or not file.exists():
+                file.write(json.dumps(after.model_dump(mode="json"), indent=1).encode())
+            return after
+    except filelock.Timeout:
+        raise VersionError(f"another process has held serving.lock for {LOCK_SECONDS:.0f} s; try again") from None
