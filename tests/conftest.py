@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,11 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import yaml
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from sampo_ray.training.batching import Pair
+from tests.waiting import SLOWNESS, TEST_S, scaled
 
-settings.register_profile("default", deadline=None)  # a busy machine is no failure
+# A busy machine is no failure.
+settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("default")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
@@ -24,6 +26,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads would wait for eac
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What is fast comes first."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """A test has the time that this machine, as busy as it is, needs for it."""
+    SLOWNESS.look()
+    if not item.get_closest_marker("timeout"):
+        item.add_marker(pytest.mark.timeout(scaled(TEST_S)))
+    return (yield)
 
 
 Found = TypeVar("Found")

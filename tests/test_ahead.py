@@ -11,6 +11,7 @@ from sampo_ray.config.sections import GeneratorsConfig
 from sampo_ray.loop.fleet import Fleet
 from sampo_ray.loop.rounds import prepare_next_round
 from sampo_ray.run.versions import WeightsId
+from tests.waiting import wait_until
 
 
 class Handle:
@@ -67,10 +68,7 @@ def test_generators_are_started_once_the_training_lasts_no_longer_than_their_sta
         time.sleep(0.1)
         assert handle.calls == []
         training.seconds_left = 59.0
-        deadline = time.monotonic() + 10
-        while not handle.calls and time.monotonic() < deadline:
-            time.sleep(0.01)
-    assert handle.calls
+        wait_until(lambda: handle.calls, "call for generators")
 
 
 @pytest.mark.parametrize("training", [a_round(mode="offline"), a_round(index=1)])

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import scaled
+
 HEAVY = ("torch", "transformers", "ray", "vllm", "deepspeed", "datasets", "pyarrow", "numpy")
 COMMAND = "from sampo_ray.console.main import app; app({arguments!r}, standalone_mode=False)"
 
@@ -13,7 +15,9 @@ COMMAND = "from sampo_ray.console.main import app; app({arguments!r}, standalone
 def imported_by(code: str) -> set[str]:
     """The top-level packages that a new Python process has imported once it has run `code`."""
     listing = "import sys; print('\\n' + ' '.join({name.partition('.')[0] for name in sys.modules}))"
-    done = subprocess.run([sys.executable, "-c", f"{code}\n{listing}"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{listing}"], capture_output=True, text=True, timeout=scaled(60)
+    )
     assert done.returncode == 0, done.stderr
     return set(done.stdout.splitlines()[-1].split())
 

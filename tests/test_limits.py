@@ -169,14 +169,18 @@ def test_an_endpoint_with_too_many_requests_in_flight_says_when_to_try_again(mon
     async def rollback() -> None:
         pass
 
+    inside: list[None] = []
+
     @app.get("/")
     async def wait() -> None:
+        inside.append(None)
         await release.wait()
 
     async def crowd() -> list[httpx.Response]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
             first = [asyncio.create_task(client.get("/")) for _ in range(2)]
-            await asyncio.sleep(0.1)
+            while len(inside) < 2:
+                await asyncio.sleep(0)
             refused = await client.get("/")
             assert (await client.post("/admin/rollback")).status_code == 200
             release.set()
@@ -256,18 +260,16 @@ def test_a_body_too_large_is_refused_on_every_route(path: str) -> None:
 
 
 def test_a_body_that_grows_too_large_or_comes_too_slowly_is_not_read_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "BODY_TIMEOUT_S", 0.2)
-
     async def large() -> AsyncIterator[bytes]:
         for _ in range(30):
             yield b" " * 100
 
     async def slow() -> AsyncIterator[bytes]:
         yield b" "
-        await asyncio.sleep(5)
-        yield b" "
+        await asyncio.Event().wait()
 
     assert ask(small_app(), large()).status_code == 413
+    monkeypatch.setattr(limits, "BODY_TIMEOUT_S", 0.2)
     answer = ask(small_app(), slow())
     assert answer.status_code == 408
     assert "body" in answer.json()["error"]["message"]

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from sampo_ray.config.sections import GeneratorsConfig
 from sampo_ray.config.serving import ServeConfig
+from tests.waiting import scaled, wait_until
 
 logger = logging.getLogger(__name__)
 pytestmark = pytest.mark.slow
@@ -51,7 +52,7 @@ class Live:
         return self.newest
 
     def admin(self, verb: str, **body: Any) -> dict[str, Any]:
-        answer = httpx.post(f"{self.url}/admin/{verb}", json=body, timeout=60)
+        answer = httpx.post(f"{self.url}/admin/{verb}", json=body, timeout=scaled(60))
         assert answer.status_code == 200, answer.text
         return answer.json()
 
@@ -59,10 +60,7 @@ class Live:
         return serve.status().applications["lossless-policy"].deployments["policy"].replica_states.get("RUNNING", 0)
 
     def wait_for(self, replicas: int, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while self.replicas() != replicas:
-            assert time.monotonic() < deadline, f"not {replicas} replicas within {seconds} s: {serve.status()}"
-            time.sleep(0.2)
+        wait_until(lambda: self.replicas() == replicas, f"number of replicas that is {replicas}", seconds, every=0.2)
 
 
 @dataclass
@@ -91,7 +89,7 @@ class Client(threading.Thread):
     def _ask(self) -> None:
         body = {"messages": HI, "max_tokens": 48, "stream": self.stream}
         url = f"{self.url}/v1/chat/completions"
-        with httpx.stream("POST", url, json=body, timeout=180) as answer:
+        with httpx.stream("POST", url, json=body, timeout=scaled(180)) as answer:
             lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
         if answer.status_code != 200:
             self.failures.append(f"{answer.status_code} {''.join(lines)[:200]}")
@@ -124,7 +122,7 @@ def live(own_serve: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFac
     config = ServeConfig(port=free_port("127.0.0.1"), api_keys=())
     start_serve(config)
     store = start_weight_store("lossless", f"{run}/store.json")
-    ray.get(store.attach.remote("run-a", f"{run}/versions"), timeout=60)
+    ray.get(store.attach.remote("run-a", f"{run}/versions"), timeout=scaled(60))
     generators = GeneratorsConfig(
         num_cpus=0.5,
         min_replicas=1,
@@ -173,7 +171,9 @@ def exercise(live: Live, clients: list[Client], stopped: threading.Event, light:
     live.wait_for(2, 240)  # four at a time is more than one replica is to have
     for swap in range(SWAPS):
         live.publish()
-        time.sleep(0.5)
+        answered = [len(client.versions) for client in clients]
+        for client, before in zip(clients, answered, strict=True):
+            wait_until(lambda client=client, before=before: len(client.versions) > before, "answer", 180)
         if swap == SWAPS // 2:
             kill_one_engine()
     before = live.admin("promote", version="latest")["previous"]
@@ -184,12 +184,12 @@ def exercise(live: Live, clients: list[Client], stopped: threading.Event, light:
     time.sleep(1)
     light.set()
     for client in clients[:-1]:
-        client.join(180)
+        client.join(scaled(180))
     live.wait_for(1, 240)  # what is left is little enough for one again
-    live.publish()
-    time.sleep(2)
+    newest = live.publish()
+    wait_until(lambda: clients[-1].versions[-1][1] == newest, f"answer of version {newest}")
     stopped.set()
-    clients[-1].join(180)
+    clients[-1].join(scaled(180))
     return before, rolled_back
 
 

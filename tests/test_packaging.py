@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from sampo_ray.config.run import load_config
+from tests.waiting import scaled
 
 ROOT = Path(__file__).resolve().parents[1]
 LINKED = ("actors", "cluster", "serve")
@@ -119,7 +120,7 @@ def wheel(tmp_path_factory) -> Path:
 
 
 def run(*command: str, cwd: Path | None = None) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=scaled(300))
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -29,8 +29,8 @@ from sampo_ray.actors.policy.messages import AnsweredBy, Chunks, Failure, Rollou
 from sampo_ray.actors.policy.replica_weights import LoadedWeights, ReplicaWeights, WeightsSource, merging
 from sampo_ray.actors.transfer import transport
 from sampo_ray.actors.transfer.coordinator import ReceivingReplica
-from sampo_ray.actors.transfer.sending import Sender, start_sender
-from sampo_ray.actors.transfer.transport import digest
+from sampo_ray.actors.transfer.sending import Sender, StoreTransfers
+from sampo_ray.actors.transfer.transport import BroadcastSender, digest
 from sampo_ray.actors.weights.client import Weights, put
 from sampo_ray.actors.weights.publish import NewVersion, publish_adapters, publish_version
 from sampo_ray.actors.weights.store import start_weight_store
@@ -43,6 +43,7 @@ from sampo_ray.run.storage import Place
 from sampo_ray.run.version_files import adapters_info, read_version, write_version
 from sampo_ray.run.versions import AdaptersInfo, VersionInfo, WeightsId, version_folder
 from tests.conftest import assert_greedy
+from tests.waiting import scaled, wait_until
 
 LONG = "What is two plus three? The answer is five. " * 14  # more than one block of the prefix cache (128 tokens)
 
@@ -109,7 +110,7 @@ class Policy:
         base = VersionInfo(version=0, round=0, step=0)
         write_version(version_folder(self.versions, 0), weights(self.shell, 0), self.shell, base)
         self.store = start_weight_store("policy-test", str(folder / "store.json"))
-        ray.get(self.store.attach.remote("run", self.versions), timeout=60)
+        ray.get(self.store.attach.remote("run", self.versions), timeout=scaled(60))
         config = GeneratorsConfig(num_cpus=0.5, max_ongoing_requests=32)
         # What nobody sends by a transport comes by the host path, which is how most tests here publish.
         source, base = WeightsSource("policy-test", transport="broadcast"), version_folder(self.versions, 0)
@@ -120,9 +121,8 @@ class Policy:
         """Publishes weights of that seed (None: weights that end every turn at once); returns when they are live."""
         self.version += 10
         tensors = weights(self.shell, seed, self.format.end_of_turn_id)
-        publish_version(self.store, self.new(), tensors, self.shell, timeout_s=60)
-        while self.held()["version"] != self.version:
-            time.sleep(0.01)
+        publish_version(self.store, self.new(), tensors, self.shell, timeout_s=scaled(60))
+        self.await_version()
         return self.version
 
     def new(self, adapters: AdaptersInfo | None = None) -> NewVersion:
@@ -134,10 +134,9 @@ class Policy:
         self.version += 10
         folder, tensors = version_folder(self.versions, self.version), weights(self.shell, seed)
         buckets = write_version(folder, tensors, self.shell, self.new().info, 1, keep=put)
-        ray.get(self.store.publish.remote("run", self.version, False, buckets, True), timeout=60)
+        ray.get(self.store.publish.remote("run", self.version, False, buckets, True), timeout=scaled(60))
         sender.send(WeightsId("run", self.version), buckets)
-        while self.held()["version"] != self.version:
-            time.sleep(0.01)
+        self.await_version()
         sender.wait()
         return self.version
 
@@ -151,9 +150,8 @@ class Policy:
             for name, w in weights(self.shell, 0)
             if "_proj" in name
         ]
-        publish_adapters(self.store, self.new(info), adapted, lora, timeout_s=60)
-        while self.held()["version"] != self.version:
-            time.sleep(0.01)
+        publish_adapters(self.store, self.new(info), adapted, lora, timeout_s=scaled(60))
+        self.await_version()
         (adapters,) = read_version(version_folder(self.versions, self.version))
         merge = merging(adapters, info.scaling)
         merged = [
@@ -163,8 +161,11 @@ class Policy:
         write_version(folder, merged, self.shell, self.new().info)
         return folder
 
+    def await_version(self) -> None:
+        wait_until(lambda: self.held()["version"] == self.version, f"version {self.version}", every=0.01)
+
     def held(self) -> dict[str, Any]:
-        return self.handle.weights.remote().result(timeout_s=60)
+        return self.handle.weights.remote().result(timeout_s=scaled(60))
 
     def prompts(self) -> pa.Table:
         texts = ["What is two plus three?", LONG, "hello world", ""]
@@ -187,13 +188,16 @@ class Policy:
     ) -> pa.Table:
         request = RolloutRequest(samples, temperature, top_p=0.95, max_tokens=24, seed=1, weights=weights)
         call = self.handle.generate.remote(ray.put(self.prompts()), list(rows), request)
-        return call.result(timeout_s=120)
+        return call.result(timeout_s=scaled(120))
 
     def chat(self, **options: Any) -> list[Any]:
+        return list(self.stream(**options))
+
+    def stream(self, **options: Any) -> Iterator[Any]:
         request = ChatCompletionRequest(
             model="policy", messages=[{"role": "user", "content": LONG}], temperature=0, **options
         )
-        return list(self.handle.options(stream=True).chat.remote(request))
+        yield from self.handle.options(stream=True).chat.remote(request)
 
     def cached_tokens(self) -> int:
         return self.chat(max_tokens=2)[-1].response.usage.prompt_tokens_details.cached_tokens
@@ -276,21 +280,26 @@ def test_adapters_answer_merged_into_the_weights_that_they_belong_to(policy: Pol
 @pytest.mark.slow
 def test_weights_come_by_broadcast_while_answers_are_given(policy: Policy, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "sampo_ray.actors.transfer.sending")
-    sender = start_sender("broadcast", policy.store, torch.device("cpu"))
-    assert sender is not None
+    sender = broadcaster(policy)
     policy.publish(seed=1)
     first = policy.generate()
     for seed in (2, 1):
         asking = threading.Thread(target=policy.chat, kwargs={"max_tokens": 320, "ignore_eos": True})
         asking.start()
         policy.send(sender, seed)
-        asking.join(60)
+        asking.join(scaled(60))
     assert sendings(caplog) == [f"sent run@{version}" for version in (policy.version - 10, policy.version)]
     assert policy.generate()["completion"].to_pylist() == first["completion"].to_pylist()
     policy.send(sender, 2)
     second = policy.generate()
     assert_greedy(second, version_folder(policy.versions, policy.version))
     assert second["completion"].to_pylist() != first["completion"].to_pylist()
+
+
+def broadcaster(policy: Policy) -> Sender:
+    """A sender whose limits are this machine's."""
+    side, transfers = BroadcastSender(torch.device("cpu")), StoreTransfers(policy.store)
+    return Sender(side, transfers, gather_s=scaled(10), send_s=scaled(20))
 
 
 def sendings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -316,10 +325,9 @@ def test_a_member_killed_in_mid_broadcast_leaves_the_replica_to_the_host_path(
     policy: Policy, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level("INFO", "sampo_ray.actors.transfer.sending")
-    sender = start_sender("broadcast", policy.store, torch.device("cpu"))
-    assert sender is not None
+    sender = broadcaster(policy)
     doomed, coming = ReceivingReplica("doomed", 1, "training"), WeightsId("run", policy.version + 10)
-    ray.get(policy.store.join_transfer.remote(doomed, coming, 0), timeout=60)
+    ray.get(policy.store.join_transfer.remote(doomed, coming, 0), timeout=scaled(60))
     command = [sys.executable, "-c", RECEIVES]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None and process.stdout is not None
@@ -336,8 +344,8 @@ def test_a_member_killed_in_mid_broadcast_leaves_the_replica_to_the_host_path(
         def joins() -> None:
             plan = None
             while plan is None:
-                plan = ray.get(policy.store.join_transfer.remote(doomed, coming, 10), timeout=60)
-            places, _ = joined(ray.get(policy.store.get.remote("run", coming.version), timeout=60).buckets)
+                plan = ray.get(policy.store.join_transfer.remote(doomed, coming, 10), timeout=scaled(60))
+            places, _ = joined(ray.get(policy.store.get.remote("run", coming.version), timeout=scaled(60)).buckets)
             process.stdin.write(json.dumps([dataclasses.asdict(plan), places]) + "\n")
             process.stdin.flush()
 
@@ -347,8 +355,8 @@ def test_a_member_killed_in_mid_broadcast_leaves_the_replica_to_the_host_path(
         begun = time.monotonic()
         try:
             policy.send(sender, seed=3)
-            assert time.monotonic() - begun < 20
-            joining.join(30)
+            assert time.monotonic() - begun < scaled(20), "it waited for the member that is gone"
+            joining.join(scaled(30))
         finally:
             process.kill()
     assert 5 <= len(sent) < 21
@@ -363,7 +371,7 @@ def test_a_member_killed_in_mid_broadcast_leaves_the_replica_to_the_host_path(
 def test_rollouts_can_ask_for_the_weights_they_are_drawn_from(policy: Policy) -> None:
     passed = policy.version
     current = policy.publish(seed=1)
-    policy.handle.hold.remote(WeightsId("run", current)).result(timeout_s=60)
+    policy.handle.hold.remote(WeightsId("run", current)).result(timeout_s=scaled(60))
     assert set(policy.generate(weights=WeightsId("run", current))["first_version"].to_pylist()) == {current}
     with pytest.raises(WeightsError, match=f"asked for from run@{passed}, but this replica holds run@{current}"):
         policy.generate(weights=WeightsId("run", passed))
@@ -382,12 +390,12 @@ def test_a_request_in_flight_survives_a_swap_and_names_both_versions(policy: Pol
     before = policy.publish(seed=1)
     items: list[Any] = []
     options = {"max_tokens": 320, "stream": True, "ignore_eos": True}
-    asking = threading.Thread(target=lambda: items.extend(policy.chat(**options)))
+    asking = threading.Thread(target=lambda: items.extend(policy.stream(**options)))
     asking.start()
-    time.sleep(0.3)
+    wait_until(lambda: items, "beginning of the answer", every=0.01)
     after = policy.publish(seed=2)
     assert asking.is_alive()
-    asking.join(60)
+    asking.join(scaled(60))
     origins = [item for item in items if isinstance(item, AnsweredBy | WeightsChanged)]
     assert [origin.weights for origin in origins] == [WeightsId("run", before), WeightsId("run", after)]
     assert origins[0].sequence < origins[1].sequence
@@ -422,9 +430,9 @@ def test_a_replica_whose_engine_died_is_replaced_by_one_that_is_ready_on_current
     (engine,) = [process for process in processes if process.name() == "VLLM::EngineCore"]
     (replica,) = [process for process in processes if process.pid == engine.ppid()]
     engine.kill()
-    psutil.wait_procs([replica], timeout=5)
+    psutil.wait_procs([replica], timeout=scaled(30))
     assert not replica.is_running()
-    held = policy.handle.weights.remote().result(timeout_s=240)
+    held = policy.handle.weights.remote().result(timeout_s=scaled(240))
     assert held == {
         "run": "run",
         "version": policy.version,

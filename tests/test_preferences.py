@@ -423,12 +423,12 @@ def test_the_pairs_of_a_block_are_its_rows_also_of_a_sliced_one():
 
 def test_ultrafeedback_is_checked_quickly_and_read_to_its_end(shared, chat):
     path = str(shared / "data/prefs/ultrafeedback_binarized/train.jsonl.gz")
-    times = [time.monotonic()]
+    times = [time.process_time()]
     check_source(path, "pairs")
-    times.append(time.monotonic())
+    times.append(time.process_time())
     counts = Counts()
     rows = sum(block.num_rows for block in tokenized_pairs(path, chat, DataConfig(), counts))
-    times.append(time.monotonic())
+    times.append(time.process_time())
     assert rows == counts.usable == counts.rows == 994
     checked, read = (end - start for start, end in itertools.pairwise(times))
     assert checked < read

@@ -11,6 +11,7 @@ from sampo_ray.data.chat import ChatFormat
 from sampo_ray.data.preferences import SCORES
 from sampo_ray.data.rewards import RewardModel, call_function, check_reward, columns_of, function_source, load_function
 from sampo_ray.errors import ConfigError, RewardError
+from tests.waiting import scaled
 
 PROMPTS = [[{"role": "user", "content": "What is 2+2?"}], [{"role": "user", "content": "Why? " * 100}]]
 FILE = """
@@ -228,7 +229,8 @@ def test_a_call_that_hangs_times_out_and_makes_the_replica_unhealthy_until_it_re
         table = await hanging.score(completions(["a"]))
         with pytest.raises(RuntimeError, match=r"1 calls .* hang beyond reward\.timeout_s"):
             hanging.check_health()
-        await asyncio.sleep(1)
+        while hanging.hung:
+            await asyncio.sleep(0.05)
         hanging.check_health()
         return table["reward"].to_pylist()
 
@@ -253,7 +255,7 @@ def deploy(own_serve):
 
 
 def scored(handle, block):
-    return handle.score.remote(block).result(timeout_s=60)
+    return handle.score.remote(block).result(timeout_s=scaled(60))
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from sampo_ray.run.storage import Place
 from sampo_ray.run.versions import WeightsId
 from tests.conftest import assert_greedy
 from tests.notes import Notes
+from tests.waiting import scaled, wait_until
 
 logger = logging.getLogger(__name__)
 pytestmark = pytest.mark.slow
@@ -69,14 +70,14 @@ class Client(threading.Thread):
     def run(self) -> None:
         body = {"model": "policy", "messages": [{"role": "user", "content": "Say 3"}], "max_tokens": 8}
         while not self.stopped.is_set():
-            reply = httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=120)
+            reply = httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=scaled(120))
             self.answers.append(
                 (reply.status_code, reply.headers.get("x-policy-version"), reply.headers.get("x-policy-run"))
             )
             if len(self.edits) < EDITS and self.begun.exists():
                 self.edits.append(f"{len(self.edits)}, three.")
                 vote = {"response": reply.json()["id"], "edited": self.edits[-1]}
-                assert httpx.post(f"{self.url}/feedback", json=vote, timeout=120).status_code == 200
+                assert httpx.post(f"{self.url}/feedback", json=vote, timeout=scaled(120)).status_code == 200
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +91,10 @@ def finished(fleet, tiny_model, tmp_path_factory) -> tuple[Run, Client]:
     client.start()
     iterate(run, fleet, Notes())
     last = run.manifest.rounds[-1]
-    final, deadline = str(last.start_version + last.steps), time.monotonic() + 60
-    while client.answers[-1][1] != final and time.monotonic() < deadline:
-        time.sleep(0.1)
+    final = str(last.start_version + last.steps)
+    wait_until(lambda: client.answers[-1][1] == final, f"answer of version {final}")
     client.stopped.set()
-    client.join(120)
+    client.join(scaled(120))
     return run, client
 
 
@@ -172,27 +172,27 @@ def test_a_killed_engine_costs_only_what_was_not_stored(fleet, tiny_model, tmp_p
     ended: list[psutil.Process] = []
 
     def kill() -> None:
-        deadline = time.monotonic() + 200
-        while not completions.names() and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(completions.names, "completion", 200, every=0.01)
         processes = psutil.Process().children(recursive=True)
         (engine,) = [process for process in processes if process.name() == "VLLM::EngineCore"]
         replica = psutil.Process(engine.ppid())
         engine.kill()
         killed.append(time.time())
-        ended.extend(psutil.wait_procs([replica], timeout=5)[0])
+        ended.extend(psutil.wait_procs([replica], timeout=scaled(30))[0])
 
     killer = threading.Thread(target=kill)
     killer.start()
     iterate(run, fleet, Notes())
-    killer.join(10)
+    killer.join(scaled(10))
     assert killed and ended and run.manifest.finished
     last = run.manifest.rounds[0].start_version + run.manifest.rounds[0].steps
-    fleet.shared_policy.hold.remote(WeightsId(run.id, last)).result(timeout_s=60)
-    held = fleet.shared_policy.weights.remote().result(timeout_s=60)
+    fleet.shared_policy.hold.remote(WeightsId(run.id, last)).result(timeout_s=scaled(60))
+    held = fleet.shared_policy.weights.remote().result(timeout_s=scaled(60))
     assert (held["run"], held["version"], held["state"]) == (run.id, last, "ready")
     greedy = RolloutRequest(1, 0.0, top_p=1.0, max_tokens=24, seed=0, weights=WeightsId(run.id, last))
-    answers = fleet.shared_policy.generate.remote(stage(run, 0, "prompts"), [0, 1, 2], greedy).result(timeout_s=60)
+    answers = fleet.shared_policy.generate.remote(stage(run, 0, "prompts"), [0, 1, 2], greedy).result(
+        timeout_s=scaled(60)
+    )
     assert_greedy(answers, run.versions.at(f"{last:06}").path)
     first = min(Path(completions.at(name).path).stat().st_mtime for name in completions.names())
     assert first < killed[0] + 1, "what was stored before was not made again"
@@ -218,17 +218,17 @@ def test_completions_sampled_ahead_are_at_most_one_round_old_and_their_age_is_re
 
 def ask(url: str, model: str) -> httpx.Response:
     body = {"model": model, "messages": [{"role": "user", "content": "Say 3"}], "max_tokens": 8, "temperature": 0}
-    return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=300)
+    return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=scaled(300))
 
 
 def admin(url: str, verb: str, **body: object) -> dict:
-    answer = httpx.post(f"{url}/admin/{verb}", json=body, timeout=60)
+    answer = httpx.post(f"{url}/admin/{verb}", json=body, timeout=scaled(60))
     assert answer.status_code == 200, answer.text
     return answer.json()
 
 
 def models(url: str) -> list[str]:
-    return [card["id"] for card in httpx.get(f"{url}/v1/models", timeout=60).json()["data"]]
+    return [card["id"] for card in httpx.get(f"{url}/v1/models", timeout=scaled(60)).json()["data"]]
 
 
 def sampo(*arguments: object) -> str:
@@ -262,7 +262,7 @@ def test_versions_are_listed_pinned_promoted_and_rolled_back_while_they_are_serv
     run, _ = finished
     fleet.attach(run)
     first, last = run.manifest.rounds[0].steps, run.manifest.rounds[1].start_version + run.manifest.rounds[1].steps
-    live, *cards = httpx.get(f"{fleet.endpoint}/v1/models", timeout=60).json()["data"]
+    live, *cards = httpx.get(f"{fleet.endpoint}/v1/models", timeout=scaled(60)).json()["data"]
     assert (live["id"], live["metadata"]["version"]) == ("policy", last)
     by_version = {card["metadata"]["version"]: card["metadata"] for card in cards}
     assert by_version[last]["labels"][-2:] == ["round-2", "final"]
@@ -276,8 +276,7 @@ def test_versions_are_listed_pinned_promoted_and_rolled_back_while_they_are_serv
     assert (
         sampo("adapter", "add", run.place.url, adapter, "tune") == "policy@tune: served on version 0, which is pinned"
     )
-    while "policy@tune" not in models(fleet.endpoint):  # what the command line changes is followed within a second
-        time.sleep(0.1)
+    wait_until(lambda: "policy@tune" in models(fleet.endpoint), "adapter")  # the file is looked at once a second
     started = time.monotonic()
     tuned = ask(fleet.endpoint, "policy@tune")  # a replica starts on account of this request
     assert (tuned.status_code, tuned.headers["x-policy-version"]) == (200, "0"), tuned.text
@@ -297,11 +296,10 @@ def test_versions_are_listed_pinned_promoted_and_rolled_back_while_they_are_serv
     assert not admin(fleet.endpoint, "promote", version="latest")["held"]
     assert admin(fleet.endpoint, "unpin", version="round-1")["pinned"] == [0]
     assert "no longer served" in sampo("adapter", "remove", run.place.url, "tune")
-    while "policy@tune" in models(fleet.endpoint):
-        time.sleep(0.1)
+    wait_until(lambda: "policy@tune" not in models(fleet.endpoint), "end of the adapter")
     assert admin(fleet.endpoint, "unpin", version="base")["pinned"] == []
     assert ask(fleet.endpoint, "policy@round-1").status_code == 404
-    refused = httpx.post(f"{fleet.endpoint}/admin/rollback", json={"version": 10**13}, timeout=60)
+    refused = httpx.post(f"{fleet.endpoint}/admin/rollback", json={"version": 10**13}, timeout=scaled(60))
     assert refused.status_code == 400
 
 
@@ -339,13 +337,12 @@ def test_a_version_that_fails_its_checks_is_listed_and_never_goes_live(fleet, ti
     overrides = "rounds.count=1", "rollout.prompts=16", "publish.every_steps=50"
     run = new_run(tmp_path, tiny_model, *overrides, "serve.gates.finite=true", "serve.gates.max_mean_tokens=1.5")
     iterate(run, fleet, Notes())
-    deadline = time.monotonic() + 120
-    while not (state := read_serving(run.place)).refused and time.monotonic() < deadline:
-        time.sleep(0.2)
+    wait_until(lambda: read_serving(run.place).refused, "refusal")
+    state = read_serving(run.place)
     last = run.manifest.rounds[0].steps
     assert state.live == 0 and "above max_mean_tokens=1.5" in state.refused[last]
     assert ask(fleet.endpoint, "policy").headers["x-policy-version"] == "0"
-    card = httpx.get(f"{fleet.endpoint}/v1/models/policy@final", timeout=60).json()["metadata"]
+    card = httpx.get(f"{fleet.endpoint}/v1/models/policy@final", timeout=scaled(60)).json()["metadata"]
     assert card["state"] == "refused" and card["reason"] == state.refused[last]
-    again = httpx.post(f"{fleet.endpoint}/admin/promote", json={"version": last}, timeout=60)
+    again = httpx.post(f"{fleet.endpoint}/admin/promote", json={"version": last}, timeout=scaled(60))
     assert again.status_code == 409 and "was refused" in again.json()["error"]["message"]

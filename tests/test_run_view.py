@@ -17,6 +17,7 @@ from sampo_ray.run.storage import Place
 from sampo_ray.serve.errors import ApiError
 from sampo_ray.serve.routes import page as run_view
 from sampo_ray.serve.routes.page import POINTS, STEPS, PageRoutes, columns, view
+from tests.waiting import wait_until
 
 TRAINING = Activity(name="train", done=3, total=16, unit="steps", seconds=2.0, rate=1.5)
 
@@ -41,17 +42,10 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     return Place(str(tmp_path) if request.param == "disk" else f"memory://{tmp_path.name}")
 
 
-def wait_for(condition: Any) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_the_status_file_has_the_running_stage_and_that_the_run_has_ended(place: Place) -> None:
     file = StatusFile(place)
     file.update(Status(round=1, rounds=3, stage=TRAINING))
-    wait_for(lambda: read_status(place) is not None)
+    wait_until(lambda: read_status(place), "status file")
     status = read_status(place)
     assert status is not None and status.alive()
     assert (status.round, status.rounds, status.stage) == (1, 3, TRAINING)
@@ -181,7 +175,7 @@ def test_a_directory_that_is_no_run_is_a_503(tmp_path: Path, content: bytes | No
 
 def test_a_store_that_hangs_is_a_503_and_is_asked_once(tmp_path: Path, monkeypatch: Any) -> None:
     reads, release = [], threading.Event()
-    monkeypatch.setattr(run_view, "view", lambda place: reads.append(place) or release.wait(10) or {})
+    monkeypatch.setattr(run_view, "view", lambda place: reads.append(place) or release.wait(60) or {})
     monkeypatch.setattr(run_view, "READ_TIMEOUT_S", 0.05)
 
     async def ask() -> None:

@@ -22,6 +22,7 @@ from sampo_ray.run.manifest import (
     parse_metrics,
 )
 from sampo_ray.run.storage import Place
+from tests.waiting import scaled
 
 
 def new_run(folder):
@@ -68,7 +69,7 @@ def test_a_step_is_recorded_once_and_a_line_cut_short_is_ignored(tmp_path):
 def _hold(url, held, release):
     with exclusive(url):
         held.set()
-        release.wait(30)
+        release.wait(scaled(30))
 
 
 def test_a_second_process_on_the_same_run_is_refused_until_the_first_is_gone(tmp_path):
@@ -76,11 +77,11 @@ def test_a_second_process_on_the_same_run_is_refused_until_the_first_is_gone(tmp
     held, release = context.Event(), context.Event()
     other = context.Process(target=_hold, args=(str(tmp_path), held, release))
     other.start()
-    assert held.wait(60)
+    assert held.wait(scaled(60))
     with pytest.raises(ConfigError, match="in use by another process"), exclusive(str(tmp_path)):
         pass
     other.kill()
-    other.join(10)
+    other.join(scaled(10))
     with exclusive(str(tmp_path)):
         pass
 

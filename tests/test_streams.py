@@ -16,6 +16,7 @@ from sampo_ray.training.batching import plan_round
 from sampo_ray.training.lora import add_adapters
 from sampo_ray.training.reduction import MaskKey, sampled_positions
 from sampo_ray.training.streams import Stream, adapter_seed, completion_seed, pair_number, rollout_seed
+from tests.waiting import scaled
 
 NUMBERS = {"seed": 7, "round": 2, "epoch": 1, "cycle": 2, "pair": pair_number("pair-é")}
 ORDERS = {
@@ -82,4 +83,4 @@ def test_adapters_begin_with_the_same_bits():
 
 def test_streams_need_no_torch():
     code = "import sys; sys.modules['torch'] = None; import sampo_ray.training.streams"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=scaled(60))

@@ -24,6 +24,7 @@ from sampo_ray.actors.transfer.transport import BroadcastReceiver, BroadcastSend
 from sampo_ray.actors.weights.client import Weights
 from sampo_ray.run.buckets import joined, pack, views
 from sampo_ray.run.versions import VersionInfo, WeightsId
+from tests.waiting import scaled
 
 CPU = torch.device("cpu")
 LARGE = 16_000_000
@@ -101,19 +102,24 @@ class BlockingTransfers:
         return self._done(self._transfers.finish(weights, timeout_s, succeeded))
 
     def _done(self, call: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(call, self._loop).result(60)
+        return asyncio.run_coroutine_threadsafe(call, self._loop).result(scaled(60))
 
 
 class Trainer:
-    """A sender, and the coordinator of a store whose newest weights are those that were published last."""
+    """A sender, and the coordinator of a store whose newest weights are those that were published last. Its limits are
+    for those who come: a test that waits for one to pass names it.
+    """
 
-    def __init__(self, gather_s: float = 5.0, send_s: float = 20.0) -> None:
+    def __init__(self, gather_s: float = 600.0, send_s: float = 600.0) -> None:
         self.newest: Weights | None = None
         self.transfers = TransferCoordinator(
             lambda channel: self.newest.id if self.newest and channel == "training" else None
         )
-        calls = BlockingTransfers(self.transfers, asyncio.get_running_loop())
-        self.sender = Sender(BroadcastSender(CPU), calls, gather_s, send_s, fetched=lambda bucket, _: bucket)
+        self.calls = BlockingTransfers(self.transfers, asyncio.get_running_loop())
+        self.set_limits(gather_s, send_s)
+
+    def set_limits(self, gather_s: float, send_s: float) -> None:
+        self.sender = Sender(BroadcastSender(CPU), self.calls, gather_s, send_s, fetched=lambda bucket, _: bucket)
 
     def _wanted(self, channel: str) -> WeightsId | None:
         return self.newest.id if self.newest and channel == "training" else None
@@ -128,7 +134,7 @@ class Trainer:
 
 
 def run(scenario: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(scenario(), 120))
+    asyncio.run(asyncio.wait_for(scenario(), scaled(120)))
 
 
 def assert_is(
@@ -223,7 +229,7 @@ def test_what_was_not_announced_is_refused() -> None:
 
 def test_a_replica_that_does_not_join_is_not_waited_for_beyond_the_limit_nor_a_second_time() -> None:
     async def scenario() -> None:
-        trainer = Trainer(gather_s=1.0)
+        trainer = Trainer()
         replica, gone, elsewhere = (
             Replica(trainer.transfers),
             Replica(trainer.transfers),
@@ -231,12 +237,11 @@ def test_a_replica_that_does_not_join_is_not_waited_for_beyond_the_limit_nor_a_s
         )
         for each in (replica, gone, elsewhere):
             await each.come(announced(0))
-        for number, least, most in ((1, 1.0, 6.0), (2, 0.0, 1.0)):
-            begun = time.monotonic()
+        for number, limit in ((1, scaled(1.0)), (2, 600.0)):
+            trainer.set_limits(limit, 600.0)
             await trainer.publish(weights := announced(number))
             assert_is(number, await replica.come(weights))
             await trainer.end()
-            assert least <= time.monotonic() - begun < most
         gone.receiver.leave(gone.store)  # type: ignore[arg-type]
         replica.receiver.leave(replica.store)  # type: ignore[arg-type]
         await trainer.publish(weights := announced(3))
@@ -248,17 +253,17 @@ def test_a_replica_that_does_not_join_is_not_waited_for_beyond_the_limit_nor_a_s
 
 def test_a_member_that_takes_a_plan_and_no_part_costs_the_limit_and_no_more() -> None:
     async def scenario() -> None:
-        trainer = Trainer(gather_s=0.5, send_s=3.0)
+        trainer = Trainer(send_s=scaled(3.0))
         replica, silent = Replica(trainer.transfers), Replica(trainer.transfers)
         for each in (replica, silent):
             await each.come(announced(0))
         begun = time.monotonic()
         await trainer.publish(weights := announced(1))
-        joining = asyncio.ensure_future(trainer.transfers.join(silent.receiver._replica, weights.id, 10))
+        joining = asyncio.ensure_future(trainer.transfers.join(silent.receiver._replica, weights.id, 60))
         assert await replica.come(weights) is None
         assert await joining is not None
         await trainer.end()
-        assert time.monotonic() - begun < 10
+        assert time.monotonic() - begun < scaled(10)
         assert await replica.come(weights) is None
         await trainer.publish(weights := announced(2))
         assert_is(2, await replica.come(weights))
@@ -273,7 +278,7 @@ async def begun_with(trainer: Trainer, replica: Replica, doomed: Replica) -> tup
         await each.come(announced(0))
     await trainer.publish(weights := announced(1, LARGE))
     coming = asyncio.ensure_future(replica.come(weights))
-    plan = await trainer.transfers.join(doomed.receiver._replica, weights.id, 10)
+    plan = await trainer.transfers.join(doomed.receiver._replica, weights.id, 60)
     assert plan is not None
     return coming, plan
 
@@ -283,7 +288,7 @@ async def assert_over_within(seconds: float, trainer: Trainer, replica: Replica,
     if (received := await coming) is not None:  # the root had sent to it first
         assert_is(1, received, size=LARGE)
     await trainer.end()
-    assert time.monotonic() - begun < seconds
+    assert time.monotonic() - begun < scaled(seconds)
     await replica.come(announced(1, LARGE))
     await trainer.publish(weights := announced(2))
     assert_is(2, await replica.come(weights))
@@ -308,10 +313,10 @@ def test_a_member_that_dies_in_mid_broadcast_does_not_hold_the_root_up() -> None
 
 def test_a_member_that_hangs_in_mid_broadcast_costs_the_limit_and_no_more() -> None:
     async def scenario() -> None:
-        trainer = Trainer(send_s=3.0)
+        trainer = Trainer(send_s=scaled(3.0))
         replica, doomed = Replica(trainer.transfers), Replica(trainer.transfers)
         coming, plan = await begun_with(trainer, replica, doomed)
-        await asyncio.to_thread(doomed.sides[0]._join, plan, plan.rank, time.monotonic() + 10)
+        await asyncio.to_thread(doomed.sides[0]._join, plan, plan.rank, time.monotonic() + 60)
         await assert_over_within(6.0, trainer, replica, coming)
 
     run(scenario)
@@ -383,7 +388,7 @@ def test_an_offer_is_forgotten_when_another_one_replaces_it() -> None:
         coming = asyncio.ensure_future(replica.come(announced(1)))
         await asyncio.sleep(0.05)
         await trainer.transfers.offer(announced(2).id)
-        assert await asyncio.wait_for(coming, 5) is None
+        assert await asyncio.wait_for(coming, scaled(5)) is None
         assert await trainer.transfers.gather(announced(1).id, 5) is None
         assert await trainer.transfers.finish(announced(1).id, 5, True) == []
 

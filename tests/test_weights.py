@@ -34,6 +34,7 @@ from sampo_ray.run.versions import (
     read_info,
     version_folder,
 )
+from tests.waiting import scaled
 
 BASE = VersionInfo(version=0, round=0, step=0)
 
@@ -151,11 +152,11 @@ class Run:
         self.store = find_weight_store(STORE)
 
     def call(self, method: str, *args: object) -> object:
-        return ray.get(getattr(self.store, method).remote(*args), timeout=60)
+        return ray.get(getattr(self.store, method).remote(*args), timeout=scaled(60))
 
     def publish(self, version: int, value: float, reference: bool = False) -> WeightsId:
         tensors = [("w", torch.full((5,), value))]
-        return publish_version(self.store, self.new(version, reference), tensors, self.shell, timeout_s=60)
+        return publish_version(self.store, self.new(version, reference), tensors, self.shell, timeout_s=scaled(60))
 
     def new(self, version: int, reference: bool = False, adapters: AdaptersInfo | None = None) -> NewVersion:
         info = VersionInfo(version=version, round=0, step=version, adapters=adapters)
@@ -185,7 +186,7 @@ def test_published_weights_wake_a_waiting_reader(run: Run) -> None:
     assert run.call("wait", None, 0.1) is None
     waiting = run.store.wait.remote(None, 30)
     run.publish(10, 1.0)
-    weights = ray.get(waiting, timeout=60)
+    weights = ray.get(waiting, timeout=scaled(60))
     assert weights.id == WeightsId(run.name, 10)
     assert weights.info.step == 10
     assert run.value(weights) == 1.0
@@ -234,16 +235,18 @@ def test_adapters_are_handed_out_with_the_weights_that_they_belong_to(run: Run) 
         (bucket,) = weights.buckets
         return dict(unpack(merge(fetch(bucket, 30))))["layer.weight"].tolist()
 
-    publish_version(run.store, run.new(10, True), [(name, torch.ones(2, 2).bfloat16())], run.shell, timeout_s=60)
+    publish_version(
+        run.store, run.new(10, True), [(name, torch.ones(2, 2).bfloat16())], run.shell, timeout_s=scaled(60)
+    )
     parts = [torch.tensor([[1.0, 2.0]]).bfloat16(), torch.tensor([[1.0], [0.0]]).bfloat16()]
     new = run.new(15, adapters=adapters_info(lora, 10))
-    assert publish_adapters(run.store, new, [(name, parts)], lora, timeout_s=60).version == 15
+    assert publish_adapters(run.store, new, [(name, parts)], lora, timeout_s=scaled(60)).version == 15
     weights = run.call("wait", WeightsId(run.name, 10), 30)
     assert weights.id.version == 15 and value(weights) == [[3.0, 5.0], [1.0, 1.0]]
     assert run.call("get", run.name, 10).adapters is None
     ray.kill(run.store, no_restart=False)
     assert value(run.call("wait", WeightsId(run.name, 10), 30)) == [[3.0, 5.0], [1.0, 1.0]]
-    publish_version(run.store, run.new(20, True), [(name, torch.zeros(2, 2))], run.shell, timeout_s=60)
+    publish_version(run.store, run.new(20, True), [(name, torch.zeros(2, 2))], run.shell, timeout_s=scaled(60))
     assert run.call("wait", weights.id, 30).adapters is None
 
 
@@ -265,7 +268,7 @@ def test_a_killed_store_comes_back_with_the_latest_durable_version(run: Run) -> 
 @pytest.mark.slow
 def test_weights_outlive_the_process_that_published_them(run: Run) -> None:
     publisher = ray.remote(Run).options(num_cpus=0).remote(run.folder, Path(run.shell), run.name)
-    ray.get(publisher.publish.remote(10, 1.0), timeout=60)
+    ray.get(publisher.publish.remote(10, 1.0), timeout=scaled(60))
     weights = run.call("wait", None, 5)
     ray.kill(publisher)
     assert run.value(weights) == 1.0

@@ -1,6 +1,5 @@
 """One real policy replica on a tiny model, behind endpoints, for all tests of this folder."""
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from sampo_ray.config.keys import render
 from sampo_ray.config.sections import GeneratorsConfig
 from sampo_ray.config.serving import FeedbackConfig, ServeConfig
 from tests.endpoint.live import CONTEXT, KEY, OTHER_KEY, Endpoint, key_entry
+from tests.waiting import scaled, wait_until
 
 
 @pytest.fixture(scope="package")
@@ -27,13 +27,12 @@ def begin(target: serve.RunTarget) -> None:
 
 
 def await_running(app: str) -> None:
-    for _ in range(240):
+    def runs() -> bool:
         status = serve.status().applications[app]
         assert status.status != "DEPLOY_FAILED", status.message
-        if status.status == "RUNNING":
-            return
-        time.sleep(1.0)
-    raise AssertionError(f"{app} did not start: {status}")
+        return status.status == "RUNNING"
+
+    wait_until(runs, f"application {app}", 240, every=1.0)
 
 
 def route(name: str) -> str:
@@ -63,13 +62,13 @@ def endpoint(own_serve: None, tiny_model: Path, tmp_path_factory: pytest.TempPat
     )
     start_serve(config)
     store = start_weight_store("test-endpoint", f"{run}/store.json")
-    ray.get(store.attach.remote("run-a", f"{run}/versions"), timeout=60)
+    ray.get(store.attach.remote("run-a", f"{run}/versions"), timeout=scaled(60))
     generators = GeneratorsConfig(max_ongoing_requests=4, num_cpus=0.5)
     policy = policy_deployment(
         "policy", f"{run}/versions/000000", str(run / "tokenizer"), WeightsSource("test-endpoint"), generators, CONTEXT
     )
     everybody = config.model_copy(update={"api_keys": (), "feedback": FeedbackConfig()})
-    hasty = everybody.model_copy(update={"request_timeout_s": 2.0})
+    hasty = everybody.model_copy(update={"request_timeout_s": scaled(2.0)})
     keys_file = run / "keys.yaml"
     keys_file.write_bytes(render([key_entry("use"), key_entry("admin")], False))
     limits = {"max_prompt_tokens": 100, "max_answer_tokens": 40, "requests_per_minute": 60_000}

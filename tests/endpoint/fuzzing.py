@@ -11,6 +11,8 @@ from urllib.parse import urlsplit
 
 from hypothesis import strategies as st
 
+from tests.waiting import scaled
+
 ANSWER_SECONDS = 60.0
 FOLDERS = ("home", "tmp", "root", "usr", "etc")
 LEAKS = ("Traceback", "site-packages", 'File "', "sampo_ray", ".py", *(f"/{folder}/" for folder in FOLDERS))
@@ -175,7 +177,7 @@ def send(url: str, raw: bytes) -> tuple[int, dict[str, str], str]:
     TimeoutError if nothing arrives for ANSWER_SECONDS.
     """
     at = urlsplit(url)
-    with socket.create_connection((at.hostname, at.port), timeout=ANSWER_SECONDS) as connection:
+    with socket.create_connection((at.hostname, at.port), timeout=scaled(ANSWER_SECONDS)) as connection:
         with contextlib.suppress(ConnectionError):  # the server may answer and close before it has read everything
             connection.sendall(raw)
             connection.shutdown(socket.SHUT_WR) if b"content-length" not in raw.lower() else None

@@ -1,7 +1,6 @@
 """A live endpoint as the tests of this folder see it."""
 
 import json
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,16 @@ from ray import serve
 from transformers import AutoModelForCausalLM
 
 from sampo_ray.config.keys import Key, digest
+from tests.waiting import scaled, wait_until
 
 KEY, OTHER_KEY = "first key of two", "second-key"
 CONTEXT = 512
 HI = [{"role": "user", "content": "hello world"}]
 LONG = {"model": "policy", "messages": HI, "n": 200, "max_tokens": 450, "temperature": 1.0, "ignore_eos": True}
+
+
+def get(url: str, **options: Any) -> httpx.Response:
+    return httpx.get(url, timeout=scaled(60), **options)
 
 
 def key_entry(scope: Any) -> Key:
@@ -43,15 +47,17 @@ class Endpoint:
     def post(self, route: str, body: Any, **more: Any) -> httpx.Response:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         headers = {"authorization": f"Bearer {KEY}", **more.pop("headers", {})}
-        return httpx.post(f"{self.url}/v1/{route}", content=content, headers=headers, timeout=60, **more)
+        return httpx.post(f"{self.url}/v1/{route}", content=content, headers=headers, timeout=scaled(60), **more)
 
     def judge(self, **said: Any) -> tuple[int, Any]:
         """Status of `POST /feedback`, and whether it was a duplicate or the error's message."""
-        answer = httpx.post(f"{self.url}/feedback", json=said, headers={"authorization": f"Bearer {KEY}"}, timeout=30)
+        answer = httpx.post(
+            f"{self.url}/feedback", json=said, headers={"authorization": f"Bearer {KEY}"}, timeout=scaled(30)
+        )
         return answer.status_code, answer.json()["duplicate"] if answer.is_success else message(answer)
 
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=60)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=scaled(60))
 
     def publish(self, version: int) -> None:
         """Makes noisy weights live and returns when the replica holds them."""
@@ -64,15 +70,14 @@ class Endpoint:
         info = VersionInfo(version=version, round=0, step=version)
         new = NewVersion("run-a", Place(self.versions), info)
         publish_version(self.store, new, noise.items(), f"{self.versions}/000000")
-        while self.live() != version:
-            time.sleep(0.01)
+        wait_until(lambda: self.live() == version, f"version {version}", every=0.01)
 
     def live(self) -> int:
         def held() -> int:
-            return int(serve.get_app_handle("test-policy").weights.remote().result(timeout_s=30)["version"])
+            return int(serve.get_app_handle("test-policy").weights.remote().result(timeout_s=scaled(30))["version"])
 
         with ThreadPoolExecutor(1) as thread:  # tests in a browser run in an event loop, where Serve refuses to wait
-            return thread.submit(held).result(60)
+            return thread.submit(held).result(scaled(60))
 
 
 def message(response: httpx.Response) -> str:

@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from sampo_ray.config.keys import render
-from tests.endpoint.live import CONTEXT, HI, KEY, LONG, OTHER_KEY, Endpoint, key_entry, message
+from tests.endpoint.live import CONTEXT, HI, KEY, LONG, OTHER_KEY, Endpoint, get, key_entry, message
+from tests.waiting import scaled, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -135,23 +136,23 @@ def test_a_chunked_body_is_counted_too(endpoint: Endpoint) -> None:
         yield from (b"x" * 1000 for _ in range(100))
 
     headers = {"authorization": f"Bearer {KEY}"}
-    answer = httpx.post(f"{endpoint.url}/v1/completions", content=chunks(), headers=headers, timeout=30)
+    answer = httpx.post(f"{endpoint.url}/v1/completions", content=chunks(), headers=headers, timeout=scaled(30))
     assert answer.status_code == 413
 
 
 def test_only_our_own_routes_exist(endpoint: Endpoint) -> None:
     headers = {"authorization": f"Bearer {KEY}"}
     for path in ("/docs", "/redoc", "/openapi.json", "/v1/embeddings", "/tokenize", "/metrics", "/page/"):
-        answer = httpx.get(endpoint.url + path, headers=headers)
+        answer = get(endpoint.url + path, headers=headers)
         assert answer.status_code == 404
         assert path in message(answer)
-    assert httpx.get(endpoint.url + "/v1/completions", headers=headers).status_code == 405
+    assert get(endpoint.url + "/v1/completions", headers=headers).status_code == 405
 
 
 def test_without_a_key_nothing_but_health_answers(endpoint: Endpoint) -> None:
-    assert httpx.get(f"{endpoint.url}/health").json() == {"status": "ok"}
+    assert get(f"{endpoint.url}/health").json() == {"status": "ok"}
     for path in ("/v1/models", "/docs", "/nothing", "/health/../v1/models"):
-        answer = httpx.get(endpoint.url + path)
+        answer = get(endpoint.url + path)
         assert answer.status_code == 401
         assert "Bearer" in message(answer)
         assert "x-policy-version" not in answer.headers
@@ -162,34 +163,33 @@ def test_without_a_key_nothing_but_health_answers(endpoint: Endpoint) -> None:
 
 def test_other_sites_scripts_get_no_permission(endpoint: Endpoint) -> None:
     origin = {"origin": "http://elsewhere.example", "access-control-request-method": "POST"}
-    preflight = httpx.options(f"{endpoint.url}/v1/chat/completions", headers=origin)
+    preflight = httpx.options(f"{endpoint.url}/v1/chat/completions", headers=origin, timeout=scaled(60))
     assert preflight.status_code == 405
     assert not [name for name in preflight.headers if name.startswith("access-control")]
 
 
 def limited(endpoint: Endpoint, route: str, body: Any, key: str = "use-key") -> httpx.Response:
     headers = {"authorization": f"Bearer {key}"}
-    return httpx.post(f"{endpoint.limited}/v1/{route}", json=body, headers=headers, timeout=60)
+    return httpx.post(f"{endpoint.limited}/v1/{route}", json=body, headers=headers, timeout=scaled(60))
 
 
 def test_keys_of_a_file_have_scopes_and_may_change_while_it_runs(endpoint: Endpoint) -> None:
     def status(path: str, key: str) -> int:
-        return httpx.get(f"{endpoint.limited}{path}", headers={"authorization": f"Bearer {key}"}).status_code
+        return get(f"{endpoint.limited}{path}", headers={"authorization": f"Bearer {key}"}).status_code
 
     assert [status("/v1/models", key) for key in ("use-key", "admin-key", KEY)] == [200, 200, 401]
     assert [status("/admin/nothing", key) for key in ("use-key", "admin-key", KEY)] == [403, 404, 401]
     before = endpoint.keys_file.read_bytes()
     try:
         endpoint.keys_file.write_bytes(render([key_entry("admin")], False))
-        time.sleep(1.0)
-        assert [status("/v1/models", key) for key in ("use-key", "admin-key")] == [401, 200]
+        wait_until(lambda: status("/v1/models", "use-key") == 401, "notice of the keys file")
+        assert status("/v1/models", "admin-key") == 200
         endpoint.keys_file.write_bytes(b"- {")
         time.sleep(1.0)
         assert [status("/v1/models", key) for key in ("use-key", "admin-key")] == [401, 200]
     finally:
         endpoint.keys_file.write_bytes(before)
-    time.sleep(1.0)
-    assert status("/v1/models", "use-key") == 200
+    wait_until(lambda: status("/v1/models", "use-key") == 200, "notice of the keys file")
 
 
 def test_prompts_and_answers_have_limits(endpoint: Endpoint) -> None:
@@ -262,7 +262,7 @@ def test_requests_that_ask_for_too_much_are_refused_at_once(
     assert answer.status_code in (200, 400), answer.text
     if answer.status_code == 400:
         message(answer)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < scaled(5)
 
 
 def test_json_by_a_schema_is_answered(endpoint: Endpoint) -> None:
@@ -279,17 +279,18 @@ def test_a_swap_on_the_way_is_named_in_the_answer(endpoint: Endpoint) -> None:
     def ask() -> None:
         body = {"prompt": "hello", "max_tokens": 480, "ignore_eos": True, "stream": True}
         auth = {"authorization": f"Bearer {KEY}"}
-        with httpx.stream("POST", f"{endpoint.url}/v1/completions", json=body, headers=auth, timeout=60) as answer:
+        with httpx.stream(
+            "POST", f"{endpoint.url}/v1/completions", json=body, headers=auth, timeout=scaled(60)
+        ) as answer:
             headers.update(answer.headers)
             chunks.extend(json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {"))
 
     before = endpoint.live()
     asking = threading.Thread(target=ask)
     asking.start()
-    while not chunks and not headers:
-        time.sleep(0.001)
+    wait_until(lambda: chunks or headers, "beginning of the answer", every=0.001)
     endpoint.publish(before + 1)
-    asking.join(60)
+    asking.join(scaled(60))
     assert headers["x-policy-version"] == str(before)
     assert [span["version"] for span in chunks[-1]["policy_versions"]] == [before, before + 1]
     after = endpoint.post("completions", {"prompt": "hello", "max_tokens": 1})
@@ -318,21 +319,24 @@ def test_votes_are_stored_with_their_answers_and_outlive_a_kill(endpoint: Endpoi
     several = endpoint.client().chat.completions.create(**ask, n=2)
     status, reason = endpoint.judge(response=several.id, thumb="up")
     assert status == 404 and several.id in reason
-    refused = httpx.post(f"{endpoint.hasty}/feedback", json={"response": whole.id, "thumb": "up"})
+    refused = httpx.post(f"{endpoint.hasty}/feedback", json={"response": whole.id, "thumb": "up"}, timeout=scaled(60))
     assert refused.status_code == 403 and "serve.feedback.keep_hours" in message(refused)
 
-    time.sleep(1.5)  # answers of the last second may go with the process
+    # Answers of the last second may go with the process.
+    kept = Place(str(Path(endpoint.versions).parent)).at("feedback", "answers")
+    wait_until(lambda: any(other.id in kept.at(name).read().decode() for name in kept.names()), "answer on disk")
     processes = [p for p in psutil.Process().children(recursive=True) if "ServeReplica:test-endpoint:" in p.name()]
     processes = processes or [
         p for p in psutil.process_iter() if "ServeReplica:test-endpoint:" in " ".join(p.cmdline())
     ]
     processes[0].kill()
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
+
+    def answers() -> bool:
         with suppress(httpx.HTTPError, ValueError, KeyError):
-            if endpoint.judge(better=whole.id, worse=chunks[0].id) == (200, True):
-                break
-        time.sleep(0.2)
+            return endpoint.judge(better=whole.id, worse=chunks[0].id) == (200, True)
+        return False
+
+    wait_until(answers, "answer of the endpoint that takes its place")
     assert endpoint.judge(response=whole.id, thumb="up") == (200, False)
 
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
@@ -346,10 +350,11 @@ def test_votes_are_stored_with_their_answers_and_outlive_a_kill(endpoint: Endpoi
 
 
 def test_a_request_that_takes_too_long_ends_with_a_504_or_an_error_in_its_stream(endpoint: Endpoint) -> None:
-    answer = httpx.post(f"{endpoint.hasty}/v1/chat/completions", json=LONG, timeout=30)
+    answer = httpx.post(f"{endpoint.hasty}/v1/chat/completions", json=LONG, timeout=scaled(30))
     assert answer.status_code == 504
     assert "longer" in message(answer)
-    with httpx.stream("POST", f"{endpoint.hasty}/v1/chat/completions", json={**LONG, "stream": True}) as stream:
+    ask = {"json": {**LONG, "stream": True}, "timeout": scaled(60)}
+    with httpx.stream("POST", f"{endpoint.hasty}/v1/chat/completions", **ask) as stream:
         last = [line for line in stream.iter_lines() if line][-1]
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
 
@@ -360,12 +365,12 @@ def test_a_client_that_leaves_frees_the_engine(endpoint: Endpoint, stream: bool)
         leave(endpoint, {**LONG, "stream": stream})
     started = time.monotonic()
     assert endpoint.post("completions", {"prompt": "x", "max_tokens": 1}).status_code == 200
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < scaled(5)
 
 
 def leave(endpoint: Endpoint, body: dict[str, Any]) -> None:
     """Asks, and goes away at the first chunk or after a second."""
-    auth = {"authorization": f"Bearer {KEY}"}
-    ask = httpx.stream("POST", f"{endpoint.url}/v1/chat/completions", json=body, headers=auth, timeout=1.0)
+    auth, patience = {"authorization": f"Bearer {KEY}"}, httpx.Timeout(scaled(60), read=scaled(1))
+    ask = httpx.stream("POST", f"{endpoint.url}/v1/chat/completions", json=body, headers=auth, timeout=patience)
     with suppress(httpx.ReadTimeout), ask as answer:
         next(answer.iter_lines())

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
 import pytest
 from playwright.sync_api import Browser, CDPSession, Locator, Page, Request, Route, expect, sync_playwright
 
@@ -17,11 +16,11 @@ from sampo_ray.run.directory import Activity, Status
 from sampo_ray.run.manifest import Manifest, RoundRecord, StageRecord
 from sampo_ray.run.storage import Place
 from tests.conftest import require
-from tests.endpoint.live import KEY, Endpoint
+from tests.endpoint.live import KEY, Endpoint, get
+from tests.waiting import scaled
 
 pytestmark = pytest.mark.slow
 
-expect.set_options(timeout=15_000)  # a busy machine is no failure
 PHONE = {"viewport": {"width": 360, "height": 740}}
 REFUSALS = re.compile(r"Failed to load resource: (the server responded with a status of 40[0134]|net::ERR_FAILED)")
 Visit = Callable[..., Page]
@@ -49,6 +48,7 @@ CONTRASTS = """() => {
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     chromium = require(shutil.which("chromium"), "Debian's package chromium")
+    expect.set_options(timeout=scaled(15_000))
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield browser
@@ -69,7 +69,7 @@ def visit(browser: Browser, endpoint: Endpoint) -> Iterator[Visit]:
         context = browser.new_context(**options)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(scaled(20_000))
         page.on("console", lambda said: said.type == "error" and problems.append(said.text))
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("request", lambda asked: asked.url.startswith("data:") or note_host(asked))
@@ -104,7 +104,7 @@ def send(page: Page, text: str, answers: int = 1) -> Locator:
     page.get_by_label("Message").fill(text)
     page.get_by_label("Message").press("Enter")
     expect(page.locator(".answer")).to_have_count(before + answers)
-    expect(page.locator(".answer[aria-busy=true]")).to_have_count(0, timeout=30_000)
+    expect(page.locator(".answer[aria-busy=true]")).to_have_count(0, timeout=scaled(30_000))
     return page.locator(".turn").last.locator(".answer")
 
 
@@ -337,7 +337,7 @@ def test_the_run_is_seen_live(visit: Visit, endpoint: Endpoint) -> None:
     tell(9)
     expect(panel).to_contain_text("9 of 16 steps")
     expect(page.locator("#summary")).to_contain_text("Round 1/2, training 56%")
-    seen = httpx.get(f"{endpoint.open}/run").text
+    seen = get(f"{endpoint.open}/run").text
     assert str(run.path) not in seen
 
 
@@ -350,9 +350,8 @@ def test_a_hidden_page_sends_no_requests(visit: Visit, endpoint: Endpoint) -> No
     page.on("request", lambda request: asked.append(request.url))
     page.wait_for_timeout(4500)
     assert asked == []
-    page.evaluate("delete document.hidden; document.dispatchEvent(new Event('visibilitychange'))")
-    page.wait_for_timeout(1000)
-    assert asked
+    with page.expect_request(lambda _: True):
+        page.evaluate("delete document.hidden; document.dispatchEvent(new Event('visibilitychange'))")
 
 
 def test_nothing_is_wider_than_a_phone(visit: Visit, endpoint: Endpoint) -> None:
@@ -422,7 +421,7 @@ def test_the_page_follows_the_users_color_scheme_and_is_legible_in_both(visit: V
 
 
 def test_only_the_files_of_the_page_are_served(endpoint: Endpoint) -> None:
-    assert httpx.get(endpoint.open).headers["location"] == "open/"
-    served = httpx.get(f"{endpoint.open}/page/app.js")
+    assert get(endpoint.open).headers["location"] == "open/"
+    served = get(f"{endpoint.open}/page/app.js")
     assert served.headers["content-type"].startswith("text/javascript")
-    assert httpx.get(f"{endpoint.open}/page/%2e%2e%2fgateway.py").status_code == 404
+    assert get(f"{endpoint.open}/page/%2e%2e%2fgateway.py").status_code == 404

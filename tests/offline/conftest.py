@@ -8,8 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import pytest
 import requests
 
 from tests.conftest import write_recipe
+from tests.waiting import scaled, wait_until
 
 STEPS = 8
 
@@ -38,7 +38,7 @@ def submitted(cluster: "Cluster", recipe: Path, tmp_path_factory: pytest.TempPat
 
 def finish(process: subprocess.Popen[str]) -> str:
     """What it said; it must end well."""
-    output, _ = process.communicate(timeout=500)
+    output, _ = process.communicate(timeout=scaled(500))
     assert process.returncode == 0, output
     return output
 
@@ -53,7 +53,7 @@ class Cluster:
         """As a user does. Jobs are taken by a node's agent, whose usual port another Ray on this machine may have."""
         size = ["--num-cpus=4", "--object-store-memory=200000000", f"--dashboard-agent-listen-port={free_ports(1)[0]}"]
         subprocess.run(
-            ["ray", "start", "--disable-usage-stats", *size, *options], env=self.env, check=True, timeout=240
+            ["ray", "start", "--disable-usage-stats", *size, *options], env=self.env, check=True, timeout=scaled(240)
         )
 
     def join(self) -> None:
@@ -86,7 +86,7 @@ class Cluster:
         """Exit status and output of `command`, run as a job in a copy of `folder`."""
         with tempfile.TemporaryDirectory() as outside:
             log = Path(outside) / "out.log"
-            status = self.follower(command, folder, log).wait(timeout=240)
+            status = self.follower(command, folder, log).wait(timeout=scaled(240))
             return status, log.read_text()
 
     def stop_jobs(self) -> None:
@@ -96,7 +96,7 @@ class Cluster:
 
     def request(self, method: str, path: str) -> requests.Response:
         headers = {"Authorization": f"Bearer {self.env['RAY_AUTH_TOKEN']}"}
-        return requests.request(method, f"{self.address}{path}", headers=headers, timeout=30)
+        return requests.request(method, f"{self.address}{path}", headers=headers, timeout=scaled(30))
 
     def ready(self) -> bool:
         try:
@@ -136,7 +136,7 @@ def stop(scratch: str) -> None:
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(processes, timeout=20)
+    psutil.wait_procs(processes, timeout=scaled(20))
 
 
 def members(scratch: str) -> list[psutil.Process]:
@@ -156,10 +156,3 @@ def free_ports(count: int) -> list[int]:
     for each in sockets:
         each.close()
     return ports
-
-
-def wait_until(true: Callable[[], bool], what: str, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, f"no {what} within {seconds} s"
-        time.sleep(0.5)

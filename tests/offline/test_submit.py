@@ -11,8 +11,9 @@ from rich.console import Console
 from sampo_ray.cluster import submit as job
 from sampo_ray.config.run import load_config
 from sampo_ray.errors import ConfigError
+from tests.waiting import scaled, wait_until
 
-from .conftest import Cluster, wait_until
+from .conftest import Cluster
 
 RECIPE = {"model": {"path": "hub/model"}, "data": {"train": "hub/pairs"}, "run": {"dir": "s3://bucket/run"}}
 
@@ -122,7 +123,7 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_go_on(cluster, tmp_path):
     follower = cluster.follower("echo working; sleep 600", empty, log)
     wait_until(lambda: "\nworking" in log.read_text(), "output of the job", 120)
     follower.send_signal(signal.SIGINT)
-    assert follower.wait(timeout=60) == 130
+    assert follower.wait(timeout=scaled(60)) == 130
     job_id = log.read_text().split("job ", 1)[1].split()[0]
     assert f"ray job stop --address {cluster.address} {job_id}" in log.read_text()
 

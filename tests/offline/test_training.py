@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,8 +21,9 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from sampo_ray.console.main import app
+from tests.waiting import scaled, wait_until
 
-from .conftest import STEPS, Cluster, finish, wait_until
+from .conftest import STEPS, Cluster, finish
 
 pytestmark = pytest.mark.slow
 
@@ -73,11 +73,11 @@ def ranks_under(parent: psutil.Process) -> list[psutil.Process]:
 
 
 def await_steps(steps: int, run: Path, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 300
-    while len(metrics(run)) < steps:
+    def taken() -> bool:
         assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+        return len(metrics(run)) >= steps
+
+    wait_until(taken, f"step {steps}", 300)
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def after() -> Iterator[Callable]:
     for process in started:
         if process.poll() is None:
             process.kill()
-            process.wait(30)
+            process.wait(scaled(30))
 
 
 def test_a_run_begins_at_ln_two_and_learns(undisturbed):
@@ -147,7 +147,7 @@ def test_a_run_that_lost_a_rank_and_then_its_driver_ends_in_the_same_bits(undist
     second = CliRunner().invoke(app, ["train", "--resume", str(run)])
     assert "in use by another process" in second.output and second.exit_code == 1
     process.kill()
-    process.wait(30)
+    process.wait(scaled(30))
     damage(run)
     scored = run / "rounds" / "1" / "reference" / "part-00000.parquet"
     before = scored.stat().st_mtime_ns
@@ -190,7 +190,7 @@ def test_a_job_continues_with_as_many_ranks_as_there_is_room_for(cluster: Cluste
         wait_until(lambda: ranks_of_checkpoint(run) == 2, "step of both ranks", 200)
     finally:
         cluster.stop_jobs()
-        job.wait(120)
+        job.wait(scaled(120))
     steps = [line["step"] for line in metrics(run)]
     assert steps == list(range(1, len(steps) + 1)), "each step is recorded once"
 
