@@ -23,7 +23,7 @@ from sampo_ray.console.demo_task import (
     summarise,
 )
 from sampo_ray.data.chat import ChatFormat
-from sampo_ray.data.rewards import load_function
+from sampo_ray.data.reward_functions import load_function
 
 
 @pytest.fixture(scope="module")

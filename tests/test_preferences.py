@@ -22,7 +22,7 @@ from sampo_ray.data.preferences import (
     tokenized_pairs,
     tokenized_prompts,
 )
-from sampo_ray.data.sources import Counts, check_source, fingerprint, read_rows
+from sampo_ray.data.sources import Counts, fingerprint, first_rows, read_rows
 from sampo_ray.errors import DataError
 from tests.conftest import random_pairs
 
@@ -126,7 +126,7 @@ def test_a_url_is_read_like_a_file(tmp_path):
 
     with fsspec.open("memory://bucket/a.jsonl", "w") as file:
         file.write(json.dumps(PLAIN) + "\n")
-    assert check_source("memory://bucket/a.jsonl", "pairs").chosen == "yes"
+    assert first_rows("memory://bucket/a.jsonl", "pairs", 1)[0].chosen == "yes"
     assert fingerprint("memory://bucket/a.jsonl") == fingerprint(write(tmp_path / "a.jsonl", [PLAIN]))
 
 
@@ -208,7 +208,7 @@ def test_a_source_without_a_usable_row_is_an_error_with_reasons_places_and_the_f
     path = write(tmp_path / "a.jsonl", [{"question": "x"}] * 3)
     expected = r"a\.jsonl.*among 3 \(no chosen or no rejected: 3 \(first at .*a\.jsonl:1\)\); write prompt, chosen"
     with pytest.raises(DataError, match=expected):
-        check_source(path, "pairs")
+        first_rows(path, "pairs", 1)
     with pytest.raises(DataError, match=expected):
         list(tokenized_pairs(path, chat, DataConfig(), Counts()))
     with pytest.raises(DataError, match="write prompt as a string"):
@@ -217,7 +217,7 @@ def test_a_source_without_a_usable_row_is_an_error_with_reasons_places_and_the_f
 
 def test_an_empty_file_is_an_error(tmp_path):
     with pytest.raises(DataError, match="holds no rows"):
-        check_source(write(tmp_path / "a.jsonl", []), "pairs")
+        first_rows(write(tmp_path / "a.jsonl", []), "pairs", 1)
 
 
 @pytest.mark.parametrize(
@@ -236,14 +236,14 @@ def test_a_source_that_cannot_be_opened_is_an_error_with_the_fix(tmp_path, name,
     rows = datasets.Dataset.from_list([PLAIN])
     datasets.DatasetDict({"a": rows, "b": rows}).save_to_disk(tmp_path / "splits")
     with pytest.raises(DataError, match=message):
-        check_source(str(tmp_path / name), "pairs")
+        first_rows(str(tmp_path / name), "pairs", 1)
 
 
 def test_a_folder_with_held_out_files_is_not_read_as_one(tmp_path):
     write(tmp_path / "train.jsonl", [PLAIN])
     write(tmp_path / "test.jsonl", [PLAIN])
     with pytest.raises(DataError, match=r"test\.jsonl.*train\*"):
-        check_source(str(tmp_path), "pairs")
+        first_rows(str(tmp_path), "pairs", 1)
     assert len(list(read_rows(f"{tmp_path}/train*", "pairs"))) == 1
 
 
@@ -424,7 +424,7 @@ def test_the_pairs_of_a_block_are_its_rows_also_of_a_sliced_one():
 def test_ultrafeedback_is_checked_quickly_and_read_to_its_end(shared, chat):
     path = str(shared / "data/prefs/ultrafeedback_binarized/train.jsonl.gz")
     times = [time.process_time()]
-    check_source(path, "pairs")
+    first_rows(path, "pairs", 1)
     times.append(time.process_time())
     counts = Counts()
     rows = sum(block.num_rows for block in tokenized_pairs(path, chat, DataConfig(), counts))

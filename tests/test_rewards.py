@@ -1,4 +1,5 @@
 import asyncio
+import json
 import math
 
 import pyarrow as pa
@@ -6,15 +7,21 @@ import pytest
 import torch
 
 from sampo_ray.actors.scoring.workers import RewardWorker, build_reward_app
+from sampo_ray.config.run import load_config
 from sampo_ray.config.sections import FleetConfig, RewardConfig
-from sampo_ray.data.chat import ChatFormat
 from sampo_ray.data.preferences import SCORES
-from sampo_ray.data.rewards import RewardModel, call_function, check_reward, columns_of, function_source, load_function
+from sampo_ray.data.reward_functions import call_function, check_function, function_source, load_function
+from sampo_ray.data.reward_models import RewardModel
+from sampo_ray.data.rewards import Samples
 from sampo_ray.errors import ConfigError, RewardError
+from sampo_ray.loop.validate import check
+from tests.test_reward_models import random_reward_model
 from tests.waiting import scaled
 
 PROMPTS = [[{"role": "user", "content": "What is 2+2?"}], [{"role": "user", "content": "Why? " * 100}]]
 FILE = """
+import asyncio
+import functools
 import threading
 
 calls = []
@@ -39,11 +46,71 @@ def failing(prompts, completions):
 def hanging(prompts, completions):
     threading.Event().wait(0.6)
 
-async def coroutine(prompts, completions):
-    return []
+async def coroutine(completions, **columns):
+    await asyncio.sleep(0)
+    return [len(text) for text in completions]
+
+def scaled(completions, scale, solution):
+    return [scale * len(text) for text in completions]
+
+class Judge:
+    def __init__(self, weight=1.0):
+        self.weight = weight
+
+    def __call__(self, completions, **columns):
+        return [self.weight * len(text) for text in completions]
 
 NUMBER = 3
+judge = Judge()
+partial = functools.partial(scaled, scale=2)
+
+def two_names(a, b):
+    return [0.0] * len(b)
+
+def by_place(prompts, completions, /):
+    return [0.0] * len(completions)
+
+def answer(completions, answer, **columns):
+    return [0.0] * len(completions)
+
+def trainer_state(completions, trainer_state):
+    return [0.0] * len(completions)
+
+def prompts_only(prompts, **_):
+    return [0.0] * len(prompts)
+
+def no_completions(prompts):
+    return [0.0] * len(prompts)
+
+def one_number(completions):
+    return 1.0
+
+def one_score(completions):
+    return [1.0]
+
+def not_finite(completions):
+    return [float("inf") for _ in completions]
+
+def words(completions):
+    return ["good" for _ in completions]
+
+def first_word(completions):
+    return [len(text.split()[0]) for text in completions]
+
+def messages(completions):
+    return [len(completion[0]["content"]) for completion in completions if completion]
+
+def leaving(completions):
+    raise SystemExit(3)
+
+def from_keywords(completions, **columns):
+    return [float(columns["answer"] == "4") for _ in completions]
 """
+
+
+def samples(texts=("It is 4.", ""), prompts=None, **columns):
+    prompts = prompts or [PROMPTS[0]] * len(texts)
+    return Samples(prompts, list(texts), [[2] * len(text) for text in texts], columns)
 
 
 @pytest.fixture
@@ -51,18 +118,6 @@ def file(tmp_path):
     path = tmp_path / "my_rewards.py"
     path.write_text(FILE)
     return path
-
-
-@pytest.fixture(scope="module")
-def reward_model(tmp_path_factory, tiny_model):
-    from transformers import AutoConfig, LlamaForSequenceClassification
-
-    folder = tmp_path_factory.mktemp("reward") / "model"
-    torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(tiny_model, num_labels=1)
-    LlamaForSequenceClassification(config).save_pretrained(folder)
-    ChatFormat.load(tiny_model, "llama3").save(folder)
-    return folder
 
 
 def completions(texts, columns="{}"):
@@ -87,14 +142,14 @@ def completions(texts, columns="{}"):
 
 def test_a_function_is_found_in_a_file_and_in_a_module(file):
     assert load_function(f"{file}:length")([], ["ab"]) == [2]
-    assert load_function("math:fsum") is math.fsum
+    assert load_function("sampo_ray.console.demo_task:reward").__name__ == "reward"
 
 
 def test_a_function_in_a_file_loads_from_its_text_where_the_file_does_not_exist(file):
     source = function_source(f"{file}:length")
     file.unlink()
     assert load_function(f"{file}:length", source)([], ["ab"]) == [2]
-    assert function_source("math:fsum") is None
+    assert function_source("sampo_ray.console.demo_task:reward") is None
 
 
 @pytest.mark.parametrize(
@@ -105,7 +160,7 @@ def test_a_function_in_a_file_loads_from_its_text_where_the_file_does_not_exist(
         ("no_such_file.py:length", "cannot be read"),
         ("{file}:lenth", "has no function 'lenth'; it has length, right"),
         ("{file}:NUMBER", "has no function 'NUMBER'"),
-        ("{file}:coroutine", "plain `def`"),
+        ("{file}:Judge", "is a class; name a function, or an object that can be called"),
         ("{broken}:length", "failed with SyntaxError"),
     ],
 )
@@ -113,32 +168,106 @@ def test_a_function_that_cannot_be_loaded_is_an_error_with_a_fix(file, tmp_path,
     broken = tmp_path / "broken.py"
     broken.write_text("def length(:")
     with pytest.raises(ConfigError, match=message) as error:
-        check_reward(RewardConfig(function=spec.format(file=file, broken=broken)))
+        check_function(spec.format(file=file, broken=broken), samples(), 60)
     assert str(error.value).startswith("reward.function=")
 
 
-def test_a_function_gets_the_columns_that_it_names():
-    columns = {"solution": ["4", "5"], "other": [1, 2], "prompts": [3, 4]}
+def test_a_function_gets_by_name_what_it_names_in_whatever_order():
+    answers = samples(["It is 4.", "It is 5, I think."], answer=["4", "4"], other=[1, 2])
 
-    def named(prompts, completions, solution):
-        return [float(solution == ["4", "5"])] * 2
+    def in_the_order_of_trl(completions, answer, **kwargs):
+        assert kwargs["prompts"] == [PROMPTS[0]] * 2
+        return [float(right in text) for text, right in zip(completions, answer, strict=True)]
 
-    def all_others(prompts, completions, **rest):
-        return [float(set(rest) == {"solution", "other"})] * 2
+    def reversed_order(completions, prompts):
+        return [float("4" in text and prompt == PROMPTS[0]) for text, prompt in zip(completions, prompts, strict=True)]
 
-    def none(prompts, completions):
-        return [1, 1]
+    def keywords_only(*, answer, completions):
+        return [float(right in text) for text, right in zip(completions, answer, strict=True)]
 
-    for function in (named, all_others, none):
-        assert call_function(function, PROMPTS, ["4", "x"], columns) == [1.0, 1.0]
+    def with_defaults(completions, answer=None, missing=("a", "b")):
+        return [float(right in text) + (missing != ("a", "b")) for text, right in zip(completions, answer, strict=True)]
+
+    for function in (in_the_order_of_trl, reversed_order, keywords_only, with_defaults):
+        assert call_function(function, answers) == [1.0, 0.0]
 
 
-def test_a_column_that_the_data_lacks_is_an_error_and_not_a_failed_call():
-    def needs(prompts, completions, solution):
-        return [1.0]
+def test_a_function_with_keyword_arguments_gets_everything():
+    given = samples(["a", "b"], solution=["4", "5"], prompts=None)
 
-    with pytest.raises(RewardError, match=r"solution.*the data's other columns are answer"):
-        call_function(needs, PROMPTS, ["a", "b"], {"answer": [1, 2]})
+    def everything(**given):
+        return [float(set(given) == {"prompts", "completions", "completion_ids", "solution"})] * 2
+
+    assert call_function(everything, given) == [1.0, 1.0]
+
+
+def test_a_column_does_not_take_the_place_of_prompts_and_completions():
+    given = Samples(PROMPTS, ["a", "b"], [[1], [2, 2]], {"completions": ["x", "y"], "completion_ids": [0, 0]})
+    assert call_function(lambda completions, completion_ids: [float(completions == ["a", "b"]), 0.0], given)[0] == 1.0
+    assert call_function(lambda completion_ids: [len(ids) for ids in completion_ids], given) == [1.0, 2.0]
+
+
+def test_a_column_that_none_of_a_block_has_is_none_for_all():
+    assert call_function(lambda completions, rare: [float(value is None) for value in rare], samples()) == [1.0, 1.0]
+    assert call_function(lambda completions, rare=(3, 3): list(rare), samples()) == [3.0, 3.0]
+
+
+@pytest.mark.parametrize("name", ["length", "coroutine", "judge", "partial", "prompts_only", "right"])
+def test_what_can_be_called_by_name_is_taken(file, name):
+    check_function(f"{file}:{name}", samples(solution=["4", "4"]), 60)
+
+
+def test_coroutines_are_waited_for(file):
+    assert call_function(load_function(f"{file}:coroutine"), samples(["ab", "a"])) == [2.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "two_names",
+            "nothing is given for its parameter a, b; .* solution, prompts, completions, completion_ids",
+        ),
+        ("by_place", "takes prompts, completions by place only"),
+        ("answer", "nothing is given for its parameter answer; .*add the column to data.prompts"),
+        ("trainer_state", "nothing is given for its parameter trainer_state"),
+        ("no_completions", "does not look at completions"),
+        ("one_number", "returned float instead of a list of numbers"),
+        ("one_score", "returned 1 scores for 2 completions"),
+        ("not_finite", "returned inf for a completion"),
+        ("words", "returned 'good' for a completion"),
+        ("first_word", r"raised IndexError: list index out of range \(.*my_rewards.py:\d+\)"),
+        ("messages", "raised TypeError: .* completions are texts"),
+        ("failing", "raised ConnectionError: never works"),
+        ("leaving", "raised SystemExit: 3"),
+        ("from_keywords", "raised KeyError: 'answer'"),
+    ],
+)
+def test_a_function_that_would_fail_after_a_rounds_generation_is_refused_before(file, name, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        check_function(f"{file}:{name}", samples(solution=["4", "4"]), 60)
+    assert str(error.value).startswith("reward.function=")
+
+
+def test_a_function_that_does_not_return_is_refused_after_its_time_limit(file):
+    with pytest.raises(ConfigError, match=r"did not return within reward\.timeout_s=0\.1"):
+        check_function(f"{file}:hanging", samples(), 0.1)
+
+
+def test_a_dry_run_tries_the_function_on_the_first_prompt_and_finds_columns_of_later_ones(file, tmp_path, tiny_model):
+    rows = [{"prompt": "2+2?", "day": 1}, {"prompt": "3+3?", "answer": "6"}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree = {
+        "model": {"path": str(tiny_model)},
+        "data": {"prompts": str(tmp_path / "prompts.jsonl"), "max_length": 64},
+        "rounds": {"mode": "online"},
+        "rollout": {"max_tokens": 16},
+        "serve": {"enabled": False},
+        "run": {"dir": str(tmp_path / "run")},
+    }
+    check(load_config(tree, [f"reward.function={file}:answer"]))
+    with pytest.raises(ConfigError, match="parameter solution; .* one of day, answer, prompts"):
+        check(load_config(tree, [f"reward.function={file}:right"]))
 
 
 @pytest.mark.parametrize(
@@ -146,67 +275,36 @@ def test_a_column_that_the_data_lacks_is_an_error_and_not_a_failed_call():
     [
         ([1.0, math.nan], "returned nan for a completion of the prompt 'Why"),
         ([math.inf, 1.0], "returned inf for a completion of the prompt 'What is 2\\+2\\?'"),
-        ([1.0, None], "returned None"),
+        ([1.0, "2"], "returned '2'"),
         ([1.0], r"returned 1 scores for 2 completions.*What is 2\+2"),
         (3.0, "returned float instead of a list"),
         (None, "returned NoneType instead of a list"),
+        ("12", "returned str instead of a list"),
+        ({"a": 1, "b": 2}, "returned dict instead of a list"),
+        (torch.tensor(1.0), "returned Tensor instead of a list"),
     ],
 )
 def test_anything_but_one_finite_number_each_is_an_error_that_quotes_a_shortened_prompt(returned, message):
     with pytest.raises(RewardError, match=message) as error:
-        call_function(lambda prompts, completions: returned, PROMPTS, ["a", "b"], {})
+        call_function(lambda completions: returned, samples("ab", PROMPTS))
     assert len(str(error.value)) < 400
+
+
+def test_none_is_no_reward():
+    assert call_function(lambda completions: [None, 2], samples("ab")) == [None, 2.0]
 
 
 def test_arrays_and_tensors_are_taken_as_numbers():
     for returned in (torch.tensor([1.0, 2.0]), torch.tensor([1, 2]).numpy(), (True, 2)):
-        assert call_function(lambda prompts, completions, out=returned: out, PROMPTS, ["a", "b"], {}) == [1.0, 2.0]
+        assert call_function(lambda completions, out=returned: out, samples("ab", PROMPTS)) == [1.0, 2.0]
 
 
-def test_columns_are_lists_with_none_where_a_row_lacks_them():
-    block = pa.table({"columns": ['{"a": 1, "b": "x"}', '{"a": [2]}']})
-    assert columns_of(block) == {"a": [1, [2]], "b": ["x", None]}
-
-
-def test_a_reward_model_scores_a_batch_as_it_scores_single_rows(reward_model):
-    texts = ["four", "x" * 30, "", "it is four, I think"]
-    together = RewardModel(str(reward_model), "cpu")([PROMPTS[0]] * 4, texts, {})
-    alone = RewardModel(str(reward_model), "cpu", batch_tokens=1)([PROMPTS[0]] * 4, texts, {})
-    assert together == pytest.approx(alone, abs=1e-5)
-    assert len(set(together)) == 4
-
-
-def test_a_reward_model_reads_a_conversation_in_its_own_template(reward_model):
-    model = RewardModel(str(reward_model), "cpu")
-    ids = model.tokenizer(
-        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWhat is 2+2?<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n4<|eot_id|>",
-        return_tensors="pt",
-        add_special_tokens=False,
-    )
-    with torch.inference_mode():
-        expected = model.model(**ids).logits.item()
-    assert model(PROMPTS[:1], ["4"], {}) == [pytest.approx(expected, abs=1e-6)]
-
-
-def test_a_reward_model_without_template_or_padding_token_scores_within_its_context(reward_model):
-    model = RewardModel(str(reward_model), "cpu")
-    model.tokenizer.chat_template = None
-    model.tokenizer.pad_token = None
-    model.model.config.pad_token_id = None
-    model.max_length = 16
-    assert len(model([*PROMPTS, PROMPTS[0]], ["4", "5", "6" * 200], {})) == 3
-    assert len(model._encode(PROMPTS[1], "6" * 200)["input_ids"]) == 16
-
-
-def test_a_reward_model_with_several_labels_is_refused_before_it_is_loaded(tiny_model, tmp_path):
-    from transformers import AutoConfig
-
-    AutoConfig.from_pretrained(tiny_model, num_labels=3).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"reward\.model=.*3 labels.*num_labels=1"):
-        check_reward(RewardConfig(model=str(tmp_path)))
-    with pytest.raises(ConfigError, match=r"reward\.model='/no/such/model': cannot be opened"):
-        check_reward(RewardConfig(model="/no/such/model"))
+def test_samples_have_the_blocks_columns_with_none_where_a_row_lacks_them():
+    block = completions(["a", "b"])
+    columns = pa.array(['{"a": 1, "b": "x"}', '{"a": [2]}'])
+    found = Samples.of(block.set_column(block.column_names.index("columns"), "columns", columns))
+    assert found.columns == {"a": [1, [2]], "b": ["x", None]}
+    assert (found.prompts, found.completions, found.completion_ids) == ([PROMPTS[0]] * 2, ["a", "b"], [[2], [2]])
 
 
 def worker(file, name, **config):
@@ -275,8 +373,9 @@ def test_reward_workers_score_with_a_function_whose_file_no_longer_exists(deploy
 
 
 @pytest.mark.slow
-def test_reward_workers_score_with_a_model(deploy, reward_model):
+def test_reward_workers_score_with_a_model(deploy, tmp_path, tiny_model):
+    reward_model = random_reward_model(tmp_path, tiny_model)
     handle = deploy(RewardConfig(model=str(reward_model)))
     rewards = scored(handle, completions(["4", "no idea"]))["reward"].to_pylist()
-    expected = RewardModel(str(reward_model), "cpu")([PROMPTS[0]] * 2, ["4", "no idea"], {})
+    expected = RewardModel(str(reward_model), "cpu")(samples(["4", "no idea"]))
     assert rewards == pytest.approx(expected, abs=1e-5)

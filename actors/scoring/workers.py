@@ -2,12 +2,11 @@
 
 import asyncio
 import functools
-import json
 import logging
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pyarrow as pa
 import ray
@@ -19,7 +18,9 @@ from sampo_ray.actors.weights.client import fetch, find_weight_store
 from sampo_ray.config.run import RunConfig
 from sampo_ray.config.sections import FleetConfig, RewardConfig
 from sampo_ray.data.preferences import SCORES, pairs_of, with_reference
-from sampo_ray.data.rewards import RewardModel, Scorer, call_function, columns_of, function_source, load_function
+from sampo_ray.data.reward_functions import call_function, function_source, load_function
+from sampo_ray.data.reward_models import RewardModel
+from sampo_ray.data.rewards import Rewards, Samples, Scorer
 from sampo_ray.errors import RewardError
 from sampo_ray.run.buckets import unpack
 from sampo_ray.run.storage import Place
@@ -96,20 +97,20 @@ class RewardWorker:
     async def score(self, completions: pa.Table) -> pa.Table:
         """COMPLETIONS -> SCORES, in the same order; the source gets the whole block in one call.
 
-        A call that raises or takes longer than `timeout_s` is repeated `retries` times with growing pauses; if all
-        fail, the block's rewards are null. Raises RewardError if the source returns anything but one finite number per
-        completion.
+        A reward is null where the source returns None. A call that raises or takes longer than `timeout_s` is repeated
+        `retries` times with growing pauses; if all fail, the block's rewards are null. Raises RewardError if the source
+        returns anything else than a finite number or None for each completion.
         """
-        prompts = [json.loads(text) for text in completions["messages"].to_pylist()]
-        call = functools.partial(self.scorer, prompts, completions["text"].to_pylist(), columns_of(completions))
+        samples = Samples.of(completions)
+        call = functools.partial(self.scorer, samples)
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(lambda e: isinstance(e, Exception) and not isinstance(e, RewardError)),
             stop=tenacity.stop_after_attempt(1 + self.config.retries),
             wait=tenacity.wait_exponential(0.5, max=30.0),
             after=self._warn,
-            retry_error_callback=lambda _: [None] * len(prompts),
+            retry_error_callback=lambda _: [None] * len(samples.prompts),
         )
-        rewards: Sequence[float | None] = await retrying(self._call, call) if prompts else []
+        rewards: Rewards = await retrying(self._call, call) if samples.prompts else []
         return completions.append_column(SCORES.field("reward"), pa.array(rewards, pa.float64()))
 
     def check_health(self) -> None:
@@ -128,10 +129,10 @@ class RewardWorker:
             "reward call %d of %d failed: %s in %s:%s", state.attempt_number, 1 + self.config.retries, *found
         )
 
-    async def _call(self, call: functools.partial[list[float]]) -> list[float]:
+    async def _call(self, call: functools.partial[Rewards]) -> Rewards:
         """Runs the call in a new thread, so that a call that hangs does not delay the others."""
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[list[float]] = loop.create_future()
+        answer: asyncio.Future[Rewards] = loop.create_future()
 
         def finish(set_outcome: Callable[[], None]) -> None:
             if answer.done():  # given up, but it returned after all

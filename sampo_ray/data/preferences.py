@@ -91,10 +91,15 @@ def tokenized_prompts(
         rows, prompts = _encode_prompts(block, chat, prompt_limit, counts)
         if rows:
             messages = [json.dumps(row.prompt, ensure_ascii=False) for row in rows]
-            columns = [json.dumps(row.columns, default=str) for row in rows]
+            columns = [columns_json(row) for row in rows]
             yield _table(PROMPTS, [[row.id for row in rows], messages, columns, prompts])
     if not counts.usable:
         raise counts.nothing_usable(source, "prompts")
+
+
+def columns_json(row: Row) -> str:
+    """A row's other columns as PROMPTS hold them; what JSON does not know becomes text."""
+    return json.dumps(row.columns, default=str)
 
 
 def cut_prompt(prompt: list[int], limit: int, bos_id: int | None) -> list[int]:

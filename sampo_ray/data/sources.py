@@ -110,12 +110,13 @@ def read_rows(source: str, kind: Kind, counts: Counts | None = None, most_record
         yield Row(row_id, record.where, prompt, chosen, rejected, columns)
 
 
-def check_source(source: str, kind: Kind) -> Row:
-    """Opens `source` and returns its first usable row. Raises DataError if there is none near its beginning."""
+def first_rows(source: str, kind: Kind, most: int) -> list[Row]:
+    """Opens `source` and returns its first usable rows, 1 to `most`. DataError if there is none near its beginning."""
     counts = Counts()
-    for row in read_rows(source, kind, counts, most_records=1000):
-        return row
-    raise counts.nothing_usable(source, kind)
+    rows = list(itertools.islice(read_rows(source, kind, counts, most_records=1000), most))
+    if not rows:
+        raise counts.nothing_usable(source, kind)
+    return rows
 
 
 def _parse_pair(values: Mapping[str, object]) -> tuple[list[Message], str, str]:

@@ -1,19 +1,27 @@
 """Checks a configuration against the files that it names, in seconds, before Ray or an engine starts."""
 
+import json
 import warnings
+from collections.abc import Sequence
 
 from transformers import AutoConfig, PretrainedConfig
 
 from sampo_ray.config.keys import is_json, parse
 from sampo_ray.config.run import RunConfig
 from sampo_ray.data.chat import ChatFormat
-from sampo_ray.data.rewards import check_reward
-from sampo_ray.data.sources import check_source
+from sampo_ray.data.preferences import columns_json
+from sampo_ray.data.reward_functions import check_function
+from sampo_ray.data.reward_models import check_model
+from sampo_ray.data.rewards import Samples
+from sampo_ray.data.sources import Row, first_rows
 from sampo_ray.errors import ConfigError, KeysError
 from sampo_ray.run.storage import Place, absolute
 from sampo_ray.run.trackers import check_trackers
 from sampo_ray.training.memory import check_device
 from sampo_ray.training.policy import check_architecture, on_meta
+
+PROBED_ROWS = 1000
+"""Rows of the prompt file in which a column that a reward function names must be found."""
 
 
 def check(config: RunConfig) -> None:
@@ -46,13 +54,33 @@ def check(config: RunConfig) -> None:
             "they do not belong together"
         )
     if config.online:
-        row = check_source(str(config.data.prompts), "prompts")
-        check_reward(config.reward)
+        rows = first_rows(str(config.data.prompts), "prompts", PROBED_ROWS)
+        check_reward(config, made_up_samples(rows, chat))
     else:
-        row = check_source(str(config.data.train), "pairs")
-    chat.prompt_ids(row.prompt)
+        rows = first_rows(str(config.data.train), "pairs", 1)
+    chat.prompt_ids(rows[0].prompt)
     check_trackers(config)
     check_keys_file(config.serve.keys_file)
+
+
+def made_up_samples(rows: Sequence[Row], chat: ChatFormat) -> Samples:
+    """Two made-up completions of the first row's prompt, one of them empty, with the columns that any of `rows` has."""
+    texts = ["I do not know.", ""]
+    columns = json.loads(columns_json(rows[0]))
+    return Samples(
+        [rows[0].prompt for _ in texts],
+        texts,
+        chat.encode_responses(texts),
+        {name: [columns.get(name) for _ in texts] for row in rows for name in row.columns},
+    )
+
+
+def check_reward(config: RunConfig, samples: Samples) -> None:
+    """Tries the reward function on `samples`, or opens the reward model's configuration and tokenizer. ConfigError."""
+    if config.reward.function is not None:
+        check_function(config.reward.function, samples, config.reward.timeout_s)
+    if config.reward.model is not None:
+        check_model(config.reward.model, samples, config.data.max_length)
 
 
 def check_rope(model: PretrainedConfig, max_length: int) -> None:
