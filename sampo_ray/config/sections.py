@@ -90,8 +90,8 @@ class RolloutConfig(Section):
 
 class RewardConfig(Section):
     function: str | None = None
-    """`package.module:function` or `file.py:function`. It gets what it names of prompts, completions, completion_ids and
-    the prompt file's columns, and returns one float each."""
+    """`package.module:function` or `file.py:function`. It gets what it names of prompts, completions, completion_ids
+    and the prompt file's columns, and returns one float each."""
     model: str | None = None
     """Folder or hub name of a Hugging Face sequence-classification reward model."""
     timeout_s: float = Field(60.0, gt=0)
