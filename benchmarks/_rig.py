@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pyarrow as pa
 
-CONTEXT = 512
+CONTEXT = 768
 RUN = "bench"
 TOPICS = (
     "rivers",
@@ -31,12 +31,24 @@ TOPICS = (
 )
 FORMS = ("note", "letter", "summary", "question", "story", "list", "warning", "joke", "poem", "headline")
 READERS = ("child", "farmer", "sailor", "nurse", "pilot", "baker", "judge", "student", "mayor", "painter")
+COMMON = (
+    "You help the editors of a small magazine that comes out every month and is read by people of all ages. They send "
+    "you short orders for texts, and you answer with the text alone, without a greeting or a comment of your own. Use "
+    "plain words and short sentences. Write in the present tense unless the order asks for something else. Do not name "
+    "real people, companies or places. A letter begins with the name of its reader and ends with yours. A list has at "
+    "least four entries, each on its own line. A poem need not rhyme. A joke must be one that a teacher could tell "
+    "in front of a class. When an order cannot be met as it is written, meet the part that can be met, and say nothing "
+    "of the rest. The number of an order is for the files of the editors and never belongs in the text. Here is one. "
+)
+"""What all prompts begin with, as an application's do. It is longer than a block of vLLM's prefix cache (128 tokens on
+CPUs, 16 on GPUs), or there would be nothing that the cache keeps.
+"""
 
 
 def messages(index: int) -> list[dict[str, str]]:
     """The index-th prompt: all are different, and of about one length."""
     topic, form, reader = TOPICS[index % 10], FORMS[index // 10 % 10], READERS[index // 100 % 10]
-    return [{"role": "user", "content": f"Write a {form} about {topic} for a {reader}, number {index}."}]
+    return [{"role": "user", "content": f"{COMMON}Write a {form} about {topic} for a {reader}, number {index}."}]
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,13 @@ that the recipe names must be reachable from the cluster: hub names, URLs, or ab
 """
 
 import asyncio
+import math
 import os
+import secrets
 import shlex
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,12 +24,13 @@ from rich.console import Console
 import sampo_ray
 from sampo_ray.config.run import RunConfig, load_config
 from sampo_ray.errors import ConfigError, SubmitError
-from sampo_ray.internals.ray import TimeLimitedJobClient
+from sampo_ray.internals.ray import LimitedJobClient
 
 REQUEST_SECONDS = 30.0
 """Limit of one call to the cluster's job server."""
 SETTLE_SECONDS = 120.0
-"""How long a job may take to report its end after its log has ended, and a lost connection to come back."""
+"""How long an answer that would come by itself is waited for: a new cluster's agent, a lost connection, a job's end."""
+RETRY_SECONDS = 2.0
 
 
 def submit(recipe: Path, overrides: Sequence[str], address: str, console: Console) -> int:
@@ -91,14 +94,15 @@ def submit_entrypoint(command: str, folder: Path, address: str, console: Console
     client = _connect(address)
     packages: dict[str, object] = {"working_dir": str(folder), "py_modules": [str(Path(sampo_ray.__file__).parent)]}
     job = _submitted(client, command, packages, address)
-    by_hand = f"--address {shlex.quote(address)} {job}"
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     say(f"job {job} submitted to {address}")
     try:
-        asyncio.run(_follow(client, job, console))
-        details = _final_details(client, job)
+        asyncio.run(_follow(client, job, console, say))
+        details = _ended(client, job, say)
     except KeyboardInterrupt:
-        say(f"\njob {job} goes on.  follow: ray job logs --follow {by_hand}   stop: ray job stop {by_hand}")
+        by_hand = f"--address {shlex.quote(address)} {job}"
+        say(f"\njob {job} goes on.  follow: ray job logs --follow {by_hand}")
+        say(f"stop, once it has started: ray job stop {by_hand}")
         return 130
     seconds = ((details.end_time or 0) - (details.start_time or 0)) / 1000
     outcome = f"job {job} {details.status.value.lower()} after {seconds:.0f} s"
@@ -113,55 +117,92 @@ def _connect(address: str) -> JobSubmissionClient:
         if os.environ.get(variable, address) != address:
             raise SubmitError(f"--address {address}: {variable} is set and Ray would use that instead; unset it")
     try:
-        return TimeLimitedJobClient(address, REQUEST_SECONDS)
+        return LimitedJobClient(address, REQUEST_SECONDS)
     except (ConnectionError, requests.RequestException) as error:
         raise SubmitError(
             f"--address {address}: no Ray job server answers there within {REQUEST_SECONDS:.0f} s "
             "(is it the dashboard's address, and does the cluster run ray[default]?)"
         ) from error
     except AuthenticationError as error:
-        raise SubmitError(
-            f"--address {address}: the cluster asks for its token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN "
-            "unless the token is in ~/.ray/auth_token"
-        ) from error
+        raise SubmitError(f"--address {address}: {_what_token()}") from error
     except (RuntimeError, ValueError, KeyError) as error:
         raise SubmitError(f"--address {address}: {error}") from error
 
 
+def _what_token() -> str:
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
+        return (
+            "the cluster asks for its token, which Ray sends only if RAY_AUTH_MODE=token is set; set it, and "
+            "RAY_AUTH_TOKEN unless the token is in ~/.ray/auth_token"
+        )
+    return "the cluster has another token; set RAY_AUTH_TOKEN to what `ray get-auth-token` prints on its head"
+
+
 def _submitted(client: JobSubmissionClient, command: str, packages: dict[str, object], address: str) -> str:
-    """The job's id. Tries again while a cluster that has just started has no agent to take jobs."""
-    deadline = time.monotonic() + SETTLE_SECONDS
+    """The job's id. It is chosen here, so that a job whose taking was not heard of is not started a second time.
+
+    Tries again after a lost answer, and while a cluster that has just started has no agent to take jobs.
+    """
+    job, deadline = f"sampo_{secrets.token_hex(8)}", time.monotonic() + SETTLE_SECONDS
     while True:
         try:
-            return client.submit_job(entrypoint=command, runtime_env=packages)
+            return client.submit_job(entrypoint=command, runtime_env=packages, submission_id=job)
+        except SubmitError:
+            raise
         except (RuntimeError, requests.RequestException) as error:
-            if "No available agent" not in str(error) or time.monotonic() > deadline:
-                raise SubmitError(f"{address}: the job was not taken: {error}") from error
-            time.sleep(2.0)
+            if f"{job} already exists" in str(error):
+                return job
+            passing = isinstance(error, requests.RequestException) or "No available agent" in str(error)
+            if not passing or time.monotonic() > deadline:
+                raise SubmitError(f"{address}: the job was not taken: {_last_line(error)}") from error
+            time.sleep(RETRY_SECONDS)
 
 
-async def _follow(client: JobSubmissionClient, job: str, console: Console) -> None:
+def _last_line(error: Exception) -> str:
+    """An error of the job server without the server's stack: what was raised there is its last line."""
+    return str(error).strip(". \n").splitlines()[-1]
+
+
+async def _follow(client: JobSubmissionClient, job: str, console: Console, say: Callable[[str], None]) -> None:
     """Copies the job's log as it grows. After a lost connection it continues where the log stopped."""
-    shown, deadline = 0, 0.0
+    shown, lost = 0, 0.0
     while True:
         try:
+            await _started(client, job, say)
             seen = 0
             async for text in _log(client, job):
                 # A new connection starts the log from its beginning.
                 fresh = text[max(0, shown - seen) :]
                 seen += len(text)
-                shown, deadline = max(shown, seen), 0.0
+                if fresh or not text:
+                    shown, lost = max(shown, seen), 0.0
                 console.print(fresh, end="", markup=False, highlight=False, soft_wrap=True)
             return
+        except SubmitError:
+            raise
         except (RuntimeError, aiohttp.ClientError, OSError) as error:  # requests' errors are OSErrors
-            deadline = deadline or time.monotonic() + SETTLE_SECONDS
-            if time.monotonic() > deadline:
-                raise SubmitError(f"job {job}: its log is lost since {SETTLE_SECONDS:.0f} s: {error}") from error
+            lost = lost or time.monotonic()
+            if time.monotonic() - lost > SETTLE_SECONDS:
+                say(f"job {job}: its log is lost since {SETTLE_SECONDS:.0f} s: {_last_line(error)}")
+                return
             await asyncio.sleep(1)
 
 
+async def _started(client: JobSubmissionClient, job: str, say: Callable[[str], None]) -> None:
+    """Returns once the job has started, and says what it waits for if that takes long."""
+    told = time.monotonic() + REQUEST_SECONDS
+    while (details := _details(client, job)).status == JobStatus.PENDING:
+        if time.monotonic() > told:
+            told = math.inf
+            say(
+                f"job {job} is pending: {details.message} Ray cannot stop it before it has started, and gives it up "
+                "after 15 minutes, or the RAY_JOB_START_TIMEOUT_SECONDS of the cluster's head"
+            )
+        await asyncio.sleep(1)
+
+
 async def _log(client: JobSubmissionClient, job: str) -> AsyncIterator[str]:
-    """The job's log in pieces, from its beginning. While it is silent, checks that the job still runs."""
+    """The job's log in pieces, from its beginning; an empty piece whenever it is silent and the job still runs."""
     stream = client.tail_job_logs(job)
     piece = asyncio.ensure_future(anext(stream, None))
     try:
@@ -172,24 +213,40 @@ async def _log(client: JobSubmissionClient, job: str) -> AsyncIterator[str]:
                     return
                 yield text
                 piece = asyncio.ensure_future(anext(stream, None))
-            elif client.get_job_info(job).status.is_terminal():
+            elif _details(client, job).status.is_terminal():
                 return
+            else:
+                yield ""
     finally:
         piece.cancel()
         await asyncio.wait({piece})
         await stream.aclose()
 
 
-def _final_details(client: JobSubmissionClient, job: str) -> JobDetails:
-    """The job's details once it has ended, which is a moment after its log has."""
-    deadline = time.monotonic() + SETTLE_SECONDS
+def _ended(client: JobSubmissionClient, job: str, say: Callable[[str], None]) -> JobDetails:
+    """The job's details once it has ended: a moment after its log has, or later if the log could not be read on."""
+    told = time.monotonic() + SETTLE_SECONDS
     while True:
         try:
-            details = client.get_job_info(job)
-        except (RuntimeError, requests.RequestException) as error:
+            details = _details(client, job)
+        except requests.RequestException as error:
             raise SubmitError(f"job {job}: how it ended is not known: {error}") from error
         if details.status.is_terminal():
             return details
-        if time.monotonic() > deadline:
-            raise SubmitError(f"job {job}: its log has ended, but it still is {details.status.value}")
-        time.sleep(0.5)
+        if time.monotonic() > told:
+            told = math.inf
+            say(f"job {job}: there is no more of its log, and it still is {details.status.value}; waiting for its end")
+        time.sleep(1)
+
+
+def _details(client: JobSubmissionClient, job: str) -> JobDetails:
+    """What the cluster knows of the job; SubmitError if that is nothing any more."""
+    try:
+        return client.get_job_info(job)
+    except RuntimeError as error:
+        if "does not exist" not in str(error):
+            raise
+        raise SubmitError(
+            f"job {job}: the cluster does not know it any more, so its head was restarted and the job ended; "
+            "continue the run on the cluster with `sampo train --resume`"
+        ) from error

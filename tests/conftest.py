@@ -146,6 +146,9 @@ def local_ray() -> Iterator[None]:
     """One Ray on this machine for all tests, with more logical CPUs than cores."""
     import ray
 
+    from sampo_ray.internals.ray import allow_slow_start
+
+    allow_slow_start()
     ray.init(
         address="local", num_cpus=16, object_store_memory=700_000_000, include_dashboard=False, log_to_driver=False
     )

@@ -12,6 +12,8 @@ sys.path.insert(0, str(BENCHMARKS))
 import _measure  # noqa: E402
 import _rig  # noqa: E402
 
+from sampo_ray.data.chat import ChatFormat  # noqa: E402
+
 
 def test_the_last_line_of_a_benchmark_is_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:
     _measure.report("rollout", {"ratio": [1.1, 0.9, 1.0]}, {"ratio": _measure.Target(at_least=0.95)})
@@ -43,3 +45,11 @@ def test_percentiles_are_values_that_were_measured() -> None:
 
 def test_prompts_differ() -> None:
     assert len({json.dumps(_rig.messages(index)) for index in range(3000)}) == 3000
+
+
+def test_prompts_share_more_than_a_block_of_the_prefix_cache_and_leave_room_for_an_answer(tmp_path: Path) -> None:
+    folder, _ = _rig.model_folder(None, tmp_path)
+    chat = ChatFormat.load(folder, "llama3")
+    first, second = (chat.prompt_ids(_rig.messages(index)) for index in (0, 1999))
+    shared = next(n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    assert 128 < shared < len(first) < _rig.CONTEXT - 400

@@ -5,6 +5,8 @@ A test that fails after an upgrade names the version that the wrapper was writte
 
 import importlib
 import inspect
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+
+from tests.waiting import scaled
 
 
 def found(library: str, checked: str) -> str:
@@ -219,8 +223,20 @@ def test_rays_job_client_sends_its_requests_through_one_method() -> None:
     from ray.job_submission import JobSubmissionClient
 
     parameters = inspect.signature(JobSubmissionClient._do_request).parameters
-    assert list(parameters)[:3] == ["self", "method", "endpoint"], found("ray", "2.60.0")
+    assert list(parameters)[:4] == ["self", "method", "endpoint", "data"], found("ray", "2.60.0")
+    assert "data=package_file.read_bytes()" in inspect.getsource(JobSubmissionClient._upload_package), ray_serve()
     assert parameters["kwargs"].kind is inspect.Parameter.VAR_KEYWORD, found("ray", "2.60.0")
+
+
+def test_ray_serve_reads_how_long_its_proxy_may_take_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sampo_ray.internals.ray import allow_slow_start
+
+    monkeypatch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "")
+    monkeypatch.delenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S")
+    allow_slow_start()
+    read = "from ray.serve._private.constants import PROXY_READY_CHECK_TIMEOUT_S as limit; print(limit)"
+    done = subprocess.run([sys.executable, "-c", read], check=True, capture_output=True, text=True, timeout=scaled(60))
+    assert done.stdout.strip() == "60.0", ray_serve()
 
 
 def test_rays_services_log_under_the_name_that_is_silenced() -> None:

@@ -179,10 +179,11 @@ def ray_cluster() -> Iterator[dict[str, float]]:
     """Joins the cluster at RAY_ADDRESS, or starts Ray on this machine; yields its resources. Its logs go to files."""
     import ray
 
-    from sampo_ray.internals.ray import silence_services
+    from sampo_ray.internals.ray import allow_slow_start, silence_services
 
     local = {"address": "local", "num_cpus": LOCAL_CPUS, "include_dashboard": False}
     where = {} if os.environ.get("RAY_ADDRESS") else local
+    allow_slow_start()
     ray.init(log_to_driver=False, logging_level=logging.ERROR, namespace="sampo", **where)
     try:
         yield dict(ray.cluster_resources())

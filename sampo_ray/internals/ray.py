@@ -1,22 +1,51 @@
 """Ray's private interfaces, checked with Ray 2.60.0."""
 
 import logging
+import os
 
 import requests
+from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
 from ray.job_submission import JobSubmissionClient
 
+from sampo_ray.errors import SubmitError
 
-class TimeLimitedJobClient(JobSubmissionClient):
-    """Ray's job client with a limit of `seconds` for each request, also its constructor's: without one, a call waits
-    forever on a server that never answers. Overrides `_do_request`, by which all but a log's WebSocket goes.
+
+class LimitedJobClient(JobSubmissionClient):
+    """Ray's job client with limits. Overrides `_do_request`, by which all but a log's WebSocket goes.
+
+    Each request has `seconds`, also the constructor's: without them a call waits forever on a server that never
+    answers. An upload is at most UPLOAD_BYTES, else SubmitError: to more than that the server answers 413, though Ray's
+    own warning comes at 256 MiB and names 512. A proxy in front of the server may take less.
     """
+
+    UPLOAD_BYTES = DASHBOARD_CLIENT_MAX_SIZE
 
     def __init__(self, address: str, seconds: float) -> None:
         self.request_seconds = seconds
         super().__init__(address)
 
-    def _do_request(self, method: str, endpoint: str, **options: object) -> requests.Response:
-        return super()._do_request(method, endpoint, timeout=self.request_seconds, **options)
+    def _do_request(
+        self, method: str, endpoint: str, *, data: bytes | None = None, **options: object
+    ) -> requests.Response:
+        size = len(data or b"")
+        if size <= self.UPLOAD_BYTES:
+            response = super()._do_request(method, endpoint, data=data, timeout=self.request_seconds, **options)
+            if response.status_code != requests.codes.request_entity_too_large:
+                return response
+        limit = f"at most {self.UPLOAD_BYTES >> 20} MiB" if size > self.UPLOAD_BYTES else "less (status 413)"
+        raise SubmitError(
+            f"the files that travel with the job are {size / 2**20:.1f} MiB zipped, and {self.get_address()} takes "
+            f"{limit}; keep what is large on storage that the whole cluster shares"
+        )
+
+
+def allow_slow_start() -> None:
+    """Gives Serve's HTTP proxy a minute to start, in a Ray that is started on this machine after this call.
+
+    Serve kills it after 5 s, and gives up after three tries: too early where cores are few and engines start beside it.
+    Sets a variable of the environment that Ray does not document.
+    """
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
 
 
 def silence_services() -> None:

@@ -94,9 +94,9 @@ class Cluster:
             if job["status"] == "RUNNING":
                 self.request("POST", f"/api/jobs/{job['submission_id']}/stop").raise_for_status()
 
-    def request(self, method: str, path: str) -> requests.Response:
+    def request(self, method: str, path: str, data: bytes | None = None) -> requests.Response:
         headers = {"Authorization": f"Bearer {self.env['RAY_AUTH_TOKEN']}"}
-        return requests.request(method, f"{self.address}{path}", headers=headers, timeout=scaled(30))
+        return requests.request(method, f"{self.address}{path}", headers=headers, data=data, timeout=scaled(60))
 
     def ready(self) -> bool:
         try:

@@ -1,16 +1,24 @@
 """Runs as jobs on an existing cluster."""
 
+import asyncio
 import io
+import os
 import signal
 import socket
+from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import requests
+from ray.job_submission import JobStatus
 from rich.console import Console
 
 from sampo_ray.cluster import submit as job
 from sampo_ray.config.run import load_config
 from sampo_ray.errors import ConfigError
+from sampo_ray.internals.ray import LimitedJobClient
 from tests.waiting import scaled, wait_until
 
 from .conftest import Cluster
@@ -88,6 +96,133 @@ def test_an_environment_that_would_overrule_the_address_is_named(tmp_path, monke
         job.submit_entrypoint("true", tmp_path, "http://127.0.0.1:8265", Console(file=io.StringIO()))
 
 
+class Server:
+    """Answers the requests of Ray's job client as its server does: packages are not there yet and are taken, and jobs
+    get the `answers` in turn (an exception is raised), the last one again and again.
+    """
+
+    def __init__(self, monkeypatch: Any, *answers: tuple[int, str] | Exception, upload: int = 200) -> None:
+        self.answers, self.upload, self.asked = list(answers), upload, []
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        monkeypatch.setattr("requests.request", self.answer)
+        monkeypatch.setattr(job, "RETRY_SECONDS", 0.0)
+
+    def answer(self, method: str, url: str, json: Any = None, **_: Any) -> requests.Response:
+        self.asked.append((method, url, json))
+        if url.endswith("/api/version"):
+            return response(200, '{"ray_version": "2.60.0"}')
+        if "/api/packages/" in url:
+            return response(404 if method == "GET" else self.upload, "")
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return response(answer[0], answer[1].replace("ID", (json or {}).get("submission_id", "")))
+
+    def submit(self, folder: Path) -> str:
+        client = job._connect("http://127.0.0.1:8265")
+        return job._submitted(client, "true", {"working_dir": str(folder)}, "http://127.0.0.1:8265")
+
+
+def response(status: int, text: str) -> requests.Response:
+    made = requests.Response()
+    made.status_code, made._content = status, text.encode()
+    return made
+
+
+def test_files_that_are_too_much_for_the_job_server_are_refused_before_they_are_sent(tmp_path, monkeypatch):
+    (tmp_path / "reward.py").write_bytes(os.urandom(3 << 20))  # it does not get smaller
+    server = Server(monkeypatch, (200, '{"job_id": "ID", "submission_id": "ID"}'))
+    monkeypatch.setattr(LimitedJobClient, "UPLOAD_BYTES", 4 << 20)
+    assert server.submit(tmp_path).startswith("sampo_")
+    monkeypatch.setattr(LimitedJobClient, "UPLOAD_BYTES", 2 << 20)
+    server.asked.clear()
+    with pytest.raises(job.SubmitError, match=r"travel with the job are 3\.0 MiB zipped, and .* at most 2 MiB"):
+        server.submit(tmp_path)
+    assert not [method for method, *_ in server.asked if method == "PUT"]
+
+
+def test_an_upload_that_a_proxy_refuses_is_one_message(tmp_path, monkeypatch):
+    with pytest.raises(job.SubmitError, match=r"zipped, and http.* takes less \(status 413\); keep what is"):
+        Server(monkeypatch, (200, ""), upload=413).submit(tmp_path)
+
+
+TAKEN = "Traceback (most recent call last):\n  ...\nValueError: Job with submission_id ID already exists. Please ...\n"
+
+
+def test_a_job_whose_taking_was_not_heard_of_is_not_started_a_second_time(tmp_path, monkeypatch):
+    server = Server(monkeypatch, requests.ReadTimeout(), (500, "No available agent to submit job"), (500, TAKEN))
+    found = server.submit(tmp_path)
+    ids = [body["submission_id"] for method, url, body in server.asked if url.endswith("/api/jobs/")]
+    assert ids == [found] * 3
+
+
+def test_a_refusal_is_told_without_the_server_s_stack(tmp_path, monkeypatch):
+    refusal = "Traceback (most recent call last):\n  File ...\nValueError: no such field.\n"
+    with pytest.raises(job.SubmitError, match=r"the job was not taken: ValueError: no such field"):
+        Server(monkeypatch, (400, refusal)).submit(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("mode", "status", "message"),
+    [(None, 401, "sends only if RAY_AUTH_MODE=token is set"), ("token", 403, "prints on its head")],
+)
+def test_a_cluster_that_asks_for_a_token_says_what_to_set(mode, status, message, tmp_path, monkeypatch):
+    server = Server(monkeypatch, (200, ""))
+    monkeypatch.setattr("requests.request", lambda *_, **__: response(status, "Unauthorized"))
+    monkeypatch.setenv("RAY_AUTH_MODE", mode) if mode else monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    with pytest.raises(job.SubmitError, match=message):
+        server.submit(tmp_path)
+
+
+class Followed:
+    """A job that is seen in these states in turn, the last one again and again; its log ends or is lost at once."""
+
+    def __init__(self, *states: str | Exception, log: Exception | None = None) -> None:
+        self.states, self.log = list(states), log
+
+    def get_job_info(self, job_id: str) -> Any:
+        state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
+        if isinstance(state, Exception):
+            raise state
+        return SimpleNamespace(status=JobStatus(state), message="Job has not started yet.")
+
+    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        yield "working\n"
+        if self.log:
+            raise self.log
+
+    def follow(self, monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[str]]:
+        """What is shown of its log, and what is said beside it."""
+        monkeypatch.setattr(job, "REQUEST_SECONDS", 0.0)
+        monkeypatch.setattr(job, "SETTLE_SECONDS", 0.0)
+        shown, said = io.StringIO(), []
+        asyncio.run(job._follow(self, "j", Console(file=shown), said.append))
+        job._ended(self, "j", said.append)
+        return shown.getvalue(), said
+
+
+def test_a_job_that_stays_pending_is_waited_for_and_says_so_once(monkeypatch):
+    shown, said = Followed("PENDING", "PENDING", "PENDING", "RUNNING", "SUCCEEDED").follow(monkeypatch)
+    assert shown == "working\n"
+    assert len(said) == 1 and "job j is pending: Job has not started yet. Ray cannot stop it before" in said[0]
+
+
+def test_a_job_whose_log_cannot_be_read_is_followed_to_its_end(monkeypatch):
+    running = ["RUNNING"] * 4
+    shown, said = Followed(*running, "SUCCEEDED", log=RuntimeError("closed unexpectedly")).follow(monkeypatch)
+    assert shown == "working\n", "what was shown is not shown again"
+    assert [line.partition(": ")[2] for line in said] == [
+        "its log is lost since 0 s: closed unexpectedly",
+        "there is no more of its log, and it still is RUNNING; waiting for its end",
+    ]
+
+
+def test_a_job_that_went_with_the_head_says_how_the_run_goes_on(monkeypatch):
+    forgotten = RuntimeError("Request failed with status code 404: Job j does not exist.")
+    with pytest.raises(job.SubmitError, match="its head was restarted and the job ended; continue the run"):
+        Followed("RUNNING", forgotten).follow(monkeypatch)
+
+
 @pytest.mark.slow
 def test_a_job_runs_over_both_nodes_with_the_package_that_travels_with_it(cluster, tmp_path):
     (tmp_path / "probe.py").write_text(
@@ -110,10 +245,18 @@ def test_a_job_that_fails_gives_its_status_and_its_last_words(cluster, tmp_path)
 
 @pytest.mark.slow
 def test_a_cluster_that_asks_for_a_token_says_so(cluster, tmp_path):
-    stranger = Cluster(cluster.address, {k: v for k, v in cluster.env.items() if not k.startswith("RAY_AUTH")})
-    status, output = stranger.run("true", tmp_path)
-    assert status == 1
-    assert "SubmitError" in output and "RAY_AUTH_TOKEN" in output
+    none = {k: v for k, v in cluster.env.items() if not k.startswith("RAY_AUTH")}
+    wrong = {**cluster.env, "RAY_AUTH_TOKEN": "0" * 64}
+    for env, message in ((none, "RAY_AUTH_MODE=token is set"), (wrong, "the cluster has another token")):
+        status, output = Cluster(cluster.address, env).run("true", tmp_path)
+        assert status == 1
+        assert "SubmitError" in output and message in output
+
+
+@pytest.mark.slow
+def test_the_job_server_takes_no_more_than_we_send_it(cluster):
+    package, much = "/api/packages/gcs/_ray_pkg_0123456789abcdef.zip", bytes(LimitedJobClient.UPLOAD_BYTES + 1)
+    assert cluster.request("PUT", package, data=much).status_code == 413
 
 
 @pytest.mark.slow
