@@ -190,10 +190,11 @@ class OptimConfig(Section):
 class ReferenceConfig(Section):
     where: Literal["workers", "trainer"] = "workers"
     """Who computes the log-probs of a round's reference: workers of their own, or the trainer's ranks before the
-    round's first step, when the policy still is the reference. `trainer` saves a copy of the model; on CPUs same bits."""
+    round's first step, when the policy still is the reference. `trainer` saves a copy of the model; same bits on CPUs.
+    """
     positions: Literal["all", "sampled"] = "all"
-    """`sampled`: only of the tokens that SamPO's masks keep; other tokens get NaN. Less of the head's work, on
-    CPUs for the same bits, but stored log-probs are good for this run's masks alone."""
+    """`sampled`: only of the tokens that SamPO's masks keep; other tokens get NaN. Same bits (on CPUs) for less of
+    the head's work, but stored log-probs are good for this run's masks alone."""
 
 
 class TrainerConfig(Section):
