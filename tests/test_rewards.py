@@ -368,7 +368,8 @@ def test_reward_workers_score_with_a_function_whose_file_no_longer_exists(deploy
     with pytest.raises(RewardError) as error:
         scored(handle, completions(["nan"], '{"solution": "4"}'))
     assert str(error.value.cause) == (
-        "the reward source returned nan for a completion of the prompt 'What is 2+2?'; return a finite number"
+        "the reward source returned nan for a completion of the prompt 'What is 2+2?'; return a finite number, or None "
+        "where it has no score"
     )
 
 
