@@ -1,11 +1,14 @@
 """Configuration: one clear message for each mistake, before anything starts."""
 
+import inspect
+import re
+
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sampo_ray.config.losses import LOSSES
+from sampo_ray.config.losses import ADVICE, LOSSES, advice
 from sampo_ray.config.profiles import resolve
 from sampo_ray.config.run import RunConfig, load_config
 from sampo_ray.errors import ConfigError
@@ -24,6 +27,19 @@ ONLINE = ["rounds.mode=online", "data.prompts=p", "reward.function=f.py:f"]
         ("optimm.learning_rate=1", ["optimm", "did you mean 'optim'"]),
         ("method.beta=-1", ["method.beta", "greater than 0", "-1"]),
         ("method.loss=sigmoit", ["method.loss='sigmoit'", "did you mean 'sigmoid'"]),
+        ("method.loss=dpo", ["method.loss='dpo'", "use method.loss=sigmoid method.reduction=sum"]),
+        ("method.loss=KTO", ["method.loss='KTO'", "use method.loss=kto_pair method.reduction=sum"]),
+        ("method.loss=LD-DPO", ["method.loss='LD-DPO'", "method.reduction=ld"]),
+        ("method.loss=SimPO", ["method.loss='SimPO'", "did you mean 'simpo'?"]),
+        ("method.loss=aot", ["method.loss='aot'", "sorts a batch"]),
+        ("method.loss=apo_zero", ["method.loss='apo_zero'", "a loss of your own"]),
+        ("method.loss=[sigmoid,sft]", ["method.loss: input should be a valid string"]),
+        ("model.lora.targets=q_proj", ["'all-linear' or a list, as in model.lora.targets=[q_proj] (got 'q_proj')"]),
+        ("model.lora.targets=[1]", ["model.lora.targets.0: input should be a valid string (got 1)"]),
+        ("model.lora=true", ["model.lora: is a section (got True); set its fields, as in model.lora.rank=..."]),
+        ("trainer.gradient_checkpointing=some", ["input should be a valid boolean or 'selective' (got 'some')"]),
+        ("run.trackers=wandb", ["run.trackers: input should be a list, as in run.trackers=[wandb] (got 'wandb')"]),
+        ("optim.betas=[0.9]", ["optim.betas: more values are needed (got [0.9])"]),
         ("method.reduction=median", ["method.reduction='median'", "did you mean 'mean'"]),
         ("method.loss=tdpo trainer.zero_stage=3", ["method.loss='tdpo'", "use trainer.zero_stage=2"]),
         ("method.loss=tdpo reference.where=trainer", ["method.loss='tdpo'", "drop reference.where"]),
@@ -50,6 +66,31 @@ def test_a_mistake_is_named_with_its_field_value_and_mend(override, words):
         load_config(MINIMAL, override.split())
     for word in words:
         assert word in str(error.value)
+    assert len(str(error.value).splitlines()) == 1, "one mistake, one line"
+
+
+def test_a_key_is_not_quoted():
+    with pytest.raises(
+        ConfigError, match=r"serve.api_keys: input should be a list, as in serve.api_keys=\[\.\.\.\]"
+    ) as error:
+        load_config(MINIMAL, ["serve.api_keys=long-secret"])
+    assert "secret" not in str(error.value)
+
+
+def test_the_names_that_losses_have_in_trl_are_known_or_lead_to_what_to_use():
+    trl = pytest.importorskip("trl")
+    names = set(re.findall(r"loss_type == \"(\w+)\"", inspect.getsource(trl.DPOTrainer)))
+    assert names >= {"sigmoid", "ipo", "aot", "discopop"}
+    assert not [name for name in names - {*LOSSES} if "known are" in advice(name) or "did you mean" in advice(name)]
+
+
+@pytest.mark.parametrize(
+    "settings", [text for text in ADVICE.values() if text.startswith("use ") and " or " not in text]
+)
+def test_what_is_advised_for_a_losss_other_name_can_be_configured(settings):
+    overrides = [each.strip(",").replace("=...", "=0.5") for each in settings.split() if "=" in each]
+    extra = ["rounds.mode=online", "data.prompts=p", "reward.function=f.py:f"] if "online" in settings else []
+    load_config(MINIMAL, [*extra, *overrides])
 
 
 def test_an_online_run_needs_a_reward_source():

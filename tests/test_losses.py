@@ -353,7 +353,7 @@ def test_steps_from_a_stored_checkpoint_have_the_bits_of_steps_without_a_stop(ti
     [
         ("loss=tdpo reduction=mean", ["method.loss='tdpo'", "reduction='mean'", "use reduction: sum or"]),
         ("loss=tdpo mask=independent", ["mask='independent'", "'tdpo'"]),
-        ("loss=ld_dpo", ["method.loss='ld_dpo'", "reduction='ld'"]),
+        ("loss=ld_dpo", ["method.loss='ld_dpo'", "method.reduction=ld"]),
         ("loss=simpo reduction=sample", ["method.loss='simpo'", "reduction='sample'", "use reduction: mean"]),
         ("loss=orpo reduction=top_k", ["method.loss='orpo'", "reduction='top_k'", "use reduction: mean"]),
         ("loss=orpo mask=independent", ["mask='independent'", "'orpo'"]),

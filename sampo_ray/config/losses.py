@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from sampo_ray.config.section import suggestion
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -85,8 +87,43 @@ LOSSES: dict[str, PreferenceLoss] = {
         reductions=("sum", "sample"),  # D is a sum over the tokens that they count
     ),
 }
-REFUSED = {"ld_dpo": "is loss='sigmoid' with reduction='ld'"}
-"""Known names of losses that are configured in another way, and how."""
+_OWN = "it is not built in, and can be a loss of your own (docs/method.md)"
+_NOT_PAIRS = (
+    "it is no preference loss; rounds.mode=online makes pairs of scored samples, for any loss of docs/method.md"
+)
+ADVICE = {
+    **dict.fromkeys(("dpo", "iterative_dpo"), "use method.loss=sigmoid method.reduction=sum"),
+    "sampo": "use method.loss=sigmoid method.reduction=sample, which are the defaults",
+    "cdpo": "use method.loss=sigmoid method.reduction=sum method.label_smoothing=0.1",
+    "ld_dpo": "use method.loss=sigmoid method.reduction=ld method.alpha=...",
+    "sigmoid_norm": "use method.loss=sigmoid method.reduction=mean",
+    "rpo": "use method.loss=mix method.reduction=sum",
+    "rdpo": "use method.loss=lenN (R-DPO, against length) or method.loss=robust (rDPO, against wrong labels)",
+    "r_dpo": "use method.loss=lenN method.reduction=sum",
+    "robust_dpo": "use method.loss=robust method.reduction=sum",
+    "dpo_positive": "use method.loss=dpop method.reduction=sum",
+    **dict.fromkeys(("slic", "slic_hf", "rso"), "use method.loss=hinge method.reduction=sum"),
+    "kto": "use method.loss=kto_pair method.reduction=sum",
+    "bco": "use method.loss=bco_pair method.reduction=sum",
+    "nca": "use method.loss=nca_pair method.reduction=sum",
+    "sppo": "use method.loss=sppo_hard method.reduction=sum method.beta=0.001",
+    "tdpo2": "use method.loss=tdpo method.reduction=sum",
+    **dict.fromkeys(("cpo", "alphapo", "tpo", "tpo_l"), "it is not built in; simpo and orpo need no reference either"),
+    **dict.fromkeys(("sft", "nll"), "it is no preference loss; method.loss=mix adds it to DPO's"),
+    **dict.fromkeys(("apo", "apo_zero", "apo_down", "exo", "exo_pair", "discopop", "tdpo1"), _OWN),
+    **dict.fromkeys(("aot", "aot_pair", "aot_unpaired"), "it sorts a batch, and a loss here is of one pair at a time"),
+    **dict.fromkeys(("grpo", "ppo", "rloo"), _NOT_PAIRS),
+    "online_dpo": "use rounds.mode=online method.loss=sigmoid method.reduction=sum",
+    **dict.fromkeys(("apo_zero_unpaired", "kto_unpaired"), "it is for single answers; losses here are of pairs"),
+}
+"""What to do about names that losses have elsewhere, in papers and in TRL."""
+
+
+def advice(name: str) -> str:
+    """What to do about a loss's `name` that is not in LOSSES."""
+    plain = name.strip().lower().replace("-", "_").replace(" ", "_")
+    known = {each.lower(): each for each in LOSSES}
+    return ADVICE.get(plain) or (f"did you mean {known[plain]!r}?" if plain in known else suggestion(name, LOSSES))
 
 
 def find_loss(name: str) -> PreferenceLoss:
@@ -96,8 +133,6 @@ def find_loss(name: str) -> PreferenceLoss:
     """
     if name in LOSSES:
         return LOSSES[name]
-    if name in REFUSED:
-        raise ValueError(f"loss={name!r} {REFUSED[name]}")
     place, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(place), attribute)

@@ -20,6 +20,9 @@ from sampo_ray.errors import ConfigError
 
 Tree: TypeAlias = dict[str, object]
 
+SECRET = "serve.api_keys"
+"""The field whose value no message quotes."""
+
 
 class RunConfig(Section):
     """A whole run. `profile: auto` chooses between `laptop` and `cluster` by the GPUs that Ray has."""
@@ -122,7 +125,7 @@ def load_config(recipe: str | Path | Mapping[str, object], overrides: Sequence[s
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
+        raise ConfigError("\n".join(_explain(error.errors()))) from None
 
 
 def _read_yaml(path: Path) -> Tree:
@@ -156,23 +159,70 @@ def _set(tree: Tree, override: str) -> Tree:
     return tree
 
 
-def _explain(error: ErrorDetails) -> str:
+def _explain(errors: Sequence[ErrorDetails]) -> list[str]:
+    """One line a mistake. What the branches of a union say of one value is one mistake."""
+    lines: dict[str, str] = {}
+    expected: dict[str, list[str]] = {}
+    for error in errors:
+        field, inside = _split(error["loc"])
+        if inside and isinstance(inside[0], str) and error["type"] != "extra_forbidden":
+            if len(inside) == 1:
+                expected.setdefault(field, []).append(_expected(field, error))
+                lines[field] = f"{field}: input should be {' or '.join(expected[field])} (got {error['input']!r})"
+            else:  # of the kind that the value is
+                lines[field] = _line({**error, "loc": (*field.split("."), *inside[1:])})
+        else:
+            lines[f"{error['loc']}"] = _line(error)
+    return list(lines.values())
+
+
+def _line(error: ErrorDetails) -> str:
     path = [str(part) for part in error["loc"]]
-    where, value = ".".join(path), error.get("input")
+    where = ".".join(path)
+    value = "..." if where.startswith(SECRET) else error.get("input")
     if error["type"] == "extra_forbidden":
         return f"{where}: unknown key; {suggestion(path[-1], _fields_at(path[:-1]))}"
+    if error["type"] == "missing" and isinstance(error["loc"][-1], int):
+        return f"{'.'.join(path[:-1])}: more values are needed (got {value!r})"
     if error["type"] == "missing":
         return f"{where}: missing; set it in the recipe or as {where}=..."
+    if error["type"] == "model_type":
+        return f"{where}: is a section (got {value!r}); set its fields, as in {where}.{_fields_at(path)[0]}=..."
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{where}.{message}" if where else message
+    if error["type"] in ("tuple_type", "list_type"):
+        message = f"Input should be {_expected(where, error)}"
     return f"{where}: {message[0].lower()}{message[1:]} (got {value!r})"
 
 
+def _expected(field: str, error: ErrorDetails) -> str:
+    """What a value should be, without "input should be"."""
+    if error["type"] in ("tuple_type", "list_type"):
+        quoted = isinstance(error["input"], str | float) and field != SECRET
+        return f"a list, as in {field}=[{error['input'] if quoted else '...'}]"
+    return error["msg"].removeprefix("Input should be ").partition(", unable")[0]
+
+
+def _split(loc: tuple[int | str, ...]) -> tuple[str, tuple[int | str, ...]]:
+    """The field that an error's location is in, and where in its value: positions, and branches of a union."""
+    section: type[BaseModel] | None = RunConfig
+    length = 0
+    while section is not None and length < len(loc) and loc[length] in section.model_fields:
+        section = _section_at(section, str(loc[length]))
+        length += 1
+    return ".".join(map(str, loc[:length])), loc[length:]
+
+
+def _section_at(section: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The section that a field holds, which may be optional; None for a value."""
+    kind = section.model_fields[name].annotation
+    return next((t for t in (kind, *get_args(kind)) if isinstance(t, type) and issubclass(t, BaseModel)), None)
+
+
 def _fields_at(path: list[str]) -> list[str]:
-    """The fields of the section at `path`, which may be optional."""
+    """The fields of the section at `path`."""
     section: type[BaseModel] = RunConfig
     for name in path:
-        kind = section.model_fields[name].annotation
-        section = next(t for t in (kind, *get_args(kind)) if isinstance(t, type) and issubclass(t, BaseModel))
+        section = _section_at(section, name) or section
     return list(section.model_fields)

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from sampo_ray.config.losses import LOSSES, REDUCTIONS, REFUSED, find_loss
+from sampo_ray.config.losses import LOSSES, REDUCTIONS, advice, find_loss
 from sampo_ray.config.section import Section, suggestion
 
 
@@ -140,8 +140,8 @@ class MethodConfig(Section):
     def _defaults_of_the_loss(cls, given: object) -> object:
         if not isinstance(given, dict) or not isinstance(name := given.get("loss", "sigmoid"), str):
             return given
-        if name not in {**LOSSES, **REFUSED} and ":" not in name:
-            raise ValueError(f"loss={name!r} is not known; {suggestion(name, LOSSES)}")
+        if name not in LOSSES and ":" not in name:
+            raise ValueError(f"loss={name!r} is not known; {advice(name)}")
         loss = find_loss(name)
         reduction = "sample" if "sample" in loss.reductions else loss.reductions[0]
         defaults = {"reduction": reduction, **loss.settings}
