@@ -53,7 +53,7 @@ def main() -> None:
         from sampo_ray.serve.endpoint import await_endpoint, deploy_endpoint, stop_endpoint
 
         deploy_endpoint("bench-endpoint", "bench-policy", "bench", rig.config)
-        ours = await_endpoint("bench-endpoint", rig.config)
+        ours = await_endpoint("bench-endpoint")
         stock = start_stock(rig)
         share = max(1, args.requests // args.repeats)
         with vllm_serve(rig) as bare:

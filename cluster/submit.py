@@ -41,7 +41,12 @@ def submit(recipe: Path, overrides: Sequence[str], address: str, console: Consol
     that cannot run there, and SubmitError when the cluster does not take the job.
     """
     config = load_config(recipe, list(overrides))
-    check_reachable(config, overrides)
+    config.serve.check_keyed()
+    check_reachable(config)
+    if config.serve.api_keys:
+        console.print(
+            "SAMPO_API_KEYS of this machine stays here; the job takes that of the cluster's head", markup=False
+        )
     with tempfile.TemporaryDirectory(prefix="sampo-submit-") as folder:
         stage_files(recipe, config, Path(folder))
         return submit_entrypoint(entrypoint(recipe, overrides), Path(folder), address, console)
@@ -52,10 +57,16 @@ def entrypoint(recipe: Path, overrides: Sequence[str]) -> str:
     return shlex.join(["python", "-m", "sampo_ray", "train", recipe.name, *overrides])
 
 
-def check_reachable(config: RunConfig, overrides: Sequence[str]) -> None:
-    """Raises ConfigError for what only this machine could open, and for secrets that Ray's dashboard would show."""
-    if any(override.startswith("serve.api_keys") for override in overrides):
-        raise ConfigError("serve.api_keys: an override is shown in Ray's dashboard; put the keys into the recipe file")
+def check_reachable(config: RunConfig) -> None:
+    """Raises ConfigError for what only this machine could open, and for keys, which all users of the cluster could
+    read, and which would be gone when the run is resumed.
+    """
+    if config.serve.api_keys and "api_keys" in config.serve.model_fields_set:
+        raise ConfigError(
+            "serve.api_keys: whoever uses the cluster can read the recipe and the overrides of a job; use "
+            "serve.keys_file (`sampo keys add`) on storage that the whole cluster shares, or SAMPO_API_KEYS in the "
+            "environment of the cluster's head"
+        )
     if "://" not in config.run.dir and not os.path.isabs(config.run.dir):
         raise ConfigError(
             f"run.dir={config.run.dir!r} is relative, and a job's working directory is thrown away; "

@@ -234,9 +234,10 @@ async def _stream(first: messages.Chunks, answer: Answer) -> AsyncIterator[str]:
         yield sse.event(error.body())
 
 
-def build_endpoint_app(name: str, policy_app: str, store: str, config: ServeConfig) -> serve.Application:
+def build_endpoint_app(name: str, policy_app: str, store: str, config: ServeConfig, host: str) -> serve.Application:
     """The endpoint as a Serve application of one deployment, `name`, in front of the application `policy_app`, whose
-    replicas follow the weight store of that name. API keys travel as digests only. ValueError for an unusable key.
+    replicas follow the weight store of that name; `host`: where Serve listens. API keys travel as digests only.
+    ValueError for an unusable key.
     """
     # A redirect would lead wherever the Host header says.
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
@@ -245,7 +246,7 @@ def build_endpoint_app(name: str, policy_app: str, store: str, config: ServeConf
     app.add_middleware(RedirectToPage)
     app.add_middleware(ResponseHeaders, defaults=lambda: version_headers(_live_weights()))
     app.add_middleware(LimitRequests, limits=Limits.of(config))
-    app.add_middleware(Authentication, access=Access.of(config))
+    app.add_middleware(Authentication, access=Access.of(config, host))
     app.add_middleware(ResponseHeaders, defaults=lambda: SECURITY_HEADERS)
     ingress = make_fastapi_ingress(PolicyIngress, endpoint_map=ROUTES, app=app)
     deployment = serve.deployment(

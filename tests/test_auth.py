@@ -38,19 +38,27 @@ PATHS = (
 
 
 def call(app: Any, method: str, path: str, host: str = "127.0.0.1:8000", **more: Any) -> httpx.Response:
+    peer, root = more.pop("peer", "127.0.0.1"), more.pop("root_path", "")
+
     async def ask() -> httpx.Response:
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False, root_path=more.pop("root_path", ""))
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False, root_path=root, client=(peer, 50000))
         async with httpx.AsyncClient(transport=transport, base_url=f"http://{host}") as client:
             return await client.request(method, path, **more)
 
     return asyncio.run(ask())
 
 
+def access_of(listens: str | None = None, **config: Any) -> Access:
+    """Of an endpoint whose Serve listens on `listens`, or where the configuration asks for."""
+    settings = ServeConfig(**{"api_keys": (), **config})
+    return Access.of(settings, listens or settings.host)
+
+
 def small_app(**config: Any) -> FastAPI:
-    """Routes that answer with the name of the request's key."""
+    """Routes that answer with the name of the request's key, behind the guard of `access_of`."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     errors.install(app)
-    app.add_middleware(Authentication, access=Access.of(ServeConfig(**{"api_keys": (), **config})))
+    app.add_middleware(Authentication, access=access_of(**config))
     app.add_middleware(ResponseHeaders, defaults=lambda: SECURITY_HEADERS)
 
     async def who(request: Request) -> dict[str, str | None]:
@@ -116,7 +124,7 @@ def test_nothing_else_is_accepted(headers: list[tuple[str, str]]) -> None:
 @settings(deadline=None)
 @given(st.binary(max_size=40))
 def test_random_keys_are_refused(value: bytes) -> None:
-    guard = Authentication(small_app(), Access.of(ServeConfig(api_keys=KEYS)))
+    guard = Authentication(small_app(), access_of(api_keys=KEYS))
     scope = {"type": "http", "headers": [(b"authorization", b"Bearer " + value)]}
     assert bool(asyncio.run(guard._key(scope))) == (value.strip() in (b"one", b"two words"))
 
@@ -190,6 +198,51 @@ def test_other_sites_pages_cannot_use_an_open_endpoint_through_its_users_browser
     assert answer.json()["error"]["code"] == "foreign_site"
 
 
+HERE = ("127.0.0.1", "127.8.9.1", "::1", "::ffff:127.0.0.1")
+ELSEWHERE = ("192.0.2.2", "::ffff:192.0.2.2", "2001:db8::2", "fe80::1%eth0", "0.0.0.0", "", "localhost.example")
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/admin/versions"])
+def test_without_keys_only_connections_from_this_machine_are_answered_whatever_their_headers_say(path: str) -> None:
+    for peer in HERE:
+        assert call(small_app(), "GET", path, peer=peer).status_code == 200
+    for peer in ELSEWHERE:
+        for host in ("localhost:8000", "127.0.0.1:8000"):
+            answer = call(small_app(), "GET", path, host, peer=peer)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (403, "not_local")
+        assert call(small_app(), "GET", "/health", peer=peer).status_code == 200
+
+
+@pytest.mark.parametrize("header", ["X-Forwarded-For", "Forwarded"])
+def test_without_keys_what_a_proxy_forwards_is_not_from_this_machine(header: str) -> None:
+    for value in ("192.0.2.2", "127.0.0.1", "for=127.0.0.1", ""):
+        answer = call(small_app(), "POST", "/admin/promote", headers={header: value})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "not_local")
+
+
+def test_a_connection_without_an_address_is_not_from_this_machine() -> None:
+    guard = Authentication(small_app(), access_of())
+    for more in ({}, {"client": None}):
+        refusal = guard._refusal({"type": "http", "headers": [(b"host", b"localhost")], **more}, "use", None)
+        assert refusal is not None and refusal.code == "not_local"
+
+
+def test_keys_and_openness_hold_for_any_peer() -> None:
+    for peer in (*HERE, *ELSEWHERE):
+        keyed = call(small_app(api_keys=KEYS), "GET", "/admin/versions", headers=bearer("one"), peer=peer)
+        assert keyed.status_code == 200
+        assert call(small_app(api_keys=KEYS), "GET", "/v1/models", peer=peer).status_code == 401
+        assert call(small_app(host="0.0.0.0", open=True), "GET", "/v1/models", peer=peer).status_code == 200
+
+
+def test_what_is_open_goes_by_where_serve_listens_and_not_by_the_configuration() -> None:
+    for path in ("/v1/models", "/admin/versions"):
+        assert call(small_app(listens="0.0.0.0"), "GET", path, "localhost").status_code == 401
+        assert call(small_app(host="0.0.0.0", listens="127.0.0.1"), "GET", path, "localhost").status_code == 200
+    assert call(small_app(listens="0.0.0.0", open=True), "GET", "/v1/models", "far.example").status_code == 200
+    assert call(small_app(listens="0.0.0.0", open=True), "POST", "/admin/promote", "localhost").status_code == 401
+
+
 def test_an_open_endpoint_can_be_used_by_anybody_but_not_administered(tmp_path: Path) -> None:
     for app in (small_app(host="0.0.0.0", open=True), keyed(tmp_path, host="0.0.0.0", open=True)):
         assert call(app, "POST", "/v1/completions", "far.example").status_code == 200
@@ -208,11 +261,11 @@ def test_a_keys_file_without_keys_lets_nobody_in(tmp_path: Path) -> None:
 
 def test_an_empty_key_is_refused() -> None:
     with pytest.raises(ValueError, match="api_keys"):
-        Access.of(ServeConfig.model_construct(api_keys=(SecretStr("one"), SecretStr(""))))
+        Access.of(ServeConfig.model_construct(api_keys=(SecretStr("one"), SecretStr(""))), "127.0.0.1")
 
 
 def test_what_travels_to_replicas_holds_no_key() -> None:
-    assert "two words" not in repr(Access.of(ServeConfig(api_keys=KEYS)))
+    assert "two words" not in repr(access_of(api_keys=KEYS))
 
 
 def test_a_websocket_needs_a_key_too() -> None:
@@ -223,7 +276,7 @@ def test_a_websocket_needs_a_key_too() -> None:
             sent.append(message)
 
         scope = {"type": "websocket", "path": "/health", "headers": []}
-        await Authentication(small_app(), Access.of(ServeConfig(api_keys=KEYS)))(scope, None, send)  # type: ignore[arg-type]
+        await Authentication(small_app(), access_of(api_keys=KEYS))(scope, None, send)  # type: ignore[arg-type]
 
     asyncio.run(connect())
     assert sent == [{"type": "websocket.close", "code": 1008}]

@@ -5,8 +5,9 @@ import re
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import SecretStr
 
 from sampo_ray.config.losses import ADVICE, LOSSES, advice
 from sampo_ray.config.profiles import resolve
@@ -51,8 +52,6 @@ ONLINE = ["rounds.mode=online", "data.prompts=p", "reward.function=f.py:f"]
         ("trainer.tokens_per_row=8192", ["trainer.tokens_per_row=8192", "data.max_length=8192", "16384"]),
         ("data.train=null", ["data.train is missing"]),
         ("rounds.mode=online", ["data.prompts is missing"]),
-        ("serve.host=0.0.0.0", ["serve.host='0.0.0.0'", "api_keys", "serve.keys_file", "serve.open=true"]),
-        ("serve.host=gpu-box", ["serve.host='gpu-box'", "api_keys"]),
         ("serve.tokens_per_minute=0", ["serve.tokens_per_minute", "greater than or equal to 1"]),
         ("publish.transport=nccl", ["publish.transport", "'host', 'ipc' or 'broadcast'", "'nccl'"]),
         ("rounds.count=many", ["rounds.count", "'many'"]),
@@ -120,14 +119,25 @@ def test_keys_come_from_the_environment_and_are_not_written(monkeypatch):
         ["serve.host=127.0.0.2"],
         ["serve.host=::1"],
         ["serve.host=localhost"],
+        ["serve.host=::ffff:127.0.0.1"],
         ["serve.host=0.0.0.0", "serve.keys_file=keys.yaml"],
         ["serve.host=0.0.0.0", "serve.api_keys=[long-secret]"],
         ["serve.host=0.0.0.0", "serve.open=true"],
+        ["serve.host=0.0.0.0", "serve.enabled=false"],
     ],
 )
 def test_an_endpoint_binds_to_loopback_or_has_keys_or_is_open_by_order(monkeypatch, overrides):
     monkeypatch.delenv("SAMPO_API_KEYS", raising=False)
-    assert load_config(MINIMAL, overrides).serve.enabled
+    load_config(MINIMAL, overrides).serve.check_keyed()
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.2", "::ffff:192.0.2.2", "gpu-box", "localhost.example"])
+def test_an_open_address_without_keys_is_refused_where_a_run_starts(monkeypatch, host):
+    monkeypatch.delenv("SAMPO_API_KEYS", raising=False)
+    with pytest.raises(ConfigError) as error:
+        load_config({**MINIMAL, "serve": {"host": host}}).serve.check_keyed()
+    for word in (f"serve.host={host!r}", "SAMPO_API_KEYS", "serve.keys_file", "serve.open=true"):
+        assert word in str(error.value)
 
 
 @given(
@@ -144,6 +154,41 @@ def test_an_endpoint_binds_to_loopback_or_has_keys_or_is_open_by_order(monkeypat
 def test_what_is_written_reads_back_as_the_same(values):
     config = load_config(MINIMAL, [f"{key}={value}" for key, value in values.items()])
     assert load_config(yaml.safe_load(dump_config(config))) == config
+
+
+serving = st.fixed_dictionaries(
+    {},
+    optional={
+        "enabled": st.booleans(),
+        "host": st.sampled_from(["127.0.0.1", "0.0.0.0", "::", "gpu-box"]),
+        "port": st.integers(0, 65535),
+        "api_keys": st.lists(st.text(min_size=1, max_size=5), max_size=2),
+        "keys_file": st.none() | st.just("keys.yaml"),
+        "open": st.booleans(),
+        "start_timeout_s": st.floats(0, 1e6),
+        "follow": st.sampled_from(["latest", "round", "manual"]),
+        "gates": st.fixed_dictionaries({}, optional={"finite": st.booleans(), "max_growth": st.none() | st.just(1.5)}),
+    },
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(serving, st.sampled_from(["", "key-1"]), st.sampled_from(["", "key-2"]))
+def test_a_run_directory_always_loads_and_says_that_its_keys_are_to_be_given_again(monkeypatch, serve, before, after):
+    monkeypatch.setenv("SAMPO_API_KEYS", before)
+    config = load_config({**MINIMAL, "serve": serve})
+    written = yaml.safe_load(dump_config(config))
+    monkeypatch.setenv("SAMPO_API_KEYS", after)
+    again = load_config(written)
+    keyed_before, there_now = bool(config.serve.api_keys), again.serve.api_keys
+    assert there_now == ((SecretStr(after),) if after else None if keyed_before else ())
+    without = config.serve.model_copy(update={"api_keys": there_now})
+    assert again == config.model_copy(update={"serve": without})
+    given_again = bool(after) or again.serve.keys_file is not None or not again.serve.enabled
+    if keyed_before and not given_again:
+        with pytest.raises(ConfigError, match=r"begun with keys.*SAMPO_API_KEYS.*serve\.keys_file.*api_keys=\[\]"):
+            again.serve.check_keyed()
+        assert load_config(written, ["serve.api_keys=[]"]).serve.api_keys == ()
 
 
 def config(*overrides: str) -> RunConfig:

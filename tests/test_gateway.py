@@ -22,7 +22,7 @@ from sampo_ray.config.serving import ServeConfig
 from sampo_ray.errors import EndpointError
 from sampo_ray.run.versions import WeightsId
 from sampo_ray.serve import errors
-from sampo_ray.serve.endpoint import base_url, check_port, free_port
+from sampo_ray.serve.endpoint import check_port, free_port
 from sampo_ray.serve.errors import ApiError
 from sampo_ray.serve.gateway import Answer, PolicyApp, PolicyIngress, _stream
 from sampo_ray.serve.middleware.auth import Access, Authentication
@@ -46,7 +46,7 @@ def small_app(*keys: SecretStr) -> FastAPI:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     errors.install(app)
     app.add_middleware(ResponseHeaders, defaults=lambda: version_headers(WeightsId("run-a", 7)))
-    app.add_middleware(Authentication, access=Access.of(ServeConfig(api_keys=keys)))
+    app.add_middleware(Authentication, access=Access.of(ServeConfig(api_keys=keys), "127.0.0.1"))
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -228,18 +228,6 @@ def test_lazy_parts_of_a_message_are_settled_so_that_it_can_travel() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     request = validated({"messages": [{"role": "user", "content": parts}]}, ChatCompletionRequest)
     assert pickle.loads(pickle.dumps(request)).messages[0]["content"] == parts
-
-
-@pytest.mark.parametrize(
-    ("host", "prefix", "url"),
-    [
-        ("127.0.0.1", "/", "http://127.0.0.1:8000"),
-        ("0.0.0.0", "/run-a", "http://127.0.0.1:8000/run-a"),
-        ("::1", "/", "http://[::1]:8000"),
-    ],
-)
-def test_the_base_url_is_one_that_a_client_on_this_machine_can_use(host: str, prefix: str, url: str) -> None:
-    assert base_url(ServeConfig(host=host, api_keys=KEYS), prefix) == url
 
 
 def test_a_port_in_use_is_named() -> None:

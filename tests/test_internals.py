@@ -42,6 +42,20 @@ def test_ray_serve_gives_the_reference_of_a_result_and_deletes_without_waiting()
     assert "_blocking" in inspect.signature(serve.delete).parameters, ray_serve()
 
 
+def test_ray_serve_knows_how_its_proxies_listen() -> None:
+    from ray.serve import context
+    from ray.serve._private.client import ServeControllerClient
+    from ray.serve._private.controller import ServeController
+    from ray.serve.config import HTTPOptions, ProxyLocation
+
+    assert "raise_if_no_controller_running" in inspect.signature(context._get_global_client).parameters, ray_serve()
+    assert isinstance(ServeControllerClient.http_config, property), ray_serve()
+    assert "self._controller" in inspect.getsource(ServeControllerClient.__init__), ray_serve()
+    assert "get_proxy_location" in dir(ServeController), ray_serve()
+    assert {"host", "port", "request_timeout_s", "ssl_certfile"} <= set(HTTPOptions.model_fields), ray_serve()
+    assert {each.value for each in ProxyLocation} == {"Disabled", "HeadOnly", "EveryNode"}, ray_serve()
+
+
 def test_ray_serves_llm_server_starts_the_engine_class_and_client_that_are_ours() -> None:
     from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
     from ray.serve.llm import LLMServer

@@ -103,7 +103,7 @@ def small_app(clock: Clock | None = None, keys: tuple[str, ...] = ("a", "b"), **
     errors.install(app)
     settings = ServeConfig(**{"api_keys": tuple(map(SecretStr, keys)), **config})
     app.add_middleware(LimitRequests, limits=Limits.of(settings), clock=clock or Clock())
-    app.add_middleware(Authentication, access=Access.of(settings))
+    app.add_middleware(Authentication, access=Access.of(settings, "127.0.0.1"))
 
     async def words(hint: bool) -> AsyncIterator[str]:
         for text in ("one", 'two "usage":{"total_tokens":999', "three\n\n"):

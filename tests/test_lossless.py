@@ -137,7 +137,7 @@ def live(own_serve: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFac
     )
     serve.run(policy, name="lossless-policy", route_prefix=None)
     deploy_endpoint("lossless-endpoint", "lossless-policy", "lossless", config)
-    url = await_endpoint("lossless-endpoint", config)
+    url = await_endpoint("lossless-endpoint")
     yield Live(url, store, f"{run}/versions", tiny_model)
     stop_endpoint("lossless-endpoint")
     serve.delete("lossless-policy")

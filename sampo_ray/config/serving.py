@@ -4,17 +4,19 @@ import ipaddress
 import os
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, field_validator
 
 from sampo_ray.config.section import Section
+from sampo_ray.errors import ConfigError
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a host name or address."""
+    """Whether only this machine can reach a host name or address; IPv4 addresses may be mapped into IPv6."""
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
     except ValueError:
-        return False
+        return host == "localhost"
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 def _keys_from_environment() -> tuple[SecretStr, ...]:
@@ -72,12 +74,15 @@ class ServeConfig(Section):
     enabled: bool = True
     """Whether the run has a live endpoint."""
     host: str = "127.0.0.1"
-    """Address the endpoint binds to; anything but loopback needs an API key, or `open`."""
+    """Address the endpoint binds to, unless Serve runs already; anything but loopback needs an API key, or `open`."""
     port: int = Field(8000, ge=0, le=65535)
-    """Port of the endpoint; 0 picks a free one."""
-    api_keys: tuple[Annotated[SecretStr, Field(min_length=1)], ...] = Field(default_factory=_keys_from_environment)
+    """Port of the endpoint, unless Serve runs already; 0 picks a free one."""
+    api_keys: tuple[Annotated[SecretStr, Field(min_length=1)], ...] | None = Field(
+        default_factory=_keys_from_environment
+    )
     """Keys accepted as `Authorization: Bearer ...`; none means an open (loopback) endpoint. Default: those of the
-    environment variable SAMPO_API_KEYS, separated by commas; they are never written to the run directory."""
+    environment variable SAMPO_API_KEYS, separated by commas. They are never written to the run directory, which has
+    null where there were some: they have to be given again."""
     keys_file: str | None = None
     """File of further keys with scopes (`sampo keys add`), which may change while the endpoint runs: a path (on a
     cluster one that all its machines share) or any fsspec URL."""
@@ -109,11 +114,26 @@ class ServeConfig(Section):
         """Whether there are keys, in the configuration or in a file."""
         return bool(self.api_keys or self.keys_file)
 
-    @model_validator(mode="after")
-    def _no_open_door(self) -> "ServeConfig":
-        if not is_loopback(self.host) and not (self.keyed or self.open):
-            raise ValueError(
-                f"host={self.host!r} is not loopback and no api_keys are set; set serve.keys_file (`sampo keys add`), "
-                "or SAMPO_API_KEYS, or serve.open=true to let in whoever reaches it"
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _given_again(cls, keys: object) -> object:
+        return _keys_from_environment() or None if keys is None else keys
+
+    def check_keyed(self) -> None:
+        """ConfigError where the endpoint would let in whom it should not, for want of keys.
+
+        For where an endpoint starts: a run directory, which holds no keys, is read without them as well.
+        """
+        how = "set SAMPO_API_KEYS in the environment, or serve.keys_file (`sampo keys add`)"
+        if not self.enabled or self.keyed:
+            return
+        if self.api_keys is None:
+            raise ConfigError(
+                f"serve.api_keys: this run was begun with keys, which its directory does not keep; {how}, or "
+                "serve.api_keys=[] to do without"
             )
-        return self
+        if not is_loopback(self.host) and not self.open:
+            raise ConfigError(
+                f"serve.host={self.host!r} is not loopback and there are no API keys (a run directory keeps none); "
+                f"{how}, or serve.open=true to let in whoever reaches it"
+            )

@@ -73,6 +73,7 @@ def _checked(recipe: Path | Mapping[str, object] | None, overrides: list[str]) -
     if recipe is None:
         raise ConfigError("name a recipe, or a run to continue: --resume RUN_DIR")
     config = load_config(recipe, overrides)
+    config.serve.check_keyed()
     quiet_libraries()
     from sampo_ray.loop.validate import check
 
@@ -86,13 +87,14 @@ def _run(config: RunConfig, resumed: str | None, keep_serving: bool) -> None:
     from sampo_ray.loop.fleet import open_fleet
     from sampo_ray.loop.validate import check_fit
     from sampo_ray.run.trackers import open_trackers
+    from sampo_ray.serve.endpoint import start_serve
 
     check_port(config.serve)
     with open_display(Console(file=sys.stdout)) as display, contextlib.ExitStack() as stack:
         stack.enter_context(library_output_to(driver_log(config)))
         config, notes = resolve(config, stack.enter_context(ray_cluster()), os.cpu_count() or 1)
         check_fit(config)
-        for note in notes:
+        for note in (*notes, *start_serve(config.serve)):  # what is refused leaves no run directory
             display.note(note)
         run = open_run(resumed, config) if resumed else create_run(config)
         display.note(f"run {run.id} in {run.place.url}")
@@ -118,15 +120,19 @@ def serve(directory: str, overrides: list[str]) -> None:
     run = open_run(directory)
     tree = run.config.model_dump()
     config = load_config({**tree, "serve": {**tree["serve"], "enabled": True}}, overrides)
+    config.serve.check_keyed()
     quiet_libraries()
     from sampo_ray.loop.fleet import open_live
     from sampo_ray.loop.validate import check_keys_file
+    from sampo_ray.serve.endpoint import start_serve
 
     check_keys_file(config.serve.keys_file)
     check_port(config.serve)
     with open_display(Console(file=sys.stdout)) as display, contextlib.ExitStack() as stack:
         stack.enter_context(library_output_to(driver_log(config)))
         config, _ = resolve(config, stack.enter_context(ray_cluster()), os.cpu_count() or 1)
+        for note in start_serve(config.serve):
+            display.note(note)
         with display.stage("start", None, "engine"):
             endpoint = stack.enter_context(open_live(open_run(run.place.url, config)))
         announce(display, endpoint)

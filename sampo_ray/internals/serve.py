@@ -1,8 +1,42 @@
 """Ray Serve's private interfaces, checked with ray 2.60.0. See internals/serve_llm.py for Serve's LLM deployments."""
 
+from dataclasses import dataclass
+
 import ray
 from ray import serve
+from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentResponse
+
+CALL_S = 60.0
+
+
+@dataclass(frozen=True)
+class HttpProxies:
+    """How the HTTP proxies of a cluster's Serve listen, each on the node where it runs."""
+
+    host: str
+    port: int
+    location: str  # "HeadOnly", "EveryNode", or "Disabled" where there are none
+    tls: bool = False
+    request_timeout_s: float | None = None
+
+    @property
+    def exist(self) -> bool:
+        return self.location != "Disabled"
+
+
+def http_proxies() -> HttpProxies | None:
+    """How the HTTP proxies of this cluster's Serve listen; None where Serve does not run.
+
+    Reaches `_get_global_client`, its `http_config`, and the controller's `get_proxy_location`. `serve.status()` has no
+    addresses, and what the dashboard shows of one that was not set is another default than the proxies have.
+    """
+    if (client := _get_global_client(raise_if_no_controller_running=False)) is None:
+        return None
+    options = client.http_config
+    location = ray.get(client._controller.get_proxy_location.remote(), timeout=CALL_S).value
+    tls, timeout_s = bool(options.ssl_certfile), options.request_timeout_s
+    return HttpProxies(options.host or "", options.port, location, tls, timeout_s)
 
 
 def result_ref(response: DeploymentResponse, timeout_s: float) -> ray.ObjectRef:

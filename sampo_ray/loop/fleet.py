@@ -29,7 +29,7 @@ from sampo_ray.run.directory import Run
 from sampo_ray.run.manifest import lineage
 from sampo_ray.run.storage import Place
 from sampo_ray.run.versions import VersionInfo, WeightsId
-from sampo_ray.serve.endpoint import await_endpoint, deploy_endpoint, free_port, start_serve, stop_endpoint
+from sampo_ray.serve.endpoint import await_endpoint, deploy_endpoint, start_serve, stop_endpoint
 
 if TYPE_CHECKING:
     from sampo_ray.actors.ranks.trainer import Trainer
@@ -87,8 +87,7 @@ def open_fleet(run: Run, keep_serving: bool = False) -> Iterator[Fleet]:
         stack.callback(trainer.close)
         attach_run(serving.store, run)
         apps = applications(run, serving)
-        # Runs on one cluster share its proxy.
-        handles, endpoint = serving.deploy(apps, f"/{run.id}" if config.profile == "cluster" else "/")
+        handles, endpoint = serving.deploy(apps)
         policy, generators = handles.get(f"{run.id}-policy"), handles.get(f"{run.id}-generators")
         references, rewards = handles.get(f"{run.id}-references"), handles.get(f"{run.id}-rewards")
         shared, seconds = policy if is_shared(config) else None, time.monotonic() - started
@@ -132,7 +131,7 @@ def open_live(run: Run) -> Iterator[str]:
         serving = PolicyServing(stack, run, name, "weights-serve.json", keep_serving=False)
         if not ray.get(serving.store.attach.remote(run.id, run.versions.url, True), timeout=ATTACH_S):
             raise FleetError(f"{run.place.url} has no version to serve yet; wait until the run has published one")
-        _, endpoint = serving.deploy({f"{name}-policy": serving.policy("live", run.config.fleet.generators)}, "/")
+        _, endpoint = serving.deploy({f"{name}-policy": serving.policy("live", run.config.fleet.generators)})
         assert endpoint is not None
         yield endpoint
 
@@ -146,13 +145,11 @@ class PolicyServing:
 
     def __init__(self, stack: contextlib.ExitStack, run: Run, name: str, state: str, keep_serving: bool) -> None:
         self._stack, self._run, self._name, self._keep = stack, run, name, keep_serving
+        self._serve = run.config.serve
+        start_serve(self._serve)  # first, since it may be refused
         self.store_name = f"sampo-{name}"
         self.store = start_weight_store(self.store_name, run.place.at(state).url, name)
         self._at_end(ray.kill, self.store)
-        self._serve = run.config.serve
-        if self._serve.enabled and not self._serve.port:
-            self._serve = self._serve.model_copy(update={"port": free_port(self._serve.host)})
-        start_serve(self._serve)
         self._at_end(delete_pinned, name)
 
     def policy(self, channel: Channel, settings: GeneratorsConfig) -> serve.Application:
@@ -167,12 +164,15 @@ class PolicyServing:
         source = WeightsSource(self.store_name, channel, swap=swap, drain_s=drain_s, transport=transport)
         return policy_deployment("policy", base, chat, source, settings, config.data.max_length)
 
-    def deploy(self, apps: dict[str, serve.Application], route: str) -> tuple[dict[str, DeploymentHandle], str | None]:
+    def deploy(self, apps: dict[str, serve.Application]) -> tuple[dict[str, DeploymentHandle], str | None]:
         """Starts applications and endpoint, all at once. Returns handles and the endpoint's URL once all are ready."""
-        gateway, policy = f"{self._name}-endpoint", f"{self._name}-policy"
+        gateway, policy, route = f"{self._name}-endpoint", f"{self._name}-policy", ""
         self._stack.callback(delete_apps, [name for name in apps if not (self._keep and name == policy)])
         if self._serve.enabled:
-            deploy_endpoint(gateway, policy, self.store_name, self._serve, route)
+            # Runs on a cluster share its proxy: there the route is the same whatever else runs.
+            own, cluster = f"/{self._name}", self._run.config.profile == "cluster"
+            routes = [own] if cluster else ["/", own]
+            route = deploy_endpoint(gateway, policy, self.store_name, self._serve, routes)
             self._at_end(stop_endpoint, gateway)
         targets = [serve.RunTarget(app, name=name, route_prefix=None) for name, app in apps.items()]
         try:
@@ -183,7 +183,7 @@ class PolicyServing:
             all_of = [d for name in apps if name in running for d in running[name].deployments.values()]
             traces = "".join(f"\n{each.message}" for each in all_of if each.status != "HEALTHY" and each.message)
             raise FleetError(f"{last_error(f'{error}{traces}')} (Ray's logs have the rest)") from None
-        return handles, await_endpoint(gateway, self._serve, route) if self._serve.enabled else None
+        return handles, await_endpoint(gateway, route) if self._serve.enabled else None
 
     def _at_end(self, function: Callable[..., object], *arguments: object) -> None:
         if not self._keep:

@@ -137,8 +137,11 @@ def read_settings(place: Place) -> dict[str, Any]:
 
 
 def dump_config(config: RunConfig) -> str:
-    """The configuration as YAML, as `load_config` reads it; secrets are not written."""
-    return str(yaml.safe_dump(config.model_dump(mode="json", exclude={"serve": {"api_keys"}}), sort_keys=False))
+    """The configuration as YAML, as `load_config` reads it; in place of API keys it says that there were some."""
+    tree = config.model_dump(mode="json", exclude={"serve": {"api_keys"}})
+    if config.serve.api_keys != ():
+        tree["serve"]["api_keys"] = None
+    return str(yaml.safe_dump(tree, sort_keys=False))
 
 
 def _version(package: str) -> str | None:

@@ -28,6 +28,7 @@ from sampo_ray.serve.errors import ApiError
 logger = logging.getLogger("ray.serve")  # Serve writes this one to its log files
 MAX_AGE_S = 0.8  # of the keys file: a change takes effect within a second
 BOTH: frozenset[KeyScope] = frozenset({"use", "admin"})
+FORWARDED = (b"forwarded", b"x-forwarded-for")
 
 
 @dataclass(frozen=True)
@@ -37,18 +38,20 @@ class Access:
     keys: tuple[Key, ...]  # those of `serve.api_keys`, with both scopes
     keys_file: str | None  # further keys; each replica reads it
     anonymous: frozenset[KeyScope]  # scopes that need no key
-    local: bool  # whether the endpoint is bound to loopback
+    here: frozenset[KeyScope]  # scopes that need none of who asks from the endpoint's own machine
+    local: bool  # whether only that machine reaches the endpoint
 
     @classmethod
-    def of(cls, config: ServeConfig) -> "Access":
-        """Raises ValueError for an empty key."""
-        secrets = [key.get_secret_value() for key in config.api_keys]
+    def of(cls, config: ServeConfig, host: str) -> "Access":
+        """For Serve that listens on `host`, whatever the configuration says. ValueError for an empty key."""
+        secrets = [key.get_secret_value() for key in config.api_keys or ()]
         if not all(secrets):
             raise ValueError("serve.api_keys: a key is empty; remove it or give it a value")
         keys = tuple(Key(name=f"api-key-{n}", sha256=digest(key), scopes=BOTH) for n, key in enumerate(secrets, 1))
-        local = is_loopback(config.host)
-        anonymous = BOTH if local and not config.keyed else frozenset[KeyScope]({"use"} if config.open else ())
-        return cls(keys, absolute(config.keys_file) if config.keys_file else None, anonymous, local)
+        local, nobody = is_loopback(host), frozenset[KeyScope]()
+        anonymous = frozenset[KeyScope]({"use"}) if config.open else nobody
+        here = BOTH if local and not config.keyed else nobody
+        return cls(keys, absolute(config.keys_file) if config.keys_file else None, anonymous, here, local)
 
 
 class KeysFile:
@@ -90,7 +93,8 @@ class Authentication:
     """ASGI middleware that answers 401 without a known key and 403 where the key lacks the scope.
 
     Routes find the key's entry (None without one) in `request.state.key`. Where requests without a key are allowed,
-    those from another site's page are not: a browser would send them for any page that its user opens.
+    those from another site's page are not: a browser would send them for any page that its user opens. Where they are
+    allowed because only this machine reaches the endpoint, their connection must come from it as well.
     """
 
     def __init__(self, app: ASGIApp, access: Access) -> None:
@@ -112,8 +116,11 @@ class Authentication:
     def _refusal(self, scope: Scope, needed: KeyScope, key: Key | None) -> ApiError | None:
         if key is not None:
             return None if key.allows(needed) else ApiError(403, f"this key lacks the scope {needed!r}", code="scope")
-        if needed not in self._access.anonymous:
+        if needed not in self._access.anonymous | self._access.here:
             return ApiError(401, "a valid API key is needed: Authorization: Bearer <key>", code="invalid_api_key")
+        if needed not in self._access.anonymous and not is_from_here(scope):
+            message = "without API keys this endpoint answers requests of its own machine only; give it keys"
+            return ApiError(403, message, code="not_local")
         if is_cross_site(scope, self._access.local):
             wanted = "address it as localhost, or give it keys" if self._access.local else "use a key"
             return ApiError(403, f"requests for or from another site need an API key; {wanted}", code="foreign_site")
@@ -146,6 +153,15 @@ def route_path(scope: Scope) -> str:
     path, root = str(scope["path"]), str(scope.get("root_path", ""))
     below = path[len(root) :]
     return below if path.startswith(root) and below[:1] in ("", "/") else path
+
+
+def is_from_here(scope: Scope) -> bool:
+    """Whether a request's connection comes from this machine, and no proxy says that it forwards another's. (The
+    server takes the word of a proxy that it trusts for the peer's address, and of any if it is told to.)
+    """
+    peer = scope.get("client")
+    forwarded = any(key in FORWARDED for key, _ in scope["headers"])
+    return peer is not None and is_loopback(peer[0]) and not forwarded
 
 
 def is_cross_site(scope: Scope, local: bool) -> bool:

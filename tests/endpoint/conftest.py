@@ -78,9 +78,9 @@ def endpoint(own_serve: None, tiny_model: Path, tmp_path_factory: pytest.TempPat
     endpoints = {"endpoint": config, "open": everybody, "hasty": hasty, "limited": limited}
     begin(serve.RunTarget(policy, name="test-policy", route_prefix=None))
     for name, settings in endpoints.items():  # each imports for seconds: one at a time, beside the policy's start
-        deploy_endpoint(f"test-{name}", "test-policy", "test-endpoint", settings, route(name))
+        deploy_endpoint(f"test-{name}", "test-policy", "test-endpoint", settings, [route(name)])
         await_running(f"test-{name}")
     await_running("test-policy")
-    urls = [await_endpoint(f"test-{name}", settings, route(name)) for name, settings in endpoints.items()]
+    urls = [await_endpoint(f"test-{name}", route(name)) for name in endpoints]
     yield Endpoint(*urls, keys_file, store, f"{run}/versions", tiny_model)
     ray.kill(store)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import requests
+import yaml
 from ray.job_submission import JobStatus
 from rich.console import Console
 
@@ -37,25 +38,40 @@ def test_the_entrypoint_survives_the_shell():
 
 def test_a_run_directory_that_ends_with_the_job_is_refused():
     with pytest.raises(ConfigError, match="run.dir='runs/x' is relative"):
-        job.check_reachable(config("run.dir=runs/x"), [])
+        job.check_reachable(config("run.dir=runs/x"))
 
 
 def test_files_that_only_this_machine_sees_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("pairs.jsonl").touch()
     with pytest.raises(ConfigError, match="data.train='pairs.jsonl' is a relative path on this machine"):
-        job.check_reachable(config("data.train=pairs.jsonl"), [])
-    job.check_reachable(config("data.train=hub/pairs"), [])
+        job.check_reachable(config("data.train=pairs.jsonl"))
+    job.check_reachable(config("data.train=hub/pairs"))
     Path("keys.yaml").touch()
     with pytest.raises(ConfigError, match="serve.keys_file='keys.yaml' is a relative path on this machine"):
-        job.check_reachable(config("serve.keys_file=keys.yaml"), [])
+        job.check_reachable(config("serve.keys_file=keys.yaml"))
 
 
-def test_keys_never_go_on_the_command_line():
-    overrides = ["serve.api_keys=[secret]"]
-    with pytest.raises(ConfigError, match=r"serve\.api_keys") as refused:
-        job.check_reachable(config(*overrides), overrides)
-    assert "secret]" not in str(refused.value)
+@pytest.mark.parametrize("override", ["serve.api_keys=[secret]", "serve={api_keys: [secret]}"])
+def test_keys_never_travel_with_a_job(override):
+    with pytest.raises(ConfigError, match=r"serve\.api_keys.*serve\.keys_file.*SAMPO_API_KEYS") as refused:
+        job.check_reachable(config(override))
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("keys", ["", "some-key"])
+def test_a_job_for_an_open_address_needs_keys_and_those_of_this_machine_stay_here(keys, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAMPO_API_KEYS", keys)
+    monkeypatch.setattr(job, "submit_entrypoint", lambda *_: 0)
+    recipe, console = tmp_path / "recipe.yaml", Console(file=io.StringIO())
+    recipe.write_text(yaml.safe_dump(RECIPE))
+    if keys:
+        assert job.submit(recipe, ["serve.host=0.0.0.0"], "http://127.0.0.1:9", console) == 0
+        assert "SAMPO_API_KEYS of this machine stays here" in console.file.getvalue()
+        assert keys not in console.file.getvalue()
+    else:
+        with pytest.raises(ConfigError, match=r"serve\.host='0\.0\.0\.0'.*no API keys"):
+            job.submit(recipe, ["serve.host=0.0.0.0"], "http://127.0.0.1:9", console)
 
 
 def test_a_reward_file_travels_with_the_recipe(tmp_path, monkeypatch):
