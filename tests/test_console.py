@@ -2,6 +2,7 @@
 
 import pytest
 import typer
+import yaml
 from typer.testing import CliRunner
 
 from sampo_ray.console.main import Commands, app
@@ -61,3 +62,35 @@ def test_a_wrong_argument_is_named(arguments, message, tmp_path, monkeypatch) ->
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 1
     assert message in result.output
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ({"api_keys": None}, "error: serve.api_keys: this run was begun with keys"),
+        ({"api_keys": None, "host": "0.0.0.0"}, "error: serve.api_keys: this run was begun with keys"),
+        ({"host": "0.0.0.0"}, "error: serve.host='0.0.0.0' is not loopback and there are no API keys"),
+    ],
+)
+def test_a_run_without_its_keys_is_read_but_not_served(written, message, tmp_path, monkeypatch) -> None:
+    from sampo_ray.config.run import load_config
+    from sampo_ray.run.directory import create_run, open_run
+    from sampo_ray.serve.routes.page import view
+
+    monkeypatch.delenv("SAMPO_API_KEYS", raising=False)
+    directory = str(tmp_path / "run")
+    serve = {"host": written.get("host", "127.0.0.1"), "api_keys": ["some-key"]}
+    tree = {"model": {"path": "m"}, "data": {"train": "d"}, "run": {"dir": directory}, "serve": serve}
+    run = create_run(load_config(tree))
+    stored = yaml.safe_load(run.place.at("config.yaml").read())
+    assert stored["serve"]["api_keys"] is None
+    if "api_keys" not in written:  # as it was written before keys were noted
+        del stored["serve"]["api_keys"]
+        run.place.at("config.yaml").write(yaml.safe_dump(stored).encode())
+    assert open_run(directory).config.serve.host == serve["host"]
+    assert view(run.place)["base"] == "m"
+    assert CliRunner().invoke(app, ["versions", directory]).exit_code == 0
+    for arguments in (["serve", directory], ["train", "--resume", directory]):
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 1
+        assert message in result.output and "SAMPO_API_KEYS" in result.output and "keys_file" in result.output

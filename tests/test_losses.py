@@ -9,15 +9,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from sampo_ray.config.losses import LOSSES, LossSettings, PreferenceLoss
+from sampo_ray.config.profiles import resolve
 from sampo_ray.config.run import load_config
 from sampo_ray.config.sections import MethodConfig
+from sampo_ray.console import session
 from sampo_ray.errors import ConfigError
-from sampo_ray.run.manifest import Checkpoint
+from sampo_ray.run.directory import create_run, open_run
+from sampo_ray.run.manifest import Checkpoint, lineage
 from sampo_ray.training.batching import Pair, assemble
 from sampo_ray.training.losses import ScoredPairs, evaluate, sigmoid
 from sampo_ray.training.objective import METRICS, Draw, LossInputs, Objective, objective_of, row_losses, row_positions
@@ -348,6 +352,9 @@ def test_steps_from_a_stored_checkpoint_have_the_bits_of_steps_without_a_stop(ti
 # --- the configuration
 
 
+TREE = {"model": {"path": "m"}, "data": {"train": "d"}, "run": {"dir": "r"}}
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -366,19 +373,47 @@ def test_steps_from_a_stored_checkpoint_have_the_bits_of_steps_without_a_stop(ti
         ("reduction=ld", ["alpha=None", "reduction='ld'", "needs it"]),
         ("reduction=ld alpha=2", ["method.alpha", "less than or equal to 1"]),
         ("loss=null", ["method.loss", "string"]),
-        ("loss=no_such_package:mine", ["method.loss='no_such_package:mine'", "ModuleNotFoundError"]),
-        ("loss=math:mine", ["method.loss='math:mine'", "AttributeError"]),
-        ("loss=math:pi", ["method.loss='math:pi'", "cannot be called"]),
-        ("loss=own_losses:of_three", ["method.loss='own_losses:of_three'", "missing a required argument"]),
-        ("loss=own_losses:asks", ["method.loss='own_losses:asks'", "asks for gamma"]),
     ],
 )
-def test_what_does_not_go_together_is_refused_by_name(own_losses, overrides, words):
-    tree = {"model": {"path": "m"}, "data": {"train": "d"}, "run": {"dir": "r"}}
+def test_what_does_not_go_together_is_refused_by_name(overrides, words):
     with pytest.raises(ConfigError) as error:
-        load_config(tree, [f"method.{each}" for each in overrides.split()])
+        load_config(TREE, [f"method.{each}" for each in overrides.split()])
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        ("no_such_package:mine", "ModuleNotFoundError"),
+        ("math:mine", "AttributeError"),
+        ("math:pi", "cannot be called"),
+        ("own_losses:of_three", "missing a required argument"),
+        ("own_losses:asks", "asks for gamma"),
+    ],
+)
+def test_a_loss_of_the_user_s_own_is_checked_where_training_starts(own_losses, tmp_path, loss, words):
+    config = load_config(TREE, [f"method.loss={loss}"])
+    with pytest.raises(ConfigError, match=rf"method\.loss='{loss}'.*{words}"):
+        config.method.check_loss()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(TREE))
+    with pytest.raises(ConfigError, match=words):
+        session.show(recipe, [f"method.loss={loss}"])
+
+
+def test_a_run_directory_loads_where_its_loss_is_not_installed(own_losses, tmp_path, monkeypatch):
+    overrides = ["method.loss=own_losses:weighted", "method.weight=2", f"run.dir={tmp_path / 'run'}"]
+    begun = create_run(load_config(TREE, overrides)).config
+    begun.method.check_loss()
+    monkeypatch.setattr("sys.path", [each for each in sys.path if each != str(tmp_path)])
+    sys.modules.pop("own_losses")
+    config = open_run(str(tmp_path / "run")).config
+    assert config.method == begun.method and lineage(config, None) == lineage(begun, None)
+    resolve(config, {"CPU": 8}, cores=2)
+    assert not config.method.needs_distributions
+    with pytest.raises(ConfigError, match="No module named 'own_losses'"):
+        config.method.check_loss()
 
 
 def test_defaults_are_those_of_the_loss_and_survive_being_written():

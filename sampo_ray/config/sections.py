@@ -4,8 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from sampo_ray.config.losses import LOSSES, REDUCTIONS, advice, find_loss
+from sampo_ray.config.losses import LOSSES, REDUCTIONS, PreferenceLoss, advice, find_loss
 from sampo_ray.config.section import Section, suggestion
+from sampo_ray.errors import ConfigError
 
 
 class LoraConfig(Section):
@@ -106,6 +107,16 @@ class RewardConfig(Section):
         return self
 
 
+def _loss_if_here(name: str) -> PreferenceLoss | None:
+    """The loss of that name; None for a user's that this machine does not have, or has in a form of no use."""
+    try:
+        return find_loss(name)
+    except ValueError:
+        if ":" in name:
+            return None
+        raise
+
+
 class MethodConfig(Section):
     loss: str = "sigmoid"
     """Preference loss: a name from docs/method.md, or `package.module:function`."""
@@ -128,12 +139,21 @@ class MethodConfig(Section):
     @property
     def needs_reference(self) -> bool:
         """Whether the loss reads log-probs that are stored before a round's first step."""
-        return find_loss(self.loss).reference == "log-probs"
+        return (loss := _loss_if_here(self.loss)) is None or loss.reference == "log-probs"
 
     @property
     def needs_distributions(self) -> bool:
         """Whether training keeps the reference beside the policy."""
-        return find_loss(self.loss).reference == "distributions"
+        return (loss := _loss_if_here(self.loss)) is not None and loss.reference == "distributions"
+
+    def check_loss(self) -> None:
+        """ConfigError where a user's loss cannot be used. For where training starts: a run directory is read, and its
+        run served, on machines without the loss as well.
+        """
+        try:
+            find_loss(self.loss)
+        except ValueError as error:
+            raise ConfigError(f"method.{error}") from error
 
     @model_validator(mode="before")
     @classmethod
@@ -142,7 +162,8 @@ class MethodConfig(Section):
             return given
         if name not in LOSSES and ":" not in name:
             raise ValueError(f"loss={name!r} is not known; {advice(name)}")
-        loss = find_loss(name)
+        if (loss := _loss_if_here(name)) is None:
+            return given
         reduction = "sample" if "sample" in loss.reductions else loss.reductions[0]
         defaults = {"reduction": reduction, **loss.settings}
         return {**given, **{key: value for key, value in defaults.items() if given.get(key) is None}}
@@ -151,7 +172,8 @@ class MethodConfig(Section):
     def _compatible(self) -> "MethodConfig":
         if self.reduction not in REDUCTIONS:
             raise ValueError(f"reduction={self.reduction!r} is not known; {suggestion(self.reduction, REDUCTIONS)}")
-        loss = find_loss(self.loss)
+        if (loss := _loss_if_here(self.loss)) is None:
+            return self
         if self.reduction not in loss.reductions:
             raise ValueError(
                 f"loss={self.loss!r} cannot be combined with reduction={self.reduction!r}; "

@@ -74,6 +74,7 @@ def _checked(recipe: Path | Mapping[str, object] | None, overrides: list[str]) -
         raise ConfigError("name a recipe, or a run to continue: --resume RUN_DIR")
     config = load_config(recipe, overrides)
     config.serve.check_keyed()
+    config.method.check_loss()
     quiet_libraries()
     from sampo_ray.loop.validate import check
 
