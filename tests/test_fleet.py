@@ -1,5 +1,6 @@
 """What a fleet consists of, and the reason that is given when it does not start."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,7 +8,10 @@ from typing import Any
 import pytest
 
 from sampo_ray.config.run import load_config
-from sampo_ray.loop.fleet import applications, last_error
+from sampo_ray.config.serving import ServeConfig
+from sampo_ray.console import session
+from sampo_ray.errors import EndpointError
+from sampo_ray.loop.fleet import applications, last_error, routes_of
 from sampo_ray.loop.rounds import Round
 from sampo_ray.run.directory import create_run
 from sampo_ray.run.parts import Part
@@ -57,3 +61,24 @@ def test_losses_without_a_reference_have_no_reference_workers_and_no_such_stage(
         pairs = [Part(run.place.at("pairs"), 3)]
         round = Round(run, 0, Notes())
         assert round.reference(pairs, None) == pairs and "reference" not in run.round(0).stages
+
+
+def test_endpoints_of_one_cluster_have_routes_of_their_own() -> None:
+    trained, served, other = (routes_of(name, "cluster") for name in ("r1", "serve-r1", "serve-r2"))
+    assert (trained, served, other) == (["/r1"], ["/serve-r1"], ["/serve-r2"])
+    assert routes_of("serve-r1", "laptop") == ["/", "/serve-r1"]
+
+
+def test_a_run_that_serve_refuses_leaves_no_run_directory(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(config: ServeConfig) -> list[str]:
+        raise EndpointError("others reach it")
+
+    monkeypatch.setattr("sampo_ray.serve.endpoint.start_serve", refuse)
+    monkeypatch.setattr(session, "ray_cluster", lambda: nullcontext({"CPU": 8.0}))
+    tree = {"model": {"path": str(tiny_model)}, "data": {"train": "d", "max_length": 64}, "serve": {"port": 0}}
+    config = load_config(tree, [f"run.dir={tmp_path}"])
+    with pytest.raises(EndpointError, match="others reach it"):
+        session._run(config, None, keep_serving=False)
+    assert create_run(config).id

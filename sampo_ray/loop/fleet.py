@@ -136,6 +136,13 @@ def open_live(run: Run) -> Iterator[str]:
         yield endpoint
 
 
+def routes_of(name: str, profile: str) -> list[str]:
+    """Routes for an endpoint, the best first. Runs on a cluster share its proxy: there it is its own, whatever else
+    runs. A laptop's run takes `/`, unless another has it.
+    """
+    return [f"/{name}"] if profile == "cluster" else ["/", f"/{name}"]
+
+
 class PolicyServing:
     """The weight store, policy applications and gateway of a run, taken down with `stack`.
 
@@ -169,9 +176,7 @@ class PolicyServing:
         gateway, policy, route = f"{self._name}-endpoint", f"{self._name}-policy", ""
         self._stack.callback(delete_apps, [name for name in apps if not (self._keep and name == policy)])
         if self._serve.enabled:
-            # Runs on a cluster share its proxy: there the route is the same whatever else runs.
-            own, cluster = f"/{self._name}", self._run.config.profile == "cluster"
-            routes = [own] if cluster else ["/", own]
+            routes = routes_of(self._name, self._run.config.profile)
             route = deploy_endpoint(gateway, policy, self.store_name, self._serve, routes)
             self._at_end(stop_endpoint, gateway)
         targets = [serve.RunTarget(app, name=name, route_prefix=None) for name, app in apps.items()]
