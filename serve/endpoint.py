@@ -42,7 +42,7 @@ def notes_on(config: ServeConfig, proxies: HttpProxies, elsewhere: bool = False)
 
     EndpointError where there is no proxy, or where others reach it and the run neither has keys nor is `open`.
     """
-    address, end = f"{proxies.host}:{proxies.port}", "`serve shutdown` ends it, with all that it serves"
+    address, end = _address(proxies.host, proxies.port), "`serve shutdown` ends it, with all that it serves"
     if not proxies.exist:
         raise EndpointError(
             "serve.enabled=true: Ray Serve of this cluster runs without an HTTP proxy, and gets none while it runs; "
@@ -152,8 +152,11 @@ def base_url(proxies: HttpProxies, route_prefix: str = "/", proxy_ip: str | None
     """The URL of what `proxies` serve at a route, for clients on this machine; `proxy_ip`: where they run instead."""
     every = {"0.0.0.0": "127.0.0.1", "::": "::1"}
     host = proxy_ip or every[proxies.host] if proxies.host in every else proxies.host
-    host = f"[{host}]" if ":" in host else host
-    return f"{'https' if proxies.tls else 'http'}://{host}:{proxies.port}{route_prefix.rstrip('/')}"
+    return f"{'https' if proxies.tls else 'http'}://{_address(host, proxies.port)}{route_prefix.rstrip('/')}"
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _unusable(port: int, reason: str) -> EndpointError:

@@ -56,10 +56,11 @@ def test_the_url_is_that_of_the_proxy_as_this_machine_reaches_it(
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.2", "::ffff:192.0.2.2", "head.example", ""])
 @pytest.mark.parametrize("location", ["HeadOnly", "EveryNode"])
 def test_a_run_without_keys_does_not_use_a_serve_that_others_reach(host: str, location: str) -> None:
+    address = f"[{host}]:8123" if ":" in host else f"{host}:8123"
     for asks in (config(), config(host="0.0.0.0"), config(port=0)):
         with pytest.raises(EndpointError) as refused:
             notes_on(asks, proxies(host, 8123, location))
-        for word in (f"{host}:8123", "SAMPO_API_KEYS", "serve.keys_file", "serve.open=true", "another cluster"):
+        for word in (address, "SAMPO_API_KEYS", "serve.keys_file", "serve.open=true", "another cluster"):
             assert word in str(refused.value)
     for asks in (config(api_keys=KEYS), config(keys_file="keys.yaml"), config(open=True)):
         assert len(notes_on(asks, proxies(host, 8123, location))) == 1
