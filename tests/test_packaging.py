@@ -93,7 +93,7 @@ def test_make_says_which_python_it_needs(tmp_path):
         shutil.copy(ROOT / name, tmp_path)
     for python in ("", "/no/such/python", "false"):
         made = subprocess.run(
-            ["make", "test", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+            ["make", "test", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True, timeout=scaled(60)
         )
         assert made.returncode == 2 and "needs Python 3.11 or 3.12" in made.stderr
     assert not (tmp_path / ".venv").exists()
