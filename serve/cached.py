@@ -45,13 +45,25 @@ class CachedRead(Generic[Value]):
         return self.last  # type: ignore[return-value]
 
     def set(self, value: Value) -> None:
-        """Takes `value` as if it had just been read."""
-        self.last, self._error, self._ended = value, None, self._clock()
+        """Takes `value` as if it had just been read. What a read under way finds is older, and left alone."""
+        self._reading = None
+        self._take(value, None)
+
+    def _take(self, value: Value | None, error: Exception | None) -> None:
+        self.last, self._error, self._ended = value, error, self._clock()
 
     async def _refresh(self) -> None:
+        reading = asyncio.current_task()
         try:
-            self.set(await self._read())
-        except Exception as error:
-            self._error, self._ended = error, self._clock()
+            value, error = await self._outcome()
+            if self._reading is reading:
+                self._take(value, error)
         finally:
-            self._reading = None
+            if self._reading is reading:
+                self._reading = None
+
+    async def _outcome(self) -> tuple[Value | None, Exception | None]:
+        try:
+            return await self._read(), None
+        except Exception as error:
+            return self.last, error

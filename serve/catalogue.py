@@ -8,10 +8,11 @@ from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
 
-from sampo_ray.actors.weights.client import StoreState, find_weight_store
+from sampo_ray.actors.weights.client import CommandAnswer, StoreState, find_weight_store
 from sampo_ray.actors.weights.pinned import adapter_ranks, pinned_app
 from sampo_ray.errors import VersionError
 from sampo_ray.run.commands import Command
+from sampo_ray.run.serving import carrier
 from sampo_ray.run.storage import Place
 from sampo_ray.run.versions import find
 from sampo_ray.serve.cached import CachedRead
@@ -23,6 +24,7 @@ MODEL = "policy"
 FRESH_S = 1.0
 CALL_TIMEOUT_S = 10.0
 COMMAND_TIMEOUT_S = 60.0
+ID_HEADER = "Idempotency-Key"
 
 
 @dataclass(frozen=True)
@@ -63,19 +65,20 @@ class Catalogue:
             raise unavailable("no run is attached to this endpoint yet; try again soon")
         return Place(self._place)
 
-    async def command(self, command: Command) -> StoreState:
-        """Carries out an admin's command and returns the new state. ApiError when it cannot be carried out."""
+    async def command(self, command: Command, id: str) -> CommandAnswer:
+        """Carries out an admin's command, unless that of this id has been carried out. ApiError when it cannot be, and
+        when there is no answer in time: then it may be carried out yet, and may be sent again with the same id."""
         try:
-            asked = find_weight_store(self._store).command.remote(command)
-            state: StoreState = await asyncio.wait_for(asked, COMMAND_TIMEOUT_S)
+            asked = find_weight_store(self._store).command.remote(command, id)
+            answer: CommandAnswer = await asyncio.wait_for(asked, COMMAND_TIMEOUT_S)
         except RayTaskError as error:
             if isinstance(error.cause, VersionError):
                 raise ApiError(409, str(error.cause), param="version", code="version_refused") from None
-            raise unavailable() from None
+            raise _unanswered(id) from None
         except (RayError, ValueError, TimeoutError):
-            raise unavailable() from None
-        self._state.set(state)
-        return state
+            raise _unanswered(id) from None
+        self._state.set(answer.state)
+        return answer
 
     async def target(self, model: str | None) -> Target:
         """ApiError (404) for a name that is not served; it lists what is."""
@@ -91,39 +94,46 @@ class Catalogue:
 
         if base == MODEL and name in serving.named_adapters:
             version = serving.named_adapters[name].base
+            _require_up(version, state)
             return Target(app_of(version), f"{MODEL}@{name}", version)
         version = _find(str(model), state)
-        held = serving.adapters[str(version)].base if version in serving.pinned_adapters else version
-        if held in serving.pinned:
+        held = carrier(serving, version)
+        is_live, is_pinned = version == serving.live, held in serving.pinned
+        if is_pinned and not (is_live and state.pin(held).state != "pinned"):
+            _require_up(held, state)
             return Target(app_of(held), f"{MODEL}@{version}", version)
-        if version == serving.live:
+        if is_live:
             return Target(self._policy_app, MODEL, version)
         raise _no_model(f"version {version} is kept but not pinned; an admin can pin it", state)
 
     async def cards(self) -> list[dict[str, Any]]:
-        """OpenAI's model cards: the live policy first, then every version that is kept, newest first."""
+        """OpenAI's model cards of what answers: the live policy, versions that are live or pinned, newest first, and
+        adapters."""
         state = await self.state()
-        cards = [self._card(f"{MODEL}@{e.version}", {"run": state.run, **e.listed()}) for e in state.versions]
-        live = [self._card(MODEL, card["metadata"]) for card in cards if card["metadata"]["state"] == "live"]
-        by_version = {card["metadata"]["version"]: card["metadata"] for card in cards}
+        about = {entry.version: {"run": state.run, **entry.listed()} for entry in state.versions}
+        up = [version for version, each in about.items() if each["state"] in ("live", "pinned")]
+        live = [self._card(MODEL, about[version]) for version in up if version == state.serving.live]
+        versions = [self._card(f"{MODEL}@{version}", about[version]) for version in up]
         adapters = [
-            self._card(f"{MODEL}@{name}", {**by_version[adapter.base], "adapter": name, "state": "pinned"})
+            self._card(f"{MODEL}@{name}", {**about[adapter.base], "adapter": name, "state": "pinned"})
             for name, adapter in state.serving.named_adapters.items()
-            if adapter.base in by_version
+            if adapter.base in about and state.pin(adapter.base).state == "pinned"
         ]
-        return [*live, *cards, *adapters]
+        return [*live, *versions, *adapters]
 
     async def card(self, model: str) -> dict[str, Any]:
-        """ApiError (404) for a name that no card has, labels included."""
+        """The card of a model that answers, by a label too. ApiError (404) for another name, and 503 for one that does
+        not answer yet."""
         state = await self.state()
+        await self.target(model)
         name = model.partition("@")[2]
-        if model != MODEL and name not in state.serving.adapters:
+        if name and name not in state.serving.adapters:
             name = str(_find(model, state))
         wanted = f"{MODEL}@{name}" if name else MODEL
         for card in await self.cards():
             if card["id"] == wanted:
                 return card
-        raise unavailable()  # nothing is live yet
+        raise unavailable()  # nothing is live yet, or the version starts
 
     def _card(self, name: str, metadata: dict[str, Any]) -> dict[str, Any]:
         created = metadata.get("created") or self._created
@@ -136,12 +146,22 @@ class Catalogue:
 def served_names(state: StoreState) -> list[str]:
     """The model names that a request may use now, by number and by label."""
     serving = state.serving
-    served = {*serving.all_pinned, *([] if serving.live is None else [serving.live])}
     names = [MODEL]
     for entry in state.versions:
-        if entry.version in served:
+        if entry.state in ("live", "pinned"):
             names += [f"{MODEL}@{name}" for name in (entry.version, *entry.labels)]
-    return [*names, *(f"{MODEL}@{name}" for name in serving.named_adapters)]
+    up = [name for name, adapter in serving.named_adapters.items() if state.pin(adapter.base).state == "pinned"]
+    return [*names, *(f"{MODEL}@{name}" for name in up)]
+
+
+def _require_up(version: int, state: StoreState) -> None:
+    """ApiError (503) when the application of a pinned version fails; one that starts is waited for."""
+    if state.pin(version).state == "failing":
+        raise unavailable(f"version {version} is pinned, but does not start; an admin finds why in /admin/versions")
+
+
+def _unanswered(id: str) -> ApiError:
+    return unavailable(f"the command may not have been carried out; send it again, with the header {ID_HEADER}: {id}")
 
 
 def _find(model: str, state: StoreState) -> int:

@@ -152,7 +152,7 @@ class PolicyIngress(AdminRoutes, FeedbackRoutes, PageRoutes):
 
     def commanded(self, state: StoreState) -> None:
         """No answer from now on begins with weights that were live before the command."""
-        if state.serving.live is not None:
+        if state.serving.live is not None and state.handed_out == state.serving.sequence:
             self._policy.note(messages.AnsweredBy(WeightsId(state.run, state.serving.live), state.serving.sequence))
 
     async def health(self) -> Response:

@@ -153,6 +153,23 @@ def test_a_value_that_is_known_already_needs_no_read() -> None:
     asyncio.run(scenario())
 
 
+def test_a_read_that_began_before_a_value_was_set_does_not_replace_it() -> None:
+    async def scenario() -> None:
+        source = Source()
+        value, clock = cached(source)
+        source.open.clear()
+        reading = asyncio.ensure_future(value.get())
+        await asyncio.sleep(0)
+        value.set(70)
+        assert await value.get() == 70, "at once, though the read hangs"
+        source.open.set()
+        assert await reading == 70 and value.last == 70
+        clock.now += 1.0
+        assert await value.get() == 2
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("runs", [1, 3])
 def test_a_value_outlives_the_event_loop_that_read_it(runs: int) -> None:
     source = Source()

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import httpx
+import openai
 import psutil
 import pyarrow as pa
 import pytest
@@ -284,7 +285,15 @@ def test_versions_are_listed_pinned_promoted_and_rolled_back_while_they_are_serv
     base = ask(fleet.endpoint, "policy@base")
     assert (base.json()["model"], base.headers["x-policy-version"]) == ("policy@base", "0")
     assert tuned.json()["choices"] != base.json()["choices"] and tuned.json()["model"] == "policy@tune"
-    assert admin(fleet.endpoint, "pin", version="round-1")["pinned"] == [0, first]
+    client = openai.OpenAI(base_url=f"{fleet.endpoint}/v1", api_key="none", max_retries=0, timeout=scaled(120))
+    listed = [model.id for model in client.models.list()]
+    assert listed == ["policy", f"policy@{last}", "policy@0", "policy@tune"], "no version that is merely kept"
+    for model in listed:
+        chat = client.chat.completions.create(model=model, messages=[{"role": "user", "content": "hi"}], max_tokens=2)
+        assert chat.model == model and client.models.retrieve(model).id == model
+    pins = admin(fleet.endpoint, "pin", version="round-1")
+    assert pins["pinned"] == [0, first] and pins["pins"]["0"]["state"] == "pinned"
+    assert pins["pins"][str(first)]["state"] in ("starting", "pinned") and not pins["troubles"]
 
     assert admin(fleet.endpoint, "promote", version="base")["held"]
     held = ask(fleet.endpoint, "policy")
@@ -342,7 +351,9 @@ def test_a_version_that_fails_its_checks_is_listed_and_never_goes_live(fleet, ti
     last = run.manifest.rounds[0].steps
     assert state.live == 0 and "above max_mean_tokens=1.5" in state.refused[last]
     assert ask(fleet.endpoint, "policy").headers["x-policy-version"] == "0"
-    card = httpx.get(f"{fleet.endpoint}/v1/models/policy@final", timeout=scaled(60)).json()["metadata"]
-    assert card["state"] == "refused" and card["reason"] == state.refused[last]
+    assert httpx.get(f"{fleet.endpoint}/v1/models/policy@final", timeout=scaled(60)).status_code == 404
+    listed = httpx.get(f"{fleet.endpoint}/admin/versions", timeout=scaled(60)).json()["versions"]
+    (entry,) = (each for each in listed if each["version"] == last)
+    assert entry["state"] == "refused" and entry["reason"] == state.refused[last]
     again = httpx.post(f"{fleet.endpoint}/admin/promote", json={"version": last}, timeout=scaled(60))
     assert again.status_code == 409 and "was refused" in again.json()["error"]["message"]

@@ -2,7 +2,9 @@
 
 import json
 import threading
+import time
 
+import filelock
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +19,7 @@ from sampo_ray.errors import ConfigError, VersionError
 from sampo_ray.run import commands, serving, versions
 from sampo_ray.run.directory import create_run
 from sampo_ray.run.manifest import lineage
+from sampo_ray.run.report import PinState, Report, Trouble, report_place
 from sampo_ray.run.serving import Adapter, Serving, read_serve_config
 from sampo_ray.run.storage import Place
 from sampo_ray.run.versions import AdaptersInfo, VersionInfo, version_folder
@@ -87,7 +90,7 @@ def test_pins_labels_and_what_retention_leaves():
     with pytest.raises(VersionError, match=r"version 5 is not pinned \(pinned: 8\)"):
         commands.apply(state, INFOS, commands.Unpin("5"))
     assert commands.apply(state, INFOS, commands.Unpin("8")).pinned == []
-    for bad in ("final", "round-9", "Blue", "", "a b", "7"):
+    for bad in ("final", "round-9", "Blue", "", "a b", "7", "a/b", "..", "a/../../x", ".a", "a\n", "a" * 65):
         with pytest.raises(VersionError, match="label"):
             commands.apply(state, INFOS, commands.Label("5", bad))
 
@@ -143,7 +146,10 @@ def test_a_version_of_adapters_alone_is_pinned_on_its_base():
     infos = {**INFOS, 5: INFOS[5].model_copy(update={"adapters": adapters})}
     state = commands.apply(published(Serving()), infos, commands.Pin("5"))
     assert (state.pinned, state.pinned_adapters, adapter_ranks(state)) == ([0], {5}, {0: 8})
-    assert state.kept() >= {0, 5} and serving.state_of(state, 5) == serving.state_of(state, 0) == "pinned"
+    assert state.kept() >= {0, 5}
+    for pin in (PinState(state="pinned"), PinState(state="failing", reason="no memory")):
+        states = {e.version: (e.state, e.reason) for e in serving.listing(state, infos, {0: pin})}
+        assert states[5] == states[0] == (pin.state, pin.reason)
     with pytest.raises(VersionError, match="version 0 carries adapters .5."):
         serving.unpin(state, 0)
     with pytest.raises(VersionError, match=r"version 8 is not pinned \(pinned: 0, 5\)"):
@@ -170,7 +176,89 @@ def test_a_run_that_is_taken_up_again_serves_what_is_durable():
     held = serving.promote(published(Serving()), 5)
     assert serving.resume(held, LABELS, checked=False) == held
     gone = {version: names for version, names in LABELS.items() if version != 5}
-    assert serving.resume(held, gone, checked=False).live in gone
+    for checked in (False, True):
+        assert serving.resume(held, gone, checked).live == 12
+    refused = serving.refuse(serving.resume(Serving(), {0: ["base"]}, checked=True), 12, "why")
+    assert serving.resume(refused, LABELS, checked=False).live == 8
+
+
+def test_of_versions_that_could_not_go_live_before_only_the_last_does():
+    state = serving.accept(Serving(), 0, ["base"])
+    state = serving.accept_all(state, {version: LABELS[version] for version in (5, 8, 12)})
+    assert (state.live, state.previous, state.passed) == (12, [0], [0, 5, 8, 12])
+    assert serving.rollback(state).live == 0, "what was live before"
+
+
+def test_what_is_known_of_checks_is_kept_for_versions_that_exist_and_a_few_more():
+    state, on_disk = Serving(), {0, 3, 7, 900}
+    for version in range(1000):
+        state = serving.trim(serving.refuse(serving.accept(state, version, []), version, "too long"), on_disk)
+    assert {0, 3, 7, 900} < set(state.refused) and len(state.refused) == 4 + serving.HISTORY
+    assert {0, 3, 7, 900} < set(state.passed) and len(state.passed) == 4 + serving.HISTORY
+    with pytest.raises(VersionError, match="version 3 was refused"):
+        serving.promote(state, 3)
+
+
+def test_a_version_that_is_being_checked_is_kept():
+    assert published(Serving(checking=5)).kept() == {5, 8, 12}
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "..", ".a", "a\\b", "", "A", "\u0663", "9" * 13])
+def test_no_name_leads_out_of_the_folder_of_adapters(name, tmp_path):
+    with pytest.raises(VersionError, match="name"):
+        versions.adapter_folder("run", name)
+    with pytest.raises(VersionError, match="label"):
+        serving.add_adapter(Serving(), name, Adapter(base=0, rank=8))
+    place = Place(str(tmp_path))
+    adapters = {each: {"base": 0, "rank": 8} for each in (name, "tune", "15")}
+    place.at("serving.json").write(json.dumps({"adapters": adapters, "labels": {"a/b": 5}}).encode())
+    state = serving.read_serving(place)
+    assert set(state.adapters) == {"tune", "15"} and state.labels == {"a/b": 5}
+    with pytest.raises(VersionError, match="there is no adapter '15'; there is tune"):
+        serving.remove_adapter(state, "15")
+    assert [versions.adapter_folder("run", each) for each in state.adapters] == [
+        "run/adapters/tune",
+        "run/versions/000015",
+    ]
+
+
+def test_a_command_is_carried_out_once_for_each_id(tmp_path):
+    place = Place(str(tmp_path))
+
+    def rollback(id):
+        return serving.edit_serving(
+            place, lambda state: commands.apply_once(state, INFOS, id, commands.Rollback()), "latest"
+        )
+
+    serving.edit_serving(place, published)
+    assert [rollback(id).live for id in ("one", "one", "two", "one", "two")] == [8, 8, 5, 5, 5]
+    done = serving.read_serving(place).done
+    assert [(each.id, each.live) for each in done] == [("one", 8), ("two", 5)]
+    with pytest.raises(VersionError, match=r"the id one is that of another command, Rollback\(\)"):
+        commands.apply_once(serving.read_serving(place), INFOS, "one", commands.Pin("5"))
+    with pytest.raises(VersionError, match="no version"):
+        commands.apply_once(published(Serving()), INFOS, "three", commands.Pin("77"))
+    state = published(Serving())
+    for n in range(2 * commands.DONE_KEPT):
+        state = commands.apply_once(state, INFOS, f"id-{n}", commands.Label("5", "blue"))
+    assert len(state.done) == commands.DONE_KEPT
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"live": "many"}', b"\xff\xfe"])
+def test_a_state_that_cannot_be_read_is_named_with_what_to_do(tmp_path, content):
+    place = Place(str(tmp_path))
+    place.at("serving.json").write(content)
+    for use in (serving.read_serving, lambda place: serving.edit_serving(place, published)):
+        with pytest.raises(VersionError, match=r"serving.json of the run cannot be read.*restore it, or remove it"):
+            use(place)
+    assert place.at("serving.json").read() == content
+
+
+def test_a_lock_that_is_held_is_waited_for_and_named(tmp_path):
+    place = Place(str(tmp_path))
+    held = pytest.raises(VersionError, match="another process has held serving.lock for 0 s")
+    with filelock.FileLock(place.at("serving.lock").path), held:
+        serving.edit_serving(place, published, wait_s=0.1)
 
 
 def new_run(folder):
@@ -214,6 +302,15 @@ def test_the_command_line_changes_and_shows_it(tmp_path):
     assert sampo("promote", "latest")[1].startswith("live: version 12, following")
     code, output = sampo("versions")
     assert code == 0 and "round-1" in output and "live" in output and "follow: latest" in output
+    serving.edit_serving(run.place, lambda state: serving.pin(state, 5))
+    trouble = Trouble(what="pinned versions", reason="no memory", since=1.0, last=time.time(), tries=7)
+    for store, state, at in (("a", "pinned", 0), ("b", "failing", time.time()), ("c", "starting", 0)):
+        pins = {5: PinState(state=state, reason="no memory" if state == "failing" else None)}
+        report = Report(at=at, pins=pins, troubles=(trouble,) if state == "failing" else ())
+        report_place(run.place, store).write(report.model_dump_json().encode())
+    report_place(run.place, "d").write(b"{")
+    output = " ".join(sampo("versions")[1].split())
+    assert "failing: no memory" in output and "pinned versions: no memory (7 times since" in output
     code, output = sampo("promote", "nope")
     assert code == 1 and "no version 'nope' is kept; there is 0 (base)" in output
     assert CliRunner().invoke(app, ["versions", str(tmp_path)]).exit_code == 1

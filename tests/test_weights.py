@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 import ray
@@ -21,7 +22,8 @@ from sampo_ray.actors.weights.publish import NewVersion, publish_adapters, publi
 from sampo_ray.actors.weights.store import start_weight_store
 from sampo_ray.config.sections import LoraConfig
 from sampo_ray.console.demo_task import tiny_llama, tiny_tokenizer
-from sampo_ray.errors import WeightsError
+from sampo_ray.errors import VersionError, WeightsError
+from sampo_ray.run import commands
 from sampo_ray.run.buckets import pack, unpack
 from sampo_ray.run.serving import Serving
 from sampo_ray.run.storage import Place
@@ -152,7 +154,7 @@ class Run:
         self.store = find_weight_store(STORE)
 
     def call(self, method: str, *args: object) -> object:
-        return ray.get(getattr(self.store, method).remote(*args), timeout=scaled(60))
+        return ray.get(getattr(self.store, method).remote(*args), timeout=scaled(90))
 
     def publish(self, version: int, value: float, reference: bool = False) -> WeightsId:
         tensors = [("w", torch.full((5,), value))]
@@ -286,6 +288,72 @@ def test_a_store_serves_one_run_after_another(run: Run) -> None:
     assert run.value(weights) == 7.0
     ray.kill(run.store, no_restart=False)
     assert run.call("wait", None, 30).id == WeightsId("other", 0)
+
+
+@pytest.mark.slow
+def test_a_command_does_not_wait_for_weights_that_are_being_published(run: Run) -> None:
+    for version in (0, 10, 20):
+        run.publish(version, float(version))
+    write_version(version_folder(run.versions, 30), [("w", torch.ones(5))], run.shell, run.new(30).info)
+    (bucket,) = pack([("w", torch.full((5,), 3.0))])
+    gate = ray.remote(num_cpus=0)(Gate).remote()
+    slow = gate.data.remote(bucket.data)
+    publishing = run.store.publish.remote(run.name, 30, False, [replace(bucket, data=slow)])
+    answer = run.call("command", commands.Rollback(), "first")
+    assert (answer.done.live, answer.repeated, answer.state.serving.live) == (10, False, 10)
+    assert not ray.wait([publishing], timeout=0)[0]
+    ray.get(gate.open.remote(), timeout=scaled(60))
+    assert ray.get(publishing, timeout=scaled(60)) == WeightsId(run.name, 10)
+    assert run.call("wait", None, 0, "training").id.version == 30
+
+
+class Gate:
+    """Hands data out once it is open."""
+
+    def __init__(self) -> None:
+        self._open = asyncio.Event()
+
+    async def data(self, data: np.ndarray) -> np.ndarray:
+        await self._open.wait()
+        return data
+
+    async def open(self) -> None:
+        self._open.set()
+
+
+@pytest.mark.slow
+def test_a_command_that_is_sent_again_happens_once_even_after_a_restart_of_the_store(run: Run) -> None:
+    for version in (0, 10, 20):
+        run.publish(version, float(version))
+    answers = [run.call("command", commands.Rollback(), "mine") for _ in range(2)]
+    ray.kill(run.store, no_restart=False)
+    answers.append(run.call("command", commands.Rollback(), "mine"))
+    assert [(each.done.live, each.repeated, each.state.serving.live) for each in answers] == [
+        (10, False, 10),
+        (10, True, 10),
+        (10, True, 10),
+    ]
+    with pytest.raises(VersionError, match="is that of another command"):
+        run.call("command", commands.Pin("10"), "mine")
+    assert run.call("command", commands.Rollback(), "other").done.live == 0
+
+
+@pytest.mark.slow
+def test_publishing_goes_on_while_serving_json_is_held_or_damaged(run: Run) -> None:
+    run.publish(0, 0.0)
+    file = Place(run.versions.removesuffix("versions") + "serving.json")
+    good = file.read()
+    file.write(b"{")
+    assert run.publish(10, 1.0) == WeightsId(run.name, 0)
+    assert [trouble.what for trouble in run.call("state").troubles] == ["serving.json"]
+    ray.kill(run.store, no_restart=False)  # even then
+    assert run.call("wait", None, 30, "training").id.version == 10
+    assert run.publish(20, 2.0) is None and not run.call("serves", None)
+    file.write(good)
+    assert run.call("wait", None, scaled(60)).id.version == 20
+    with filelock.FileLock(file.path.replace(".json", ".lock")):
+        assert run.publish(30, 3.0) == WeightsId(run.name, 20)
+    assert run.call("wait", WeightsId(run.name, 20), scaled(60)).id.version == 30
 
 
 def loaded(folder: Path) -> LoadedVersions:

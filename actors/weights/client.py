@@ -1,14 +1,16 @@
 """The weight store as other actors see it: how to find it, what it answers, and how to read its buckets."""
 
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import ray
 from ray.actor import ActorHandle
 
 from sampo_ray.run.buckets import Bucket, verify
-from sampo_ray.run.serving import Serving, VersionEntry
+from sampo_ray.run.report import PinState, Trouble
+from sampo_ray.run.serving import Done, Serving, VersionEntry
 from sampo_ray.run.versions import VersionInfo, WeightsId
 
 NAMESPACE = "sampo"
@@ -37,10 +39,28 @@ class StoreState:
     apps: str
     serving: Serving
     versions: list[VersionEntry]
+    pins: Mapping[int, PinState] = field(default_factory=dict)
+    """Of the pinned versions that are whole models; empty without a fleet."""
+    troubles: tuple[Trouble, ...] = ()
+    handed_out: int | None = None
+    """The sequence of the live version that readers get; behind `serving` while another one is being loaded."""
 
     @property
     def labels(self) -> dict[int, tuple[str, ...]]:
         return {entry.version: entry.labels for entry in self.versions}
+
+    def pin(self, version: int) -> PinState:
+        """The application that answers for a pinned version."""
+        return self.pins.get(version, PinState(state="pinned"))
+
+
+@dataclass(frozen=True)
+class CommandAnswer:
+    """What a command did, and the state now; `repeated`: it had been carried out before, and only then."""
+
+    done: Done
+    repeated: bool
+    state: StoreState
 
 
 def find_weight_store(name: str) -> ActorHandle:

@@ -52,13 +52,25 @@ class LoadedVersions:
         newest = max(complete_versions(self.url), default=None)
         if newest is None or not self.is_newer(newest):
             return None
-        self.training = self._read(newest)
+        weights = self._read(newest)
+        if not self.is_newer(newest):  # another was published meanwhile
+            return None
+        self.training = weights
         return newest
 
+    def is_live(self, state: Serving) -> bool:
+        """Whether readers get what is live, or nothing is."""
+        live = self.live
+        return state.live is None or (live is not None and (live.id.version, live.sequence) == _position(state))
+
     def make_live(self, state: Serving) -> None:
-        wanted = state.live, state.sequence
-        if state.live is not None and (self.live is None or (self.live.id.version, self.live.sequence) != wanted):
+        """Hands out the live version. It is read from disk if it is not in memory; WeightsError when it cannot be."""
+        if state.live is not None and not self.is_live(state):
             self.live = replace(self.get(state.live), sequence=state.sequence)
+
+    def holds(self, version: int | None) -> bool:
+        """Whether a version is in memory."""
+        return any(w is not None and w.id.version == version for w in (self.training, self.live, self.reference))
 
     def _read(self, version: int) -> Weights:
         buckets = read_version(version_folder(self.url, version))
@@ -74,6 +86,10 @@ class LoadedVersions:
         if self.reference is None or self.reference.id.version < base.id.version:
             self.reference = base  # the next version needs it again
         return Weights(weights_id, info, base.buckets, version, adapters)
+
+
+def _position(state: Serving) -> tuple[int | None, int]:
+    return state.live, state.sequence
 
 
 class LongPoll:

@@ -1,34 +1,123 @@
 """Pinned versions: each is a Serve application that scales from zero, so that `policy` is never redeployed."""
 
-from collections.abc import Sequence
+import asyncio
+import re
+import textwrap
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import ray
 from ray import serve
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
+from sampo_ray.actors.weights.duty import Duty, result_within
+from sampo_ray.errors import FleetError
 from sampo_ray.internals.serve import begin_delete
 from sampo_ray.run.directory import open_run
+from sampo_ray.run.report import PinState
 from sampo_ray.run.serving import Serving, adapters_on
 from sampo_ray.run.storage import Place
 from sampo_ray.run.versions import WeightsId, version_folder
 
 RANKS = (0, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM can be told to expect; 0: no adapters."""
+LOOK_S = 10.0
+STATUS_S, CARRY_OUT_S = 30.0, 600.0
+"""Limits: of a look at what Serve runs, and of the task that starts and removes applications."""
+
+Pin = tuple[int, int]
+"""A pinned version and the rank of the adapters on it."""
+
+
+@dataclass(frozen=True)
+class Pins:
+    """What is pinned of a run: versions with the ranks of the adapters on them."""
+
+    place: Place
+    run: str
+    ranks: Mapping[int, int]
+
+    def named(self, apps: str) -> dict[str, Pin]:
+        return {pinned_app(apps, self.run, version, rank): (version, rank) for version, rank in self.ranks.items()}
 
 
 class PinnedApps:
-    """Starts and stops the applications of pinned versions in the background, one change after the other."""
+    """Keeps the applications of pinned versions as they are wanted: looks at what Serve runs, and starts what is
+    missing, removes what is too much, and starts again what has failed."""
 
     def __init__(self, apps: str) -> None:
         self.apps = apps
-        self._wanted: tuple[str, dict[int, int]] = "", {}
-        self._last: ray.ObjectRef | None = None
+        self.duty = Duty("pinned versions", self._reconcile, LOOK_S)
+        self._wanted = Pins(Place(""), "", {})
+        self._seen: Mapping[str, PinState] = {}
+        self._failed: Collection[str] = ()
+        self._thread = ThreadPoolExecutor(1, "serve-status")  # Serve's own calls have no time limit
 
-    def serve(self, place: Place, run_id: str, state: Serving) -> None:
-        """Brings the applications in line with what is pinned."""
-        ranks = adapter_ranks(state)
-        if self.apps and (run_id, ranks) != self._wanted and (ranks or self._wanted[0]):
-            self._wanted = run_id, ranks
-            self._last = _reconcile.remote(self.apps, place, run_id, ranks, self._last)
+    def want(self, place: Place, run_id: str, state: Serving) -> None:
+        wanted = Pins(place, run_id, adapter_ranks(state))
+        if wanted != self._wanted:
+            self._wanted = wanted
+            self.duty.wake()
+
+    @property
+    def states(self) -> dict[int, PinState]:
+        """The state of each pinned version that is a whole model; none without a fleet."""
+        trouble, states = self.duty.trouble, dict[int, PinState]()
+        for name, (version, _) in self._wanted.named(self.apps).items() if self.apps else ():
+            seen = self._seen.get(name, PinState(state="starting"))
+            if seen.state == "starting" and trouble is not None:
+                seen = PinState(state="failing", reason=trouble.reason)
+            states[version] = seen
+        return states
+
+    async def _reconcile(self) -> bool:
+        if not self.apps:
+            return True
+        wanted = self._wanted
+        names = wanted.named(self.apps)
+        looking = asyncio.get_running_loop().run_in_executor(self._thread, _applications, f"{self.apps}-pinned-")
+        found = await asyncio.wait_for(looking, STATUS_S)
+        self._seen = {name: pin_state(found.get(name)) for name in names}
+        start, remove = difference(names, found, self._failed)
+        if start or remove:
+            self._failed = ()
+            missing = {name: names[name] for name in start}
+            await result_within(_carry_out.remote(wanted.place, wanted.run, missing, remove), CARRY_OUT_S)
+            return False
+        self._failed = [name for name, pin in self._seen.items() if pin.state == "failing"]
+        if self._failed:
+            each = (f"version {names[name][0]} does not start: {self._seen[name].reason}" for name in self._failed)
+            raise FleetError("; ".join(each))
+        return all(pin.state == "pinned" for pin in self._seen.values())
+
+
+def pin_state(app: ApplicationStatusOverview | None) -> PinState:
+    """How far an application is, as Serve says it."""
+    if app is None or app.status in (ApplicationStatus.NOT_STARTED, ApplicationStatus.DELETING):
+        return PinState(state="starting")
+    answers = any(deployment.replica_states.get("RUNNING") for deployment in app.deployments.values())
+    if answers or app.status == ApplicationStatus.RUNNING:
+        return PinState(state="pinned")
+    if app.status == ApplicationStatus.DEPLOYING:
+        return PinState(state="starting")
+    messages = (app.message, *(deployment.message for deployment in app.deployments.values()))
+    return PinState(state="failing", reason=last_error("\n".join(messages)))
+
+
+def difference(
+    wanted: Collection[str], found: Mapping[str, ApplicationStatusOverview], again: Collection[str]
+) -> tuple[list[str], list[str]]:
+    """The applications to start and to remove, the latter first. Those that fail are in both if they are `again` found
+    so: Serve starts no replica of an application that failed. One that is being deleted is waited for."""
+    failing = {name for name in again if name in wanted and pin_state(found.get(name)).state == "failing"}
+    too_much = {name for name in found if name not in wanted and found[name].status != ApplicationStatus.DELETING}
+    missing = {name for name in wanted if name not in found}
+    return sorted(missing | failing), sorted(too_much | failing)
+
+
+def _applications(prefix: str) -> dict[str, ApplicationStatusOverview]:
+    return {name: app for name, app in serve.status().applications.items() if name.startswith(prefix)}
 
 
 def adapter_ranks(state: Serving) -> dict[int, int]:
@@ -42,9 +131,8 @@ def pinned_app(apps: str, run_id: str, version: int, rank: int) -> str:
     return f"{apps}-pinned-{run_id}-{version}" + (f"-lora{rank}" if rank else "")
 
 
-def delete_pinned(apps: str, keep: Sequence[str] = ()) -> None:
-    running = serve.status().applications
-    delete_apps([name for name in running if name.startswith(f"{apps}-pinned-") and name not in keep])
+def delete_pinned(apps: str) -> None:
+    delete_apps([name for name in serve.status().applications if name.startswith(f"{apps}-pinned-")])
 
 
 def delete_apps(names: Sequence[str]) -> None:
@@ -55,22 +143,30 @@ def delete_apps(names: Sequence[str]) -> None:
         serve.delete(name)
 
 
-@ray.remote(num_cpus=0.1, max_retries=2)
-def _reconcile(apps: str, place: Place, run_id: str, ranks: dict[int, int], _before: None) -> None:
+def last_error(report: str) -> str:
+    """The last error in Serve's report on an application that could not start."""
+    lines = [line.strip() for line in report.splitlines() if line.strip()]
+    errors = [n for n, line in enumerate(lines) if re.match(r"^[\w.]*(Error|Exception)\b", line)]
+    last = lines[errors[-1] :] if errors else lines[-1:] or ["an application could not be started"]
+    return textwrap.shorten(" ".join(line for line in last if not line.startswith("For further information")), 500)
+
+
+@ray.remote(num_cpus=0.1, max_retries=0)
+def _carry_out(place: Place, run_id: str, start: Mapping[str, Pin], remove: Sequence[str]) -> None:
+    """Removes applications, then starts others. It is tried again by those who call it."""
+    delete_apps(remove)
+    if not start:
+        return
     from sampo_ray.actors.policy.deployment import policy_deployment
     from sampo_ray.actors.policy.replica_weights import WeightsSource  # imports vLLM
 
-    names = {pinned_app(apps, run_id, version, rank): (version, rank) for version, rank in ranks.items()}
-    delete_pinned(apps, keep=list(names))
     config = open_run(place.url).config
     settings = config.fleet.generators.model_copy(update={"min_replicas": 0, "max_replicas": 1})
-    tokenizer, drain_s, running = place.at("tokenizer").url, config.serve.request_timeout_s, serve.status().applications
+    tokenizer, drain_s = place.at("tokenizer").url, config.serve.request_timeout_s
     targets = []
-    for name, (version, rank) in names.items():
-        if name not in running:
-            adapters, folder = place.url if rank else None, version_folder(place.at("versions").url, version)
-            source = WeightsSource(pinned=WeightsId(run_id, version), drain_s=drain_s, adapters=adapters, max_rank=rank)
-            app = policy_deployment(f"policy@{version}", folder, tokenizer, source, settings, config.data.max_length)
-            targets.append(serve.RunTarget(app, name=name, route_prefix=None))
-    if targets:
-        serve.run_many(targets, wait_for_applications_running=False)
+    for name, (version, rank) in start.items():
+        adapters, folder = place.url if rank else None, version_folder(place.at("versions").url, version)
+        source = WeightsSource(pinned=WeightsId(run_id, version), drain_s=drain_s, adapters=adapters, max_rank=rank)
+        app = policy_deployment(f"policy@{version}", folder, tokenizer, source, settings, config.data.max_length)
+        targets.append(serve.RunTarget(app, name=name, route_prefix=None))
+    serve.run_many(targets, wait_for_applications_running=False)

@@ -8,24 +8,27 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import ray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from ray.actor import ActorHandle
-from ray.exceptions import RayError
 
 from sampo_ray.actors.transfer.coordinator import ReceivingReplica, TransferCoordinator, TransferGroup, TransferPlan
-from sampo_ray.actors.weights.client import NAMESPACE, Channel, StoreState, Weights, put, throttle
+from sampo_ray.actors.weights.client import NAMESPACE, Channel, CommandAnswer, StoreState, Weights, put, throttle
+from sampo_ray.actors.weights.duty import Duty
 from sampo_ray.actors.weights.live import LivePolicy
 from sampo_ray.actors.weights.loaded import LoadedVersions, LongPoll
 from sampo_ray.actors.weights.pinned import PinnedApps
 from sampo_ray.errors import WeightsError
-from sampo_ray.run import commands, serving
+from sampo_ray.run import serving
 from sampo_ray.run.buckets import Bucket, verify
+from sampo_ray.run.commands import Command
+from sampo_ray.run.report import REFRESH_S, Report, Trouble, report_place
 from sampo_ray.run.storage import Place
 from sampo_ray.run.versions import WeightsId
 
 logger = logging.getLogger(__name__)
 
 LOOK_S = 1.0
+READY_S = 10.0
 AMPLE_CORES = 10
 
 
@@ -45,31 +48,32 @@ class WeightStore:
     The bytes are put again under this actor's ownership, since objects die with the process that put them. `state_url`
     is a small file (local path or fsspec URL) that names the attached run, so that a restarted actor returns to it.
     `apps` is the prefix of the fleet's Serve applications ("": no fleet, so no checks and no pins). Methods are
-    idempotent: the actor is started with unlimited retries.
+    idempotent: the actor is started with unlimited retries. What is wanted of it is brought about in duties, which try
+    again until they succeed; their trouble is in the state, and in a report for those who cannot ask.
     """
 
     def __init__(self, state_url: str, apps: str = "") -> None:
         self._file = Place(state_url)
-        self._pinned, self._poll, self._lock = PinnedApps(apps), LongPoll(), asyncio.Lock()
+        self._pinned, self._poll = PinnedApps(apps), LongPoll()
+        self._publishing, self._lock = asyncio.Lock(), asyncio.Lock()  # edits do not wait for weights to be copied
         self._transfers = TransferCoordinator(self._current_id)
-        self._looking: asyncio.Task[None] | None = None
+        self._reporting, self._reported = Duty("the report of this store", self._report, LOOK_S), Report(at=0.0)
         self._attached = Attachment.model_validate_json(self._file.read()) if self._file.exists() else Attachment()
         self._loaded, self._policy = self._opened()
-        if self._attached.run:
-            self._policy.recover()
 
     async def attach(self, run_id: str, versions_url: str, watch: bool = False) -> WeightsId | None:
         """Works for this run from now on, beginning with its versions on disk; returns what is live (None: nothing).
-        With `watch` another process trains the run, and new versions are looked for on disk."""
-        async with self._lock:
+        With `watch` another process trains the run, and new versions are looked for on disk. Raises what stands against
+        it: a serving.json or version that cannot be read."""
+        async with self._publishing, self._lock:
             before, self._attached = self._attached, Attachment(run=run_id, versions=versions_url, watch=watch)
-            if (before.run, before.versions) != (run_id, versions_url):
+            if before != self._attached:
                 self._policy.close()
+                self._reported = Report(at=0.0)
                 self._loaded, self._policy = self._opened()
             await asyncio.to_thread(self._file.write, self._attached.model_dump_json().encode())
-            await asyncio.to_thread(self._policy.recover)
-            await self._policy.carry_out()
-        self._look()
+            await self._policy.recover()
+        await self._ready()
         return self._current_id("live")
 
     async def publish(
@@ -78,17 +82,19 @@ class WeightStore:
         """Makes a durable version the newest, and the round's reference if so marked; returns what is live afterwards.
 
         It goes live at once if the live policy follows such versions and the recipe names no checks, else after its
-        checks. Idempotent; a version older than the newest is ignored. `offered`: the publisher also sends it by a
-        transport. Raises WeightsError for a run that is not attached or a version that is not complete on disk.
+        checks; where serving.json cannot be changed just now, as soon as it can be. Idempotent; a version older than
+        the newest is ignored. `offered`: the publisher also sends it by a transport. Raises WeightsError for a run that
+        is not attached or a version that is not complete on disk.
         """
-        async with self._lock:
+        async with self._publishing:
             self._check_run(run_id)
+            self._start()
             if self._loaded.is_newer(version):
                 here = tuple([await asyncio.to_thread(copied, replace(b, data=await b.data)) for b in buckets])
                 if offered:
                     await self._transfers.offer(WeightsId(run_id, version))
                 await asyncio.to_thread(self._loaded.add, version, here)
-                await self._policy.consider(version)
+                await self._policy.publish(version)
             newest = self._loaded.training
             if newest is not None and version < newest.id.version:
                 logger.warning("ignored version %d of run %s: %s is newer", version, run_id, newest.id)
@@ -100,7 +106,7 @@ class WeightStore:
         self, known: WeightsId | None, timeout_s: float, channel: Channel = "live", sequence: int | None = None
     ) -> Weights | None:
         """Long poll: a channel's weights once they are not `known` (or their sequence is another); None on time-out."""
-        self._look()
+        self._start()
         return await self._poll.wait(lambda: self._loaded.current(channel), known, sequence, timeout_s)
 
     # Sending a version by a transport: the calls of its TransferCoordinator. A store that restarts has a new one.
@@ -128,6 +134,7 @@ class WeightStore:
 
     async def serves(self, version: int | None) -> bool:
         """Whether this version is live (None: any), and each version goes live as soon as it is published."""
+        await self._ready()
         return self._policy.is_steady and version in (None, self._policy.serving.live)
 
     async def place(self) -> str:
@@ -135,19 +142,25 @@ class WeightStore:
         return self._policy.place.url
 
     async def state(self) -> StoreState:
-        state, on_disk = self._policy.serving, await asyncio.to_thread(self._loaded.on_disk)
-        return StoreState(self._attached.run, self._pinned.apps, state, serving.listing(state, on_disk))
+        await self._ready()
+        state, pins = self._policy.serving, self._pinned.states
+        entries = serving.listing(state, await asyncio.to_thread(self._loaded.on_disk), pins)
+        live = self._loaded.live.sequence if self._loaded.live else None
+        return StoreState(self._attached.run, self._pinned.apps, state, entries, pins, self._troubles(), live)
 
-    async def command(self, command: commands.Command) -> StoreState:
-        """Carries out an operator's command and returns the new state; VersionError when it cannot be carried out."""
+    async def command(self, command: Command, id: str) -> CommandAnswer:
+        """Carries out an operator's command, unless that of this id has been carried out; VersionError when it cannot
+        be. Returns once readers get what is live then, or after some time."""
+        await self._ready()
         async with self._lock:
             on_disk = await asyncio.to_thread(self._loaded.on_disk)
-            await self._policy.edit(lambda state: commands.apply(state, on_disk, command))
-        return await self.state()
+            done, repeated = await self._policy.command(id, command, on_disk)
+        await self._policy.loaded()
+        return CommandAnswer(done, repeated, await self.state())
 
     def _opened(self) -> tuple[LoadedVersions, LivePolicy]:
         loaded = LoadedVersions(self._attached.run, self._attached.versions, put)
-        return loaded, LivePolicy(loaded, self._poll, self._pinned, self._lock)
+        return loaded, LivePolicy(loaded, self._poll, self._pinned, self._lock, self._attached.watch)
 
     def _current_id(self, channel: str) -> WeightsId | None:
         now = self._loaded.current(channel)
@@ -157,19 +170,32 @@ class WeightStore:
         if run_id != self._attached.run:
             raise WeightsError(f"run {run_id!r} is not attached (attached: {self._attached.run!r}); call attach first")
 
-    def _look(self) -> None:
-        """Starts to follow the run directory, which other processes change as well, unless that is under way."""
-        if self._attached.run and (self._looking is None or self._looking.done()):
-            self._looking = asyncio.create_task(self._keep_looking())
+    def _start(self) -> None:
+        """Begins to follow the run directory, which other processes change as well, and to do what it says."""
+        if self._attached.run:
+            self._policy.start()
+            self._pinned.duty.start()
+            self._reporting.start()
 
-    async def _keep_looking(self) -> None:
-        while True:
-            await asyncio.sleep(LOOK_S)
-            try:
-                async with self._lock:
-                    await self._policy.look(self._attached.watch)
-            except (OSError, ValidationError, WeightsError, RayError) as error:
-                logger.warning("could not read the run directory, and will try again: %s", type(error).__name__)
+    async def _ready(self) -> None:
+        """Waits for what is served to be known."""
+        self._start()
+        if self._attached.run:
+            await self._policy.ready(READY_S)
+
+    def _troubles(self) -> tuple[Trouble, ...]:
+        others = (duty.trouble for duty in (self._pinned.duty, self._reporting))
+        return (*self._policy.troubles, *(trouble for trouble in others if trouble is not None))
+
+    async def _report(self) -> bool:
+        """Writes the report if it says something new, and again from time to time while something is wrong."""
+        now = Report(at=time.time(), pins=self._pinned.states, troubles=self._troubles())
+        again = not now.is_content and now.at - self._reported.at > REFRESH_S
+        if self._pinned.apps and (again or not now.says_the_same(self._reported)):
+            place = report_place(self._policy.place, self._pinned.apps)
+            await asyncio.to_thread(place.write, now.model_dump_json(indent=1).encode())
+            self._reported = now
+        return True
 
 
 def copied(bucket: Bucket) -> Bucket:

@@ -27,12 +27,13 @@ def versions(run: RunArgument) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from sampo_ray.run.report import read_reports, worst
     from sampo_ray.run.serving import listing, read_serving
 
     place, infos, follow = opened(run)
-    state = read_serving(place, follow)
+    state, reports = read_serving(place, follow), read_reports(place)
     table = Table("version", "labels", "state", "loss", "margin", "chosen", "published")
-    for entry in listing(state, infos):
+    for entry in listing(state, infos, worst(reports)):
         numbers = [entry.metrics.get(name) for name in ("loss", "margin", "chosen_tokens")]
         shown = ("-" if n is None else f"{n:{form}}" for n, form in zip(numbers, (".3f", "+.3f", ".0f"), strict=True))
         when = "-" if entry.created is None else f"{datetime.fromtimestamp(entry.created):%m-%d %H:%M}"
@@ -40,6 +41,9 @@ def versions(run: RunArgument) -> None:
         table.add_row(str(entry.version), ", ".join(entry.labels), state_and_why, *shown, when)
     Console().print(table)
     typer.echo(f"follow: {state.follow}{' (held)' if state.held else ''}")
+    for trouble in (trouble for report in reports for trouble in report.troubles):
+        since, last = (f"{datetime.fromtimestamp(when):%H:%M:%S}" for when in (trouble.since, trouble.last))
+        typer.echo(f"{trouble.what}: {trouble.reason} ({trouble.tries} times since {since}, last {last})")
 
 
 @app.command()
@@ -93,7 +97,7 @@ def add_adapter(
     from sampo_ray.errors import VersionError
     from sampo_ray.run.serving import Adapter, add_adapter, all_labels, edit_serving, read_serving
     from sampo_ray.run.storage import Place, absolute
-    from sampo_ray.run.versions import find
+    from sampo_ray.run.versions import adapter_folder, find
 
     place, infos, follow = opened(run)
     state = read_serving(place, follow)
@@ -101,7 +105,7 @@ def add_adapter(
     if infos[adapter.base].adapters:
         raise VersionError(f"version {adapter.base} is adapters itself; name a version that is a whole model")
     add_adapter(state, name, adapter)  # refused before anything is copied
-    target = place.at("adapters", name)
+    target = Place(adapter_folder(place.url, name))
     if target.names():
         raise VersionError(f"{target.url} exists; choose another name, or remove it")
     with target.draft() as draft:
@@ -116,10 +120,12 @@ def add_adapter(
 def remove_adapter(run: RunArgument, name: Annotated[str, typer.Argument()]) -> None:
     """Stops serving an adapter and removes it from the run directory."""
     from sampo_ray.run.serving import edit_serving, remove_adapter
+    from sampo_ray.run.storage import Place
+    from sampo_ray.run.versions import adapter_folder
 
     place, _, follow = opened(run)
     edit_serving(place, lambda now: remove_adapter(now, name), follow)
-    place.at("adapters", name).remove()
+    Place(adapter_folder(place.url, name)).remove()
     typer.echo(f"policy@{name} is no longer served")
 
 
@@ -141,11 +147,11 @@ def rank_of(folder: str) -> int:
 
 def carry_out(run: str, command: "Command") -> None:
     """Changes what a run serves and prints what is served then."""
-    from sampo_ray.run.commands import apply
+    from sampo_ray.run.commands import apply_once, new_id
     from sampo_ray.run.serving import edit_serving
 
-    place, infos, follow = opened(run)
-    state = edit_serving(place, lambda now: apply(now, infos, command), follow)
+    (place, infos, follow), id = opened(run), new_id()
+    state = edit_serving(place, lambda now: apply_once(now, infos, id, command), follow)
     held = ", held there" if state.held else f", following {state.follow}"
     live = "nothing" if state.live is None else f"version {state.live}"
     pinned = ", ".join(map(str, state.all_pinned)) or "none"

@@ -1,9 +1,7 @@
 """The fleet of a run: weight store, policy replicas, endpoint, reference and reward workers, trainer."""
 
 import contextlib
-import re
 import tempfile
-import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from sampo_ray.actors.scoring.workers import build_reference_app, build_reward_app
 from sampo_ray.actors.weights.client import Channel
-from sampo_ray.actors.weights.pinned import delete_apps, delete_pinned
+from sampo_ray.actors.weights.pinned import delete_apps, delete_pinned, last_error
 from sampo_ray.actors.weights.publish import NewVersion, publish_version
 from sampo_ray.actors.weights.store import start_weight_store
 from sampo_ray.config.run import RunConfig
@@ -156,8 +154,8 @@ class PolicyServing:
         start_serve(self._serve)  # first, since it may be refused
         self.store_name = f"sampo-{name}"
         self.store = start_weight_store(self.store_name, run.place.at(state).url, name)
-        self._at_end(ray.kill, self.store)
         self._at_end(delete_pinned, name)
+        self._at_end(ray.kill, self.store)  # before: it would start them again
 
     def policy(self, channel: Channel, settings: GeneratorsConfig) -> serve.Application:
         """Replicas that serve a channel of the weight store."""
@@ -193,14 +191,6 @@ class PolicyServing:
     def _at_end(self, function: Callable[..., object], *arguments: object) -> None:
         if not self._keep:
             self._stack.callback(function, *arguments)
-
-
-def last_error(report: str) -> str:
-    """The last error in Serve's report on an application that could not start."""
-    lines = [line.strip() for line in report.splitlines() if line.strip()]
-    errors = [n for n, line in enumerate(lines) if re.match(r"^[\w.]*(Error|Exception)\b", line)]
-    last = lines[errors[-1] :] if errors else lines[-1:] or ["an application could not be started"]
-    return textwrap.shorten(" ".join(line for line in last if not line.startswith("For further information")), 500)
 
 
 def attach_run(store: ActorHandle, run: Run) -> None:

@@ -5,27 +5,31 @@ when a version is published; the command line and the admin routes change it on 
 The process that serves the run follows the file.
 """
 
+import functools
 import json
+import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import filelock
 import yaml
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from sampo_ray.config.serving import ServeConfig
 from sampo_ray.errors import VersionError
+from sampo_ray.run.report import PinState
 from sampo_ray.run.storage import Place
-from sampo_ray.run.versions import AdaptersInfo, VersionInfo
+from sampo_ray.run.versions import NAME, AdaptersInfo, VersionInfo, is_version_number
+
+logger = logging.getLogger(__name__)
 
 Follow = Literal["latest", "round", "manual"]
-ServedAs = Literal["live", "pinned", "refused", "candidate", "kept"]
-"""A candidate has not been checked yet."""
+ServedAs = Literal["live", "pinned", "starting", "failing", "refused", "candidate", "kept"]
+"""A candidate has not been checked yet. Versions that are starting or failing are pinned, but do not answer yet."""
 HISTORY = 50
 LOCK_SECONDS = 30.0
-LABEL = re.compile(r"[a-z][a-z0-9._/-]{0,63}")
 
 
 class Adapter(BaseModel):
@@ -36,14 +40,25 @@ class Adapter(BaseModel):
 
 
 class VersionEntry(VersionInfo):
-    """A version in a list of those on disk: its `labels` begin with those of users; `reason`: why it was refused."""
+    """A version in a list of those on disk; its `labels` begin with those of users."""
 
     state: ServedAs
     reason: str | None
+    """Why it was refused, or why it fails."""
 
     def listed(self) -> dict[str, object]:
         """For JSON, without the files' checksums."""
         return self.model_dump(exclude_unset=True, exclude={"files"})
+
+
+class Done(BaseModel):
+    """A command that was carried out: its id, what it was, and which version was live then."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    command: str
+    live: int | None
 
 
 class Serving(BaseModel):
@@ -66,15 +81,30 @@ class Serving(BaseModel):
     """Versions that failed a check, with the reason."""
     passed: list[int] = Field(default_factory=list)
     """Versions that passed their checks, in that order."""
+    checking: int | None = None
+    """The version whose checks are being made."""
+    done: list[Done] = Field(default_factory=list)
+    """The last commands, so that one that is sent again is not carried out again."""
+
+    @field_validator("adapters", mode="before")
+    @classmethod
+    def _only_safe_names(cls, adapters: Any) -> Any:
+        """Leaves out adapters that another program, or an older version of this one, named like a path."""
+        if not isinstance(adapters, dict):
+            return adapters
+        for name in adapters:
+            if not _is_adapter_name(name):
+                _warn_of_name(str(name))
+        return {name: adapter for name, adapter in adapters.items() if _is_adapter_name(name)}
 
     def kept(self) -> set[int]:
         """Versions that retention must leave on disk."""
-        live = () if self.live is None else (self.live,)
-        return {*live, *self.all_pinned, *self.labels.values(), *self.previous[-1:]}
+        needed = {version for version in (self.live, self.checking) if version is not None}
+        return {*needed, *self.all_pinned, *self.labels.values(), *self.previous[-1:]}
 
     @property
     def pinned_adapters(self) -> set[int]:
-        return {int(name) for name in self.adapters if name.isdecimal()}
+        return {int(name) for name in self.adapters if is_version_number(name)}
 
     @property
     def all_pinned(self) -> list[int]:
@@ -83,7 +113,16 @@ class Serving(BaseModel):
 
     @property
     def named_adapters(self) -> dict[str, Adapter]:
-        return {name: adapter for name, adapter in self.adapters.items() if not name.isdecimal()}
+        return {name: adapter for name, adapter in self.adapters.items() if not is_version_number(name)}
+
+
+def _is_adapter_name(name: object) -> bool:
+    return isinstance(name, str) and bool(NAME.fullmatch(name) or is_version_number(name))
+
+
+@functools.cache
+def _warn_of_name(name: str) -> None:
+    logger.warning("serving.json: the adapter %r is not served, for its name is none; add it under another one", name)
 
 
 def is_followed(follow: Follow, labels: Sequence[str]) -> bool:
@@ -94,20 +133,41 @@ def is_followed(follow: Follow, labels: Sequence[str]) -> bool:
 
 def accept(state: Serving, version: int, labels: Sequence[str]) -> Serving:
     """A version has passed its checks: it goes live if the live policy follows such versions and it is newer."""
-    new = state.model_copy(update={"passed": [*(v for v in state.passed if v != version), version][-HISTORY:]})
+    new = state.model_copy(update={"passed": [*(v for v in state.passed if v != version), version]})
     follows = state.live is None or (not state.held and version > state.live and is_followed(state.follow, labels))
     return _live(new, version) if follows else new
 
 
+def accept_all(state: Serving, labels: Mapping[int, Sequence[str]]) -> Serving:
+    """Versions have passed their checks at the same time: the last of those that are followed goes live."""
+    after = functools.reduce(lambda now, version: accept(now, version, labels[version]), sorted(labels), state)
+    if after.live is None or after.live == state.live:
+        return after
+    return _live(state, after.live).model_copy(update={"passed": after.passed})
+
+
 def resume(state: Serving, labels: Mapping[int, Sequence[str]], checked: bool) -> Serving:
     """The state when a store starts on a run: a version whose publisher was killed before it could go live does so now
-    (where versions are `checked`, only the base), and a live version that is gone from disk gives way to the newest."""
+    (where versions are `checked`, only the base), and a live version that is gone from disk gives way to the newest
+    that passed."""
     if state.live not in labels:
-        state = state.model_copy(update={"live": None})
-    for version in sorted(labels)[: 1 if checked else None]:
-        if version not in state.passed or state.live is None:
-            state = accept(state, version, labels[version])
-    return state
+        state, newest = state.model_copy(update={"live": None}), newest_passed(state, labels)
+        state = state if newest is None else _live(state, newest)
+    unknown = [v for v in sorted(labels) if v not in state.passed and v not in state.refused]
+    return accept_all(state, {v: labels[v] for v in unknown if not checked or v == min(labels)})
+
+
+def after(state: Serving, sequence: int) -> Serving:
+    """The state as the next one for readers who know `sequence`."""
+    return state.model_copy(update={"sequence": sequence + 1})
+
+
+def trim(state: Serving, on_disk: Container[int]) -> Serving:
+    """The state without what it says of the checks of versions that are gone, except the newest few."""
+    lately = {*sorted(state.refused)[-HISTORY:], *state.passed[-HISTORY:]}
+    refused = {v: reason for v, reason in state.refused.items() if v in lately or v in on_disk}
+    passed = [v for v in state.passed if v in lately or v in on_disk]
+    return state.model_copy(update={"refused": refused, "passed": passed})
 
 
 def refuse(state: Serving, version: int, reason: str) -> Serving:
@@ -148,7 +208,7 @@ def pin_adapters(state: Serving, version: int, adapters: AdaptersInfo) -> Servin
 
 def unpin(state: Serving, version: int) -> Serving:
     if version in state.pinned_adapters:
-        return remove_adapter(state, str(version))
+        return _without_adapter(state, str(version))
     if version not in state.pinned:
         pinned = ", ".join(map(str, state.all_pinned)) or "none"
         raise VersionError(f"version {version} is not pinned (pinned: {pinned})")
@@ -170,8 +230,13 @@ def add_adapter(state: Serving, name: str, adapter: Adapter) -> Serving:
 
 
 def remove_adapter(state: Serving, name: str) -> Serving:
-    if name not in state.adapters:
+    """Serves a user's adapter no longer. A version of adapters alone is none: it is unpinned."""
+    if name not in state.named_adapters:
         raise VersionError(f"there is no adapter {name!r}; there is {', '.join(state.named_adapters) or 'none'}")
+    return _without_adapter(state, name)
+
+
+def _without_adapter(state: Serving, name: str) -> Serving:
     return state.model_copy(update={"adapters": {n: a for n, a in state.adapters.items() if n != name}})
 
 
@@ -184,10 +249,10 @@ def label(state: Serving, version: int, name: str) -> Serving:
 
 
 def _check_label(name: str) -> None:
-    if not LABEL.fullmatch(name) or name in ("base", "latest", "live", "final") or name.startswith("round-"):
+    if not NAME.fullmatch(name) or name in ("base", "latest", "live", "final") or name.startswith("round-"):
         raise VersionError(
-            f"label {name!r}: use lower-case letters, digits, '.', '_', '-' and '/', a letter first, and none of the "
-            "names that versions get when they are published (base, final, latest, live, round-...)"
+            f"label {name[:80]!r}: use up to 64 lower-case letters, digits, '.', '_' and '-', a letter first, and none "
+            "of the names that versions get when they are published (base, final, latest, live, round-...)"
         )
 
 
@@ -205,24 +270,33 @@ def newest_passed(state: Serving, labels: Mapping[int, Sequence[str]]) -> int | 
     return max(fit, default=None)
 
 
-def listing(state: Serving, infos: Mapping[int, VersionInfo]) -> list[VersionEntry]:
-    """The versions on disk, newest first."""
+def listing(
+    state: Serving, infos: Mapping[int, VersionInfo], pins: Mapping[int, PinState] | None = None
+) -> list[VersionEntry]:
+    """The versions on disk, newest first; `pins` are what is known of applications of pinned versions."""
     labels, entries = all_labels(state, infos), []
     for version in sorted(infos, reverse=True):
-        served = {"labels": labels[version], "state": state_of(state, version), "reason": state.refused.get(version)}
+        served_as, reason = state_of(state, version, pins or {})
+        served = {"labels": labels[version], "state": served_as, "reason": reason}
         entries.append(VersionEntry.model_validate({**infos[version].model_dump(exclude_unset=True), **served}))
     return entries
 
 
-def state_of(state: Serving, version: int) -> ServedAs:
-    """How a version is served."""
+def state_of(state: Serving, version: int, pins: Mapping[int, PinState]) -> tuple[ServedAs, str | None]:
+    """How a version is served and, if it was refused or fails, why."""
     if version == state.live:
-        return "live"
+        return "live", None
     if version in state.all_pinned:
-        return "pinned"
+        pin = pins.get(carrier(state, version), PinState(state="pinned"))
+        return pin.state, pin.reason
     if version in state.refused:
-        return "refused"
-    return "kept" if version in state.passed or version == 0 else "candidate"
+        return "refused", state.refused[version]
+    return "kept" if version in state.passed or version == 0 else "candidate", None
+
+
+def carrier(state: Serving, version: int) -> int:
+    """The version whose application answers for a pinned one: of adapters alone, that of their base."""
+    return state.adapters[str(version)].base if version in state.pinned_adapters else version
 
 
 def all_labels(state: Serving, infos: Mapping[int, VersionInfo]) -> dict[int, list[str]]:
@@ -241,15 +315,27 @@ def read_serve_config(run: Place) -> ServeConfig:
 
 
 def read_serving(run: Place, follow: Follow = "latest") -> Serving:
-    """The state now; `follow` is that of a run that has none yet."""
-    file = run.at("serving.json")
-    return Serving.model_validate_json(file.read()) if file.exists() else Serving(follow=follow)
+    """The state now; `follow` is that of a run that has none yet. VersionError when the file is no such state."""
+    try:
+        return Serving.model_validate_json(run.at("serving.json").read())
+    except FileNotFoundError:
+        return Serving(follow=follow)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = "".join(f" ({part})" for part in first["loc"])
+        raise VersionError(
+            f"serving.json of the run cannot be read{where}: {first['msg']}; restore it, or remove it to serve the "
+            "newest version again"
+        ) from None
 
 
-def edit_serving(run: Place, change: Callable[[Serving], Serving], follow: Follow = "latest") -> Serving:
-    """Changes the state; one process at a time on a local run directory, elsewhere the last writer wins."""
+def edit_serving(
+    run: Place, change: Callable[[Serving], Serving], follow: Follow = "latest", wait_s: float = LOCK_SECONDS
+) -> Serving:
+    """Changes the state; one process at a time on a local run directory, elsewhere the last writer wins. VersionError
+    when another process holds the file for longer than `wait_s`."""
     file = run.at("serving.json")
-    lock = filelock.FileLock(run.at("serving.lock").path, timeout=LOCK_SECONDS) if run.local else nullcontext()
+    lock = filelock.FileLock(run.at("serving.lock").path, timeout=wait_s) if run.local else nullcontext()
     try:
         with lock:
             before = read_serving(run, follow)
@@ -258,4 +344,4 @@ def edit_serving(run: Place, change: Callable[[Serving], Serving], follow: Follo
                 file.write(json.dumps(after.model_dump(mode="json"), indent=1).encode())
             return after
     except filelock.Timeout:
-        raise VersionError(f"another process has held serving.lock for {LOCK_SECONDS:.0f} s; try again") from None
+        raise VersionError(f"another process has held serving.lock for {wait_s:.0f} s; try again") from None

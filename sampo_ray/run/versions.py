@@ -64,6 +64,10 @@ class VersionInfo(BaseModel):
     """Checksums by file name."""
 
 
+NAME = re.compile(r"[a-z][a-z0-9._-]{0,63}")
+"""Names that users give: of labels and adapters. An adapter's is the name of its folder."""
+
+
 def version_folder(versions_url: str, version: int) -> str:
     return f"{versions_url.rstrip('/')}/{version:06d}"
 
@@ -82,14 +86,23 @@ def read_info(folder_url: str) -> VersionInfo:
 
 def complete_versions(versions_url: str) -> list[int]:
     """The numbers of all complete versions under `versions_url`, ascending."""
-    numbers = sorted(int(name) for name in Place(versions_url).names() if re.fullmatch(r"\d{6,}", name))
+    numbers = sorted(int(name) for name in Place(versions_url).names() if re.fullmatch(r"[0-9]{6,}", name))
     return [number for number in numbers if is_complete(version_folder(versions_url, number))]
 
 
+def is_version_number(name: str) -> bool:
+    return name.isascii() and name.isdecimal() and len(name) <= 12
+
+
 def adapter_folder(run_url: str, name: str) -> str:
-    """The folder of an adapter in a run directory: a user's by its name, a version of adapters alone by its number."""
+    """The folder of an adapter in a run directory: a user's by its name, a version of adapters alone by its number.
+    VersionError for what is neither, which could lead anywhere."""
     run = run_url.rstrip("/")
-    return version_folder(f"{run}/versions", int(name)) if name.isdecimal() else f"{run}/adapters/{name}"
+    if is_version_number(name):
+        return version_folder(f"{run}/versions", int(name))
+    if not NAME.fullmatch(name):
+        raise VersionError(f"{name!r} is no name of an adapter")
+    return f"{run}/adapters/{name}"
 
 
 def labels_of(round: int, step: int, last: bool, rounds: int) -> list[str]:
@@ -100,7 +113,7 @@ def labels_of(round: int, step: int, last: bool, rounds: int) -> list[str]:
 
 def find(name: str, labels: Mapping[int, Sequence[str]]) -> int:
     """The version of this number or label. VersionError lists the versions on disk."""
-    if name.isascii() and name.isdecimal() and int(name) in labels:
+    if is_version_number(name) and int(name) in labels:
         return int(name)
     named = [version for version, names in labels.items() if name in names]
     if not named:

@@ -1,0 +1,453 @@
+"""What the weight store brings about in the end: pins, live versions and checks, whatever fails on the way."""
+
+import asyncio
+import json
+import logging
+import shutil
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import filelock
+import pytest
+import torch
+from ray.serve.schema import ApplicationStatusOverview, DeploymentStatusOverview
+
+from sampo_ray.actors.weights import duty, live, pinned
+from sampo_ray.actors.weights.duty import Duty, pause_s, reason_of
+from sampo_ray.actors.weights.gates import Verdict
+from sampo_ray.actors.weights.live import LivePolicy
+from sampo_ray.actors.weights.loaded import LoadedVersions, LongPoll
+from sampo_ray.actors.weights.pinned import PinnedApps, difference, pin_state
+from sampo_ray.errors import FleetError, VersionError
+from sampo_ray.run import commands, serving
+from sampo_ray.run.report import PinState
+from sampo_ray.run.serving import Serving
+from sampo_ray.run.storage import Place
+from sampo_ray.run.version_files import write_version
+from sampo_ray.run.versions import VersionInfo, version_folder
+from tests.waiting import scaled
+
+LONG_S = 30.0
+"""For what comes within moments: a limit for a failure only."""
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duty, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(duty, "LONGEST_PAUSE_S", 0.05)
+    monkeypatch.setattr(duty, "SOON_S", 0.01)
+    monkeypatch.setattr(live, "LOOK_S", 0.05)
+    monkeypatch.setattr(live, "LOCK_WAIT_S", 0.1)
+    monkeypatch.setattr(pinned, "LOOK_S", 0.05)
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    begun = time.monotonic()
+    while not holds():
+        assert time.monotonic() - begun < scaled(LONG_S)
+        await asyncio.sleep(0.005)
+
+
+def test_pauses_between_failures_grow_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert [pause_s(n) for n in (1, 2, 3, 7, 1000)] == [1.0, 2.0, 4.0, 60.0, 60.0]
+
+
+def test_what_fails_is_tried_until_it_succeeds_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    outcomes: list[Exception | bool] = [OSError("disk"), OSError("disk"), VersionError("in use"), False, True, False]
+
+    async def scenario() -> None:
+        steps = iter(outcomes)
+
+        async def step() -> bool:
+            outcome = next(steps, True)
+            seen.append(work.trouble)
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
+
+        work, seen = Duty("the work", step, 0.01), list[Any]()
+        work.start()
+        await until(lambda: len(seen) > len(outcomes))
+        work.close()
+        assert [trouble and (trouble.reason, trouble.tries) for trouble in seen[:6]] == [
+            None,
+            ("OSError: disk", 1),
+            ("OSError: disk", 2),
+            ("in use", 3),
+            ("in use", 3),  # not over, for something is left to do
+            None,
+        ]
+        assert seen[3].since == seen[1].since <= seen[1].last < seen[3].last
+
+    with caplog.at_level(logging.INFO):
+        asyncio.run(scenario())
+    warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert warnings == [
+        "the work: OSError: disk; it is tried again until it succeeds",
+        "the work: in use; it is tried again until it succeeds",
+    ]
+    assert "the work: well again after 3 failures" in caplog.text
+
+
+def test_steps_do_not_overlap_and_who_waits_sees_one_that_began_later() -> None:
+    async def scenario() -> None:
+        running, most, ends = 0, 0, list[float]()
+
+        async def step() -> bool:
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            await asyncio.sleep(0.02)
+            running -= 1
+            ends.append(time.monotonic())
+            return True
+
+        work = Duty("the work", step, 100.0)
+        work.start()
+        await asyncio.sleep(0.005)  # the first has begun
+        asked = time.monotonic()
+        await asyncio.gather(work.stepped(LONG_S), work.stepped(LONG_S))
+        assert most == 1 and len(ends) == 2 and ends[1] - asked > 0.02
+        await work.first_step(0.0)
+        hanging = Duty("the work", lambda: asyncio.sleep(100.0, True), 1.0)
+        await hanging.stepped(0.01)
+        hanging.close()
+        work.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_reason_is_one_line_of_what_happened_there() -> None:
+    remote = OSError("here")
+    remote.cause = FleetError("version 3 does not start:\n  no memory")  # type: ignore[attr-defined]
+    assert reason_of(remote) == "version 3 does not start: no memory"
+    assert reason_of(TimeoutError()) == "TimeoutError" and len(reason_of(ValueError("x" * 9999))) == 300
+
+
+def app(status: str, message: str = "", running: int = 0) -> ApplicationStatusOverview:
+    deployment = DeploymentStatusOverview(
+        status="UNHEALTHY", status_trigger="UNSPECIFIED", replica_states={"RUNNING": running}, message=message
+    )
+    return ApplicationStatusOverview(status, "", 0.0, {"policy": deployment})
+
+
+def test_what_serve_says_of_an_application_tells_whether_its_pin_answers() -> None:
+    assert pin_state(app("RUNNING")).state == "pinned"
+    assert pin_state(app("UNHEALTHY", running=1)).state == "pinned"
+    assert {pin_state(each).state for each in (None, app("DEPLOYING"), app("DELETING"))} == {"starting"}
+    failed = pin_state(app("DEPLOY_FAILED", 'File "x"\nValueError: no room for the cache'))
+    assert failed == PinState(state="failing", reason="ValueError: no room for the cache")
+
+
+def test_missing_applications_are_started_surplus_ones_removed_and_failed_ones_replaced() -> None:
+    found = {"up": app("RUNNING"), "bad": app("DEPLOY_FAILED"), "worse": app("UNHEALTHY"), "old": app("RUNNING")}
+    found |= {"leaving": app("DELETING"), "back": app("DELETING")}
+    wanted = ["up", "bad", "worse", "new", "back"]
+    assert difference(wanted, found, ()) == (["new"], ["old"])
+    assert difference(wanted, found, ["bad", "up", "gone"]) == (["bad", "new"], ["bad", "old"])
+    assert difference(["up"], {"up": app("RUNNING")}, ()) == ([], [])
+
+
+class World:
+    """What Serve would run: `carry_out` fails with the next of `errors`, and applications come up as `status`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.apps = dict[str, ApplicationStatusOverview]()
+        self.errors, self.status, self.calls, self.running = list[Exception](), "RUNNING", 0, 0
+        monkeypatch.setattr(pinned, "_applications", lambda prefix: dict(self.apps))
+        monkeypatch.setattr(pinned, "_carry_out", SimpleNamespace(remote=self.carry_out))
+
+    async def carry_out(self, place: Place, run: str, start: dict[str, Any], remove: list[str]) -> None:
+        self.calls += 1
+        self.running += 1
+        assert self.running == 1, "one change at a time"
+        await asyncio.sleep(0.01)
+        self.running -= 1
+        if self.errors:
+            raise self.errors.pop(0)
+        for name in remove:
+            del self.apps[name]
+        self.apps |= {name: app(self.status, "ValueError: too large") for name in start}
+
+
+def follow_pins(scenario: Callable[[PinnedApps, Callable[..., None]], Coroutine[Any, Any, None]]) -> None:
+    async def run() -> None:
+        apps = PinnedApps("fleet")
+        apps.duty.start()
+
+        def want(*versions: int) -> None:
+            apps.want(Place("run"), "r1", Serving(pinned=list(versions)))
+
+        await scenario(apps, want)
+        apps.duty.close()
+
+    asyncio.run(run())
+
+
+def test_a_pin_that_could_not_be_started_is_tried_again_and_fails_none_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(monkeypatch)
+    world.errors = [OSError("no room"), FleetError("busy")]
+
+    async def scenario(apps: PinnedApps, want: Callable[..., None]) -> None:
+        want(3)
+        assert apps.states == {3: PinState(state="starting")}
+        await until(lambda: apps.duty.trouble is not None)
+        assert apps.states == {3: PinState(state="failing", reason="OSError: no room")}
+        want(3, 5)
+        await until(lambda: set(world.apps) == {"fleet-pinned-r1-3", "fleet-pinned-r1-5"})
+        await until(lambda: apps.duty.trouble is None)
+        assert apps.states == {3: PinState(state="pinned"), 5: PinState(state="pinned")}
+        del world.apps["fleet-pinned-r1-3"]  # a cluster that loses its Serve, say
+        await until(lambda: "fleet-pinned-r1-3" in world.apps)
+        want()
+        await until(lambda: not world.apps)
+        assert apps.states == {}
+
+    follow_pins(scenario)
+
+
+def test_an_application_that_failed_is_started_again_with_growing_pauses_and_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(monkeypatch)
+    world.status = "DEPLOY_FAILED"
+
+    async def scenario(apps: PinnedApps, want: Callable[..., None]) -> None:
+        want(3)
+        await until(lambda: apps.duty.trouble is not None and apps.duty.trouble.tries >= 3)
+        assert apps.duty.trouble is not None
+        assert apps.duty.trouble.reason == "version 3 does not start: ValueError: too large"
+        assert world.calls <= apps.duty.trouble.tries + 1, "each start is a try"
+        world.status = "RUNNING"
+        await until(lambda: apps.duty.trouble is None)
+        assert apps.states == {3: PinState(state="pinned")}
+
+    follow_pins(scenario)
+
+
+class Policy:
+    """A live policy on a run directory, in this process; `publish` does what a training rank and the store do."""
+
+    def __init__(self, folder: Path, shell: Path, watch: bool = False, apps: str = "", **gates: Any) -> None:
+        self.folder, self._shell = folder, shell
+        folder.mkdir(exist_ok=True)
+        (folder / "config.yaml").write_text(json.dumps({"serve": {"gates": gates}}))
+        self.loaded = LoadedVersions("run", str(folder / "versions"), put=lambda bucket: bucket)
+        self.poll, self.pins = LongPoll(), PinnedApps(apps)
+        self.live = LivePolicy(self.loaded, self.poll, self.pins, asyncio.Lock(), watch)
+        self.live.start()
+
+    @property
+    def at(self) -> int | None:
+        return self.loaded.live and self.loaded.live.id.version
+
+    @property
+    def file(self) -> Place:
+        return Place(str(self.folder)).at("serving.json")
+
+    @property
+    def what(self) -> list[str]:
+        return [trouble.what for trouble in self.live.troubles]
+
+    def write(self, version: int) -> None:
+        info = VersionInfo(version=version, round=0, step=version)
+        write_version(self.place(version), [("w", torch.full((5,), version))], str(self._shell), info)
+
+    def place(self, version: int) -> str:
+        return version_folder(self.loaded.url, version)
+
+    async def publish(self, *versions: int) -> None:
+        for version in versions:
+            self.write(version)
+            self.loaded.read_newest()
+            await self.live.publish(version)
+
+    def saved(self) -> Serving:
+        return serving.read_serving(Place(str(self.folder)))
+
+
+def with_policy(folder: Path, shell: Path, scenario: Callable[[Policy], Awaitable[None]], **settings: Any) -> None:
+    async def run() -> None:
+        policy = Policy(folder / "run", shell, **settings)
+        try:
+            await scenario(policy)
+        finally:
+            policy.live.close()
+
+    asyncio.run(run())
+
+
+def test_a_version_that_cannot_go_live_yet_stops_nobody_and_does_so_later(tmp_path: Path, tiny_model: Path) -> None:
+    async def scenario(policy: Policy) -> None:
+        await policy.publish(0)
+        assert policy.at == 0 and policy.live.is_steady
+        with filelock.FileLock(policy.folder / "serving.lock"):
+            await policy.publish(5, 8)
+            await until(lambda: bool(policy.what))
+            (trouble,) = policy.live.troubles
+            assert "another process has held serving.lock" in trouble.reason
+            assert policy.loaded.training is not None and policy.loaded.training.id.version == 8
+            assert policy.at == 0 and not policy.live.is_steady
+        await until(lambda: policy.at == 8 and not policy.what)
+        assert policy.saved().previous == [0] and policy.live.is_steady
+
+    with_policy(tmp_path, tiny_model, scenario)
+
+
+def test_a_damaged_serving_json_leaves_what_is_live_and_is_followed_once_it_is_mended(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    async def scenario(policy: Policy) -> None:
+        await policy.publish(0, 5)
+        good = policy.file.read()
+        policy.file.write(b"{")
+        await policy.publish(8)
+        assert policy.what == ["serving.json"] and "restore it" in policy.live.troubles[0].reason
+        assert policy.at == 5 and policy.file.read() == b"{"
+        with pytest.raises(VersionError, match="cannot be read"):
+            await policy.live.command("id", commands.Rollback(), policy.loaded.on_disk())
+        policy.file.write(good)
+        await until(lambda: policy.at == 8 and not policy.what)
+        policy.file.write(b"{")
+        await until(lambda: bool(policy.what))
+        before = policy.live.serving.sequence
+        policy.file.remove()
+        await until(lambda: not policy.what)
+        assert policy.at == 8 and policy.live.serving.sequence >= before
+        policy.file.write(good)  # an old copy: readers who know a later sequence must get what it says
+        await until(lambda: policy.live.serving.live == 5 and policy.at == 5)
+        assert policy.live.serving.sequence > before
+
+    with_policy(tmp_path, tiny_model, scenario)
+
+
+def test_a_store_that_starts_on_a_damaged_file_hands_out_training_and_goes_on_later(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    async def scenario(policy: Policy) -> None:
+        policy.write(0)
+        policy.file.write(b"{")
+        await policy.live.ready(LONG_S)
+        await until(lambda: policy.loaded.training is not None)
+        assert policy.what == ["serving.json"] and policy.at is None and not policy.live.is_steady
+        await policy.publish(5)
+        policy.file.remove()
+        await until(lambda: policy.at == 5 and not policy.what)
+
+    with_policy(tmp_path, tiny_model, scenario)
+
+
+def test_a_live_version_that_cannot_be_read_is_tried_again(tmp_path: Path, tiny_model: Path) -> None:
+    async def scenario(policy: Policy) -> None:
+        await policy.publish(0, 5, 8)
+        shard = Path(policy.place(0)) / "model-00001-of-00001.safetensors"
+        shard.rename(tmp_path / "aside")
+        done, repeated = await policy.live.command("id", commands.Promote("0"), policy.loaded.on_disk())
+        await policy.live.loaded()
+        assert (done.live, repeated, policy.at, policy.what) == (0, False, 8, ["the live version"])
+        (tmp_path / "aside").rename(shard)
+        await until(lambda: policy.at == 0 and not policy.what)
+
+    with_policy(tmp_path, tiny_model, scenario)
+
+
+class Checks:
+    """Stands for the task that checks a version: its outcomes in turn, each once `open` is set."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *outcomes: Verdict | Exception | None) -> None:
+        self.outcomes, self.asked, self.open = list(outcomes), list[int](), asyncio.Event()
+        self.open.set()
+        monkeypatch.setattr(live, "check", SimpleNamespace(remote=self.check))
+
+    async def check(self, apps: str, place: Place, run: str, version: int, before: int | None) -> Verdict | None:
+        self.asked.append(version)
+        await self.open.wait()
+        outcome = self.outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+
+GATED = {"apps": "fleet", "finite": True}
+
+
+def test_checks_that_could_not_be_made_say_nothing_of_a_version_and_are_made_again(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks = Checks(monkeypatch, OSError("no generator"), Verdict(True))
+
+    async def scenario(policy: Policy) -> None:
+        await policy.publish(0)
+        assert policy.at == 0, "the base needs no checks"
+        checks.open.clear()
+        await policy.publish(5)
+        await until(lambda: checks.asked == [5])
+        assert policy.at == 0 and policy.saved().checking == 5 and 5 in policy.saved().kept()
+        checks.open.set()
+        await until(lambda: policy.at == 5)
+        assert (policy.saved().refused, policy.saved().checking, checks.asked) == ({}, None, [5, 5])
+
+    with_policy(tmp_path, tiny_model, scenario, **GATED)
+
+
+def test_a_version_that_fails_its_checks_is_refused_and_the_next_is_checked(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks = Checks(monkeypatch, Verdict(False, "too long"), None, Verdict(True))
+
+    async def scenario(policy: Policy) -> None:
+        await policy.publish(0)
+        checks.open.clear()
+        await policy.publish(5)
+        await until(lambda: checks.asked == [5])
+        await policy.publish(8)  # waits for its turn
+        checks.open.set()
+        await until(lambda: policy.at == 8)
+        assert checks.asked == [5, 8, 8], "a generator that does not hold the newest version yet is asked again"
+        assert policy.saved().refused == {5: "too long"}
+        await until(lambda: not policy.what)
+
+    with_policy(tmp_path, tiny_model, scenario, **GATED)
+
+
+def test_a_version_that_is_removed_while_it_is_checked_is_gone_and_not_refused(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks = Checks(monkeypatch, OSError("version 5 is gone"), Verdict(True))
+
+    async def scenario(policy: Policy) -> None:
+        await policy.publish(0)
+        checks.open.clear()
+        await policy.publish(5)
+        await until(lambda: checks.asked == [5])
+        shutil.rmtree(policy.place(5))
+        checks.open.set()
+        await until(lambda: policy.saved().checking is None)
+        assert (policy.saved().refused, policy.saved().passed, checks.asked) == ({}, [0], [5])
+        await until(lambda: not policy.what)
+
+    with_policy(tmp_path, tiny_model, scenario, **GATED)
+
+
+def test_a_store_that_watches_wakes_readers_of_new_versions_and_leaves_checks_to_who_trains(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    async def scenario(policy: Policy) -> None:
+        policy.write(0)
+        await until(lambda: policy.at == 0)
+        known = policy.loaded.training
+        assert known is not None
+        waiting = asyncio.create_task(policy.poll.wait(lambda: policy.loaded.training, known.id, None, LONG_S))
+        await asyncio.sleep(0.01)
+        policy.write(5)
+        newest = await waiting
+        assert newest is not None and newest.id.version == 5
+        assert policy.at == 0 and policy.saved().passed == [0]
+
+    with_policy(tmp_path, tiny_model, scenario, watch=True, finite=True)
