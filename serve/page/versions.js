@@ -47,6 +47,7 @@ export class VersionsPanel {
     this.follow = button("Follow training", () => this.act("follow"), { class: "quiet" });
     this.controls = el("div", { class: "buttons start" }, this.back, this.follow);
     this.status = el("p", { class: "status", role: "status" });
+    this.trouble = el("p", { class: "reason", hidden: true });
     this.note = el("p", { class: "note" }, "Changing versions needs a key with the scope admin. ",
       button("Use another key", onlogin, { class: "link" }));
     this.length = new Chart("Tokens", "v", [{ label: "chosen", format: fixed(1) }, { label: "rejected", format: fixed(1) }], { dots: true });
@@ -57,7 +58,7 @@ export class VersionsPanel {
     this.list = el("ul", { class: "versions" });
     const charts = [this.length, this.mean, this.reward, this.margin, this.accuracy];
     this.node = node;
-    node.replaceChildren(this.live, this.controls, this.status, this.note, el("div", { class: "charts" }, charts.map((chart) => chart.node)), this.list);
+    node.replaceChildren(this.live, this.trouble, this.controls, this.status, this.note, el("div", { class: "charts" }, charts.map((chart) => chart.node)), this.list);
   }
 
   // The state from the admin route if the key is allowed to, else from the model list. Throws Refused.
@@ -99,6 +100,8 @@ export class VersionsPanel {
     setText(this.back, previous == null ? "Roll back" : `Roll back to v${previous}`);
     this.follow.hidden = !held;
     this.note.hidden = this.admin !== false;
+    this.trouble.hidden = !state.troubles?.length;
+    setText(this.trouble, (state.troubles ?? []).map(({ what, reason, tries }) => `Fails: ${what}. ${reason} (tried ${tries} times)`).join(" "));
     this.drawCharts([...versions].sort((a, b) => a.version - b.version), live);
     this.drawList(versions);
   }
@@ -140,12 +143,12 @@ export class VersionsPanel {
 
   drawRow(each) {
     const row = this.rows.get(each.version);
-    const tone = { live: "good", pinned: "accent", refused: "bad", candidate: "warn" }[each.state] ?? "plain";
+    const tone = { live: "good", pinned: "accent", starting: "warn", failing: "bad", refused: "bad", candidate: "warn" }[each.state] ?? "plain";
     setText(row.chip, each.state ?? "kept");
     row.chip.className = `chip ${tone}`;
     setText(row.labels, (each.labels ?? []).join(", "));
     row.reason.hidden = !each.reason;
-    setText(row.reason, each.reason ? `Refused: ${each.reason}` : "");
+    setText(row.reason, each.reason ? `${each.state === "failing" ? "Does not start" : "Refused"}: ${each.reason}` : "");
     const served = each.state === "live" || each.state === "pinned";
     row.model = each.state === "live" ? "policy" : `policy@${each.version}`;
     row.chat.hidden = !served;
