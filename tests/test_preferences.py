@@ -22,7 +22,8 @@ from sampo_ray.data.preferences import (
     tokenized_pairs,
     tokenized_prompts,
 )
-from sampo_ray.data.sources import Counts, fingerprint, first_rows, read_rows
+from sampo_ray.data.records import fingerprint
+from sampo_ray.data.sources import Counts, first_rows, read_rows
 from sampo_ray.errors import DataError
 from tests.conftest import random_pairs
 

@@ -40,7 +40,7 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     train: str | None = None
-    """Preference pairs (offline mode): JSONL(.gz), Parquet, a `datasets` folder or hub name, or any fsspec URL."""
+    """Preference pairs (offline mode): JSON(.gz), Parquet, a folder, a hub name, any fsspec URL; NAME:SPLIT."""
     prompts: str | None = None
     """Prompts (online mode), in the same formats; a preference file works too, its answers are not read."""
     max_length: int = Field(8192, ge=8)

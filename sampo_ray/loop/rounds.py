@@ -10,7 +10,7 @@ import numpy as np
 
 from sampo_ray.actors.ranks.exchange import RoundSpec
 from sampo_ray.config.run import RunConfig
-from sampo_ray.data.sources import fingerprint
+from sampo_ray.data.records import fingerprint
 from sampo_ray.errors import StageError
 from sampo_ray.loop import stages
 from sampo_ray.loop.blocks import STAGE_STALL_S, StageOutput
