@@ -21,7 +21,11 @@ from sampo_ray.config.serving import ServeConfig, is_loopback
 from sampo_ray.errors import EndpointError
 from sampo_ray.internals.serve import HttpProxies, http_proxies
 
-POLL_S, START_TIMEOUT_S, HEALTH_TIMEOUT_S = 0.5, 120.0, 5.0
+POLL_S, HEALTH_TIMEOUT_S = 0.5, 5.0
+DEPLOY_TIMEOUT_S, ANSWER_TIMEOUT_S = 900.0, 120.0
+"""How long the endpoint's process may take to start, which is a minute on a busy machine (it imports vLLM) and longer
+where it waits for a node; and how long it may take to answer from then on.
+"""
 
 
 def start_serve(config: ServeConfig) -> list[str]:
@@ -76,7 +80,9 @@ def _started(config: ServeConfig) -> HttpProxies:
     options = {"host": host, "port": port, "request_timeout_s": timeout_s}
     try:
         serve.start(proxy_location="HeadOnly", http_options=options)
-    except (RayError, TimeoutError) as error:
+    except TimeoutError:
+        pass  # after a minute, where cores are busy: Serve goes on starting it, and `await_endpoint` has more patience
+    except RayError as error:
         serve.shutdown()  # it would keep this address
         raise _unusable(port, f"Serve's proxy did not start: {_cause(error)}") from None
     return _proxies()
@@ -122,9 +128,10 @@ def deploy_endpoint(name: str, policy_app: str, store: str, config: ServeConfig,
 
 def await_endpoint(name: str, route_prefix: str = "/") -> str:
     """The base URL, to which a client appends `/v1/...`, once the endpoint answers. EndpointError when its deployment
-    fails or does not answer within START_TIMEOUT_S.
+    fails, takes longer than DEPLOY_TIMEOUT_S, or is not followed by an answer within ANSWER_TIMEOUT_S.
     """
-    proxies, proxy_ip, deadline = _proxies(), _proxy_ip(), time.monotonic() + START_TIMEOUT_S
+    proxies, proxy_ip = _proxies(), _proxy_ip()
+    begun = deployed = time.monotonic()
     url = base_url(proxies, route_prefix, proxy_ip)
     # Certificates may be for other names, and another machine's loopback is out of reach: then Serve's word counts.
     asks_serve = proxies.tls or (proxy_ip is not None and is_loopback(proxies.host))
@@ -136,10 +143,13 @@ def await_endpoint(name: str, route_prefix: str = "/") -> str:
             raise EndpointError(f"the endpoint could not be deployed: {app.message}")
         if app.status == "RUNNING" if asks_serve else _answers(url):
             return url
-        if time.monotonic() > deadline:
+        moment = time.monotonic()
+        if app.status == "DEPLOYING" and moment - begun < DEPLOY_TIMEOUT_S:
+            deployed = moment
+        elif moment - deployed > ANSWER_TIMEOUT_S or app.status == "DEPLOYING":
             state = f"it is {app.status.value} {app.message}".strip()
             state += f"; Serve's proxies are {', '.join(sorted(now.proxies.values())) or 'not there'}"
-            raise EndpointError(f"the endpoint {url} does not answer after {START_TIMEOUT_S:.0f} s ({state})")
+            raise EndpointError(f"the endpoint {url} does not answer after {moment - begun:.0f} s ({state})")
         time.sleep(POLL_S)
 
 

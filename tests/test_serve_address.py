@@ -6,14 +6,17 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from pydantic import SecretStr
+from ray.serve.schema import ApplicationStatus
 
 from sampo_ray.config.serving import ServeConfig, is_loopback
 from sampo_ray.errors import ConfigError, EndpointError
 from sampo_ray.internals.serve import HttpProxies, http_proxies
+from sampo_ray.serve import endpoint
 from sampo_ray.serve.endpoint import (
     await_endpoint,
     base_url,
@@ -107,6 +110,45 @@ def test_no_door_is_opened_for_a_run_whose_keys_are_gone() -> None:
 def test_a_port_that_this_machine_does_not_have_is_named() -> None:
     with pytest.raises(EndpointError, match=r"serve\.host='203\.0\.113\.1'"):
         free_port("203.0.113.1")
+
+
+class Serve:
+    """Ray Serve as `await_endpoint` sees it: the application is DEPLOYING for so many seconds of a clock that only its
+    sleeps move, and answers so long after that.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, deploying: float, silent: float) -> None:
+        self.now, self.deploying, self.silent = 0.0, deploying, silent
+        monkeypatch.setattr(endpoint, "time", SimpleNamespace(monotonic=lambda: self.now, sleep=self.sleep))
+        monkeypatch.setattr(endpoint, "serve", SimpleNamespace(status=self.status))
+        monkeypatch.setattr(endpoint, "_proxies", proxies)
+        monkeypatch.setattr(endpoint, "_proxy_ip", lambda: None)
+        monkeypatch.setattr(endpoint, "_answers", lambda url: self.now >= deploying + silent)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def status(self) -> Any:
+        state = "DEPLOYING" if self.now < self.deploying else "RUNNING"
+        app = SimpleNamespace(status=ApplicationStatus(state), message="")
+        return SimpleNamespace(applications={"app": app}, proxies={"node": "HEALTHY"})
+
+
+def test_an_endpoint_that_starts_slowly_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    Serve(monkeypatch, deploying=600.0, silent=60.0)
+    assert await_endpoint("app") == "http://127.0.0.1:8000"
+
+
+@pytest.mark.parametrize(
+    ("deploying", "silent", "words"),
+    [(1e9, 0.0, r"not answer after 90\d s \(it is DEPLOYING"), (60.0, 1e9, r"not answer after 18\d s \(it is RUNNING")],
+)
+def test_an_endpoint_that_does_not_start_or_not_answer_is_an_error_in_the_end(
+    monkeypatch: pytest.MonkeyPatch, deploying: float, silent: float, words: str
+) -> None:
+    Serve(monkeypatch, deploying, silent)
+    with pytest.raises(EndpointError, match=words):
+        await_endpoint("app")
 
 
 def other_address() -> str | None:
