@@ -67,8 +67,8 @@ def test_a_wrong_argument_is_named(arguments, message, tmp_path, monkeypatch) ->
 @pytest.mark.parametrize(
     ("written", "message"),
     [
-        ({"api_keys": None}, "error: serve.api_keys: this run was begun with keys"),
-        ({"api_keys": None, "host": "0.0.0.0"}, "error: serve.api_keys: this run was begun with keys"),
+        ({"api_keys": None}, "error: serve.api_keys=null: this run was begun with keys"),
+        ({"api_keys": None, "host": "0.0.0.0"}, "error: serve.api_keys=null: this run was begun with keys"),
         ({"host": "0.0.0.0"}, "error: serve.host='0.0.0.0' is not loopback and there are no API keys"),
     ],
 )

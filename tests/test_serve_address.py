@@ -102,6 +102,22 @@ def test_a_loopback_of_another_machine_is_noted() -> None:
     assert notes_on(config(open=True, host="0.0.0.0"), proxies("0.0.0.0"), elsewhere=True) == []
 
 
+@pytest.mark.parametrize(
+    ("proxied", "ip"),
+    [(["head"], "10.0.0.1"), (["head", "mine"], None), (["mine"], None), ([], None), (["gone"], None)],
+)
+def test_a_proxy_elsewhere_is_found_by_its_machine(
+    monkeypatch: pytest.MonkeyPatch, proxied: list[str], ip: str | None
+) -> None:
+    nodes = {"head": "10.0.0.1", "mine": "10.0.0.2"}
+    status = SimpleNamespace(proxies=dict.fromkeys(proxied, "HEALTHY"))
+    listed = [{"NodeID": name, "NodeManagerAddress": address} for name, address in nodes.items()]
+    monkeypatch.setattr(endpoint.serve, "status", lambda: status)
+    monkeypatch.setattr(endpoint.ray, "nodes", lambda: listed)
+    monkeypatch.setattr(endpoint.ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "mine"))
+    assert endpoint._proxy_ip() == ip
+
+
 def test_no_door_is_opened_for_a_run_whose_keys_are_gone() -> None:
     with pytest.raises(ConfigError, match="begun with keys"):
         start_serve(ServeConfig(api_keys=None))

@@ -129,7 +129,7 @@ class ServeConfig(Section):
             return
         if self.api_keys is None:
             raise ConfigError(
-                f"serve.api_keys: this run was begun with keys, which its directory does not keep; {how}, or "
+                f"serve.api_keys=null: this run was begun with keys, which its directory does not keep; {how}, or "
                 "serve.api_keys=[] to do without"
             )
         if not is_loopback(self.host) and not self.open:

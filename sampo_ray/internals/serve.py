@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import ray
 from ray import serve
+from ray.exceptions import ActorDiedError
 from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentResponse
 
@@ -34,7 +35,10 @@ def http_proxies() -> HttpProxies | None:
     if (client := _get_global_client(raise_if_no_controller_running=False)) is None:
         return None
     options = client.http_config
-    location = ray.get(client._controller.get_proxy_location.remote(), timeout=CALL_S).value
+    try:
+        location = ray.get(client._controller.get_proxy_location.remote(), timeout=CALL_S).value
+    except ActorDiedError:  # another process has shut Serve down since this one looked first
+        return None
     tls, timeout_s = bool(options.ssl_certfile), options.request_timeout_s
     return HttpProxies(options.host or "", options.port, location, tls, timeout_s)
 
