@@ -5,7 +5,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,22 +13,20 @@ from typing import Any
 import filelock
 import pytest
 import torch
-from ray.serve.schema import ApplicationStatusOverview, DeploymentStatusOverview
 
-from sampo_ray.actors.weights import duty, live, pinned
+from sampo_ray.actors.weights import duty, live
 from sampo_ray.actors.weights.duty import Duty, pause_s, reason_of
 from sampo_ray.actors.weights.gates import Verdict
 from sampo_ray.actors.weights.live import LivePolicy
 from sampo_ray.actors.weights.loaded import LoadedVersions, LongPoll
-from sampo_ray.actors.weights.pinned import PinnedApps, difference, pin_state
+from sampo_ray.actors.weights.pinned import PinnedApps
 from sampo_ray.errors import FleetError, VersionError
 from sampo_ray.run import commands, serving
-from sampo_ray.run.report import PinState
 from sampo_ray.run.serving import Serving
 from sampo_ray.run.storage import Place
 from sampo_ray.run.version_files import write_version
 from sampo_ray.run.versions import VersionInfo, version_folder
-from tests.waiting import scaled
+from tests.waiting import until
 
 LONG_S = 30.0
 """For what comes within moments: a limit for a failure only."""
@@ -41,14 +39,6 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(duty, "SOON_S", 0.01)
     monkeypatch.setattr(live, "LOOK_S", 0.05)
     monkeypatch.setattr(live, "LOCK_WAIT_S", 0.1)
-    monkeypatch.setattr(pinned, "LOOK_S", 0.05)
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    begun = time.monotonic()
-    while not holds():
-        assert time.monotonic() - begun < scaled(LONG_S)
-        await asyncio.sleep(0.005)
 
 
 def test_pauses_between_failures_grow_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,109 +116,6 @@ def test_a_reason_is_one_line_of_what_happened_there() -> None:
     remote.cause = FleetError("version 3 does not start:\n  no memory")  # type: ignore[attr-defined]
     assert reason_of(remote) == "version 3 does not start: no memory"
     assert reason_of(TimeoutError()) == "TimeoutError" and len(reason_of(ValueError("x" * 9999))) == 300
-
-
-def app(status: str, message: str = "", running: int = 0) -> ApplicationStatusOverview:
-    deployment = DeploymentStatusOverview(
-        status="UNHEALTHY", status_trigger="UNSPECIFIED", replica_states={"RUNNING": running}, message=message
-    )
-    return ApplicationStatusOverview(status, "", 0.0, {"policy": deployment})
-
-
-def test_what_serve_says_of_an_application_tells_whether_its_pin_answers() -> None:
-    assert pin_state(app("RUNNING")).state == "pinned"
-    assert pin_state(app("UNHEALTHY", running=1)).state == "pinned"
-    assert {pin_state(each).state for each in (None, app("DEPLOYING"), app("DELETING"))} == {"starting"}
-    failed = pin_state(app("DEPLOY_FAILED", 'File "x"\nValueError: no room for the cache'))
-    assert failed == PinState(state="failing", reason="ValueError: no room for the cache")
-
-
-def test_missing_applications_are_started_surplus_ones_removed_and_failed_ones_replaced() -> None:
-    found = {"up": app("RUNNING"), "bad": app("DEPLOY_FAILED"), "worse": app("UNHEALTHY"), "old": app("RUNNING")}
-    found |= {"leaving": app("DELETING"), "back": app("DELETING")}
-    wanted = ["up", "bad", "worse", "new", "back"]
-    assert difference(wanted, found, ()) == (["new"], ["old"])
-    assert difference(wanted, found, ["bad", "up", "gone"]) == (["bad", "new"], ["bad", "old"])
-    assert difference(["up"], {"up": app("RUNNING")}, ()) == ([], [])
-
-
-class World:
-    """What Serve would run: `carry_out` fails with the next of `errors`, and applications come up as `status`."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.apps = dict[str, ApplicationStatusOverview]()
-        self.errors, self.status, self.calls, self.running = list[Exception](), "RUNNING", 0, 0
-        monkeypatch.setattr(pinned, "_applications", lambda prefix: dict(self.apps))
-        monkeypatch.setattr(pinned, "_carry_out", SimpleNamespace(remote=self.carry_out))
-
-    async def carry_out(self, place: Place, run: str, start: dict[str, Any], remove: list[str]) -> None:
-        self.calls += 1
-        self.running += 1
-        assert self.running == 1, "one change at a time"
-        await asyncio.sleep(0.01)
-        self.running -= 1
-        if self.errors:
-            raise self.errors.pop(0)
-        for name in remove:
-            del self.apps[name]
-        self.apps |= {name: app(self.status, "ValueError: too large") for name in start}
-
-
-def follow_pins(scenario: Callable[[PinnedApps, Callable[..., None]], Coroutine[Any, Any, None]]) -> None:
-    async def run() -> None:
-        apps = PinnedApps("fleet")
-        apps.duty.start()
-
-        def want(*versions: int) -> None:
-            apps.want(Place("run"), "r1", Serving(pinned=list(versions)))
-
-        await scenario(apps, want)
-        apps.duty.close()
-
-    asyncio.run(run())
-
-
-def test_a_pin_that_could_not_be_started_is_tried_again_and_fails_none_after_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    world = World(monkeypatch)
-    world.errors = [OSError("no room"), FleetError("busy")]
-
-    async def scenario(apps: PinnedApps, want: Callable[..., None]) -> None:
-        want(3)
-        assert apps.states == {3: PinState(state="starting")}
-        await until(lambda: apps.duty.trouble is not None)
-        assert apps.states == {3: PinState(state="failing", reason="OSError: no room")}
-        want(3, 5)
-        await until(lambda: set(world.apps) == {"fleet-pinned-r1-3", "fleet-pinned-r1-5"})
-        await until(lambda: apps.duty.trouble is None)
-        assert apps.states == {3: PinState(state="pinned"), 5: PinState(state="pinned")}
-        del world.apps["fleet-pinned-r1-3"]  # a cluster that loses its Serve, say
-        await until(lambda: "fleet-pinned-r1-3" in world.apps)
-        want()
-        await until(lambda: not world.apps)
-        assert apps.states == {}
-
-    follow_pins(scenario)
-
-
-def test_an_application_that_failed_is_started_again_with_growing_pauses_and_says_why(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    world = World(monkeypatch)
-    world.status = "DEPLOY_FAILED"
-
-    async def scenario(apps: PinnedApps, want: Callable[..., None]) -> None:
-        want(3)
-        await until(lambda: apps.duty.trouble is not None and apps.duty.trouble.tries >= 3)
-        assert apps.duty.trouble is not None
-        assert apps.duty.trouble.reason == "version 3 does not start: ValueError: too large"
-        assert world.calls <= apps.duty.trouble.tries + 1, "each start is a try"
-        world.status = "RUNNING"
-        await until(lambda: apps.duty.trouble is None)
-        assert apps.states == {3: PinState(state="pinned")}
-
-    follow_pins(scenario)
 
 
 class Policy:

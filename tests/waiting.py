@@ -4,6 +4,7 @@ A limit ends a test that hangs; it says nothing of how fast anything is. Limits 
 `scaled` by how much longer a known piece of work takes on this machine, as busy as it is.
 """
 
+import asyncio
 import subprocess
 import sys
 import time
@@ -54,3 +55,11 @@ def wait_until(true: Callable[[], object], what: str, seconds: float = 120.0, ev
             SLOWNESS.look()  # the machine may have become busy meanwhile
             assert time.monotonic() - begun < scaled(seconds), f"no {what} within {scaled(seconds):.0f} s"
         time.sleep(every)
+
+
+async def until(true: Callable[[], object], seconds: float = 30.0) -> None:
+    """Returns once `true()` is, which takes moments. AssertionError if it is not within the scaled limit."""
+    begun = time.monotonic()
+    while not true():
+        assert time.monotonic() - begun < scaled(seconds)
+        await asyncio.sleep(0.005)

@@ -314,6 +314,21 @@ def test_a_key_without_admin_sees_the_versions_but_cannot_change_them(visit: Vis
     assert panel.get_by_role("button", name=re.compile("Make live|Pin|Roll back")).count() == 0
 
 
+def test_what_fails_and_which_pins_are_not_up_is_said(visit: Visit, endpoint: Endpoint) -> None:
+    seen = get(f"{endpoint.open}/admin/versions").json()
+    seen["versions"][-1] |= {"version": 0, "state": "failing", "reason": "no memory"}
+    seen["troubles"] = [{"what": "pinned versions", "reason": "no memory", "since": 1.0, "last": 2.0, "tries": 7}]
+    page = visit("about:blank")
+    page.route("**/admin/versions", lambda route: route.fulfill(json=seen))
+    page.goto(endpoint.open)
+    panel = page.get_by_role("region", name="Versions")
+    expect(panel).to_contain_text("Fails: pinned versions. no memory (tried 7 times)")
+    row = panel.get_by_role("listitem").last
+    row.locator("summary").click()
+    expect(row).to_contain_text("Does not start: no memory")
+    expect(row.get_by_role("button", name="Chat with it")).to_be_hidden()
+
+
 def test_the_run_is_seen_live(visit: Visit, endpoint: Endpoint) -> None:
     run = Place(str(Path(endpoint.versions).parent))
     record = RoundRecord(
