@@ -218,6 +218,20 @@ def test_a_laptop_asked_for_by_name_is_as_large_as_asked():
     assert resolved.trainer.workers == 4 and not notes
 
 
+def test_gpus_that_are_asked_for_are_given_or_it_is_said():
+    asked = "fleet.generators.num_gpus=0.4", "trainer.num_gpus=0.25"
+    for gpus, profile in ((1, "laptop"), (8, "cluster")):
+        resolved, notes = resolve(config(*asked), {"GPU": gpus}, cores=2)
+        assert resolved.profile == profile and not any("num_gpus" in note for note in notes)
+        assert (resolved.fleet.generators.num_gpus, resolved.trainer.num_gpus) == (0.4, 0.25)
+    resolved, notes = resolve(config(*asked), {"CPU": 16}, cores=2)
+    assert resolved.fleet.generators.num_gpus == resolved.trainer.num_gpus == 0
+    assert {
+        "trainer.num_gpus: 0.25 -> 0 (laptop profile)",
+        "fleet.generators.num_gpus: 0.4 -> 0 (laptop profile)",
+    } <= set(notes)
+
+
 def test_a_run_that_ray_has_no_room_for_says_so():
     _, (note,) = resolve(config("profile=laptop", "trainer.workers=4"), {"CPU": 3.5}, cores=2)
     assert "ask Ray for 3.3 CPUs and its tasks for 0.5 more, Ray has 3.5" in note and "trainer.num_cpus" in note

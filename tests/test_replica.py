@@ -2,15 +2,28 @@
 
 import asyncio
 import json
+import tempfile
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import fsspec
 import pytest
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 
 from sampo_ray.actors.policy.answers import answer_items, sampling_params, versions_event
-from sampo_ray.actors.policy.lifecycle import ReplicaEvent, ReplicaState, RequestGate, next_state, tokens_by_choice
+from sampo_ray.actors.policy.deployment import COPIES, PolicyServer, local_folder
+from sampo_ray.actors.policy.lifecycle import (
+    AnswersInFlight,
+    ReplicaEvent,
+    ReplicaState,
+    RequestGate,
+    next_state,
+    tokens_by_choice,
+)
 from sampo_ray.actors.policy.messages import AnswerItem, Chunks, Failure, RolloutRequest, VersionSpan, WeightsChanged
+from sampo_ray.actors.policy.replica_weights import ReplicaWeights, WeightsSource
 from sampo_ray.internals.vllm import RequestProgress
 from sampo_ray.run.versions import WeightsId
 
@@ -92,24 +105,23 @@ def test_a_replica_goes_through_its_states_and_no_others() -> None:
         (ReplicaEvent.LOADED, ReplicaState.READY),
         (ReplicaEvent.LOAD, ReplicaState.LOADING),
         (ReplicaEvent.LOADED, ReplicaState.READY),
-        (ReplicaEvent.DRAIN, ReplicaState.DRAINING),
+        (ReplicaEvent.END, ReplicaState.DEAD),
     ):
         state = next_state(state, event)
         assert state == expected
     allowed = {(s, e) for s in ReplicaState for e in ReplicaEvent if _goes(s, e)}
-    assert {s for s, e in allowed if e == ReplicaEvent.FAIL} == set(ReplicaState), "any replica may die"
+    assert {s for s, e in allowed if e == ReplicaEvent.END} == set(ReplicaState), "any replica may end"
     for state, event in [
         (ReplicaState.STALE, ReplicaEvent.LOADED),
         (ReplicaState.LOADING, ReplicaEvent.ENGINE_UP),
         (ReplicaState.LOADING, ReplicaEvent.LOAD),
-        (ReplicaState.LOADING, ReplicaEvent.DRAIN),
-        (ReplicaState.DRAINING, ReplicaEvent.LOAD),
+        (ReplicaState.DEAD, ReplicaEvent.LOAD),
         (ReplicaState.DEAD, ReplicaEvent.ENGINE_UP),
         (ReplicaState.DEAD, ReplicaEvent.LOADED),
         (ReplicaState.READY, ReplicaEvent.ENGINE_UP),
     ]:
         assert (state, event) not in allowed
-    assert len(allowed) == 6 + len(ReplicaState)
+    assert len(allowed) == 4 + len(ReplicaState)
 
 
 def _goes(state: ReplicaState, event: ReplicaEvent) -> bool:
@@ -118,6 +130,51 @@ def _goes(state: ReplicaState, event: ReplicaEvent) -> bool:
     except ValueError:
         return False
     return True
+
+
+@pytest.mark.parametrize("state", [None, *ReplicaState])
+def test_a_replica_that_is_stopped_ends_its_tasks_and_its_engine_whatever_it_is_doing(
+    state: ReplicaState | None, tmp_path: Path
+) -> None:
+    """`state` None: it has been told to start, and has no weights yet."""
+
+    async def main() -> tuple[list[str], bool]:
+        ended: list[str] = []
+
+        async def close() -> None:
+            ended.append("channel")
+
+        replica = PolicyServer.__new__(PolicyServer)
+        client = SimpleNamespace(shutdown=lambda: ended.append("engine"))
+        replica.engine = SimpleNamespace(shutdown=close, _engine_client=client)
+        following = asyncio.create_task(asyncio.sleep(60))
+        if state:
+            replica._weights = ReplicaWeights(client, WeightsSource("store"), RequestGate(), AnswersInFlight())
+            replica._weights.state = state
+            replica._tasks = [following]
+        await asyncio.sleep(0)
+        await replica.__del__()
+        replica.engine = None  # collected, it is not ended again
+        return ended, following.cancelled()
+
+    ended, cancelled = asyncio.run(main())
+    assert ended == ["channel", "engine"] and cancelled == (state is not None)
+
+
+def test_a_replica_that_is_stopped_before_its_engine_is_made_ends_too() -> None:
+    replica = PolicyServer.__new__(PolicyServer)
+    replica.engine = None
+    asyncio.run(replica.__del__())
+
+
+def test_a_replicas_copy_of_a_remote_folder_is_one_and_ends_with_it(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    fsspec.filesystem("memory").pipe_file("/run/versions/000000/config.json", b"{}")
+    folder = local_folder("memory://run/versions/000000")
+    assert [each.name for each in tmp_path.rglob("config.json")] == ["config.json"] and Path(folder).is_dir()
+    COPIES.close()
+    assert not list(tmp_path.iterdir())
+    assert local_folder(str(tmp_path)) == str(tmp_path)
 
 
 def items_of(batches: Sequence[list[Any]], spans: list[VersionSpan]) -> list[AnswerItem]:

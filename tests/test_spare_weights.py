@@ -2,6 +2,7 @@
 version gets to where the engine reads it.
 """
 
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -145,6 +146,8 @@ def test_what_is_staged_is_what_was_published(monkeypatch: pytest.MonkeyPatch) -
     named = [(str(n), torch.arange(n * 50.0, n * 50 + 30)) for n in range(5)]
     buckets = list(pack(named, 128))
     with staged_weights(buckets, share=0.9) as update:
+        assert os.stat(update.path).st_nlink == 0, "it has no name that could stay behind"
+        assert torch.equal(torch.from_file(update.path, size=update.nbytes, dtype=torch.uint8)[:4], torch.zeros(4))
         data = torch.frombuffer(bytearray(Path(update.path).read_bytes()), dtype=torch.uint8)
         found = list(views(update.specs(), data))
     assert data.numel() == update.nbytes

@@ -3,8 +3,6 @@
 import asyncio
 import contextlib
 import os
-import shutil
-import tempfile
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import replace
 
@@ -85,12 +83,13 @@ class PolicyServer(EngineServer):
             end_process(f"the engine died: {error}")
 
     async def __del__(self) -> None:
-        if getattr(self, "_tasks", None):
-            self._weights.advance(ReplicaEvent.DRAIN)
-            for task in self._tasks:
-                task.cancel()
-            self._weights.leave()
+        # Serve may stop a replica that is starting, and then has not all of its parts, or one that is loading.
+        for task in getattr(self, "_tasks", ()):
+            task.cancel()
+        if (weights := getattr(self, "_weights", None)) is not None:
+            weights.end()
         await super().__del__()
+        await asyncio.to_thread(COPIES.close)
 
     async def _answer(
         self,
@@ -134,15 +133,15 @@ class PolicyServer(EngineServer):
             await self.check_health()
 
 
+COPIES = contextlib.ExitStack()
+"""This process's copies of remote folders."""
+
+
 def local_folder(url: str) -> str:
-    """The path of a folder on this machine. A remote one is copied, and the copy stays until the machine removes it."""
-    place = Place(url)
-    if place.local:
-        return place.path
-    scratch = tempfile.mkdtemp(prefix="sampo-")
-    with place.on_disk() as folder:
-        shutil.copytree(folder, scratch, dirs_exist_ok=True)
-    return scratch
+    """The path of a folder on this machine. A remote one is copied, and the copy is gone once this process has ended
+    (if it was killed: once the next one on this machine needs such a folder).
+    """
+    return str(COPIES.enter_context(Place(url).on_disk()))
 
 
 def cpu_engine(max_model_len: int) -> dict[str, object]:

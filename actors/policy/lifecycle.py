@@ -19,14 +19,13 @@ class ReplicaState(StrEnum):
     STALE = "stale"  # the engine is up, but holds other weights than those to serve; it answers no requests
     LOADING = "loading"  # weights are being replaced; requests in flight are paused
     READY = "ready"  # it serves the weights that it has, also while newer ones are on their way
-    DRAINING = "draining"  # it takes no new requests and finishes those it has
-    DEAD = "dead"  # its process is ending; Serve starts another replica
+    DEAD = "dead"  # its process is ending: it failed, or Serve stops it, which lets requests in flight end before
 
 
 class ReplicaEvent(StrEnum):
     ENGINE_UP = "engine up"
     LOAD, LOADED = "load", "loaded"
-    DRAIN, FAIL = "drain", "fail"
+    END = "end"
 
 
 _NEXT = {
@@ -34,9 +33,7 @@ _NEXT = {
     (ReplicaState.STALE, ReplicaEvent.LOAD): ReplicaState.LOADING,
     (ReplicaState.LOADING, ReplicaEvent.LOADED): ReplicaState.READY,
     (ReplicaState.READY, ReplicaEvent.LOAD): ReplicaState.LOADING,
-    (ReplicaState.STALE, ReplicaEvent.DRAIN): ReplicaState.DRAINING,
-    (ReplicaState.READY, ReplicaEvent.DRAIN): ReplicaState.DRAINING,
-    **{(state, ReplicaEvent.FAIL): ReplicaState.DEAD for state in ReplicaState},
+    **{(state, ReplicaEvent.END): ReplicaState.DEAD for state in ReplicaState},
 }
 
 
@@ -46,8 +43,9 @@ def next_state(state: ReplicaState, event: ReplicaEvent) -> ReplicaState:
     * `stale` to `ready` without `loading`: the replica would answer with the weights that it was built from.
     * `loading` to `ready` or `stale` other than by `loaded`: an engine whose update failed half-way holds a mixture of
       weights and must die.
-    * `loading` to `draining`: it needs weights to finish its requests with.
-    * out of `draining` or `dead`: Serve sends it no more requests, and a new replica is easier to trust.
+    * out of `dead`: Serve sends it no more requests, and a new replica is easier to trust.
+
+    Any replica can end, also one that starts or loads.
     """
     if (following := _NEXT.get((state, event))) is None:
         raise ValueError(f"a replica that is {state} cannot go on with {event!r}")
@@ -121,7 +119,7 @@ def end_process(reason: str) -> NoReturn:
     """Ends this replica and its engine at once. Serve starts another, which is ready once it holds current weights."""
     logger.critical("this replica ends: %s", reason)
     logging.shutdown()
-    os._exit(1)  # Ray kills the processes that this one started
+    os._exit(1)  # its engine's processes end with it (internals/processes.py)
 
 
 def end_process_with(task: asyncio.Task[None]) -> asyncio.Task[None]:

@@ -96,8 +96,9 @@ class ReplicaWeights:
         self.loaded = weights
         self.advance(ReplicaEvent.LOADED)
 
-    def leave(self) -> None:
+    def end(self) -> None:
         """Takes a replica that ends out of the transfers of its store."""
+        self.advance(ReplicaEvent.END)
         if self._receiver:
             with suppress(ValueError):  # the store has ended before
                 self._receiver.leave(find_weight_store(self._source.store))
@@ -167,7 +168,7 @@ class ReplicaWeights:
                     await self._swap(update, weights)
                     resumed = time.perf_counter()
             except Exception as error:
-                self.advance(ReplicaEvent.FAIL)
+                self.advance(ReplicaEvent.END)
                 end_process(f"loading {weights.id} failed half-way: {error!r}")
             self.advance(ReplicaEvent.LOADED)
             await self._client.collective_rpc("release_weights")

@@ -230,17 +230,20 @@ def staged_weights(
 ) -> Iterator[HostUpdate]:
     """Verifies fetched buckets and writes what `change` makes of them, at the same places, into one file (in memory
     where there is room); yields where it is. Works no more than `share` of the time. WeightsError for damaged bytes.
+
+    The file has no name, so that it ends with the processes that have it open, also if they are killed.
     """
     listed, memory = list(buckets), Path("/dev/shm")
     room = memory.is_dir() and shutil.disk_usage(memory).free > 2 * sum(bucket.data.size for bucket in listed)
     places, specs = joined(listed)
-    with tempfile.NamedTemporaryFile(prefix="sampo-weights-", dir=memory if room else None) as file:
+    with tempfile.TemporaryFile(dir=memory if room else None) as file:
         for bucket, (start, _) in zip(listed, places, strict=True):
             file.seek(start)
             changed = change(bucket) if change else bucket
             verify(changed, written(changed.data, file, share))
         file.flush()
-        yield HostUpdate(file.name, file.tell(), [astuple(spec) for spec in specs])
+        path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+        yield HostUpdate(path, file.tell(), [astuple(spec) for spec in specs])
 
 
 class Receiver:

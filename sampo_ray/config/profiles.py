@@ -63,15 +63,15 @@ def _laptop(config: RunConfig, gpus: int, at_most: int | None) -> Sizes:
     def fleet(asked: F, cpus: float, share: float) -> F:
         most = size(asked.max_replicas)
         least = min(1 if asked.min_replicas is None else asked.min_replicas, most)
-        return _sized(asked, least, most, share if gpus else 0, cpus)
+        return _sized(asked, least, most, (asked.num_gpus or share) if gpus else 0, cpus)
 
     fleets, trainer = config.fleet, config.trainer
     generators = fleet(fleets.generators, 0.5, 0.3)
     engine = ({"gpu_memory_utilization": 0.3} if gpus else {}) | fleets.generators.engine
     workers = math.gcd(size(trainer.workers or gpus or 1), config.optim.batch_size)
+    rank = 0.5 if workers == 1 else 0.51  # Ray may place two halves on one GPU, where two ranks cannot be
     return (
-        # Ray may place two halves on one GPU, where two ranks cannot be.
-        _ranks(trainer, workers, (0.5 if workers == 1 else 0.51) if gpus else 0, 0.5),
+        _ranks(trainer, workers, (trainer.num_gpus or rank) if gpus else 0, 0.5),
         FleetsConfig(
             generators=generators.model_copy(update={"engine": engine}),
             references=fleet(fleets.references, 0.5, 0.1),
@@ -98,7 +98,7 @@ def _cluster(config: RunConfig, gpus: int) -> Sizes:
         return _sized(asked, least, max(asked.max_replicas or most, least, 1), each, 1.0)
 
     return (
-        _ranks(trainer, workers, 1.0, 1.0),
+        _ranks(trainer, workers, trainer.num_gpus or 1.0, 1.0),
         FleetsConfig(
             generators=fleet(fleets.generators, 1.0, sampling or live),
             references=fleet(fleets.references, share, 1),
@@ -138,9 +138,11 @@ def _changes(config: RunConfig, trainer: TrainerConfig, fleet: FleetsConfig) -> 
     named = [
         ("trainer.workers", config.trainer.workers, trainer.workers),
         ("trainer.min_workers", config.trainer.min_workers, trainer.min_workers),
+        ("trainer.num_gpus", config.trainer.num_gpus, trainer.num_gpus),
     ]
     for name in FleetsConfig.model_fields:
         asked, sized = getattr(config.fleet, name), getattr(fleet, name)
         named.append((f"fleet.{name}.max_replicas", asked.max_replicas, sized.max_replicas))
         named.append((f"fleet.{name}.min_replicas", asked.min_replicas, sized.min_replicas))
+        named.append((f"fleet.{name}.num_gpus", asked.num_gpus, sized.num_gpus))
     return [f"{name}: {before} -> {after}" for name, before, after in named if before is not None and before != after]

@@ -1,7 +1,5 @@
 """The command line `sampo`: what each command takes. What a command does is imported when it runs."""
 
-import signal
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from sampo_ray.console.keys import app as keys
+from sampo_ray.console.signals import orderly_end
 from sampo_ray.console.versions import app as versions
 from sampo_ray.errors import UserError
 
@@ -17,15 +16,15 @@ class Commands(TyperGroup):
     """A group of commands that prints a UserError as one message, without a stack, and ends with status 1."""
 
     def invoke(self, ctx: Any) -> object:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise typer.Exit(130) from None
-        except UserError as error:
-            # An error of a Ray actor prints as the actor's stack; its cause is the error that was raised there.
-            typer.echo(f"error: {getattr(error, 'cause', error)}", err=True)
-            raise typer.Exit(1) from None
+        with orderly_end() as end:
+            try:
+                return super().invoke(ctx)
+            except KeyboardInterrupt:
+                raise typer.Exit(end.status) from None
+            except UserError as error:
+                # An error of a Ray actor prints as the actor's stack; its cause is the error that was raised there.
+                typer.echo(f"error: {getattr(error, 'cause', error)}", err=True)
+                raise typer.Exit(1) from None
 
 
 app = typer.Typer(

@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -20,6 +21,7 @@ from rich.console import Console
 from sampo_ray.config.profiles import resolve
 from sampo_ray.config.run import RunConfig, load_config
 from sampo_ray.config.serving import ServeConfig
+from sampo_ray.console.gpus import check_cluster, installed, usable_here
 from sampo_ray.errors import ConfigError
 from sampo_ray.loop.display import Display, open_display
 from sampo_ray.run.directory import create_run, dump_config, exclusive, open_run
@@ -58,13 +60,13 @@ def resume(directory: str, overrides: list[str], keep_serving: bool) -> None:
 def show(recipe: Path | None, overrides: list[str]) -> None:
     """Checks a recipe and prints its configuration as it would run here."""
     config = _checked(recipe, overrides)
-    import torch
-
+    from sampo_ray.internals.ray import gpus_here
     from sampo_ray.loop.validate import check_fit
 
-    resolved, notes = resolve(config, {"GPU": torch.cuda.device_count()}, os.cpu_count() or 1)
+    gpus, unused = usable_here(gpus_here(), installed())
+    resolved, notes = resolve(config, {"GPU": gpus}, os.cpu_count() or 1)
     check_fit(resolved)
-    for note in notes:
+    for note in [*filter(None, [unused]), *notes]:
         typer.echo(f"# {note}")
     typer.echo(dump_config(resolved), nl=False)
 
@@ -93,7 +95,7 @@ def _run(config: RunConfig, resumed: str | None, keep_serving: bool) -> None:
     check_port(config.serve)
     with open_display(Console(file=sys.stdout)) as display, contextlib.ExitStack() as stack:
         stack.enter_context(library_output_to(driver_log(config)))
-        config, notes = resolve(config, stack.enter_context(ray_cluster()), os.cpu_count() or 1)
+        config, notes = resolve(config, stack.enter_context(ray_cluster(display)), os.cpu_count() or 1)
         check_fit(config)
         for note in (*notes, *start_serve(config.serve)):  # what is refused leaves no run directory
             display.note(note)
@@ -131,7 +133,7 @@ def serve(directory: str, overrides: list[str]) -> None:
     check_port(config.serve)
     with open_display(Console(file=sys.stdout)) as display, contextlib.ExitStack() as stack:
         stack.enter_context(library_output_to(driver_log(config)))
-        config, _ = resolve(config, stack.enter_context(ray_cluster()), os.cpu_count() or 1)
+        config, _ = resolve(config, stack.enter_context(ray_cluster(display)), os.cpu_count() or 1)
         for note in start_serve(config.serve):
             display.note(note)
         with display.stage("start", None, "engine"):
@@ -182,18 +184,27 @@ def library_output_to(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ray_cluster() -> Iterator[dict[str, float]]:
-    """Joins the cluster at RAY_ADDRESS, or starts Ray on this machine; yields its resources. Its logs go to files."""
+def ray_cluster(display: Display) -> Iterator[dict[str, float]]:
+    """Joins the cluster at RAY_ADDRESS, or starts Ray on this machine; yields its resources. Its logs go to files.
+
+    A Ray of this machine gets its GPUs if what is installed here can use them; the display says so if not.
+    """
     import ray
 
-    from sampo_ray.internals.ray import allow_slow_start, silence_services
+    from sampo_ray.internals.ray import allow_slow_start, gpus_here, silence_services
 
-    local = {"address": "local", "num_cpus": LOCAL_CPUS, "include_dashboard": False}
-    where = {} if os.environ.get("RAY_ADDRESS") else local
+    has, joins, on_term = installed(), bool(os.environ.get("RAY_ADDRESS")), signal.getsignal(signal.SIGTERM)
+    gpus, unused = usable_here(0 if joins else gpus_here(), has)
+    if unused:
+        display.note(unused)
+    local = {"address": "local", "num_cpus": LOCAL_CPUS, "num_gpus": gpus, "include_dashboard": False}
     allow_slow_start()
-    ray.init(log_to_driver=False, logging_level=logging.ERROR, namespace="sampo", **where)
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, namespace="sampo", **({} if joins else local))
+    signal.signal(signal.SIGTERM, on_term)  # Ray sets a handler of its own
     try:
-        yield dict(ray.cluster_resources())
+        resources = dict(ray.cluster_resources())
+        check_cluster(resources.get("GPU", 0), has)
+        yield resources
     finally:
         ray.shutdown()
         silence_services()

@@ -4,6 +4,8 @@ import logging
 import os
 
 import requests
+from ray._private import state
+from ray._private.accelerators import get_accelerator_manager_for_resource
 from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
 from ray.job_submission import JobSubmissionClient
 
@@ -51,3 +53,15 @@ def allow_slow_start() -> None:
 def silence_services() -> None:
     """Keeps a thread of `ray._private.services` from complaining of a missing dashboard after `ray.shutdown`."""
     logging.getLogger("ray._private.services").setLevel(logging.CRITICAL)
+
+
+def gpus_here() -> int:
+    """How many GPUs of this machine a Ray that is started here would count. Reaches `ray._private.accelerators`."""
+    manager = get_accelerator_manager_for_resource("GPU")
+    there, visible = manager.get_current_node_num_accelerators(), manager.get_current_process_visible_accelerator_ids()
+    return there if visible is None else min(there, len(visible))
+
+
+def job_has_ended(job: str) -> bool:
+    """Whether the driver of a job (Ray's id, hexadecimal) of this cluster has ended. Reaches `ray._private.state`."""
+    return any(each["IsDead"] for each in state.jobs() if each["JobID"] == job)

@@ -1,6 +1,7 @@
 """The fleet of a run: weight store, policy replicas, endpoint, reference and reward workers, trainer."""
 
 import contextlib
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from ray.actor import ActorHandle
 from ray.serve.handle import DeploymentHandle
 from transformers import AutoModelForCausalLM
 
+from sampo_ray.actors.guard import start_guard
 from sampo_ray.actors.scoring.workers import build_reference_app, build_reward_app
 from sampo_ray.actors.weights.client import Channel
 from sampo_ray.actors.weights.pinned import delete_apps, delete_pinned, last_error
@@ -153,6 +155,9 @@ class PolicyServing:
         self._serve = run.config.serve
         start_serve(self._serve)  # first, since it may be refused
         self.store_name = f"sampo-{name}"
+        if os.environ.get("RAY_ADDRESS"):  # a Ray that this process has started ends with it
+            keeps = [f"{name}-{each}" for each in ("endpoint", "policy", "pinned-")] if keep_serving else []
+            stack.callback(ray.kill, start_guard(name, keeps, self.store_name))
         self.store = start_weight_store(self.store_name, run.place.at(state).url, name)
         self._at_end(delete_pinned, name)
         self._at_end(ray.kill, self.store)  # before: it would start them again

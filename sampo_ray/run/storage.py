@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from sampo_ray.run.scratch import scratch_folder
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -115,11 +117,14 @@ class Place:
     @contextlib.contextmanager
     def draft(self) -> Iterator[Path]:
         """A scratch folder on this machine, on the same file system where this place is local; gone afterwards."""
-        parent = os.path.dirname(self.path) if self.local else None
-        if parent:
-            os.makedirs(parent, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=DRAFT, dir=parent) as scratch:
-            yield Path(scratch)
+        if not self.local:
+            with scratch_folder() as scratch:
+                yield scratch
+            return
+        parent = os.path.dirname(self.path)
+        os.makedirs(parent, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=DRAFT, dir=parent) as draft:
+            yield Path(draft)
 
     def clear_drafts(self) -> None:
         """Removes what drafts next to this folder's files left when their processes were killed."""
@@ -133,8 +138,8 @@ class Place:
         if self.local:
             yield Path(path)
             return
-        with tempfile.TemporaryDirectory(prefix="sampo-") as scratch:
-            target = Path(scratch) / path.rsplit("/", 1)[-1]
+        with scratch_folder() as scratch:
+            target = scratch / path.rsplit("/", 1)[-1]
             fs.get(path, str(target), recursive=True)
             yield target
 
