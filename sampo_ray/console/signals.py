@@ -1,9 +1,7 @@
 """How a command ends before its time: in order, as by Ctrl-C, whichever signal asks for it, and within a limit."""
 
 import contextlib
-import os
 import signal
-import threading
 from collections.abc import Iterator
 from types import FrameType
 
@@ -13,23 +11,21 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class OrderlyEnd:
-    """Signal handler that raises KeyboardInterrupt, and ends the process END_S after the first signal.
+    """Signal handler that raises KeyboardInterrupt, and has the kernel end the process END_S after the first signal.
 
-    KeyboardInterrupt, because `ray.get` passes no other exception of a handler on as it is. A Ray that this process has
-    started ends with it in any case, and so do Ray's processes and those of the engines.
+    KeyboardInterrupt, because `ray.get` passes no other exception of a handler on as it is. An alarm of the kernel,
+    because it needs no thread of a process that may hang. What this process has started ends with it in any case.
     """
 
     def __init__(self) -> None:
         self.status = 128 + signal.SIGINT
         """The exit status that tells of the last signal."""
-        self._limit: threading.Timer | None = None
 
     def __call__(self, number: int, frame: FrameType | None = None) -> None:
         self.status = 128 + number
-        if self._limit is None:
-            self._limit = threading.Timer(END_S, os._exit, [self.status])
-            self._limit.daemon = True
-            self._limit.start()
+        if not any(signal.getitimer(signal.ITIMER_REAL)):
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.setitimer(signal.ITIMER_REAL, END_S)
         raise KeyboardInterrupt
 
 
