@@ -21,6 +21,9 @@ import _rig
 import fsspec
 import numpy as np
 
+from sampo_ray.run.lines import append, records
+from sampo_ray.run.storage import Place
+
 MAX_LENGTH = 512
 BATCH, EVERY = 12, 5
 LEARNING_RATE, BETA = 1e-5, 0.1
@@ -64,8 +67,7 @@ def main() -> None:
 
 def done(args: Namespace) -> dict[str, Cell]:
     path = args.out / "cells.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {cell["cell"]: cell for cell in map(json.loads, lines)}
+    return {cell["cell"]: cell for cell in records(path.read_bytes() if path.exists() else b"", path.name)}
 
 
 def missing(args: Namespace, group: str) -> list[str]:
@@ -86,8 +88,7 @@ def run_group(args: Namespace) -> None:
         else:
             study = study or Group(args)
             cell = study.cell(name.split("/")[-1])
-        with (args.out / "cells.jsonl").open("a") as file:
-            file.write(json.dumps({"cell": name, **cell}) + "\n")
+        append(Place(str(args.out / "cells.jsonl")), json.dumps({"cell": name, **cell}))
         report(args)
 
 

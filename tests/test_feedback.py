@@ -368,6 +368,21 @@ def test_kept_answers_and_votes_are_bounded(endpoint):
     endpoint(work, max_answers=3, max_votes=2)
 
 
+def test_an_answer_that_is_kept_twice_counts_once_and_one_that_is_no_unicode_is_not_kept(endpoint):
+    async def work(store, post):
+        store._flushing.cancel()
+        for text in ("a", "a" * 500):
+            store.keep(answer("k", text, **NOW))
+        store.keep(answer("broken", "\ud800", **NOW))
+        assert list(store._buffer) == ["k"]
+        assert store._buffered == len(store._buffer["k"]) > 500
+        await store._flush()
+        assert store._buffered == 0 and len(store._journals.answers) == 1
+        assert (await post(response="broken", thumb="up"))[0] == 404
+
+    endpoint(work)
+
+
 def test_feedback_that_is_off_says_which_option_turns_it_on(endpoint):
     async def work(store, post):
         status, message = await post(better="a", worse="b")

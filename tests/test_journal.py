@@ -93,3 +93,21 @@ def test_merged_segments_stay_small_so_that_little_is_dropped_at_once(tmp_path):
     journal.append([record("one more", 200.0)])
     journal.drop(before=0.0, most=100, most_bytes=1 << 20)
     assert len(journal) == 91
+
+
+@given(cut=st.integers(0, 100))
+def test_a_segment_that_was_cut_short_costs_only_the_record_that_was_cut(tmp_path_factory, cut):
+    folder = Place(str(tmp_path_factory.mktemp("journal") / "j"))
+    Journal(folder, 10.0).append([record(f"k{index}", float(index), "é") for index in range(2)])
+    (name,) = folder.names()
+    content = folder.at(name).read()
+    folder.at(name).write(content[: cut % (len(content) + 1)])
+    folder.at("notes.jsonl").write(b"not ours")
+    journal = Journal(folder, 10.0)
+    journal.refresh()
+    whole = content[: cut % (len(content) + 1) + 1].count(b"\n")
+    assert journal.records() == [record(f"k{index}", float(index), "é") for index in range(whole)]
+    journal.append([record("k2", 2.0)])
+    journal.merge(now=50.0)
+    journal.refresh()
+    assert [json.loads(line)["id"] for line in journal.records()] == [*(f"k{index}" for index in range(whole)), "k2"]

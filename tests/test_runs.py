@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sampo_ray.config.run import load_config
-from sampo_ray.errors import ConfigError
+from sampo_ray.errors import ConfigError, DataError
 from sampo_ray.run.directory import create_run, exclusive, open_run
 from sampo_ray.run.manifest import (
     Checkpoint,
@@ -64,6 +64,40 @@ def test_a_step_is_recorded_once_and_a_line_cut_short_is_ignored(tmp_path):
         file.write('{"round": 0, "st')
     again = open_run(str(tmp_path))
     assert [step.values["loss"] for step in again.metrics()] == [1.0]
+
+
+@pytest.mark.parametrize("url", ["{}/run", "memory://cut-short-run"])
+def test_a_step_whose_line_was_cut_short_is_recorded_again(tmp_path, url):
+    url, steps = url.format(tmp_path), [StepMetrics(0, step, step, {"loss": 1.0 / step}) for step in (1, 2, 3)]
+    run = new_run(url)
+    for step in steps[:2]:
+        run.record(step)
+    file = run.place.at("metrics.jsonl")
+    file.write(file.read()[:-20])
+    again = open_run(url)
+    assert again.metrics() == steps[:1]
+    for step in steps[1:]:
+        again.record(step)
+    assert open_run(url).metrics() == steps
+
+
+def test_a_step_that_could_not_be_written_is_not_taken_for_recorded(tmp_path, monkeypatch):
+    run, step = new_run(tmp_path), StepMetrics(0, 1, 1, {"loss": 1.0})
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            run.record(step)
+    (tmp_path / "metrics.jsonl").write_bytes(b"")
+    run.record(step)
+    assert run.metrics() == [step]
+
+
+def test_a_line_that_is_no_step_is_named(tmp_path):
+    run = new_run(tmp_path)
+    for content, words in ((b"hello\n", "line 1: is no JSON object"), (b'{"loss": 1}\n', "does not name round")):
+        (tmp_path / "metrics.jsonl").write_bytes(content)
+        with pytest.raises(DataError, match=words):
+            run.metrics()
 
 
 def _hold(url, held, release):
@@ -214,7 +248,7 @@ def test_a_manifest_keeps_every_key_and_gains_none(data):
 
 def test_a_line_of_metrics_keeps_its_keys_and_their_order():
     line = '{"loss": 0.5, "grad_norm": null, "skipped": 0.0, "round": 1, "step": 2, "version": 6}'
-    [step] = parse_metrics([line])
+    [step] = parse_metrics(line.encode())
     assert (step.round, step.step, step.version) == (1, 2, 6) and step.line() == line
 
 

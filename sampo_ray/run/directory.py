@@ -31,6 +31,7 @@ from pydantic import BaseModel
 
 from sampo_ray.config.run import RunConfig, load_config
 from sampo_ray.errors import ConfigError
+from sampo_ray.run.lines import append
 from sampo_ray.run.manifest import Manifest, RoundRecord, StepMetrics, parse_metrics, read_manifest
 from sampo_ray.run.storage import Place, absolute
 from sampo_ray.run.trackers import Log
@@ -63,19 +64,14 @@ class Run:
 
     def metrics(self) -> list[StepMetrics]:
         file = self.place.at("metrics.jsonl")
-        return parse_metrics(file.read().decode().splitlines()) if file.exists() else []
+        return parse_metrics(file.read()) if file.exists() else []
 
     def record(self, metrics: StepMetrics) -> None:
         """Adds one step's line, unless that step of that round has one already (it was trained again after a crash)."""
         if (key := (metrics.round, metrics.step)) in self._recorded:
             return
+        append(self.place.at("metrics.jsonl"), metrics.line())
         self._recorded.add(key)
-        file, line = self.place.at("metrics.jsonl"), metrics.line() + "\n"
-        if self.place.local:
-            with open(file.path, "a") as out:
-                out.write(line)
-        else:
-            file.write((file.read() if file.exists() else b"") + line.encode())
         self.log(metrics.numbers, metrics.version)
 
     def round(self, index: int) -> RoundRecord:

@@ -8,6 +8,8 @@ A vote includes the answers that it is about, so it can be used after the answer
 
 import hashlib
 import json
+import logging
+import re
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -17,11 +19,14 @@ from typing import Annotated, Literal, NamedTuple, TypedDict
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from sampo_ray.errors import FeedbackError
+from sampo_ray.run.lines import as_object
 from sampo_ray.run.storage import Place
 
+logger = logging.getLogger(__name__)
 MERGE_AT = 64  # files of one time span that are merged before the span is over
 ATTEMPTS = 5
 VOTES_SPAN_S = 24 * 3600.0  # votes of a day are merged into one file
+_SEGMENT = re.compile(r"\d+-\w+\.jsonl")
 
 ResponseId = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Kind = Literal["better", "tie", "up", "down", "edited"]
@@ -296,7 +301,7 @@ class Journal:
     def refresh(self) -> None:
         """Reads what other processes have written, merged or dropped since the last time."""
         for _ in range(ATTEMPTS):
-            names = [name for name in self._folder.names() if name.endswith(".jsonl")]
+            names = [name for name in self._folder.names() if _SEGMENT.fullmatch(name)]
             self._forget(self._segments.keys() - names)
             with suppress(FileNotFoundError):  # merged or dropped since it was listed
                 for name in names:
@@ -395,8 +400,11 @@ class Journal:
         self._segments[name] = len(content)
         start = 0
         for line in content.splitlines(keepends=True):
-            record = json.loads(line)
-            self._index.setdefault(record["id"], _Entry(name, start, start + len(line) - 1, record["time"]))
+            end = start + len(line.rstrip(b"\n"))
+            if (record := as_object(line)) is not None and {"id", "time"} <= record.keys():
+                self._index.setdefault(record["id"], _Entry(name, start, end, record["time"]))
+            else:  # on some file systems a segment that was cut short appears
+                logger.warning("%s/%s: a record was cut short, and is left out", self._folder.url, name)
             start += len(line)
 
     def _remove(self, names: Sequence[str]) -> None:

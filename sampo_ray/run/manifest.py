@@ -2,12 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer
 
 from sampo_ray.config.run import RunConfig
+from sampo_ray.errors import DataError
+from sampo_ray.run.lines import records
 from sampo_ray.run.storage import Place
 from sampo_ray.training.statistics import Statistics
 
@@ -138,7 +140,9 @@ class StepResult:
     checkpoint: Checkpoint | None = None
 
 
-def parse_metrics(lines: Sequence[str]) -> list[StepMetrics]:
-    """The steps of lines of metrics.jsonl; one that a crash cut short is left out."""
-    found = [json.loads(line) for line in lines if line.endswith("}")]
+def parse_metrics(content: bytes) -> list[StepMetrics]:
+    """The steps in the content of metrics.jsonl. DataError for a line that is no step's."""
+    found = records(content, "metrics.jsonl")
+    if any(not {"round", "step", "version"} <= step.keys() for step in found):
+        raise DataError("metrics.jsonl: a line does not name round, step and version; remove it")
     return [StepMetrics(step.pop("round"), step.pop("step"), step.pop("version"), step) for step in found]

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticSerializationError
 from ray.serve.llm.openai_api_models import ChatCompletionRequest
 from starlette.responses import JSONResponse, Response
 
@@ -134,11 +135,16 @@ class FeedbackStore:
         return self._keep_s > 0
 
     def keep(self, answer: Answer | None) -> None:
-        """Buffers an answer (None: one that broke off) without waiting; drops the oldest beyond the limits."""
+        """Buffers an answer (None: one that broke off) without waiting; drops the oldest beyond the limits. One whose
+        text cannot be written as UTF-8 is not kept."""
         if answer is None:
             return
-        self._buffer[answer.id] = record = answer.model_dump_json().encode()
-        self._buffered += len(record)
+        try:
+            record = answer.model_dump_json().encode()
+        except PydanticSerializationError:
+            return
+        self._buffered += len(record) - len(self._buffer.pop(answer.id, b""))
+        self._buffer[answer.id] = record
         while len(self._buffer) > self._config.max_answers or self._buffered > self._config.max_bytes:
             self._buffered -= len(self._buffer.pop(next(iter(self._buffer))))
 

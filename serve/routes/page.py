@@ -128,8 +128,8 @@ def view(run: Place) -> RunView:
 def last_steps(run: Place) -> list[StepMetrics]:
     """The last STEPS lines of metrics.jsonl; incomplete ones are left out."""
     raw = file.read(-TAIL_BYTES) if (file := run.at("metrics.jsonl")).exists() else b""
-    whole = raw.decode(errors="replace").splitlines()[1 if len(raw) == TAIL_BYTES else 0 :]
-    return parse_metrics(whole[-STEPS:])
+    whole = raw.partition(b"\n")[2] if len(raw) == TAIL_BYTES else raw
+    return parse_metrics(whole)[-STEPS:]
 
 
 def columns(steps: list[StepMetrics]) -> dict[str, list[float | str | None]]:
