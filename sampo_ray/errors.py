@@ -37,6 +37,10 @@ class WeightsNotLoadedError(WeightsError):
     """A replica holds other weights than those a call asks for, and will not hold them soon; another one may."""
 
 
+class PublishError(UserError, RuntimeError):
+    """A version that is durable, but that the weight store did not take; the message says why. Training can go on."""
+
+
 class TrainingError(UserError, RuntimeError):
     """Training that cannot go on, and would fail again in the same way if it were tried again."""
 

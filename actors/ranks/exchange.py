@@ -12,14 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sampo_ray.actors.ranks.failures import RankFailure
 from sampo_ray.config.run import RunConfig
 from sampo_ray.errors import TrainingError
 from sampo_ray.run.manifest import StepResult
 from sampo_ray.run.parts import Part
 from sampo_ray.run.storage import Place
-
-EXCHANGE_ANSWER_S = 60.0
-"""For any call of the exchange; those that wait for something return sooner."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +47,18 @@ class Closed:
 
 
 class Exchange:
-    """Async Ray actor that dies with the driver. A resumed driver posts the round again that is not committed."""
+    """Async Ray actor that dies with the driver. A resumed driver posts the round again that is not committed.
 
-    def __init__(self) -> None:
+    `max_failures`: how often in a row, without a new step, ranks may be started again.
+    """
+
+    def __init__(self, max_failures: int) -> None:
         self._changed = asyncio.Condition()
         self._posted: Posted | None = None
         self._results: dict[int, StepResult] = {}
-        self._failure: str | None = None
+        self._max_failures, self._failures = max_failures, 0
+        self._cause: RankFailure | None = None  # of the failure that is being dealt with
+        self._ended: str | None = None  # why there are no more results
         self._closed = False
 
     async def post(self, spec: RoundSpec) -> None:
@@ -77,18 +80,39 @@ class Exchange:
                 return None
             return self._posted if self._number > after else Closed()
 
-    async def report(self, number: int, result: StepResult) -> None:
-        """Keeps a step's result of the round of that number."""
+    async def report(self, number: int, result: StepResult) -> bool:
+        """Keeps a step's result of the round of that number. Returns whether the driver waits for more."""
         async with self._changed:
-            if number == self._number:
-                self._results.setdefault(result.metrics.step, result)
+            if number == self._number and result.metrics.step not in self._results:
+                self._results[result.metrics.step] = result
+                self._failures = 0
             self._changed.notify_all()
+            return not self._closed and self._ended is None
 
-    async def fail(self, reason: str) -> None:
-        """Ends the training with a reason that the driver shows to the user."""
+    async def failed(self, failure: RankFailure) -> None:
+        """Takes the error of a rank. Others follow from the first, which ends the training at once if it is lasting."""
         async with self._changed:
-            self._failure = self._failure or reason
-            self._changed.notify_all()
+            if self._cause is None:
+                self._cause = failure
+                self._end(failure.reason if failure.lasting else None)
+
+    async def may_restart(self, died: str | None, other: str, counts: bool = True) -> bool:
+        """Whether Ray Train may start the ranks again after one has failed: because its process `died`, else of its
+        own error, else of `other`. A failure that was planned, as a node that is taken back, does not count."""
+        async with self._changed:
+            reason = died or (self._cause.reason if self._cause else other)
+            self._cause = None
+            self._failures += counts
+            if self._failures > self._max_failures:
+                self._end(
+                    f"the training ranks failed {self._failures} times without a new step between "
+                    f"(trainer.max_failures={self._max_failures}), the last time of this: {reason}"
+                )
+            return not self._closed and self._ended is None
+
+    def _end(self, reason: str | None) -> None:
+        self._ended = self._ended or reason
+        self._changed.notify_all()
 
     async def results(self, after_step: int, timeout_s: float) -> list[StepResult]:
         """Results of the current round after `after_step`, in order, once there are any; empty after `timeout_s`.
@@ -96,9 +120,9 @@ class Exchange:
         Raises TrainingError with the ranks' reason when they gave up.
         """
         async with self._changed:
-            await self._until(lambda: self._failure is not None or after_step + 1 in self._results, timeout_s)
-            if self._failure is not None:
-                raise TrainingError(self._failure)
+            await self._until(lambda: self._ended is not None or after_step + 1 in self._results, timeout_s)
+            if self._ended is not None:
+                raise TrainingError(self._ended)
             steps = itertools.takewhile(lambda step: step in self._results, itertools.count(after_step + 1))
             return [self._results[step] for step in steps]
 

@@ -1,5 +1,6 @@
 """Training under Ray Train: the driver's side, which hands out a round at a time, and what each rank does with it."""
 
+import contextlib
 import dataclasses
 import gc
 import logging
@@ -16,17 +17,21 @@ import ray
 import torch
 import torch.distributed as dist
 from ray.actor import ActorHandle
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, ScalingConfig
+from ray.train import RunConfig as TrainRunConfig
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from transformers import AutoConfig
 
-from sampo_ray.actors.ranks.exchange import EXCHANGE_ANSWER_S, Closed, Exchange, RoundSpec
+from sampo_ray.actors.ranks.exchange import Closed, Exchange, RoundSpec
+from sampo_ray.actors.ranks.failures import EXCHANGE_ANSWER_S, RoundAbandoned, StopOrRestart, failure_of, first_line
 from sampo_ray.actors.transfer.sending import start_sender
 from sampo_ray.actors.weights.client import find_weight_store
 from sampo_ray.actors.weights.publish import NewVersion, publish_adapters, publish_version
+from sampo_ray.config.run import RunConfig
 from sampo_ray.config.sections import TrainerConfig
 from sampo_ray.data.preferences import pairs_of, with_reference
-from sampo_ray.errors import TrainingError, WeightsError
+from sampo_ray.errors import PublishError, TrainingError
 from sampo_ray.run.buckets import checksum_of_file, checksums
 from sampo_ray.run.manifest import Checkpoint, StepMetrics, StepResult, lineage, read_manifest
 from sampo_ray.run.parts import part_place
@@ -47,8 +52,6 @@ ELASTIC_S = 30
 """With `min_workers`: how long fewer ranks wait for the others (Ray counts a lost node for a while), and how often Ray
 Train looks for room for more."""
 PUBLISH_S = 900.0
-DETERMINISTIC = (TrainingError, WeightsError, ValueError, TypeError, LookupError, AttributeError, ImportError)
-"""Errors that would come again: they are reported to the driver and not retried."""
 
 
 class Trainer:
@@ -69,7 +72,10 @@ class Trainer:
         start = ELASTIC_S if config.min_workers else 600  # seconds that ranks may wait for their resources
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(start))
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
-        self._exchange = ray.remote(Exchange).options(num_cpus=0.1).remote()
+        os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "10")  # a rank may wait in a collective
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        start_exchange = ray.remote(Exchange).options(num_cpus=0.1, scheduling_strategy=here)
+        self._exchange = start_exchange.remote(config.max_failures)
         workers, gpus = config.workers or 1, config.num_gpus or 0
         threads = None if gpus else max(1, torch.get_num_threads() // workers)
         cpus = 1.0 if config.num_cpus is None else config.num_cpus
@@ -83,10 +89,11 @@ class Trainer:
                 elastic_resize_monitor_interval_s=ELASTIC_S,
             ),
             # A new name each time: the manifest decides where to continue, not Ray's state of an earlier driver.
-            run_config=RunConfig(
+            run_config=TrainRunConfig(
                 name=f"train-{uuid.uuid4().hex[:8]}",
                 storage_path=self._storage.url,
-                failure_config=FailureConfig(max_failures=config.max_failures),
+                failure_config=FailureConfig(max_failures=-1),  # the callback counts them
+                callbacks=[StopOrRestart(self._exchange)],
             ),
         )
         self._thread = threading.Thread(target=self._run, args=(fit,), name="ray-train", daemon=True)
@@ -101,19 +108,17 @@ class Trainer:
     def train(self, spec: RoundSpec, after_step: int) -> Iterator[StepResult]:
         """Hands a round to the ranks and yields the results of its steps after `after_step`, as they come.
 
-        Raises TrainingError when the ranks gave up, or when Ray Train ended before the round did.
+        Raises TrainingError with the first cause as soon as a rank has failed for good, or when Ray Train ended before
+        the round did. The other ranks end meanwhile; `close` waits for them.
         """
         if after_step >= spec.steps:
             return
         if self._thread is None:
             self._start()
-        ray.get(self._exchange.post.remote(spec), timeout=EXCHANGE_ANSWER_S)
+        self._ask(self._exchange.post.remote(spec))
         while after_step < spec.steps:
-            waiting = self._exchange.results.remote(after_step, 5.0)  # then looks whether Ray Train still runs
-            try:
-                results = ray.get(waiting, timeout=EXCHANGE_ANSWER_S)
-            except ray.exceptions.RayTaskError as error:
-                raise TrainingError(str(error.cause)) from None
+            # After 5 s without results it looks whether Ray Train still runs.
+            results = self._ask(self._exchange.results.remote(after_step, 5.0))
             for result in results:
                 after_step = result.metrics.step
                 yield result
@@ -122,11 +127,22 @@ class Trainer:
         if self._config.lifetime == "round":
             self.close()
 
+    def _ask(self, call: ray.ObjectRef) -> Any:
+        """The exchange's answer. TrainingError, also where the exchange is gone."""
+        try:
+            return ray.get(call, timeout=EXCHANGE_ANSWER_S)
+        except ray.exceptions.RayTaskError as error:
+            raise TrainingError(str(error.cause)) from None
+        except ray.exceptions.RayError as error:
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise TrainingError(f"the actor between driver and training ranks does not answer ({reason})") from None
+
     def close(self) -> None:
-        """Tells the ranks to end and waits for them."""
+        """Tells the ranks to end, in the midst of a round after its present step, and waits for them."""
         if self._thread is None:
             return
-        ray.get(self._exchange.close.remote(), timeout=EXCHANGE_ANSWER_S)
+        with contextlib.suppress(TrainingError):  # without their exchange they end by themselves
+            self._ask(self._exchange.close.remote())
         self._thread.join(timeout=STOP_S)
         if self._thread.is_alive():
             logger.warning("the training ranks did not end within %d s", STOP_S)
@@ -151,16 +167,34 @@ class RankSettings:
 def train_rank(config: dict[str, RankSettings]) -> None:
     """Ray Train's training function, with its `settings`: takes rounds from the exchange until it is closed.
 
-    DETERMINISTIC errors are reported to the driver and end the run cleanly. Any other ends this process, and Ray Train
-    starts all ranks again from the last checkpoint that the manifest names.
+    An error goes to the exchange first, which knows by that which rank's was the first, and then ends this rank. Ray
+    Train starts all ranks again from the last checkpoint that the manifest names, or ends them (`StopOrRestart`).
     """
     import deepspeed  # noqa: F401  # takes seconds; imported while engines start
 
     settings = config["settings"]
-    exchange, number, rank = settings.exchange, 0, None
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    rounds = Rounds(settings)
     try:
+        rounds.train()
+    except Exception as error:
+        logger.exception("a training rank ends")
+        failure = failure_of(error, rounds.config)
+        ray.get(settings.exchange.failed.remote(failure), timeout=EXCHANGE_ANSWER_S)
+        raise
+
+
+class Rounds:
+    """The rounds that a rank trains, and `config` of the last one it took."""
+
+    def __init__(self, settings: RankSettings) -> None:
+        self._settings = settings
+        self.config: RunConfig | None = None
+
+    def train(self) -> None:
+        """Returns once the exchange is closed between two rounds; in the midst of one it raises RoundAbandoned."""
+        exchange, number, rank = self._settings.exchange, 0, None
         while True:
             taken = ray.get(exchange.take.remote(number, 30.0), timeout=EXCHANGE_ANSWER_S)
             if isinstance(taken, Closed):
@@ -169,18 +203,23 @@ def train_rank(config: dict[str, RankSettings]) -> None:
                 return
             if taken is None:
                 continue
-            number = taken.number
+            number, self.config = taken.number, taken.spec.config
             if rank is None or rank.run != taken.spec.run:
                 rank = None
                 gc.collect()  # DeepSpeed's engine is in reference cycles, and memory may not hold two
-                rank = Rank(taken.spec, find_weight_store(settings.store))
+                rank = Rank(taken.spec, running_store(self._settings.store))
             for result in rank.train(taken.spec):
-                if rank.first:
-                    ray.get(exchange.report.remote(number, result), timeout=EXCHANGE_ANSWER_S)
-    except DETERMINISTIC as error:
-        logger.exception("training stops")
-        reason = str(error) if isinstance(error, TrainingError) else f"{type(error).__name__}: {error}"
-        ray.get(exchange.fail.remote(reason), timeout=EXCHANGE_ANSWER_S)
+                if not rank.first:
+                    continue
+                if not ray.get(exchange.report.remote(number, result), timeout=EXCHANGE_ANSWER_S):
+                    raise RoundAbandoned(f"the driver takes no results after step {result.metrics.step}")
+
+
+def running_store(name: str) -> ActorHandle:
+    try:
+        return find_weight_store(name)
+    except ValueError as error:  # no fault of the data, for which a ValueError would be taken
+        raise RuntimeError(str(error)) from None
 
 
 class Rank:
@@ -236,12 +275,13 @@ class Rank:
             values["pairs_per_s"] = step.pairs / (time.monotonic() - started)
             metrics = StepMetrics(spec.round, step.index, spec.start_version + step.index, values)
             last = step.index == spec.steps
+            trouble = None
             if publish := last or (step.index % config.publish.every_steps == 0 and not values["skipped"]):
-                self._publish(spec, metrics, last)
+                trouble = self._publish(spec, metrics, last)
             if last:
                 self._export(spec)
             store = last or step.index % config.trainer.checkpoint_every == 0
-            yield StepResult(metrics, publish, self._checkpoint(spec) if store else None)
+            yield StepResult(metrics, publish, self._checkpoint(spec) if store else None, trouble)
 
     def _scored(self, spec: RoundSpec) -> Iterator[pa.Table]:
         """The round's parts with reference log-probs: the policy computes and writes them before its first step."""
@@ -264,13 +304,14 @@ class Rank:
                 place.write_table(scored)
             yield scored
 
-    def _publish(self, spec: RoundSpec, metrics: StepMetrics, last: bool) -> None:
-        """Publishes the weights or, except at the round's end, only the adapters if there are any."""
+    def _publish(self, spec: RoundSpec, metrics: StepMetrics, last: bool) -> str | None:
+        """Publishes the weights or, except at the round's end, only the adapters if there are any. Returns why they are
+        not served, if so: training goes on."""
         lora, versions = None if last else spec.config.model.lora, spec.place.at("versions")
         weights: Iterator[Any] = self.learner.adapters() if lora else self.learner.weights()
         if not self.first:
             drain(weights)
-            return
+            return None
         entries = {
             "version": metrics.version,
             "round": spec.round,
@@ -283,10 +324,15 @@ class Rank:
             **({"adapters": adapters_info(lora, spec.start_version)} if lora else {}),
         }
         new = NewVersion(spec.run, versions, VersionInfo.model_validate(entries), reference=last)
-        if lora:
-            publish_adapters(self.store, new, weights, lora, PUBLISH_S)
-        else:
-            publish_version(self.store, new, weights, version_folder(versions.url, 0), PUBLISH_S, self.sender)
+        try:
+            if lora:
+                publish_adapters(self.store, new, weights, lora, PUBLISH_S)
+            else:
+                publish_version(self.store, new, weights, version_folder(versions.url, 0), PUBLISH_S, self.sender)
+        except PublishError as error:
+            logger.warning("training goes on: %s", error)
+            return str(error)
+        return None
 
     def _export(self, spec: RoundSpec) -> None:
         """The round's Hugging Face folder, from the fp32 masters."""

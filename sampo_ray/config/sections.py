@@ -246,7 +246,8 @@ class TrainerConfig(Section):
     max_skipped: int = Field(3, ge=0)
     """Steps in a row that may be skipped because loss or gradient is not finite; one more stops the run."""
     max_failures: int = Field(3, ge=0)
-    """Restarts of the ranks after crashes before the run stops."""
+    """Restarts of the ranks after crashes without a new step between, before the run stops. An error that would come
+    again, such as one of the data or a GPU's memory, stops it at once."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainerConfig":

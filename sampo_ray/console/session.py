@@ -33,6 +33,7 @@ CHANGEABLE = (
     *("serve.", "fleet.", "run.trackers", "model.attention"),
     *("trainer.workers", "trainer.min_workers", "trainer.num_cpus"),
     *("trainer.checkpoint_every", "trainer.max_failures", "trainer.lifetime"),
+    *("trainer.tokens_per_row", "trainer.gradient_checkpointing"),
 )
 """How overrides begin that a resumed run accepts: they change where and how fast it trains, not its result."""
 

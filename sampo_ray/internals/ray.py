@@ -65,3 +65,13 @@ def gpus_here() -> int:
 def job_has_ended(job: str) -> bool:
     """Whether the driver of a job (Ray's id, hexadecimal) of this cluster has ended. Reaches `ray._private.state`."""
     return any(each["IsDead"] for each in state.jobs() if each["JobID"] == job)
+
+
+def failed_health_check(error: Exception) -> Exception:
+    """Why Ray Train could not ask a rank how it is: its process ended. Any other error as it is.
+
+    Reaches `ray.train.v2._internal.exceptions.WorkerHealthCheckFailedError`.
+    """
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError  # takes seconds, which `submit` saves
+
+    return error.health_check_failure if isinstance(error, WorkerHealthCheckFailedError) else error

@@ -239,6 +239,8 @@ class Round:
         """Records a step's metrics, version and checkpoint; deletes versions and checkpoints that they replace."""
         self.run.record(result.metrics)
         self.reporter.metrics(result.metrics)
+        if result.trouble:
+            self.reporter.note(result.trouble)
         if result.published:
             self.reporter.version(result.metrics.version)
             self._prune_versions()

@@ -133,11 +133,13 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What the training ranks report of a step: its metrics, and what they stored of the policy after it."""
+    """What the training ranks report of a step: its metrics, what they stored of the policy after it, and what went
+    wrong without hindering the training."""
 
     metrics: StepMetrics
     published: bool = False
     checkpoint: Checkpoint | None = None
+    trouble: str | None = None
 
 
 def parse_metrics(content: bytes) -> list[StepMetrics]:
