@@ -294,3 +294,45 @@ def test_vllm_starts_its_processes_from_the_context_for_spawned_ones_and_ends_th
     manager = inspect.getsource(utils.CoreEngineProcManager.__init__)
     assert "context = get_mp_context()" in manager and "context.Process(" in manager, vllm()
     assert "timeout" in inspect.signature(AsyncLLM.shutdown).parameters, vllm()
+
+
+def test_rays_errors_of_processes_that_are_gone_are_related_as_the_product_takes_them_to_be() -> None:
+    from ray import exceptions
+    from ray.serve.exceptions import (
+        BackPressureError,
+        RayServeException,
+        ReplicaUnavailableError,
+        RequestCancelledError,
+    )
+
+    ray, actor = exceptions.RayError, exceptions.RayActorError
+    assert issubclass(exceptions.ActorDiedError, actor) and issubclass(exceptions.ActorUnavailableError, actor), (
+        ray_serve()
+    )
+    for error in (exceptions.OutOfMemoryError, exceptions.NodeDiedError, exceptions.LocalRayletDiedError):
+        assert issubclass(error, ray) and not issubclass(error, (actor, exceptions.WorkerCrashedError)), ray_serve()
+    for error in (exceptions.OwnerDiedError, exceptions.ObjectFetchTimedOutError):
+        assert issubclass(error, exceptions.ObjectLostError), ray_serve()
+    for error in (BackPressureError, ReplicaUnavailableError):
+        assert issubclass(error, RayServeException) and not issubclass(error, ray), ray_serve()
+    assert issubclass(RequestCancelledError, ray) and issubclass(exceptions.GetTimeoutError, (ray, TimeoutError)), (
+        ray_serve()
+    )
+    cause = exceptions.RayTaskError(
+        "call", "Traceback ...", exceptions.OutOfMemoryError("killed")
+    ).as_instanceof_cause()
+    assert isinstance(cause, exceptions.OutOfMemoryError) and isinstance(cause, exceptions.RayTaskError), ray_serve()
+
+
+def test_ray_train_keeps_why_it_could_not_ask_a_rank_how_it_is() -> None:
+    from ray.exceptions import ActorDiedError
+    from ray.train import UserCallback
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+    from sampo_ray.internals.ray import failed_health_check
+
+    died, raised = ActorDiedError(), ValueError("of the data")
+    assert failed_health_check(WorkerHealthCheckFailedError("a check failed", died)) is died, found("ray", "2.60.0")
+    assert failed_health_check(raised) is raised
+    parameters = inspect.signature(UserCallback.after_exception).parameters
+    assert list(parameters) == ["self", "run_context", "worker_exceptions"], found("ray", "2.60.0")

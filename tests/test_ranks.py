@@ -14,19 +14,65 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
+import torch
 
 from sampo_ray.actors.ranks import trainer
 from sampo_ray.actors.ranks.exchange import RoundSpec
+from sampo_ray.actors.ranks.failures import failure_of
 from sampo_ray.actors.ranks.trainer import Trainer
+from sampo_ray.actors.weights import publish
+from sampo_ray.actors.weights.publish import NewVersion
 from sampo_ray.config.run import load_config
 from sampo_ray.config.sections import TrainerConfig
-from sampo_ray.errors import TrainingError
+from sampo_ray.errors import PublishError, TrainingError, VersionError
 from sampo_ray.run.manifest import StepMetrics, StepResult
 from sampo_ray.run.storage import Place
+from sampo_ray.run.versions import VersionInfo, WeightsId, complete_versions
 
 logger = logging.getLogger(__name__)
 pytestmark = pytest.mark.slow
 STEPS = 6
+
+
+class Store:
+    """A weight store that takes a version once it has refused it so often."""
+
+    def __init__(self, refuses: int) -> None:
+        self.asked, self._refuses = 0, refuses
+
+    def publish(self, run: str, version: int, *more: object) -> WeightsId:
+        self.asked += 1
+        if self.asked <= self._refuses:
+            raise VersionError("another process has held serving.lock for 30 s; try again")
+        return WeightsId(run, version)
+
+    def calls(self) -> int:
+        return self.asked
+
+
+@pytest.mark.parametrize("refuses", [0, 2, 3])
+def test_a_version_that_the_store_does_not_take_is_stored_and_no_reason_to_stop(
+    local_ray: None, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses: int
+) -> None:
+    monkeypatch.setattr(publish, "PAUSE_S", 0.01)
+    store = ray.remote(Store).options(num_cpus=0).remote(refuses)
+    new = NewVersion("r", Place(str(tmp_path)), VersionInfo(version=4, round=0, step=4))
+    weights = [("w", torch.ones(2, 2))]
+
+    def published() -> WeightsId | None:
+        return publish.publish_version(store, new, weights, str(tiny_model))
+
+    if refuses < publish.ATTEMPTS:
+        assert published() == WeightsId("r", 4)
+    else:
+        with pytest.raises(
+            PublishError, match="version 4 is stored, .*VersionError: another process has held"
+        ) as error:
+            published()
+        assert not failure_of(error.value.__context__, None).lasting
+    assert ray.get(store.calls.remote(), timeout=30) == min(refuses + 1, publish.ATTEMPTS)
+    assert complete_versions(str(tmp_path)) == [4]
 
 
 class ScriptedRank:
@@ -39,7 +85,6 @@ class ScriptedRank:
         self.run, self.first, self.sender = spec.run, dist.get_rank() == 0, None
 
     def train(self, spec: RoundSpec) -> Iterator[StepResult]:
-        import torch
         import torch.distributed as dist
 
         folder = Path(spec.place.path)

@@ -5,19 +5,29 @@ part travels as an object reference; its Parquet file is read where that is gone
 references, never the rows.
 """
 
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+import heapq
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from sampo_ray.errors import StageError
 from sampo_ray.run.parts import BLOCK_FETCH_S, LOST, Part, logger, part_place
 from sampo_ray.run.storage import Place
 
 STAGE_STALL_S, ATTEMPTS = 1800.0, 4
+PAUSE_S, GROWTH = 1.0, 4.0
+"""Before a part is made again: 1, 4 and 16 s. An actor that restarts refuses calls meanwhile, also the next at once."""
+
+Start = Callable[[int, Place, bool], ray.ObjectRef]
+"""Begins a call that writes the part of that index there; True: again, as what it was made from may be lost."""
+
+
+class NotTakenError(Exception):
+    """A call that no replica takes just now, since all of them have as many as may wait."""
 
 
 @ray.remote(num_cpus=0.1)
@@ -56,34 +66,84 @@ class StageOutput:
     enough: Callable[[], bool] = lambda: False
 
 
-def run_stage(out: StageOutput, window: int, count: int, start: Callable[[int, Place], ray.ObjectRef]) -> list[Part]:
-    """Makes the missing ones of parts 0..count-1, at most `window` at a time; `start` begins a call that writes one.
+def run_stage(out: StageOutput, window: int, count: int, start: Start) -> list[Part]:
+    """Makes the missing ones of parts 0..count-1, at most `window` at a time.
 
-    A part whose process died is made again. Raises StageError with the reason of a call that failed by itself, and when
-    no part is completed within STAGE_STALL_S.
+    A part whose process died is made again, after a pause, up to ATTEMPTS times. Raises StageError with the reason of a
+    call that failed by itself, and when no part is completed within STAGE_STALL_S.
     """
     parts = _present(out.folder, count)
     for part in parts.values():
         out.progress(part.rows)
-    waiting = deque((index, 1) for index in range(count) if index not in parts)
-    running: dict[ray.ObjectRef, tuple[int, int, ray.ObjectRef]] = {}
-    while running or (waiting and not out.enough()):
-        while waiting and len(running) < window and not out.enough():
-            index, attempt = waiting.popleft()
-            ref = start(index, part_place(out.folder, index))
-            running[count_rows.remote(ref)] = index, attempt, ref
-        ready, _ = ray.wait(list(running), timeout=STAGE_STALL_S)
-        if not ready:
-            raise StageError(f"nothing was completed in {out.folder.url} for {STAGE_STALL_S:.0f} s")
-        for counted in ready:
-            index, attempt, ref = running.pop(counted)
-            rows = _rows_unless_lost(counted, last=attempt == ATTEMPTS)
-            if rows is None:
-                waiting.appendleft((index, attempt + 1))
-            else:
-                parts[index] = Part(part_place(out.folder, index), rows, ref)
-                out.progress(rows)
+    work = _Work(out, window, start, [index for index in range(count) if index not in parts])
+    for index, part in work.completed():
+        parts[index] = part
+        out.progress(part.rows)
     return [parts[index] for index in sorted(parts)]
+
+
+@dataclass(frozen=True, order=True)
+class _Try:
+    """A part that is to be made, not before `due` (time.monotonic)."""
+
+    due: float
+    index: int
+    attempt: int = 1
+
+    def later(self, pause: float) -> "_Try":
+        return replace(self, due=time.monotonic() + pause)
+
+    def again(self) -> "_Try":
+        return replace(self.later(PAUSE_S * GROWTH ** (self.attempt - 1)), attempt=self.attempt + 1)
+
+
+class _Work:
+    """The missing parts of a stage: those that wait for their turn, the next one first, and those in progress."""
+
+    def __init__(self, out: StageOutput, window: int, start: Start, missing: list[int]) -> None:
+        self._out, self._window, self._start = out, window, start
+        self._waiting = [_Try(0.0, index) for index in missing]
+        self._running: dict[ray.ObjectRef, tuple[_Try, ray.ObjectRef]] = {}
+        self._patience = time.monotonic() + STAGE_STALL_S
+
+    def completed(self) -> Iterator[tuple[int, Part]]:
+        """The parts by index, as they are completed."""
+        while self._running or (self._waiting and not self._out.enough()):
+            while self._has_next():
+                self._begin(heapq.heappop(self._waiting))
+            for counted in self._ready():
+                this, ref = self._running.pop(counted)
+                rows = _rows_unless_lost(counted, last=this.attempt == ATTEMPTS)
+                if rows is None:
+                    heapq.heappush(self._waiting, this.again())
+                    continue
+                self._patience = time.monotonic() + STAGE_STALL_S
+                yield this.index, Part(part_place(self._out.folder, this.index), rows, ref)
+
+    def _has_next(self) -> bool:
+        due = bool(self._waiting) and self._waiting[0].due <= time.monotonic()
+        return due and len(self._running) < self._window and not self._out.enough()
+
+    def _begin(self, this: _Try) -> None:
+        try:
+            ref = self._start(this.index, part_place(self._out.folder, this.index), this.attempt > 1)
+        except NotTakenError:
+            heapq.heappush(self._waiting, this.later(PAUSE_S))
+        else:
+            self._running[count_rows.remote(ref)] = this, ref
+
+    def _ready(self) -> list[ray.ObjectRef]:
+        """Calls that have ended; none when the next part is due."""
+        now = time.monotonic()
+        if now > self._patience:
+            raise StageError(f"nothing was completed in {self._out.folder.url} for {STAGE_STALL_S:.0f} s")
+        until = self._patience
+        if self._waiting and len(self._running) < self._window:
+            until = min(until, max(now, self._waiting[0].due))
+        if not self._running:
+            time.sleep(until - now)
+            return []
+        return ray.wait(list(self._running), timeout=until - now)[0]
 
 
 def _present(folder: Place, count: int) -> dict[int, Part]:
@@ -95,8 +155,13 @@ def _rows_unless_lost(counted: ray.ObjectRef, last: bool) -> int | None:
     try:
         return ray.get(counted, timeout=BLOCK_FETCH_S)
     except RayError as error:
-        if isinstance(error, LOST) and not last:
-            logger.warning("a part was lost and is made again: %s", str(error).splitlines()[0])
-            return None
         cause = error.cause if isinstance(error, RayTaskError) else error
+        if isinstance(error, LOST) and not last:
+            logger.warning("a part was lost and is made again: %s", str(cause).splitlines()[:1])
+            return None
+        if isinstance(error, OutOfMemoryError):
+            raise StageError(
+                f"a process was killed {ATTEMPTS} times because its node was out of memory ({str(cause)[:300]}); lower "
+                "fleet.*.max_replicas or trainer.workers, so that fewer share it, or data.max_length"
+            ) from None
         raise StageError(f"{type(cause).__name__}: {cause}" if not str(cause) else str(cause)) from None

@@ -1,9 +1,10 @@
 """The stages of a round as calls on the fleet: each takes parts and makes parts, and skips what is complete already."""
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,11 +15,11 @@ from sampo_ray.config.run import RunConfig
 from sampo_ray.config.sections import DataConfig, FleetConfig, RolloutConfig
 from sampo_ray.data.preferences import best_against_worst, pairs_of, tokenized_pairs, tokenized_prompts
 from sampo_ray.data.sources import Counts
-from sampo_ray.errors import DataError
-from sampo_ray.loop.blocks import StageOutput, collect, is_lost, run_stage
+from sampo_ray.errors import DataError, StageError
+from sampo_ray.loop.blocks import NotTakenError, StageOutput, collect, is_lost, run_stage
 from sampo_ray.run.feedback import as_jsonl, pairs_from, read_votes
 from sampo_ray.run.manifest import Age, StageRecord
-from sampo_ray.run.parts import Part, part_place
+from sampo_ray.run.parts import LOST, Part, part_place
 from sampo_ray.run.storage import Place
 from sampo_ray.run.versions import WeightsId
 from sampo_ray.training.batching import Lengths, lengths_of
@@ -106,9 +107,13 @@ def _take(out: Place, indices: np.ndarray, *tables: pa.Table) -> pa.Table:
 
 def reorder(parts: Sequence[Part], order: np.ndarray, out: StageOutput, rows_per_part: int) -> list[Part]:
     """The rows of `parts` in another order, as parts of `rows_per_part`."""
-    tables = [part.argument() for part in parts]
+    tables = functools.cache(lambda again: [part.argument(again) for part in parts])
     chunks = [order[start : start + rows_per_part] for start in range(0, len(order), rows_per_part)]
-    return run_stage(out, REORDERINGS_AT_ONCE, len(chunks), lambda i, place: _take.remote(place, chunks[i], *tables))
+
+    def start(index: int, place: Place, again: bool) -> ray.ObjectRef:
+        return _take.remote(place, chunks[index], *tables(again))
+
+    return run_stage(out, REORDERINGS_AT_ONCE, len(chunks), start)
 
 
 def sample(
@@ -128,22 +133,22 @@ def sample(
     together, parts_at_once = max(1, CALL_SAMPLES // rollout.samples), max(1, window // PART_PROMPTS)
     issued: dict[int, list[ray.ObjectRef]] = {}
 
-    def start(index: int, place: Place) -> ray.ObjectRef:
-        block, rows = prompts[index].argument(), range(prompts[index].rows)
+    def start(index: int, place: Place, again: bool) -> ray.ObjectRef:
+        block, rows = prompts[index].argument(again), range(prompts[index].rows)
         handle = generators(weights[1] if weights else None)
         source = WeightsId(*weights) if weights else None
         request = RolloutRequest(rollout.samples, rollout.temperature, rollout.top_p, rollout.max_tokens, seed, source)
-        # A part that is made again calls again only for what dead replicas had.
-        before = issued.get(index)
-        issued[index] = [
-            before[i]
-            if before and not is_lost(before[i])
-            else as_ref(handle.generate.remote(block, rows[first : first + together], request))
-            for i, first in enumerate(rows[::together])
-        ]
+        # A part that is made again calls again only for what dead replicas had, or none has taken.
+        before, refs = issued.get(index, []), list[ray.ObjectRef]()
+        issued[index] = refs
+        for i, first in enumerate(rows[::together]):
+            if i < len(before) and not is_lost(before[i]):
+                refs.append(before[i])
+            else:
+                refs.append(as_ref(handle.generate.remote(block, rows[first : first + together], request)))
         if len(issued) > 2 * parts_at_once:
             del issued[next(iter(issued))]  # complete for long; its completions need not stay in memory
-        return collect.remote(place, *issued[index])
+        return collect.remote(place, *refs)
 
     return run_stage(out, parts_at_once, len(prompts), start)
 
@@ -155,15 +160,15 @@ def _ages(completions: pa.Table, version: int) -> np.ndarray:
 
 def age(completions: Sequence[Part], version: int) -> Age:
     """How many steps before `version` the weights were that completions were begun with."""
-    steps = np.concatenate(ray.get([_ages.remote(part.argument(), version) for part in completions], timeout=SUMMARY_S))
+    steps = np.concatenate(_of_each(completions, lambda table: _ages.remote(table, version)))
     return Age(mean=float(steps.mean()), most=int(steps.max()))
 
 
 def score(rewards: "DeploymentHandle", completions: Sequence[Part], out: StageOutput, window: int) -> list[Part]:
     """SCORES for each part of completions."""
 
-    def start(index: int, place: Place) -> ray.ObjectRef:
-        return collect.remote(place, as_ref(rewards.score.remote(completions[index].argument())))
+    def start(index: int, place: Place, again: bool) -> ray.ObjectRef:
+        return collect.remote(place, as_ref(rewards.score.remote(completions[index].argument(again))))
 
     return run_stage(out, window, len(completions), start)
 
@@ -184,13 +189,16 @@ def _dropped(pairs: pa.Table) -> Counter[str]:
 
 def pair(scores: Sequence[Part], out: StageOutput) -> list[Part]:
     """Best against worst for each part of scores."""
-    return run_stage(out, PAIRINGS_AT_ONCE, len(scores), lambda i, place: _pair.remote(place, scores[i].argument()))
+
+    def start(index: int, place: Place, again: bool) -> ray.ObjectRef:
+        return _pair.remote(place, scores[index].argument(again))
+
+    return run_stage(out, PAIRINGS_AT_ONCE, len(scores), start)
 
 
 def dropped(candidates: Sequence[Part]) -> Counter[str]:
     """How many prompts gave no pair, by reason."""
-    counts = ray.get([_dropped.remote(part.argument()) for part in candidates], timeout=SUMMARY_S)
-    return sum(counts, Counter())
+    return sum(_of_each(candidates, _dropped.remote), Counter())
 
 
 def reference(
@@ -204,8 +212,8 @@ def reference(
 ) -> list[Part]:
     """Each part of a round's pairs with the token log-probs of (run, version) `weights` as reference."""
 
-    def start(index: int, place: Place) -> ray.ObjectRef:
-        block = pairs[index].argument()
+    def start(index: int, place: Place, again: bool) -> ray.ObjectRef:
+        block = pairs[index].argument(again)
         return as_ref(references.score.remote(block, *weights, versions.url, config, round, place.url))
 
     return run_stage(out, capacity(config.fleet.references), len(pairs), start)
@@ -218,14 +226,30 @@ def _lengths(pairs: pa.Table) -> np.ndarray:
 
 def lengths(pairs: Sequence[Part]) -> Lengths:
     """[pairs, 3] token counts: all that the driver sees of a round's pairs."""
-    return np.concatenate(ray.get([_lengths.remote(part.argument()) for part in pairs], timeout=SUMMARY_S))
+    return np.concatenate(_of_each(pairs, _lengths.remote))
+
+
+def _of_each(parts: Sequence[Part], ask: Callable[[ray.ObjectRef], ray.ObjectRef]) -> list[Any]:
+    """What a call makes of each part, again from their files where their copies in the object store are lost."""
+    try:
+        return ray.get([ask(part.argument()) for part in parts], timeout=SUMMARY_S)
+    except LOST:
+        return ray.get([ask(part.argument(again=True)) for part in parts], timeout=SUMMARY_S)
 
 
 def as_ref(response: "DeploymentResponse") -> ray.ObjectRef:
-    """A Serve call's result as an object reference of this process, to pass on without fetching it."""
-    from sampo_ray.internals.serve import result_ref  # ray.serve takes seconds, which stages' processes save
+    """A Serve call's result as an object reference of this process, to pass on without fetching it. NotTakenError when
+    its replicas' queues are full; StageError when none takes it in time."""
+    from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError  # takes seconds, as ray.serve does
 
-    return result_ref(response, ASSIGN_S)
+    from sampo_ray.internals.serve import result_ref
+
+    try:
+        return result_ref(response, ASSIGN_S)
+    except (BackPressureError, ReplicaUnavailableError) as error:
+        raise NotTakenError(str(error)) from None
+    except TimeoutError:
+        raise StageError(f"no replica took a call within {ASSIGN_S:.0f} s; check the engines in Ray's logs") from None
 
 
 def capacity(fleet: FleetConfig) -> int:

@@ -2,11 +2,19 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, WorkerCrashedError
+from ray.exceptions import (
+    GetTimeoutError,
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    WorkerCrashedError,
+)
 
 from sampo_ray.errors import WeightsNotLoadedError
 from sampo_ray.run.storage import Place
@@ -14,7 +22,11 @@ from sampo_ray.run.storage import Place
 logger = logging.getLogger(__name__)
 
 BLOCK_FETCH_S = 120.0
-LOST = (RayActorError, WorkerCrashedError, ObjectLostError, WeightsNotLoadedError)
+LOST = (
+    *(RayActorError, WorkerCrashedError, OutOfMemoryError),  # the last: killed by Ray's memory monitor, actors too
+    *(NodeDiedError, LocalRayletDiedError, ObjectLostError),
+    WeightsNotLoadedError,
+)
 """Errors of a call whose process died, or has other weights by now: it is made again. Others are the call's result."""
 
 
@@ -35,9 +47,10 @@ class Part:
                 logger.warning("block %s is read from its file (%s)", self.place.url, type(error).__name__)
         return self.place.read_table()
 
-    def argument(self) -> ray.ObjectRef:
-        """The block as an argument of a remote call, where it arrives as a table."""
-        return self.ref if self.ref is not None else _read.remote(self)
+    def argument(self, again: bool = False) -> ray.ObjectRef:
+        """The block as an argument of a remote call, where it arrives as a table; `again`: from the file, as its copy
+        in the object store may be lost."""
+        return self.ref if self.ref is not None and not again else _read.remote(replace(self, ref=None))
 
 
 def part_place(stage: Place, index: int) -> Place:
