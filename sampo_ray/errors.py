@@ -17,6 +17,10 @@ class KeysError(UserError, ValueError):
     """A keys file that cannot be used, or a change to it that cannot be made; the message holds none of its content."""
 
 
+class RunLostError(UserError, RuntimeError):
+    """A run directory that another process has taken over; this one must not write to it any more."""
+
+
 class VersionError(UserError, ValueError):
     """A request about versions that cannot be met; the message names the version and which versions exist."""
 

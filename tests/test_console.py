@@ -148,6 +148,7 @@ def test_a_wrong_argument_is_named(arguments, message, tmp_path, monkeypatch) ->
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 1
     assert message in result.output
+    assert not list(tmp_path.iterdir()), "a wrong name makes no folder of that name"
 
 
 @pytest.mark.parametrize(

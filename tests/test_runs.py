@@ -3,15 +3,21 @@
 import json
 import multiprocessing
 import os
+import threading
+import time
+import uuid
 
+import filelock
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sampo_ray.config.run import load_config
-from sampo_ray.errors import ConfigError, DataError
-from sampo_ray.run.directory import create_run, exclusive, open_run
+from sampo_ray.errors import ConfigError, DataError, RunLostError
+from sampo_ray.run import lock
+from sampo_ray.run.directory import create_run, open_run
+from sampo_ray.run.lock import exclusive
 from sampo_ray.run.manifest import (
     Checkpoint,
     DataRecord,
@@ -118,6 +124,96 @@ def test_a_second_process_on_the_same_run_is_refused_until_the_first_is_gone(tmp
     other.join(scaled(10))
     with exclusive(str(tmp_path)):
         pass
+
+
+def test_a_run_directory_is_free_again_at_once(tmp_path):
+    with exclusive(str(tmp_path)):
+        held = filelock.FileLock(str(tmp_path / "lock"))
+        with pytest.raises(filelock.Timeout):
+            held.acquire(timeout=0)
+    held.acquire(timeout=0)
+
+
+@pytest.fixture
+def lease(monkeypatch):
+    """The lease of a remote run directory that is renewed every half second."""
+    monkeypatch.setattr(lock, "LEASE_S", 2.0)
+    monkeypatch.setattr(lock, "SETTLE_S", 0.02)
+    file = Place(f"memory://{uuid.uuid4().hex}/lease.json")
+    yield file
+    file.remove()
+
+
+def write_lease(file, owner, age=0.0):
+    file.write(json.dumps({"owner": owner, "time": time.time() - age}).encode())
+
+
+def test_a_lease_is_renewed_while_it_is_held_and_then_given_back(lease, monkeypatch):
+    url = lease.url.removesuffix("/lease.json")
+    with exclusive(url) as check:
+        first = lease.read()
+        with monkeypatch.context() as unreachable:  # for less than a lease lasts
+            unreachable.setattr(Place, "exists", lambda self: (_ for _ in ()).throw(OSError("storage is away")))
+            time.sleep(0.6)
+        deadline = time.monotonic() + 30
+        while lease.read() == first and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert lease.read() != first
+        check()
+        with pytest.raises(ConfigError, match="in use by another process"), exclusive(url):
+            pass
+    assert not lease.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b'{"owner": "a', b"[]"])
+def test_a_lease_that_ended_or_cannot_be_read_is_taken(lease, content):
+    url = lease.url.removesuffix("/lease.json")
+    lease.write(content)
+    with exclusive(url):
+        pass
+    write_lease(lease, "who died", age=2.5)
+    with exclusive(url):
+        pass
+
+
+def test_of_two_processes_that_find_a_lease_free_one_has_it(lease, monkeypatch):
+    monkeypatch.setattr(lock, "SETTLE_S", 0.2)
+    url, ends, over = lease.url.removesuffix("/lease.json"), [], threading.Barrier(4)
+
+    def hold():
+        try:
+            with exclusive(url):
+                ends.append("held")
+                over.wait(30)
+        except ConfigError:
+            ends.append("refused")
+            over.wait(30)
+
+    threads = [threading.Thread(target=hold) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    over.wait(30)
+    for thread in threads:
+        thread.join(30)
+    assert sorted(ends) == ["held", "refused", "refused"]
+
+
+def test_a_run_that_another_process_has_taken_over_is_not_written_to(lease):
+    url = lease.url.removesuffix("/lease.json")
+    with exclusive(url) as check:
+        run = new_run(url)
+        run.check = check
+        run.save()
+        write_lease(lease, "another")
+        deadline = time.monotonic() + 30
+        with pytest.raises(RunLostError, match="taken over by another process"):
+            while time.monotonic() < deadline:
+                run.save()
+                time.sleep(0.01)
+        with pytest.raises(RunLostError):
+            run.record(StepMetrics(0, 1, 1, {"loss": 0.5}))
+        assert run.metrics() == []
+    assert json.loads(lease.read())["owner"] == "another", "it is that process's to give back"
 
 
 def test_a_write_replaces_the_file_and_leaves_nothing_else(tmp_path):

@@ -52,12 +52,13 @@ def train(
     """Runs a recipe, or continues a run that was interrupted."""
     from sampo_ray.console import session
 
-    if resume:
-        session.resume(resume, [*([str(recipe)] if recipe else []), *(overrides or [])], serve)
-    elif dry_run:
-        session.show(recipe, overrides or [])
+    changes = [*([str(recipe)] if recipe and resume else []), *(overrides or [])]
+    if dry_run:
+        session.show(recipe, changes, resume)
+    elif resume:
+        session.resume(resume, changes, serve)
     else:
-        session.train(recipe, overrides or [], serve)
+        session.train(recipe, changes, serve)
 
 
 @app.command()

@@ -24,7 +24,8 @@ from sampo_ray.config.serving import ServeConfig
 from sampo_ray.console.gpus import check_cluster, installed, usable_here
 from sampo_ray.errors import ConfigError
 from sampo_ray.loop.display import Display, open_display
-from sampo_ray.run.directory import create_run, dump_config, exclusive, open_run
+from sampo_ray.run.directory import create_run, dump_config, find_run, open_run
+from sampo_ray.run.lock import Check, exclusive
 from sampo_ray.run.storage import Place, absolute
 
 LOCAL_CPUS = 16
@@ -41,26 +42,35 @@ CHANGEABLE = (
 def train(recipe: Path | None, overrides: list[str], keep_serving: bool) -> None:
     """Runs a recipe in a new run directory."""
     config = _checked(recipe, overrides)
-    with exclusive(config.run.dir):
-        _run(config, None, keep_serving)
+    with exclusive(config.run.dir) as check:
+        _run(config, None, keep_serving, check)
 
 
 def resume(directory: str, overrides: list[str], keep_serving: bool) -> None:
     """Continues the run in `directory`; a finished run is left as it is."""
-    with exclusive(directory):
-        run = open_run(directory)
-        if run.manifest.finished:
-            typer.echo(f"this run is finished; its models are in {directory}/exports")
-            return
-        for override in overrides:
-            if not override.startswith(CHANGEABLE):
-                raise ConfigError(f"override {override!r}: a resumed run keeps its method, data and sizes; drop it")
-        _run(_checked(run.config.model_dump(), overrides), directory, keep_serving)
+    find_run(directory)
+    with exclusive(directory) as check:
+        if (config := _resumed(directory, overrides)) is not None:
+            _run(config, directory, keep_serving, check)
 
 
-def show(recipe: Path | None, overrides: list[str]) -> None:
-    """Checks a recipe and prints its configuration as it would run here."""
-    config = _checked(recipe, overrides)
+def _resumed(directory: str, overrides: list[str]) -> RunConfig | None:
+    """The checked configuration of the run in `directory`, which goes on; None for a finished run, which is said."""
+    run = open_run(directory)
+    if run.manifest.finished:
+        typer.echo(f"this run is finished; its models are in {directory}/exports")
+        return None
+    for override in overrides:
+        if not override.startswith(CHANGEABLE):
+            raise ConfigError(f"override {override!r}: a resumed run keeps its method, data and sizes; drop it")
+    return _checked(run.config.model_dump(), overrides)
+
+
+def show(recipe: Path | None, overrides: list[str], directory: str | None = None) -> None:
+    """Checks a recipe, or how the run in `directory` goes on, and prints the configuration as it would run here."""
+    config = _resumed(directory, overrides) if directory else _checked(recipe, overrides)
+    if config is None:
+        return
     from sampo_ray.internals.ray import gpus_here
     from sampo_ray.loop.validate import check_fit
 
@@ -85,8 +95,8 @@ def _checked(recipe: Path | Mapping[str, object] | None, overrides: list[str]) -
     return config
 
 
-def _run(config: RunConfig, resumed: str | None, keep_serving: bool) -> None:
-    """Trains in a new run directory, or in the one of a run that is `resumed`."""
+def _run(config: RunConfig, resumed: str | None, keep_serving: bool, check: Check) -> None:
+    """Trains in a new run directory, or in the one of a run that is `resumed`; `check` is made before it is written."""
     from sampo_ray.iterate import iterate
     from sampo_ray.loop.fleet import open_fleet
     from sampo_ray.loop.validate import check_fit
@@ -102,6 +112,7 @@ def _run(config: RunConfig, resumed: str | None, keep_serving: bool) -> None:
             display.note(note)
         run = open_run(resumed, config) if resumed else create_run(config)
         display.note(f"run {run.id} in {run.place.url}")
+        run.check = check
         run.log = stack.enter_context(open_trackers(config, run.place, run.id))
         with display.stage("start", None, "engines"):
             fleet = stack.enter_context(open_fleet(run, keep_serving))

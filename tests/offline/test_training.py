@@ -20,7 +20,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from sampo_ray.config.run import load_config
 from sampo_ray.console.main import app
+from sampo_ray.run.directory import create_run
 from tests.waiting import scaled, wait_until
 
 from .conftest import STEPS, Cluster, finish
@@ -41,7 +43,7 @@ def undisturbed(submitted: tuple[Path, str]) -> Path:
 
 def metrics(run: Path) -> list[dict]:
     file = run / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
 
 
 def facts(run: Path) -> list[dict]:
@@ -59,13 +61,15 @@ def same_bits(a: Path, b: Path) -> bool:
 
 
 def damage(run: Path) -> None:
-    """Changes a byte of the last checkpoint, and leaves what a rank does that dies while it writes one."""
+    """Changes a byte of the last checkpoint, and leaves what rank and driver do that die while they write."""
     newest = json.loads((run / "manifest.json").read_text())["checkpoint"]
     file = run / newest["path"] / sorted(newest["files"])[0]
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     (run / "checkpoints" / ".draft-left" / "state").mkdir(parents=True)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"loss": 0.')
 
 
 def ranks_under(parent: psutil.Process) -> list[psutil.Process]:
@@ -135,19 +139,21 @@ def test_an_export_loads_as_any_model_does(undisturbed, tiny_model):
 
 def test_a_run_that_lost_a_rank_and_then_its_driver_ends_in_the_same_bits(undisturbed, recipe, tmp_path, after):
     """Nor does it matter that the other was a job on a cluster, who computes the reference, whether ranks live for the
-    run or for a round, or that the last checkpoint is damaged.
+    run or for a round, or that the last checkpoint, a line of metrics and what is served are damaged.
     """
     run = tmp_path / "run"
     process = after(3, run, recipe, f"run.dir={run}", "reference.where=trainer")
     ranks = ranks_under(psutil.Process(process.pid))
     assert len(ranks) == 2
     ranks[0].send_signal(signal.SIGKILL)
+    (run / "serving.json").write_text("damaged, which is no fault of the training")
     await_steps(STEPS + 5, run, process)
     process.send_signal(signal.SIGSTOP)  # it cannot finish now, and still holds the lock of the run
     second = CliRunner().invoke(app, ["train", "--resume", str(run)])
     assert "in use by another process" in second.output and second.exit_code == 1
     process.kill()
     process.wait(scaled(30))
+    (run / "serving.json").unlink()
     damage(run)
     scored = run / "rounds" / "1" / "reference" / "part-00000.parquet"
     before = scored.stat().st_mtime_ns
@@ -219,3 +225,13 @@ def test_a_dry_run_prints_the_resolved_configuration_and_starts_nothing(recipe, 
     result = CliRunner().invoke(app, ["train", str(recipe), f"run.dir={tmp_path / 'run'}", "--dry-run"])
     assert yaml.safe_load(result.output)["trainer"]["workers"] == 2
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_of_a_run_that_goes_on_leaves_it_alone(recipe, tmp_path):
+    run = create_run(load_config(recipe, [f"run.dir={tmp_path / 'run'}"])).place.path
+    before = sorted(os.listdir(run))
+    result = CliRunner().invoke(app, ["train", "--resume", run, "--dry-run", "trainer.workers=1"])
+    assert yaml.safe_load(result.output)["trainer"]["workers"] == 1
+    refused = CliRunner().invoke(app, ["train", "--resume", run, "--dry-run", "optim.batch_size=2"])
+    assert refused.exit_code == 1 and "a resumed run keeps its method" in refused.output
+    assert sorted(os.listdir(run)) == before
