@@ -7,10 +7,15 @@ from typing import Any
 
 import pytest
 
+from sampo_ray.config.run import load_config
 from sampo_ray.config.sections import GeneratorsConfig
+from sampo_ray.errors import StageError
 from sampo_ray.loop.fleet import Fleet
-from sampo_ray.loop.rounds import prepare_next_round
+from sampo_ray.loop.rounds import Round, prepare_next_round
+from sampo_ray.run.directory import create_run
+from sampo_ray.run.manifest import StageRecord
 from sampo_ray.run.versions import WeightsId
+from tests.notes import Notes
 from tests.waiting import wait_until
 
 
@@ -83,3 +88,24 @@ def test_nothing_is_prepared_after_an_offline_or_the_last_round(monkeypatch, tra
 def test_a_failure_of_the_training_is_raised_at_once(monkeypatch) -> None:
     with pytest.raises(ValueError, match="lost"), prepare_next_round(a_round(), fleet(Handle()), []):
         raise ValueError("lost")
+
+
+@pytest.mark.parametrize(
+    ("dropped", "words"),
+    [
+        (
+            {"tie": 3, "no finished completion": 29},
+            r"\(3 tie, 29 no finished completion\); raise rollout.max_tokens=64",
+        ),
+        ({"completions without a reward": 128, "tie": 1}, "look at why calls of the reward source fail"),
+        ({"tie": 4}, r"\(4 tie\); look at the reward source"),
+        ({}, "there are no prompts"),
+    ],
+)
+def test_a_round_without_pairs_says_why_and_what_to_change(tmp_path, dropped, words) -> None:
+    tree = {"model": {"path": "m"}, "data": {"prompts": "d"}, "reward": {"function": "a:b"}}
+    tree |= {"rounds": {"mode": "online"}, "rollout": {"max_tokens": 64}, "run": {"dir": str(tmp_path)}}
+    run = create_run(load_config(tree))
+    run.round(0).stages["candidates"] = StageRecord(dropped=dropped)
+    with pytest.raises(StageError, match=f"^round 1 has no preference pairs.*{words}"):
+        Round(run, 0, Notes()).pairs([])

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
+from sampo_ray.config import profiles
 from sampo_ray.config.losses import ADVICE, LOSSES, advice
 from sampo_ray.config.profiles import resolve
 from sampo_ray.config.run import RunConfig, load_config
@@ -293,3 +294,11 @@ def test_flex_attention_is_for_gpus():
     with pytest.raises(ConfigError, match="model.attention='flex' needs GPUs.*use model.attention=segments"):
         check_fit(resolve(asked, {"CPU": 8}, cores=8)[0])
     check_fit(resolve(asked, {"GPU": 8}, cores=8)[0])
+
+
+def test_sizes_of_a_profile_that_do_not_go_with_the_rest_are_one_message(monkeypatch):
+    config = load_config({"model": {"path": "m"}, "data": {"train": "d"}, "run": {"dir": "r"}})
+    sizes = config.trainer.model_copy(update={"workers": 3}), config.fleet
+    monkeypatch.setattr(profiles, "_laptop", lambda *_: sizes)
+    with pytest.raises(ConfigError, match="does not divide over trainer.workers=3"):
+        resolve(config, {}, cores=2)

@@ -6,6 +6,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sampo_ray.config.rows import RowBudget
@@ -63,7 +65,19 @@ def test_online_rounds_keep_their_prompts():
     }
     config = load_config(tree)
     found = [prompts_of(config, index, 8).tolist() for index in range(3)]
-    assert found == [[0, 6, 7, 2, 4, 5], [1, 3, 2, 3, 4, 1], [0, 6, 7, 5, 7, 6]]
+    assert found == [[0, 6, 7, 2, 4, 5], [1, 3, 2, 4, 0, 6], [7, 5, 3, 1, 6, 0]]
+
+
+@given(st.integers(1, 40), st.none() | st.integers(1, 60), st.integers(1, 8))
+def test_no_prompt_is_twice_in_a_round_and_all_take_turns(total, prompts, count):
+    tree = {"run": {"dir": "r"}, "model": {"path": "m"}, "data": {"prompts": "d.jsonl"}}
+    tree |= {"rounds": {"mode": "online", "count": count}, "reward": {"function": "rewards:length"}}
+    config = load_config(tree | {"rollout": {"prompts": prompts}})
+    used = [prompts_of(config, index, total).tolist() for index in range(count)]
+    wanted = min(prompts or -(-total // count), total)
+    assert all(len(set(each)) == len(each) == wanted for each in used)
+    times = np.bincount(np.concatenate(used), minlength=total)
+    assert times.max() - times.min() <= 1
 
 
 def test_rollouts_and_completions_keep_their_seeds():

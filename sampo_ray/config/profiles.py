@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Literal, TypeAlias, TypeVar
 
-from sampo_ray.config.run import RunConfig
+from sampo_ray.config.run import RunConfig, load_config
 from sampo_ray.config.sections import FleetConfig, FleetsConfig, TrainerConfig
 from sampo_ray.errors import ConfigError
 
@@ -22,8 +22,8 @@ def resolve(config: RunConfig, resources: Mapping[str, float], cores: int) -> tu
     `resources` are those of the Ray cluster (CPU, GPU), `cores` the real cores of this machine. `auto` becomes
     `cluster` where there are enough GPUs, else `laptop`, which runs a recipe for GPUs with fewer workers and replicas.
 
-    Raises ConfigError if the cluster profile is requested by name and there are too few GPUs, or if the weight
-    transport cannot work between trainer and replicas as the profile places them.
+    Raises ConfigError if the cluster profile is requested by name and there are too few GPUs, if the weight transport
+    cannot work between trainer and replicas as the profile places them, or if the sizes do not go with the rest.
     """
     gpus, auto = int(resources.get("GPU", 0)), config.profile == "auto"
     cluster = gpus >= CLUSTER_GPUS if auto else config.profile == "cluster"
@@ -34,7 +34,7 @@ def resolve(config: RunConfig, resources: Mapping[str, float], cores: int) -> tu
     _check_transport(config.publish.transport, trainer.num_gpus or 0, fleet.generators.num_gpus or 0)
     notes = [f"{change} ({profile} profile)" for change in _changes(config, trainer, fleet)]
     filled = {"profile": profile, "trainer": trainer.model_dump(), "fleet": fleet.model_dump()}
-    resolved = RunConfig.model_validate(config.model_dump() | filled)
+    resolved = load_config(config.model_dump() | filled)
     asked, cpus = _cpus(resolved), resources.get("CPU", math.inf)
     if asked + TASK_CPUS > cpus:
         notes.append(

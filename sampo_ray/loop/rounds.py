@@ -1,6 +1,7 @@
 """One round of a run: its stages, each done once, what the run directory records of them, and how the next begins."""
 
 import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -76,18 +77,32 @@ def tokenize(run: Run, reporter: Reporter) -> list[Part]:
     found = run.manifest.data
     dropped = "".join(f", {n} dropped: {reason}" for reason, n in found.dropped.items())
     reporter.note(f"{sum(found.rows)} {kind} of {found.rows_read} rows{dropped}")
+    if config.online and (config.rollout.prompts or 0) > sum(found.rows):
+        asked = config.rollout.prompts
+        reporter.note(
+            f"rollout.prompts={asked} is more than there are: each round samples for all {sum(found.rows)} once"
+        )
     if found.prompts_cut or found.responses_cut:
         reporter.note(f"cut to length: {found.prompts_cut} prompts, {found.responses_cut} responses")
     return parts_of(place, found.rows)
 
 
 def prompts_of(config: RunConfig, index: int, total: int) -> np.ndarray:
-    """Which of `total` prompts are round `index`'s, in its order: [prompts], int64."""
-    n = config.rollout.prompts or -(-total // config.rounds.count)
-    passes = range(n * index // total, (n * (index + 1) - 1) // total + 1)
-    rng = [Stream.PROMPT_ORDER.generator(seed=config.run.seed, cycle=again) for again in passes]
-    order = np.concatenate([each.permutation(total) for each in rng])
-    return order[n * index - passes.start * total :][:n]
+    """Which of `total` prompts are round `index`'s, in its order: [prompts], int64, no more than there are.
+
+    Rounds go through all prompts again and again, each time in another order. None is twice in a round, where it would
+    get the same completions: what a round has of one pass is at the end of the next.
+    """
+    n = min(config.rollout.prompts or -(-total // config.rounds.count), total)
+    left, passes = np.arange(0), itertools.count()
+    for _ in range(index + 1):
+        taken, left = left[:n], left[n:]
+        if len(taken) < n:
+            order = Stream.PROMPT_ORDER.generator(seed=config.run.seed, cycle=next(passes)).permutation(total)
+            repeated = np.isin(order, taken)
+            order = np.concatenate([order[~repeated], order[repeated]])
+            taken, left = np.concatenate([taken, order[: n - len(taken)]]), order[n - len(taken) :]
+    return taken
 
 
 def sample(
@@ -190,8 +205,7 @@ class Round:
         """The round's pairs in training order, in parts of whole global batches; those from votes among them."""
         total, more = (sum(part.rows for part in parts) for parts in (source, votes))
         if not total + more:
-            name = f"round {self.index + 1}"
-            raise StageError(f"{name} has no preference pairs; look at the reward source and the prompts")
+            raise StageError(self._no_pairs())
         seed = self.config.run.seed
         order = Stream.PAIR_ORDER.generator(seed=seed, round=self.index).permutation(total)
         if self.config.rounds.data == "split":
@@ -203,6 +217,22 @@ class Round:
         batch = self.config.optim.batch_size
         rows, both = -(-stages.PART_PAIRS // batch) * batch, [*source, *votes]
         return self._stage("pairs", len(order), "pairs", lambda out: stages.reorder(both, order, out, rows))
+
+    def _no_pairs(self) -> str:
+        """Why the round has no pairs, with what to change about the most frequent reason."""
+        candidates = self._record.stages.get("candidates", StageRecord())
+        if not (dropped := candidates.dropped):
+            return f"round {self.index + 1} has no preference pairs: there are no prompts; look at data.prompts"
+        first = max(dropped, key=lambda reason: dropped[reason])
+        advice = {
+            "no finished completion": f"raise rollout.max_tokens={self.config.rollout.max_tokens}, or use a model that "
+            "ends its answers",
+            "only unfinished completions are better than the worst": "raise rollout.max_tokens="
+            f"{self.config.rollout.max_tokens}, or look at what the reward source prefers",
+            "completions without a reward": "look at why calls of the reward source fail",
+        }.get(first, "look at the reward source, the prompts and rollout.temperature")
+        reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
+        return f"round {self.index + 1} has no preference pairs ({reasons}); {advice}"
 
     def reference(self, pairs: Sequence[Part], references: "DeploymentHandle | None") -> list[Part]:
         """The pairs with token log-probs under the round's first policy; unchanged where no worker computes them."""
