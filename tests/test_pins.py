@@ -119,6 +119,21 @@ def test_a_pin_that_could_not_be_started_is_tried_again_and_fails_none_after_it(
     follow_pins(scenario)
 
 
+def test_pins_run_on_while_a_store_that_started_again_does_not_know_what_is_wanted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(monkeypatch)
+    world.apps = {f"fleet-pinned-r1-{version}": app("RUNNING") for version in (3, 5)}
+
+    async def scenario(apps: PinnedApps, want: Callable[..., None]) -> None:
+        await apps.duty.stepped(30.0)
+        assert set(world.apps) == {"fleet-pinned-r1-3", "fleet-pinned-r1-5"} and not world.calls
+        want(5)
+        await until(lambda: set(world.apps) == {"fleet-pinned-r1-5"})
+
+    follow_pins(scenario)
+
+
 def test_an_application_that_failed_is_started_again_with_growing_pauses_and_says_why(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -127,7 +127,7 @@ class LivePolicy:
             else:
                 self.serving = now
             await self._tell_published()
-            if self.serving != before or not self._loaded.is_live(self.serving):
+            if self.serving != before:
                 await self._carry_out()
         return True
 

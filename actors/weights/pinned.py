@@ -49,7 +49,7 @@ class PinnedApps:
     def __init__(self, apps: str) -> None:
         self.apps = apps
         self.duty = Duty("pinned versions", self._reconcile, LOOK_S)
-        self._wanted = Pins(Place(""), "", {})
+        self._wanted: Pins | None = None  # not known yet
         self._seen: Mapping[str, PinState] = {}
         self._failed: Collection[str] = ()
         self._thread = ThreadPoolExecutor(1, "serve-status")  # Serve's own calls have no time limit
@@ -64,7 +64,7 @@ class PinnedApps:
     def states(self) -> dict[int, PinState]:
         """The state of each pinned version that is a whole model; none without a fleet."""
         trouble, states = self.duty.trouble, dict[int, PinState]()
-        for name, (version, _) in self._wanted.named(self.apps).items() if self.apps else ():
+        for name, (version, _) in self._wanted.named(self.apps).items() if self.apps and self._wanted else ():
             seen = self._seen.get(name, PinState(state="starting"))
             if seen.state == "starting" and trouble is not None:
                 seen = PinState(state="failing", reason=trouble.reason)
@@ -72,9 +72,9 @@ class PinnedApps:
         return states
 
     async def _reconcile(self) -> bool:
-        if not self.apps:
-            return True
         wanted = self._wanted
+        if not self.apps or wanted is None:
+            return True
         names = wanted.named(self.apps)
         looking = asyncio.get_running_loop().run_in_executor(self._thread, _applications, f"{self.apps}-pinned-")
         found = await asyncio.wait_for(looking, STATUS_S)
