@@ -80,8 +80,8 @@ while "No available agent" in (first := answer("POST", "/api/jobs/", json=job)).
     time.sleep(1)
 first.raise_for_status()
 second = answer("POST", "/api/jobs/", json=job)
-stacks = second.text.count("Traceback")
-print(f"taken id: status {second.status_code}, stacks in the answer: {stacks}, last line: {second.text.strip(". \n").splitlines()[-1]}")
+stacks, last = second.text.count("Traceback"), second.text.strip(". \n").splitlines()[-1]
+print(f"taken id: status {second.status_code}, stacks in the answer: {stacks}, last line: {last}")
 
 still_refused = "413" in refused and GCS_STORAGE_MAX_SIZE == 512 << 20 and PACKAGE_SIZE_WARNING > 101 << 20
 sys.exit(0 if still_refused and second.status_code == 500 and stacks else 1)
