@@ -194,8 +194,8 @@ def test_what_a_process_spawns_ends_with_it_however_deep(tmp_path: Path) -> None
 
 def test_a_process_whose_parent_has_ended_before_it_is_bound_ends_at_once() -> None:
     command = [sys.executable, "-c", STARTS_LATE]
-    assert subprocess.run([*command, "1"], capture_output=True, timeout=60).stdout == b""
-    assert subprocess.run([*command, str(os.getpid())], capture_output=True, timeout=60).stdout == b"goes on\n"
+    assert subprocess.run([*command, "1"], capture_output=True, timeout=scaled(60)).stdout == b""
+    assert subprocess.run([*command, str(os.getpid())], capture_output=True, timeout=scaled(60)).stdout == b"goes on\n"
 
 
 @pytest.mark.slow
