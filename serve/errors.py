@@ -1,5 +1,6 @@
 """The endpoint's errors: JSON in OpenAI's form, without stack traces, paths or values of a request."""
 
+import re
 from collections.abc import Mapping
 
 from fastapi import FastAPI, Request
@@ -12,6 +13,10 @@ from starlette.responses import JSONResponse
 from sampo_ray.serve.middleware.headers import SECURITY_HEADERS
 
 RETRY_AFTER_S = 2
+NO_ROUTE = "no such route; this endpoint has POST /v1/chat/completions, POST /v1/completions and GET /v1/models"
+OPTIONS = re.compile(r"(?<![\w-])--[a-z][a-z-]+|\b(?:VLLM|RAY)_[A-Z]+")  # of another program, or its environment
+VALUE = re.compile(r" \((?:parameter|value)=.*\)$", re.DOTALL)  # what vLLM adds to its messages
+FIELD = re.compile(r"\b[a-z]+(?:_[a-z]+)+\b")
 TYPES = frozenset({"str", "int", "float", "bool", "list", "dict"})
 
 
@@ -28,6 +33,8 @@ class ApiError(Exception):
     def headers(self) -> dict[str, str]:
         if self.status in (429, 503):
             return {"retry-after": str(self._retry_s)}
+        if self.status == 504:
+            return {"x-should-retry": "false"}  # OpenAI's clients would ask for all of it twice more
         return {"www-authenticate": "Bearer"} if self.status == 401 else {}
 
     def body(self) -> dict[str, dict[str, str | None]]:
@@ -50,9 +57,17 @@ def unavailable(reason: str = "the policy is not available just now; try again s
 
 
 def from_engine(status: int, message: str, param: str | None = None) -> ApiError:
-    """The engine answered with an error: a 4xx stays as it is, 501 (not implemented) becomes 400, the rest 503."""
+    """The engine answered with an error: a 4xx stays as it is, 501 (not implemented) becomes 400, the rest 503.
+
+    Values are left out, and where its message tells its operator which options to start it with, so is that.
+    """
     if status >= 500 and status != 501:
         return ReplicaLost()
+    message = VALUE.sub("", message)
+    if OPTIONS.search(message):
+        named = FIELD.search(message)
+        param = param or (named[0] if named else None)
+        message = f"{param or 'body'}: this endpoint is not set up for it; leave it out"
     return ApiError(400 if status == 501 else status, message, param=param)
 
 
@@ -85,7 +100,7 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         # request.url would parse the Host header, which may hold anything.
-        messages = {404: f"{request.method} {request.scope['path']}: no such route", 405: "method not allowed here"}
+        messages = {404: f"{request.method} {request.scope['path']}: {NO_ROUTE}", 405: "method not allowed here"}
         message = messages.get(error.status_code, "the request was refused")
         return ApiError(error.status_code, message).response(error.headers)
 

@@ -3,8 +3,8 @@
 The policy is another Serve application, so that it can also draw rollouts and neither redeploys the other.
 
 `x-policy-version` and `x-policy-run` name the weights that an answer began with. When others were swapped in on the
-way, the answer names them all and where they change, as `policy_versions`: in the body or, streaming, in a chunk before
-the last line. A request whose replica dies before anything was streamed is asked again of another one.
+way, the answer names them all and where they change, as `policy_versions`: in the body or, streaming, in the chunk with
+which a choice ends. A request whose replica dies before anything was streamed is asked again of another one.
 """
 
 import asyncio
@@ -31,8 +31,8 @@ from sampo_ray.serve.catalogue import Catalogue
 from sampo_ray.serve.errors import ApiError, ReplicaLost, unavailable
 from sampo_ray.serve.middleware.auth import Access, Authentication
 from sampo_ray.serve.middleware.headers import SECURITY_HEADERS, ResponseHeaders, version_headers
-from sampo_ray.serve.middleware.limits import MAX_IN_FLIGHT, LimitRequests, Limits
-from sampo_ray.serve.requests.openai import ChatCompletionRequest, CompletionRequest, read_request
+from sampo_ray.serve.middleware.limits import MAX_IN_FLIGHT, LimitRequests, Limits, TokenCounter
+from sampo_ray.serve.requests.openai import ChatCompletionRequest, CompletionRequest, read_request, without_tools
 from sampo_ray.serve.routes.admin import ADMIN_ROUTES, AdminRoutes
 from sampo_ray.serve.routes.feedback import FEEDBACK_ROUTES, FeedbackRoutes, FeedbackStore, pending_answer
 from sampo_ray.serve.routes.page import PAGE_ROUTES, PageRoutes, RedirectToPage, load_assets
@@ -96,8 +96,10 @@ class Answer:
     the call when the client goes away, this class when the endpoint itself gives up.
     """
 
-    def __init__(self, policy: PolicyApp, items: DeploymentResponseGenerator, deadline: float) -> None:
-        self._policy, self._items, self._deadline = policy, items, deadline
+    def __init__(
+        self, policy: PolicyApp, items: DeploymentResponseGenerator, deadline: float, counter: TokenCounter
+    ) -> None:
+        self._policy, self._items, self._deadline, self._counter = policy, items, deadline, counter
 
     async def opened(self, start_by: float) -> messages.AnsweredBy:
         """The weights that answer: a replica's first item, sent at once. Waits for a replica until `start_by`."""
@@ -116,14 +118,16 @@ class Answer:
 
     async def next(self) -> messages.Chunks | messages.Whole | None:
         """The next part of the answer; None at the end. Notes changed weights, and raises the engine's errors."""
-        match await self._item():
-            case messages.WeightsChanged() as changed:
-                self._policy.note(changed)
-                return await self.next()
-            case messages.Failure(status, message, param):
-                raise errors.from_engine(status, message, param)
-            case messages.Chunks() | messages.Whole() as content:
-                return content
+        while (item := await self._item()) is not None:
+            match item:
+                case messages.WeightsChanged():
+                    self._policy.note(item)
+                case messages.Progress(tokens):
+                    self._counter.generated = tokens
+                case messages.Failure(status, message, param):
+                    raise errors.from_engine(status, message, param)
+                case messages.Chunks() | messages.Whole():
+                    return item
         return None
 
     async def _item(self) -> messages.AnswerItem | None:
@@ -169,14 +173,19 @@ class PolicyIngress(AdminRoutes, FeedbackRoutes, PageRoutes):
 
     async def create_chat_completion(self, request: Request) -> Response:
         body = await read_request(request, ChatCompletionRequest, self._config.max_body_bytes)
-        return await self._answer(body, "chat")
+        if self._config.tools is None:
+            without_tools(body)
+        return await self._answer(body, "chat", request.state.token_counter)
 
     async def create_completion(self, request: Request) -> Response:
         body = await read_request(request, CompletionRequest, self._config.max_body_bytes)
-        return await self._answer(body, "completions")
+        return await self._answer(body, "completions", request.state.token_counter)
 
     async def _answer(
-        self, body: ChatCompletionRequest | CompletionRequest, method: Literal["chat", "completions"]
+        self,
+        body: ChatCompletionRequest | CompletionRequest,
+        method: Literal["chat", "completions"],
+        counter: TokenCounter,
     ) -> Response:
         now = asyncio.get_running_loop().time()
         deadline = now + self._config.request_timeout_s
@@ -186,7 +195,7 @@ class PolicyIngress(AdminRoutes, FeedbackRoutes, PageRoutes):
         policy = self._apps.setdefault(target.app, PolicyApp(target.app))
 
         def call(handle: DeploymentHandle) -> Answer:
-            return Answer(policy, getattr(handle, method).remote(body, None, policy.seen), deadline)
+            return Answer(policy, getattr(handle, method).remote(body, None, policy.seen), deadline, counter)
 
         answer, weights, first = await self._opened(policy, target.version, call, start_by)
         headers = version_headers(weights)

@@ -241,8 +241,7 @@ def test_a_streamed_answer_has_the_text_of_its_chunks(parts, cuts):
 def test_a_streamed_answer_has_its_versions_and_the_reason_why_it_ended():
     pending = PendingAnswer(ASK, WeightsId("r", 4))
     spans = [{"version": 4}, {"version": 5, "from_tokens": [3]}]
-    last = {"id": "chatcmpl-1", "choices": [], "policy_versions": spans}
-    kept = pending.add_events(sse(chunk("hi"), chunk("", "stop", "###"), last) + "data: [DONE]\n\n")
+    kept = pending.add_events(sse(chunk("hi"), chunk("", "stop", "###", policy_versions=spans)) + "data: [DONE]\n\n")
     assert (kept.versions, kept.finish_reason) == ((4, 5), "stop_string")
     broken = PendingAnswer(ASK, WeightsId("r", 4))
     assert broken.add_events(sse(chunk("hi"), {"error": {"code": "timeout"}})) is None

@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 import httpx
+import openai
 import pytest
 from fastapi import FastAPI, Request
 from hypothesis import given, settings
@@ -17,7 +18,7 @@ from pydantic import SecretStr
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 
-from sampo_ray.actors.policy.messages import AnsweredBy, AnswerItem, Chunks, Failure
+from sampo_ray.actors.policy.messages import AnsweredBy, AnswerItem, Chunks, Failure, Progress, Whole
 from sampo_ray.config.serving import ServeConfig
 from sampo_ray.errors import EndpointError
 from sampo_ray.run.versions import WeightsId
@@ -27,6 +28,7 @@ from sampo_ray.serve.errors import ApiError
 from sampo_ray.serve.gateway import Answer, PolicyApp, PolicyIngress, _stream
 from sampo_ray.serve.middleware.auth import Access, Authentication
 from sampo_ray.serve.middleware.headers import ResponseHeaders, version_headers
+from sampo_ray.serve.middleware.limits import TokenCounter
 from sampo_ray.serve.requests.json_body import decode
 from sampo_ray.serve.requests.openai import ChatCompletionRequest, CompletionRequest, read_request, validated
 
@@ -128,12 +130,49 @@ def test_engine_errors_become_answers_that_say_whether_to_try_again() -> None:
     assert (full.status, full.headers) == (429, {"retry-after": str(errors.RETRY_AFTER_S)})
 
 
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        ("thinking_token_budget is set. Please set --reasoning-parser and/or --reasoning-config to use it.", True),
+        ('"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set', False),
+        ("The `logits_processors` argument is not supported. See --logits-processor-pattern engine argument", True),
+        ("too long; set VLLM_ALLOW_LONG_MAX_MODEL_LEN=1", False),
+    ],
+)
+def test_the_engines_advice_to_its_operator_does_not_reach_a_client(message: str, field: bool) -> None:
+    error = errors.from_engine(400, message)
+    assert (error.status, "--" in error.message, "VLLM" in error.message) == (400, False, False)
+    assert (error.param is not None) == field and error.message.startswith(error.param or "body")
+    assert errors.from_engine(400, "a -- b", "prompt").message == "a -- b"
+
+
+def test_values_that_the_engine_adds_to_its_messages_are_left_out() -> None:
+    for extra in ("(parameter=prompt, value=private\nwords)", "(value=private)", "(parameter=prompt)"):
+        assert errors.from_engine(400, f"too long (by 5) {extra}", "prompt").message == "too long (by 5)"
+
+
+def test_the_openai_client_asks_again_only_where_that_may_help() -> None:
+    for error, times in ((ApiError(504, "too long"), 1), (errors.unavailable(), 3), (ApiError(400, "wrong"), 1)):
+        asked: list[str] = []
+
+        def answer(request: httpx.Request, error: ApiError = error, asked: list[str] = asked) -> httpx.Response:
+            asked.append(request.url.path)
+            headers = {**error.headers, **({"retry-after": "0.01"} if error.status == 503 else {})}
+            return httpx.Response(error.status, json=error.body(), headers=headers)
+
+        transport = httpx.Client(transport=httpx.MockTransport(answer))
+        client = openai.OpenAI(base_url="http://127.0.0.1/v1", api_key="none", http_client=transport)
+        with pytest.raises(openai.APIStatusError):
+            client.chat.completions.create(model="policy", messages=[{"role": "user", "content": "x"}])
+        assert len(asked) == times
+
+
 def test_an_engine_that_dies_while_it_streams_is_reported_in_our_words() -> None:
     async def items() -> AsyncIterator[AnswerItem]:
         yield Failure(500, "EngineCore: see stack trace")
 
     async def read() -> list[str]:
-        answer = Answer(PolicyApp("p"), items(), asyncio.get_running_loop().time() + 30)  # type: ignore[arg-type]
+        answer = Answer(PolicyApp("p"), items(), asyncio.get_running_loop().time() + 30, TokenCounter())  # type: ignore[arg-type]
         return [text async for text in _stream(Chunks(['data: {"choices": []}\n\n']), answer)]
 
     first, last = asyncio.run(read())
@@ -174,7 +213,7 @@ def ask(app: PolicyApp, replicas: Replicas, times: int = 1) -> list[Any]:
         deadline = asyncio.get_running_loop().time() + 30
 
         def call(handle: Replicas) -> Answer:
-            return Answer(app, handle.chat.remote(None, None, app.seen), deadline)
+            return Answer(app, handle.chat.remote(None, None, app.seen), deadline, TokenCounter())
 
         answers = [await ingress._opened(app, None, call, deadline) for _ in range(times)]  # type: ignore[arg-type]
         return [(weights.version, first) for _, weights, first in answers]
@@ -203,6 +242,20 @@ def test_it_is_not_asked_for_ever_and_a_mistake_of_the_user_only_once() -> None:
     with pytest.raises(ApiError) as refused:
         ask(PolicyApp("p"), Replicas([answered_by(3, 1), Failure(400, "too long", "prompt")]))
     assert (refused.value.status, refused.value.param) == (400, "prompt")
+
+
+def test_what_the_engine_has_computed_is_known_before_an_answer_that_is_not_streamed() -> None:
+    counter, whole, app = TokenCounter(), Whole(CompletionRequest(prompt="x")), PolicyApp("p")
+    replicas = Replicas([answered_by(3, 1), *(Progress(n * 100) for n in range(2000)), whole])
+
+    async def first() -> Any:
+        items: Any = replicas.remote(None, None, app.seen)
+        answer = Answer(app, items, asyncio.get_running_loop().time() + 30, counter)
+        await answer.opened(0)
+        return await answer.next()
+
+    assert asyncio.run(first()) is whole
+    assert counter.generated == 199_900
 
 
 def test_no_answer_begins_with_older_weights_than_an_answer_before_it_had() -> None:

@@ -117,6 +117,21 @@ def test_vllm_says_how_many_tokens_each_request_has() -> None:
     assert "self.request_states: dict[str, RequestState] = {}" in inspect.getsource(output_processor), vllm()
 
 
+def test_vllms_engine_compiles_a_constraint_as_it_is_tried_before() -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.structured_output import StructuredOutputManager
+    from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
+
+    assert list(inspect.signature(AsyncLLM.generate).parameters)[1:3] == ["prompt", "sampling_params"], vllm()
+    made = inspect.getsource(StructuredOutputManager.grammar_init)
+    assert "vocab_size = self.vllm_config.model_config.get_vocab_size()" in made, vllm()
+    compiled = inspect.getsource(StructuredOutputManager._create_grammar)
+    assert "request_type, grammar_spec = struct_request.structured_output_key" in compiled, vllm()
+    assert list(inspect.signature(XgrammarBackend.compile_grammar).parameters)[1:3] == ["request_type", "grammar_spec"]
+    serving = importlib.import_module("vllm.entrypoints.openai.chat_completion.serving")
+    assert "self.engine_client.generate(" in inspect.getsource(serving), vllm()
+
+
 def test_vllm_remembers_the_shapes_of_parameters_that_its_layers_pack() -> None:
     from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 

@@ -25,7 +25,15 @@ from transformers import AutoTokenizer
 from sampo_ray.actors.policy import replica_weights
 from sampo_ray.actors.policy.deployment import policy_deployment
 from sampo_ray.actors.policy.lifecycle import AnswersInFlight, ReplicaState, RequestGate
-from sampo_ray.actors.policy.messages import AnsweredBy, Chunks, Failure, RolloutRequest, WeightsChanged, Whole
+from sampo_ray.actors.policy.messages import (
+    AnsweredBy,
+    Chunks,
+    Failure,
+    Progress,
+    RolloutRequest,
+    WeightsChanged,
+    Whole,
+)
 from sampo_ray.actors.policy.replica_weights import LoadedWeights, ReplicaWeights, WeightsSource, merging
 from sampo_ray.actors.transfer import transport
 from sampo_ray.actors.transfer.coordinator import ReceivingReplica
@@ -42,7 +50,7 @@ from sampo_ray.run.buckets import joined, unpack
 from sampo_ray.run.storage import Place
 from sampo_ray.run.version_files import adapters_info, read_version, write_version
 from sampo_ray.run.versions import AdaptersInfo, VersionInfo, WeightsId, version_folder
-from tests.conftest import assert_greedy
+from tests.conftest import assert_greedy, assert_own_logprobs
 from tests.waiting import scaled, wait_until
 
 LONG = "What is two plus three? The answer is five. " * 14  # more than one block of the prefix cache (128 tokens)
@@ -197,7 +205,8 @@ class Policy:
         request = ChatCompletionRequest(
             model="policy", messages=[{"role": "user", "content": LONG}], temperature=0, **options
         )
-        yield from self.handle.options(stream=True).chat.remote(request)
+        items = self.handle.options(stream=True).chat.remote(request)
+        yield from (item for item in items if not isinstance(item, Progress))
 
     def cached_tokens(self) -> int:
         return self.chat(max_tokens=2)[-1].response.usage.prompt_tokens_details.cached_tokens
@@ -231,6 +240,13 @@ def test_completions_are_the_models_own_tokens_with_their_log_probs(policy: Poli
     assert completions["finish_reason"].to_pylist() == ["length"] * 4
     assert completions["first_version"].to_pylist() == completions["last_version"].to_pylist() == [policy.version] * 4
     assert completions["text"].to_pylist() == [policy.format.text(ids) for ids in completions["completion"].to_pylist()]
+
+
+@pytest.mark.slow
+def test_log_probs_are_the_models_whatever_temperature_and_top_p_they_are_sampled_with(policy: Policy) -> None:
+    for temperature in (0.3, 2.0):
+        completions = policy.generate(temperature, samples=2)
+        assert_own_logprobs(completions, version_folder(policy.versions, policy.version))
 
 
 @pytest.mark.slow
@@ -399,12 +415,13 @@ def test_a_request_in_flight_survives_a_swap_and_names_both_versions(policy: Pol
     origins = [item for item in items if isinstance(item, AnsweredBy | WeightsChanged)]
     assert [origin.weights for origin in origins] == [WeightsId("run", before), WeightsId("run", after)]
     assert origins[0].sequence < origins[1].sequence
-    *answer, named, done = [chunk for item in items if isinstance(item, Chunks) for chunk in item.events]
+    *answer, last, done = [chunk for item in items if isinstance(item, Chunks) for chunk in item.events]
     assert done == "data: [DONE]\n\n"
-    first, second = json.loads(named.removeprefix("data: "))["policy_versions"]
+    ended = json.loads(last.removeprefix("data: "))
+    first, second = ended["policy_versions"]
     assert first == {"version": before} and second["version"] == after
     assert 0 < second["from_tokens"][0] < 320
-    assert json.loads(answer[-1].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+    assert ended["choices"][0]["finish_reason"] == "length"
     assert not any("policy_versions" in chunk for chunk in answer)
 
 
@@ -417,9 +434,21 @@ def test_an_answer_whole_or_refused_says_which_weights_gave_it(policy: Policy) -
     assert first.weights == WeightsId("run", policy.version)
     assert isinstance(refusal, Failure) and refusal.status == 400
     request = CompletionRequest(model="policy", prompt="hello", max_tokens=4)
-    first, answer = policy.handle.options(stream=True).completions.remote(request)
+    first, *progress, answer = policy.handle.options(stream=True).completions.remote(request)
+    assert all(isinstance(item, Progress) for item in progress)
     assert first.weights == WeightsId("run", policy.version)
     assert answer.response.usage.completion_tokens == 4
+
+
+@pytest.mark.slow
+def test_an_answer_that_takes_long_tells_how_many_tokens_it_has(policy: Policy) -> None:
+    ask = ChatCompletionRequest(
+        model="policy", messages=[{"role": "user", "content": LONG}], n=8, max_tokens=320, ignore_eos=True
+    )
+    _, *progress, answer = policy.handle.options(stream=True).chat.remote(ask)
+    tokens = [each.tokens for each in progress]
+    assert tokens == sorted(tokens) and tokens[-1] > 8
+    assert tokens[-1] <= answer.response.usage.completion_tokens == 8 * 320
 
 
 @pytest.mark.slow

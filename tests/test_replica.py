@@ -3,26 +3,36 @@
 import asyncio
 import json
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import fsspec
 import pytest
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionStreamResponse
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 
-from sampo_ray.actors.policy.answers import answer_items, sampling_params, versions_event
+from sampo_ray.actors.policy.answers import answer_items, sampling_params, with_progress, with_progress_between
 from sampo_ray.actors.policy.deployment import COPIES, PolicyServer, local_folder
 from sampo_ray.actors.policy.lifecycle import (
     AnswersInFlight,
     ReplicaEvent,
     ReplicaState,
     RequestGate,
+    TokensSoFar,
     next_state,
     tokens_by_choice,
 )
-from sampo_ray.actors.policy.messages import AnswerItem, Chunks, Failure, RolloutRequest, VersionSpan, WeightsChanged
+from sampo_ray.actors.policy.messages import (
+    AnswerItem,
+    Chunks,
+    Failure,
+    Progress,
+    RolloutRequest,
+    VersionSpan,
+    WeightsChanged,
+)
 from sampo_ray.actors.policy.replica_weights import ReplicaWeights, WeightsSource
 from sampo_ray.internals.vllm import RequestProgress
 from sampo_ray.run.versions import WeightsId
@@ -76,17 +86,6 @@ def test_after_a_swap_that_failed_no_request_passes_the_gate() -> None:
                 pass
 
     asyncio.run(main())
-
-
-def test_the_chunk_that_names_a_version_continues_the_stream_it_is_in() -> None:
-    previous = (
-        'data: {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "policy", "choices": [{}]}\n\n'
-    )
-    spans = [{"version": 10}, {"version": 20, "from_tokens": [5]}]
-    chunk = versions_event(previous, spans)
-    assert chunk.endswith("\n\n")
-    header = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "policy"}
-    assert json.loads(chunk.removeprefix("data: ")) == {**header, "choices": [], "policy_versions": spans}
 
 
 def test_tokens_are_counted_by_choice_over_prompts_and_samples() -> None:
@@ -177,6 +176,47 @@ def test_a_replicas_copy_of_a_remote_folder_is_one_and_ends_with_it(tmp_path: Pa
     assert local_folder(str(tmp_path)) == str(tmp_path)
 
 
+def test_the_tokens_of_choices_that_have_ended_still_count() -> None:
+    so_far = TokensSoFar()
+    assert [so_far.update(each) for each in ([1, 2], [5, None, 1], [None, None, 4], [])] == [3, 8, 11, 11]
+
+
+def test_while_an_answer_is_awaited_its_tokens_so_far_are_told() -> None:
+    async def slow(seconds: float) -> AsyncGenerator[AnswerItem, None]:
+        await asyncio.sleep(seconds)
+        yield Chunks(["first"])
+        yield Chunks(["last"])
+
+    async def read(items: AsyncGenerator[AnswerItem, None]) -> list[AnswerItem]:
+        return [item async for item in items]
+
+    async def main() -> None:
+        counts = iter(range(10, 1000))
+        *progress, first, last = await read(with_progress(slow(0.5), lambda: next(counts)))
+        assert (first, last) == (Chunks(["first"]), Chunks(["last"]))
+        assert progress[:2] == [Progress(10), Progress(11)] and len(progress) < 8
+        items = with_progress(slow(60), lambda: 1)
+        assert await anext(items) == Progress(1)
+        await items.aclose()  # ends what it waits for
+        assert len(asyncio.all_tasks()) == 1
+
+    asyncio.run(main())
+
+
+def test_a_stream_tells_its_tokens_too_since_an_event_may_have_several() -> None:
+    async def stream() -> AsyncGenerator[AnswerItem, None]:
+        for _ in range(30):
+            await asyncio.sleep(0.01)
+            yield Chunks(["text"])
+
+    async def read() -> list[AnswerItem]:
+        return [item async for item in with_progress_between(stream(), lambda: 7)]
+
+    items = asyncio.run(read())
+    assert items.count(Chunks(["text"])) == 30 and items[0] == Chunks(["text"])
+    assert 1 <= items.count(Progress(7)) < 8
+
+
 def items_of(batches: Sequence[list[Any]], spans: list[VersionSpan]) -> list[AnswerItem]:
     async def batched() -> AsyncIterator[list[Any]]:
         for batch in batches:
@@ -201,10 +241,34 @@ def test_an_engines_error_in_a_stream_ends_it_as_a_failure_after_what_came_befor
     assert items_of([[refused]], [{"version": 10}]) == [Failure(400, "no such role", "role")]
 
 
-def test_a_stream_names_the_weights_it_changed_to_just_before_it_is_done() -> None:
-    spans: list[VersionSpan] = [{"version": 10}, {"version": 20, "from_tokens": [5]}]
-    first, changed, last = items_of([["data: {}\n\n"], ["data: [DONE]\n\n"]], spans)
-    assert first == Chunks(["data: {}\n\n"])
-    assert changed == WeightsChanged(WeightsId("run", 20), 2)
-    assert isinstance(last, Chunks) and last.events[-1] == "data: [DONE]\n\n"
-    assert json.loads(last.events[0].removeprefix("data: "))["policy_versions"] == spans
+def chunk(choice: int, text: str, reason: str | None = None) -> str:
+    """A chunk of a chat as vLLM sends it."""
+    body = ChatCompletionStreamResponse(
+        id="x",
+        model="policy",
+        choices=[{"index": choice, "delta": {"content": text}, "finish_reason": reason, "stop_reason": None}],
+    )
+    return f"data: {body.model_dump_json(exclude_unset=True)}\n\n"
+
+
+def test_after_a_swap_the_chunk_that_ends_a_choice_names_the_versions_and_no_chunk_is_added() -> None:
+    spans: list[VersionSpan] = [{"version": 10}, {"version": 20, "from_tokens": [5, 6]}]
+    quoting = chunk(0, '"finish_reason":"stop"')
+    sent = [chunk(0, "a"), quoting, chunk(0, "", "stop"), chunk(1, "b"), chunk(1, "", "length"), "data: [DONE]\n\n"]
+    for cuts in ([6], [3, 3], [2, 1, 1, 1, 1]):
+        position, batches = 0, []
+        for size in cuts:
+            batches.append(sent[position : position + size])
+            position += size
+        items = items_of(batches, spans)
+        events = [event for item in items if isinstance(item, Chunks) for event in item.events]
+        assert len(events) == len(sent)
+        for before, after in zip(sent, events, strict=True):
+            if '"stop_reason"' in before and ("length" in before or before is sent[2]):
+                body = json.loads(before.removeprefix("data: "))
+                assert json.loads(after.removeprefix("data: ")) == {**body, "policy_versions": spans}
+            else:
+                assert after == before
+        named = [n for n, item in enumerate(items) if isinstance(item, Chunks) and "policy_versions" in str(item)]
+        assert all(items[n - 1] == WeightsChanged(WeightsId("run", 20), 2) for n in named)
+    assert items_of([list(sent)], spans[:1]) == [Chunks(sent)]

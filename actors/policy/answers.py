@@ -1,8 +1,10 @@
 """What a replica generates: completions on token ids for rollouts, and answers to OpenAI requests as items."""
 
 import asyncio
+import contextlib
 import json
 import os
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 
 import pyarrow as pa
@@ -20,6 +22,9 @@ from sampo_ray.actors.policy.lifecycle import RequestGate, end_process
 from sampo_ray.actors.policy.replica_weights import ReplicaWeights
 from sampo_ray.data.chat import ChatFormat
 from sampo_ray.training.streams import completion_seed
+
+FIRST_PROGRESS_S, PROGRESS_S = 0.05, 0.5
+ENDS_CHOICE = '"finish_reason":"'  # in JSON text no string holds this: quotation marks in strings are escaped
 
 
 class Rollouts:
@@ -111,15 +116,16 @@ async def answer_items(
     spans: Sequence[messages.VersionSpan],
     changed: Callable[[], messages.WeightsChanged],
 ) -> AsyncGenerator[messages.AnswerItem, None]:
-    """What LLMServer yields, as items. After a swap, `changed()` precedes the last one, which names all versions."""
-    last_event = ""
+    """What LLMServer yields, as items. After a swap, `changed()` precedes each that names versions: an answer that is
+    not streamed, or the chunk with which a choice ends. Chunks of their own would surprise clients: OpenAI's all have a
+    choice.
+    """
     async for item in items:
         swapped = len(spans) > 1
         if isinstance(item, list):
-            if swapped and item[-1] == sse.DONE:
-                item.insert(-1, versions_event([last_event, *item][-2], spans))
+            if swapped and any(map(ends_choice, item)):
+                item = [with_versions(event, spans) if ends_choice(event) else event for event in item]
                 yield changed()
-            last_event = item[-1]
             for each in chunks_or_failure(item):
                 yield each
         elif isinstance(item, ErrorResponse):
@@ -151,8 +157,50 @@ def failure(response: ErrorResponse) -> messages.Failure:
     return messages.Failure(response.error.code, response.error.message, response.error.param)
 
 
-def versions_event(previous: str, spans: Sequence[messages.VersionSpan]) -> str:
-    """A chunk of a streamed answer that only names versions; its other fields are those of the chunk before it."""
-    header = json.loads(previous.removeprefix(sse.PREFIX))
-    fields = {key: header.get(key) for key in ("id", "object", "created", "model")}
-    return sse.event({**fields, "choices": [], "policy_versions": list(spans)})
+async def with_progress(
+    items: AsyncGenerator[messages.AnswerItem, None], tokens: Callable[[], int]
+) -> AsyncGenerator[messages.AnswerItem, None]:
+    """The items, and while they are awaited the tokens so far: soon at first, so that little is missed of an answer
+    which nobody waits for any more, then every PROGRESS_S.
+    """
+    pause, coming = FIRST_PROGRESS_S, None
+    try:
+        while True:
+            coming = coming or asyncio.ensure_future(anext(items, None))
+            if not (await asyncio.wait({coming}, timeout=pause))[0]:
+                pause = min(2 * pause, PROGRESS_S)
+                yield messages.Progress(tokens())
+                continue
+            item, coming = coming.result(), None
+            if item is None:
+                return
+            yield item
+    finally:
+        if coming is not None:
+            coming.cancel()
+            await asyncio.wait({coming})
+        await items.aclose()
+
+
+async def with_progress_between(
+    items: AsyncGenerator[messages.AnswerItem, None], tokens: Callable[[], int]
+) -> AsyncGenerator[messages.AnswerItem, None]:
+    """The items of a stream, and between them now and then the tokens so far: an event may have several."""
+    pause, due = FIRST_PROGRESS_S, time.monotonic() + FIRST_PROGRESS_S
+    async with contextlib.aclosing(items):
+        async for item in items:
+            yield item
+            if time.monotonic() > due:
+                pause = min(2 * pause, PROGRESS_S)
+                due = time.monotonic() + pause
+                yield messages.Progress(tokens())
+
+
+def ends_choice(event: object) -> bool:
+    """Whether an event of a stream is the chunk with which a choice ends."""
+    return isinstance(event, str) and ENDS_CHOICE in event
+
+
+def with_versions(event: str, spans: Sequence[messages.VersionSpan]) -> str:
+    """A chunk of a streamed answer that names versions as well."""
+    return sse.event({**json.loads(event.removeprefix(sse.PREFIX)), "policy_versions": list(spans)})

@@ -12,17 +12,30 @@ from pydantic import BaseModel
 from ray import serve
 from ray.serve.llm import LLMConfig, build_llm_deployment
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
+from vllm.tool_parsers import ToolParserManager
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from sampo_ray.actors.policy.answers import Rollouts, answer_items
-from sampo_ray.actors.policy.lifecycle import AnswersInFlight, ReplicaEvent, RequestGate, end_process, end_process_with
+from sampo_ray.actors.policy.answers import Rollouts, answer_items, with_progress, with_progress_between
+from sampo_ray.actors.policy.constraints import Constraints
+from sampo_ray.actors.policy.lifecycle import (
+    AnswersInFlight,
+    ReplicaEvent,
+    RequestGate,
+    TokensSoFar,
+    end_process,
+    end_process_with,
+    tokens_by_choice,
+)
 from sampo_ray.actors.policy.messages import AnsweredBy, AnswerItem, LivePosition, ReplicaStatus, RolloutRequest
 from sampo_ray.actors.policy.replica_weights import LoadedWeights, ReplicaWeights, WeightsSource
 from sampo_ray.actors.transfer.backend import BACKEND
 from sampo_ray.config.sections import GeneratorsConfig
 from sampo_ray.data.chat import ChatFormat
+from sampo_ray.data.tools import tool_arguments
+from sampo_ray.errors import ConfigError
 from sampo_ray.internals.serve_llm import EngineServer, use_local_folders
 from sampo_ray.internals.torch import cpu_has_bf16
+from sampo_ray.internals.vllm import check_constraints, constraint_trial, requests_in_flight
 from sampo_ray.run.storage import Place
 from sampo_ray.run.versions import WeightsId, adapter_folder, read_info
 
@@ -42,6 +55,7 @@ class PolicyServer(EngineServer):
         use_local_folders(llm_config, model_folder, chat_folder)
         self._adapters, self._loading_adapter = set[str](), asyncio.Lock()
         await super().__init__(llm_config)
+        check_constraints(self.client, Constraints(lambda: constraint_trial(self.client)).check)
         self._gate, self._answers = RequestGate(), AnswersInFlight()
         self._weights = ReplicaWeights(self.client, source, self._gate, self._answers)
         self._rollouts = Rollouts(self.client, self._weights, self._gate, ChatFormat.load(chat_folder, "tokenizer"))
@@ -108,9 +122,15 @@ class PolicyServer(EngineServer):
             with self._answers.track(request.request_id, weights.id.version) as spans:
                 yield AnsweredBy(weights.id, weights.sequence)
                 items = answer_items(await respond(request, raw_request_info), spans, self._weights.changed)
+                progress = with_progress_between if request.stream else with_progress
+                items = progress(items, self._tokens_of(request.request_id))
                 async with contextlib.aclosing(items):
                     async for item in items:
                         yield item
+
+    def _tokens_of(self, request_id: str) -> Callable[[], int]:
+        so_far = TokensSoFar()
+        return lambda: so_far.update(tokens_by_choice(request_id, requests_in_flight(self.client)))
 
     async def _require_adapter(self, run: str, model: str) -> None:
         async with self._loading_adapter:
@@ -209,12 +229,28 @@ def policy_deployment(
     )
 
 
+def with_tools(config: GeneratorsConfig, tools: str | None, tokenizer: Place) -> GeneratorsConfig:
+    """The settings of replicas that answer requests with tools (`serve.tools`), for a run's tokenizer folder.
+    ConfigError where its chat template or its tokens are not for them."""
+    if tools is None:
+        return config
+    with tokenizer.on_disk() as folder:
+        chat = ChatFormat.load(folder, "tokenizer")
+    arguments = tool_arguments(tools, chat)
+    try:
+        ToolParserManager.get_tool_parser(str(arguments["tool_call_parser"]))(chat.tokenizer)
+    except (RuntimeError, ValueError) as error:  # the engine would find it at the first request
+        raise ConfigError(f"serve.tools={tools!r}: this parser is for other tokenizers ({error})") from None
+    return config.with_engine(arguments)
+
+
 def engine_arguments(source: WeightsSource, config: GeneratorsConfig, max_model_len: int) -> dict[str, object]:
     """vLLM's engine arguments; those of `config.engine` come last."""
     return {
         "max_model_len": max_model_len,
         "generation_config": "vllm",
         "enable_prompt_tokens_details": True,
+        "logprobs_mode": "raw_logprobs",  # the model's own, whatever a request samples with
         "worker_extension_cls": "sampo_ray.actors.transfer.backend.WorkerExtension",
         "weight_transfer_config": {"backend": BACKEND},
         # Named, because vLLM would otherwise keep for good the backend that the first such request happens to need.

@@ -115,6 +115,18 @@ def tokens_by_choice(request_id: str, requests: Sequence[RequestProgress]) -> li
     return [found.get(choice) for choice in range(max(found, default=-1) + 1)]
 
 
+class TokensSoFar:
+    """Counts the tokens of an answer while its choices end one after the other."""
+
+    def __init__(self) -> None:
+        self._tokens: dict[int, int] = {}
+
+    def update(self, by_choice: Sequence[int | None]) -> int:
+        """The tokens of all choices, with what `tokens_by_choice` says now."""
+        self._tokens.update({choice: tokens for choice, tokens in enumerate(by_choice) if tokens is not None})
+        return sum(self._tokens.values())
+
+
 def end_process(reason: str) -> NoReturn:
     """Ends this replica and its engine at once. Serve starts another, which is ready once it holds current weights."""
     logger.critical("this replica ends: %s", reason)

@@ -1,8 +1,8 @@
 """What travels between a policy replica and its callers. Importing this costs neither vLLM nor Serve.
 
 `PolicyServer.chat` and `.completions` stream `AnswerItem`s: first one AnsweredBy, then Chunks (a streamed answer), one
-Whole (any other), or a Failure. WeightsChanged comes before the last item of an answer during which weights were
-swapped; that item then names the weights too.
+Whole (any other), or a Failure, and Progress among them. WeightsChanged comes before each item that names the weights
+swapped in meanwhile: the Whole, or the Chunks with which a choice ends.
 """
 
 from dataclasses import dataclass
@@ -69,7 +69,12 @@ class Failure:
     param: str | None = None  # the field of the request that it is about
 
 
-AnswerItem: TypeAlias = AnsweredBy | WeightsChanged | Chunks | Whole | Failure
+@dataclass(frozen=True)
+class Progress:
+    tokens: int  # that an answer has so far, over all its choices
+
+
+AnswerItem: TypeAlias = AnsweredBy | WeightsChanged | Progress | Chunks | Whole | Failure
 
 
 class VersionSpan(TypedDict):

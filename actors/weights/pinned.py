@@ -157,11 +157,12 @@ def _carry_out(place: Place, run_id: str, start: Mapping[str, Pin], remove: Sequ
     delete_apps(remove)
     if not start:
         return
-    from sampo_ray.actors.policy.deployment import policy_deployment
+    from sampo_ray.actors.policy.deployment import policy_deployment, with_tools
     from sampo_ray.actors.policy.replica_weights import WeightsSource  # imports vLLM
 
     config = open_run(place.url).config
     settings = config.fleet.generators.model_copy(update={"min_replicas": 0, "max_replicas": 1})
+    settings = with_tools(settings, config.serve.tools, place.at("tokenizer"))
     tokenizer, drain_s = place.at("tokenizer").url, config.serve.request_timeout_s
     targets = []
     for name, (version, rank) in start.items():

@@ -80,6 +80,15 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _can_use_tools(self) -> "RunConfig":
+        if self.serve.tools is not None and self.model.template != "tokenizer":
+            raise ValueError(
+                f"serve.tools={self.serve.tools!r} needs model.template=tokenizer; "
+                f"{self.model.template} writes no tools into a prompt"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _can_train(self) -> "RunConfig":
         if self.reference.positions == "sampled" and (self.method.reduction, self.method.mask) != ("sample", "shared"):
             raise ValueError(

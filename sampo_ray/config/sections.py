@@ -302,9 +302,28 @@ class FleetConfig(Section):
         return self
 
 
+OTHERS_ENGINE_ARGUMENTS = {
+    "tool_call_parser": "set serve.tools, which the endpoint and the prompt format are checked against",
+    "enable_auto_tool_choice": "set serve.tools, which the endpoint and the prompt format are checked against",
+    "structured_outputs_config": "constraints on answers are tried with xgrammar before an engine gets them",
+    "logprobs_mode": "stored log-probs are the model's own, as those of the trainer are",
+}
+
+
 class GeneratorsConfig(FleetConfig):
     engine: dict[str, Any] = Field(default_factory=dict)
     """Further vLLM engine arguments, e.g. `tensor_parallel_size` or `gpu_memory_utilization`."""
+
+    def with_engine(self, arguments: dict[str, object]) -> "GeneratorsConfig":
+        """These settings with further engine arguments."""
+        return self.model_copy(update={"engine": {**self.engine, **arguments}})
+
+    @model_validator(mode="after")
+    def _no_arguments_of_others(self) -> "GeneratorsConfig":
+        for name, reason in OTHERS_ENGINE_ARGUMENTS.items():
+            if name in self.engine:
+                raise ValueError(f"engine.{name} is not taken here: {reason}")
+        return self
 
 
 class FleetsConfig(Section):

@@ -4,9 +4,10 @@ import ipaddress
 import os
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
-from sampo_ray.config.section import Section
+from sampo_ray.config.section import Section, suggestion
+from sampo_ray.config.tools import AUTO, PARSERS
 from sampo_ray.errors import ConfigError
 
 
@@ -106,6 +107,9 @@ class ServeConfig(Section):
     """Which versions go live automatically: all that are published, those that end rounds, or none."""
     swap: Literal["keep", "wait"] = "keep"
     """`keep`: answers in flight continue with the new weights. `wait`: they finish first (one version an answer)."""
+    tools: str | None = None
+    """Tool calls: who reads them from an answer, `auto` (by the form of calls in the model's chat template) or a parser
+    of vLLM's by name. Default: requests with tools are refused. It needs `model.template: tokenizer`."""
     gates: GatesConfig = GatesConfig()
     feedback: FeedbackConfig = FeedbackConfig()
 
@@ -113,6 +117,12 @@ class ServeConfig(Section):
     def keyed(self) -> bool:
         """Whether there are keys, in the configuration or in a file."""
         return bool(self.api_keys or self.keys_file)
+
+    @model_validator(mode="after")
+    def _known_parser(self) -> "ServeConfig":
+        if self.tools is not None and self.tools not in (AUTO, *PARSERS):
+            raise ValueError(f"tools={self.tools!r} is not known; {suggestion(self.tools, [AUTO, *PARSERS])}")
+        return self
 
     @field_validator("api_keys", mode="before")
     @classmethod

@@ -38,7 +38,7 @@ COMPLETIONS = pa.schema(
         ("completion", _TOKENS),  # with the end-of-turn token if finish_reason is "stop"
         ("text", pa.string()),  # without special tokens
         ("finish_reason", pa.string()),  # "stop" | "length"
-        ("logprobs", _LOGPROBS),  # of each completion token, nats, as sampled
+        ("logprobs", _LOGPROBS),  # of each completion token, nats: the model's, before temperature and top-p
         ("first_version", pa.int64()),  # weights that sampled the first token
         ("last_version", pa.int64()),  # weights that sampled the last one
     ]

@@ -1,6 +1,10 @@
 """vLLM's undocumented interfaces, checked with vllm 0.29.0: the state of an engine's requests, and of loaded layers."""
 
+import contextlib
+import copy
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -9,7 +13,14 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
 from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend, validate_xgrammar_grammar
+from vllm.v1.structured_output.request import get_structured_output_key
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,44 @@ def requests_in_flight(engine: AsyncLLM) -> list[RequestProgress]:
         RequestProgress(s.external_req_id, s.request_index, s.n or 1, s.detokenizer.num_output_tokens())
         for s in engine.output_processor.request_states.values()
     ]
+
+
+def check_constraints(engine: AsyncLLM, check: Callable[[StructuredOutputsParams], Awaitable[None]]) -> None:
+    """Has the engine await `check` before it takes a request with a constraint. Replaces this object's `generate`."""
+    generate = engine.generate
+
+    def checked(prompt: object, params: SamplingParams, *rest: Any, **more: Any) -> AsyncGenerator[RequestOutput, None]:
+        items = generate(prompt, params, *rest, **more)
+        return items if params.structured_outputs is None else _after(check(params.structured_outputs), items)
+
+    engine.generate = checked
+
+
+async def _after(check: Awaitable[None], items: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+    await check
+    async with contextlib.aclosing(items):
+        async for item in items:
+            yield item
+
+
+def constraint_trial(engine: AsyncLLM) -> Callable[[StructuredOutputsParams], None]:
+    """Compiles a constraint and asks for its first tokens, as the engine's process would, with its compiler and tokens.
+    Raises its errors, and ValueError for a constraint that no answer satisfies. Reaches `vllm.v1.structured_output`.
+    """
+    model = engine.vllm_config.model_config
+    tokenizer = cached_tokenizer_from_config(model_config=model)
+    backend = XgrammarBackend(engine.vllm_config, tokenizer=tokenizer, vocab_size=model.get_vocab_size())
+    tokens = backend.allocate_token_bitmask(1)
+
+    def trial(constraint: StructuredOutputsParams) -> None:
+        constraint = copy.copy(constraint)
+        validate_xgrammar_grammar(SamplingParams(structured_outputs=constraint))
+        grammar = backend.compile_grammar(*get_structured_output_key(constraint))
+        grammar.fill_bitmask(tokens, 0)
+        if not tokens.numpy().any():
+            raise ValueError("no answer satisfies them")
+
+    return trial
 
 
 def parameters_as_created(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -164,15 +164,16 @@ class PolicyServing:
 
     def policy(self, channel: Channel, settings: GeneratorsConfig) -> serve.Application:
         """Replicas that serve a channel of the weight store."""
-        from sampo_ray.actors.policy.deployment import policy_deployment
+        from sampo_ray.actors.policy.deployment import policy_deployment, with_tools
         from sampo_ray.actors.policy.replica_weights import WeightsSource  # importing vLLM takes many seconds
 
-        base, chat = self._run.versions.at("000000").url, self._run.place.at("tokenizer").url
+        base, tokenizer = self._run.versions.at("000000").url, self._run.place.at("tokenizer")
         config = self._run.config
+        settings = with_tools(settings, config.serve.tools, tokenizer)
         swap, drain_s = config.serve.swap, config.serve.request_timeout_s
         transport = config.publish.transport
         source = WeightsSource(self.store_name, channel, swap=swap, drain_s=drain_s, transport=transport)
-        return policy_deployment("policy", base, chat, source, settings, config.data.max_length)
+        return policy_deployment("policy", base, tokenizer.url, source, settings, config.data.max_length)
 
     def deploy(self, apps: dict[str, serve.Application]) -> tuple[dict[str, DeploymentHandle], str | None]:
         """Starts applications and endpoint, all at once. Returns handles and the endpoint's URL once all are ready."""

@@ -14,6 +14,7 @@ from sampo_ray.data.reward_functions import check_function
 from sampo_ray.data.reward_models import check_model
 from sampo_ray.data.rewards import Samples
 from sampo_ray.data.sources import Row, first_rows
+from sampo_ray.data.tools import tool_arguments
 from sampo_ray.errors import ConfigError, KeysError
 from sampo_ray.run.storage import Place, absolute
 from sampo_ray.run.trackers import check_trackers
@@ -59,6 +60,8 @@ def check(config: RunConfig) -> None:
     else:
         rows = first_rows(str(config.data.train), "pairs", 1)
     chat.prompt_ids(rows[0].prompt)
+    if config.serve.tools is not None:
+        tool_arguments(config.serve.tools, chat)
     check_trackers(config)
     check_keys_file(config.serve.keys_file)
 

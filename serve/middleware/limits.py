@@ -23,8 +23,9 @@ from sampo_ray.serve.middleware.auth import is_admin_path, route_path
 BODY_TIMEOUT_S = 30.0
 MAX_IN_FLIGHT = 1000  # requests of all keys that the endpoint works on at once; more get a 429
 BYTES_PER_TOKEN = 4
-# In JSON text no string holds this: quotation marks in strings are escaped.
+# In JSON text no string holds these: quotation marks in strings are escaped.
 USAGE = re.compile(rb'"usage":\{[^{}]*?"total_tokens":(\d+)')
+NO_CHOICES = b'"choices":[]'  # of a stream's events, the one with the usage of all choices
 
 
 class Bucket:
@@ -90,16 +91,20 @@ class TokenCounter:
 
     def __init__(self) -> None:
         self.hide_usage = False  # at a stream's end, where the endpoint asked for it and not the client
+        self.generated = 0  # tokens that the engine is known to have computed
         self.request_bytes = self._usage = self._events = 0
         self._ended = self._failed = False
 
     @property
     def tokens(self) -> int:
-        """Tokens of prompt and answer, by the answer's usage. For an answer that was cut off before its usage: one for
-        each event that was sent, and one for each BYTES_PER_TOKEN of the request."""
-        if self._usage or self._failed or (self._ended and not self._events):  # not a stream; some have no usage
+        """Tokens of prompt and answer, by the answer's usage. For an answer that ended before it (the client hung up,
+        or it took too long): what was generated, at least one for each event sent, and one for each BYTES_PER_TOKEN of
+        the request. None for an error without either, and for an answer that has no usage.
+        """
+        computed = max(self.generated, self._events)
+        if self._usage or (not computed and (self._failed or self._ended)):
             return self._usage
-        return self._events + self.request_bytes // BYTES_PER_TOKEN
+        return computed + self.request_bytes // BYTES_PER_TOKEN
 
     def count(self, message: Message) -> Message:
         """Counts one ASGI message of the answer, and returns the message to send in its place."""
@@ -107,9 +112,11 @@ class TokenCounter:
             self._failed = message["status"] >= 400
         elif message["type"] == "http.response.body":
             body = bytes(message.get("body", b""))
-            self._events += body.count(sse.END_BYTES)
+            *events, rest = body.split(sse.END_BYTES)
+            self._events += len(events)
             self._ended = not message.get("more_body", False)
-            if found := USAGE.findall(body):
+            whole = [each for each in events if NO_CHOICES in each] if self._events else [rest]
+            if found := [total for each in whole for total in USAGE.findall(each)]:
                 self._usage = int(found[-1])
                 if self.hide_usage:
                     body = sse.without(body, USAGE.search)

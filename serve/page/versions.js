@@ -75,19 +75,24 @@ export class VersionsPanel {
     }
     const { data } = await get("v1/models");
     const all = data.data.map((card) => card.metadata ?? {});
-    const versions = data.data.filter((card) => card.id.includes("@")).map((card) => card.metadata ?? {});
+    // The card of a named adapter describes its base version, which has a card of its own.
+    const versions = data.data.filter((card) => card.id.includes("@") && !card.metadata?.adapter).map((card) => card.metadata ?? {});
+    const adapters = all.filter((each) => each.adapter).map((each) => ({ name: each.adapter, base: each.version }));
     const live = all.find((each) => each.state === "live") ?? all[0] ?? {};
     const listed = versions.length ? versions : all.slice(0, 1).map((each) => ({ state: "live", labels: [], ...each }));
-    return { run: live.run, live: live.version, versions: listed, pinned: listed.filter((each) => each.state === "pinned").map((each) => each.version) };
+    return { run: live.run, live: live.version, versions: listed, adapters, pinned: listed.filter((each) => each.state === "pinned").map((each) => each.version) };
   }
 
-  // The models to choose from: the live policy and pinned versions.
+  // The models to choose from: the live policy, pinned versions and named adapters.
   models() {
-    const { live, versions } = this.state;
+    const { live, versions, adapters = [] } = this.state;
     const named = (each) => [`v${each.version}`, shortest(each.labels ?? [])].filter(Boolean).join(" · ");
     const pinned = versions.filter((each) => each.state === "pinned");
-    const others = pinned.map((each) => ({ id: `policy@${each.version}`, label: named(each) }));
-    return [{ id: "policy", label: live == null ? "Live" : `Live · v${live}` }, ...others];
+    return [
+      { id: "policy", label: live == null ? "Live" : `Live · v${live}` },
+      ...pinned.map((each) => ({ id: `policy@${each.version}`, label: named(each) })),
+      ...adapters.map((each) => ({ id: `policy@${each.name}`, label: `${each.name} · on v${each.base}` })),
+    ];
   }
 
   draw(state) {

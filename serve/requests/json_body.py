@@ -1,9 +1,7 @@
 """Request bodies as JSON objects: bounded in size, of finite numbers and valid Unicode. Everything else is a 4xx.
 
-Also limits on the constraints that a body puts on the answer: JSON schemas of moderate size and choices, no others. A
-few threads of the engine compile constraints, without a time limit. Ten characters of a regular expression or two
-kilobytes of a grammar keep a thread busy for many seconds with a vocabulary of 128,000 tokens (measured with xgrammar),
-and then no request's constraints are compiled.
+Also limits on the size of the constraints that a body puts on the answer: JSON schemas and choices, and no others. The
+replica tries what they cost (actors/policy/constraints.py).
 """
 
 import json
@@ -17,8 +15,6 @@ from starlette.requests import Request
 from sampo_ray.serve.errors import ApiError
 
 MAX_VALUES, MAX_CHARACTERS, MAX_DEPTH, MAX_TOOLS = 1000, 20_000, 32, 64
-PATTERNS = ("pattern", "patternProperties", "propertyNames")
-BOUNDS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 ACCEPTED = ("json", "choice", "json_object", "disable_any_whitespace", "disable_additional_properties")
 
 
@@ -75,7 +71,7 @@ def _finite(text: str) -> float:
 def check_constraints(body: dict[str, JsonValue]) -> None:
     """Raises ApiError (400), naming the field, for a request body with constraints beyond the limits.
 
-    vLLM's models must not see the body before: they compile constraints while they validate, and refuse wrong types.
+    vLLM's models must not see the body before: they take some constraints apart while they validate.
     """
     outputs = _mapping(body.get("structured_outputs"))
     for field in outputs:
@@ -112,16 +108,10 @@ def _check_schema(schema: JsonValue, field: str) -> None:
         except (ValueError, RecursionError):
             raise refused(field, "not valid JSON") from None
     _check_size(schema, field)
-    _check_references(schema, field)
     for value, _ in _walk(schema):
-        mapping = _mapping(value)
-        used = next((name for name in PATTERNS if name in mapping), None)
-        # A property may be called "pattern"; its value is then a schema.
-        if used and not (used == "pattern" and isinstance(mapping[used], dict)):
-            raise refused(field, f"{used} is not accepted by this endpoint; use enum or format")
-        for name in BOUNDS:  # the engine finds a negative bound only when it compiles
-            if isinstance(bound := mapping.get(name), int | float) and bound < 0:
-                raise refused(field, f"{name} must not be negative")
+        reference = _mapping(value).get("$ref")
+        if isinstance(reference, str) and not reference.startswith("#"):  # the engine would overlook it
+            raise refused(field, "$ref must name a place in the schema itself, such as #/$defs/name")
 
 
 def _check_size(tree: JsonValue, field: str) -> None:
@@ -144,38 +134,3 @@ def _walk(tree: JsonValue) -> Iterator[tuple[JsonValue, int]]:
             pending.extend((part, depth + 1) for pair in value.items() for part in pair)
         elif isinstance(value, list):
             pending.extend((item, depth + 1) for item in value)
-
-
-def _check_references(schema: JsonValue, field: str) -> None:
-    """Refuses references to anything but the schema's own definitions, and definitions that consist of references to
-    themselves only: the engine accepts those, then fails on every use."""
-    definitions = {
-        f"#/{section}/{name}": definition
-        for section in ("$defs", "definitions")
-        for name, definition in _mapping(_mapping(schema).get(section)).items()
-    }
-    for value, _ in _walk(schema):
-        reference = _mapping(value).get("$ref")
-        if isinstance(reference, str) and reference not in definitions:
-            raise refused(field, "$ref must name one of the schema's own $defs")
-    for start in definitions:
-        seen, pending = set(), _bare_references(definitions[start])
-        while pending:
-            if (reference := pending.pop()) == start:
-                raise refused(field, "a definition refers to nothing but itself")
-            if reference not in seen:
-                seen.add(reference)
-                pending.extend(_bare_references(definitions[reference]))
-
-
-def _bare_references(schema: JsonValue) -> list[str]:
-    """References that a schema consists of, directly or within anyOf, oneOf and allOf."""
-    found, pending = list[str](), [schema]
-    while pending:
-        value = _mapping(pending.pop())
-        if isinstance(reference := value.get("$ref"), str):
-            found.append(reference)
-        for combined in ("anyOf", "oneOf", "allOf"):
-            if isinstance(parts := value.get(combined), list):
-                pending.extend(parts)
-    return found

@@ -14,14 +14,16 @@ from vllm.renderers.params import TokenizeParams
 from vllm.sampling_params import BeamSearchParams, SamplingParams
 from vllm.tokenizers import TokenizerLike
 
-from sampo_ray.serve.errors import ApiError, from_validation
-from sampo_ray.serve.middleware.limits import Limits
+from sampo_ray.serve.errors import ApiError, from_engine, from_validation
+from sampo_ray.serve.middleware.limits import Limits, TokenCounter
 from sampo_ray.serve.requests.json_body import check_constraints, decode, read_bytes, refused
 
+TOOLS_OFF = "this endpoint calls no tools; its operator turns them on with serve.tools"
 REFUSED_FIELDS = (
     *("chat_template", "chat_template_kwargs", "documents"),  # would change the prompt format of training
     *("prompt_embeds", "media_io_kwargs", "mm_processor_kwargs"),  # load data that the user names or sends
     *("kv_transfer_params", "ec_transfer_params", "vllm_xargs", "priority"),  # reach into the engine
+    *("functions", "function_call"),  # OpenAI's former names of tools and tool_choice, which vLLM would overlook
 )
 MAX_COMPLETIONS = 256  # of one request over all its prompts: as many as an engine works on at once
 # Entries of fields that cost the engine time for each token.
@@ -79,8 +81,8 @@ AnyRequest = ChatCompletionRequest | CompletionRequest
 async def read_request(request: Request, kind: type[PolicyRequest], max_bytes: int) -> PolicyRequest:
     """The request's body as `kind`, within the limits of `request.state`. Raises ApiError (4xx)."""
     sent = decode(await read_bytes(request, max_bytes))
+    _check_raw(sent)
     body = {field: value for field, value in sent.items() if field in kind.model_fields}
-    _check_raw(body)
     parsed = validated(body, kind)
     if (count := _completions(parsed)) > MAX_COMPLETIONS:
         field = "n" if (parsed.n or 1) > 1 else "prompt"
@@ -88,11 +90,17 @@ async def read_request(request: Request, kind: type[PolicyRequest], max_bytes: i
     limits: Limits | None = getattr(request.state, "limits", None)
     if limits is not None:
         _limit_tokens(parsed, body, limits)
-        asks_for_usage = parsed.stream_options is not None and parsed.stream_options.include_usage
-        if limits.tokens_per_minute and parsed.stream and not asks_for_usage:
-            parsed.stream_options = StreamOptions(include_usage=True)  # tokens are counted by it
-            request.state.token_counter.hide_usage = True
+        if limits.tokens_per_minute and parsed.stream:
+            _count_stream(parsed, request.state.token_counter)
     return parsed
+
+
+def _count_stream(request: AnyRequest, counter: TokenCounter) -> None:
+    """Has the stream's tokens counted: by its usage or, as long as that has not come, by its events."""
+    request.stream_interval = None  # one event a token
+    if request.stream_options is None or not request.stream_options.include_usage:
+        request.stream_options = StreamOptions(include_usage=True)
+        counter.hide_usage = True
 
 
 def _check_raw(body: dict[str, JsonValue]) -> None:
@@ -134,10 +142,22 @@ def validated(body: dict[str, JsonValue], kind: type[PolicyRequest]) -> PolicyRe
         raise from_validation(error) from None
     except VLLMClientError as error:
         message = Exception.__str__(error)  # VLLMClientError.__str__ adds the value
-        raise ApiError(400, message, param=getattr(error, "parameter", None)) from None
+        raise from_engine(400, message, getattr(error, "parameter", None)) from None
     except _WRONG_TYPES:
         field = _wrong_field(body, kind)
         raise ApiError(400, f"{field or 'body'}: has a value of the wrong type", param=field) from None
+
+
+def without_tools(request: ChatCompletionRequest) -> None:
+    """Makes a request one without tools if it forbids to call them. ApiError (400) where it needs an endpoint that has
+    them: many chat templates leave tools, calls and results out without a word.
+    """
+    if request.tools and request.tool_choice != "none":
+        raise refused("tools", TOOLS_OFF)
+    for position, message in enumerate(request.messages):
+        if message.get("role") == "tool" or message.get("tool_calls"):
+            raise refused(f"messages[{position}]", TOOLS_OFF)
+    request.tools = None
 
 
 def _check_messages(messages: JsonValue) -> None:

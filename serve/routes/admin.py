@@ -103,6 +103,7 @@ def _view(state: StoreState) -> dict[str, object]:
         "held": serving.held,
         "live": serving.live,
         "pinned": serving.all_pinned,
+        "adapters": [{"name": name, "base": each.base} for name, each in serving.named_adapters.items()],
         "previous": serving.previous[-1] if serving.previous else None,
         "versions": [entry.listed() for entry in state.versions],
         "pins": {version: pin.model_dump() for version, pin in state.pins.items()},

@@ -15,6 +15,24 @@ from sampo_ray.config.serving import FeedbackConfig, ServeConfig
 from tests.endpoint.live import CONTEXT, KEY, OTHER_KEY, Endpoint, key_entry
 from tests.waiting import scaled, wait_until
 
+TOOL_TURNS = r"""
+{%- if tools -%}
+    {{- '<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n' -}}
+    {%- for tool in tools -%}{{- tool.function.name + ': ' + tool.function.description + '\n' -}}{%- endfor -%}
+    {{- '<|eot_id|>\n' -}}
+    {%- for m in messages -%}
+        {{- '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + (m.content or '') -}}
+        {%- for call in m.tool_calls or [] -%}
+            {{- '<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' -}}
+            {{- (call.function.arguments | tojson) + '}\n</tool_call>' -}}
+        {%- endfor -%}
+        {{- '<|eot_id|>\n' -}}
+    {%- endfor -%}
+    {%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' -}}{%- endif -%}
+{%- else -%}PLAIN{%- endif -%}
+"""
+"""A chat template that has turns for tools; without tools it is PLAIN."""
+
 
 @pytest.fixture(scope="package")
 def own_serve(local_ray: None) -> Iterator[None]:
@@ -41,16 +59,19 @@ def route(name: str) -> str:
 
 @pytest.fixture(scope="package")
 def endpoint(own_serve: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    from sampo_ray.actors.policy.deployment import policy_deployment
+    from sampo_ray.actors.policy.deployment import policy_deployment, with_tools
     from sampo_ray.actors.policy.replica_weights import WeightsSource
     from sampo_ray.actors.weights.store import start_weight_store
     from sampo_ray.data.chat import ChatFormat
+    from sampo_ray.run.storage import Place
     from sampo_ray.run.version_files import write_version
     from sampo_ray.run.versions import VersionInfo
     from sampo_ray.serve.endpoint import await_endpoint, deploy_endpoint, free_port, start_serve
 
     run = tmp_path_factory.mktemp("run")
-    ChatFormat.load(tiny_model, "llama3-sampo").save(run / "tokenizer")
+    chat = ChatFormat.load(tiny_model, "llama3-sampo")
+    chat.tokenizer.chat_template = TOOL_TURNS.replace("PLAIN", chat.tokenizer.chat_template)
+    chat.save(run / "tokenizer")
     state = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).state_dict()
     write_version(f"{run}/versions/000000", state.items(), str(tiny_model), VersionInfo(version=0, round=0, step=0))
     config = ServeConfig(
@@ -63,11 +84,12 @@ def endpoint(own_serve: None, tiny_model: Path, tmp_path_factory: pytest.TempPat
     start_serve(config)
     store = start_weight_store("test-endpoint", f"{run}/store.json")
     ray.get(store.attach.remote("run-a", f"{run}/versions"), timeout=scaled(60))
-    generators = GeneratorsConfig(max_ongoing_requests=4, num_cpus=0.5)
+    tokenizer = Place(str(run / "tokenizer"))
+    generators = with_tools(GeneratorsConfig(max_ongoing_requests=4, num_cpus=0.5), "auto", tokenizer)
     policy = policy_deployment(
-        "policy", f"{run}/versions/000000", str(run / "tokenizer"), WeightsSource("test-endpoint"), generators, CONTEXT
+        "policy", f"{run}/versions/000000", tokenizer.url, WeightsSource("test-endpoint"), generators, CONTEXT
     )
-    everybody = config.model_copy(update={"api_keys": (), "feedback": FeedbackConfig()})
+    everybody = config.model_copy(update={"api_keys": (), "feedback": FeedbackConfig(), "tools": "auto"})
     hasty = everybody.model_copy(update={"request_timeout_s": scaled(2.0)})
     keys_file = run / "keys.yaml"
     keys_file.write_bytes(render([key_entry("use"), key_entry("admin")], False))

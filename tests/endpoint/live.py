@@ -31,8 +31,8 @@ def key_entry(scope: Any) -> Key:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A guarded endpoint at `url`, an `open` one, an open one of little patience at `hasty`, one with limits and a file
-    of keys (`use` and `admin`) at `limited`, and the weight store of their policy.
+    """A guarded endpoint at `url`, an `open` one (which has tools), an open one of little patience at `hasty`, one with
+    limits and a file of keys (`use` and `admin`) at `limited`, and the weight store of their policy.
     """
 
     url: str

@@ -1,7 +1,7 @@
 """The live endpoint, over HTTP, in front of a real policy replica on a tiny model."""
 
 import json
-import threading
+import re
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -265,6 +265,24 @@ def test_requests_that_ask_for_too_much_are_refused_at_once(
     assert time.monotonic() - started < scaled(5)
 
 
+def test_patterns_and_schemas_that_refer_to_themselves_are_answered(endpoint: Endpoint) -> None:
+    year = {"type": "string", "pattern": "^[0-9]{4}$"}
+    again = {"anyOf": [{"type": "null"}, {"$ref": "#"}]}
+    tree = {"type": "object", "properties": {"year": year, "again": again}, "required": ["year"]}
+    for schema in (year, tree):
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        ask = {"messages": HI, "max_tokens": 60, "response_format": form}
+        answer = endpoint.post("chat/completions", ask)
+        assert answer.status_code == 200, answer.text
+        if schema is year:
+            assert re.fullmatch("[0-9]{4}", json.loads(answer.json()["choices"][0]["message"]["content"]))
+    for stream in (False, True):
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#"}}}
+        answer = endpoint.post("chat/completions", {"messages": HI, "response_format": form, "stream": stream})
+        assert answer.status_code == 400
+        assert "no answer satisfies them" in message(answer)
+
+
 def test_json_by_a_schema_is_answered(endpoint: Endpoint) -> None:
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
@@ -272,27 +290,18 @@ def test_json_by_a_schema_is_answered(endpoint: Endpoint) -> None:
     assert json.loads(answer.json()["choices"][0]["message"]["content"])["a"] in (1, 2)
 
 
-def test_a_swap_on_the_way_is_named_in_the_answer(endpoint: Endpoint) -> None:
-    chunks: list[Any] = []
-    headers: dict[str, str] = {}
-
-    def ask() -> None:
-        body = {"prompt": "hello", "max_tokens": 480, "ignore_eos": True, "stream": True}
-        auth = {"authorization": f"Bearer {KEY}"}
-        with httpx.stream(
-            "POST", f"{endpoint.url}/v1/completions", json=body, headers=auth, timeout=scaled(60)
-        ) as answer:
-            headers.update(answer.headers)
-            chunks.extend(json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {"))
-
+def test_a_swap_on_the_way_is_named_in_the_chunk_that_ends_the_answer(endpoint: Endpoint) -> None:
+    ask = {"model": "policy", "prompt": "hello", "max_tokens": 480, "stream": True, "extra_body": {"ignore_eos": True}}
     before = endpoint.live()
-    asking = threading.Thread(target=ask)
-    asking.start()
-    wait_until(lambda: chunks or headers, "beginning of the answer", every=0.001)
+    answer = endpoint.client().completions.with_raw_response.create(**ask)
+    chunks = iter(answer.parse())
+    first = next(chunks)
     endpoint.publish(before + 1)
-    asking.join(scaled(60))
-    assert headers["x-policy-version"] == str(before)
-    assert [span["version"] for span in chunks[-1]["policy_versions"]] == [before, before + 1]
+    rest = list(chunks)
+    assert answer.headers["x-policy-version"] == str(before)
+    assert all(len(chunk.choices) == 1 for chunk in (first, *rest)), "clients read the first choice of every chunk"
+    assert [span["version"] for span in rest[-1].policy_versions] == [before, before + 1]
+    assert rest[-1].choices[0].finish_reason == "length"
     after = endpoint.post("completions", {"prompt": "hello", "max_tokens": 1})
     assert after.headers["x-policy-version"] == str(before + 1)
     assert "policy_versions" not in after.json()

@@ -329,6 +329,37 @@ def test_what_fails_and_which_pins_are_not_up_is_said(visit: Visit, endpoint: En
     expect(row.get_by_role("button", name="Chat with it")).to_be_hidden()
 
 
+def versions_with_an_adapter(page: Page, admin: bool) -> None:
+    """Answers as an endpoint of two versions, the older pinned and with an adapter, would."""
+    versions = [{"run": "r", "version": n, "labels": [], "state": s} for n, s in ((4, "live"), (3, "pinned"))]
+    adapter = {**versions[1], "adapter": "french"}
+    cards = {"policy": versions[0], "policy@4": versions[0], "policy@3": versions[1], "policy@french": adapter}
+    models = [{"id": name, "object": "model", "metadata": about} for name, about in cards.items()]
+    refusal = {"error": {"message": "this key may not", "type": "x", "param": None, "code": None}}
+    state = {"run": "r", "live": 4, "held": None, "follow": "latest", "previous": None, "pinned": [3]}
+    state |= {"versions": versions, "adapters": [{"name": "french", "base": 3}]}
+    status, answer = (200, state) if admin else (403, refusal)
+    page.route("**/admin/versions", lambda route: route.fulfill(status=status, json=answer))
+    page.route("**/v1/models", lambda route: route.fulfill(json={"object": "list", "data": models}))
+
+
+@pytest.mark.parametrize("admin", [True, False])
+def test_the_picker_has_each_pinned_version_and_each_adapter_once(
+    visit: Visit, endpoint: Endpoint, admin: bool
+) -> None:
+    page = visit("about:blank")
+    versions_with_an_adapter(page, admin)
+    page.goto(endpoint.open)
+    options = page.locator("#model-a option")
+    expect(options).to_have_text(["Live · v4", "v3", "french · on v3"])
+    assert [each.get_attribute("value") for each in options.all()] == ["policy", "policy@3", "policy@french"]
+    expect(page.get_by_role("region", name="Versions").get_by_role("listitem")).to_have_count(2)
+    page.locator("#model-a").select_option("policy@french")
+    asked = chat_requests(page)
+    send(page, "hello")
+    assert asked[0]["model"] == "policy@french"
+
+
 def test_the_run_is_seen_live(visit: Visit, endpoint: Endpoint) -> None:
     run = Place(str(Path(endpoint.versions).parent))
     record = RoundRecord(
