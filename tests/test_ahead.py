@@ -13,8 +13,9 @@ from sampo_ray.errors import StageError
 from sampo_ray.loop.fleet import Fleet
 from sampo_ray.loop.rounds import Round, prepare_next_round
 from sampo_ray.run.directory import create_run
-from sampo_ray.run.manifest import StageRecord
-from sampo_ray.run.versions import WeightsId
+from sampo_ray.run.manifest import StageRecord, StepMetrics, StepResult
+from sampo_ray.run.serving import edit_serving, pin
+from sampo_ray.run.versions import VersionInfo, WeightsId, complete_versions
 from tests.notes import Notes
 from tests.waiting import wait_until
 
@@ -88,6 +89,27 @@ def test_nothing_is_prepared_after_an_offline_or_the_last_round(monkeypatch, tra
 def test_a_failure_of_the_training_is_raised_at_once(monkeypatch) -> None:
     with pytest.raises(ValueError, match="lost"), prepare_next_round(a_round(), fleet(Handle()), []):
         raise ValueError("lost")
+
+
+def test_no_version_is_removed_while_it_is_not_known_which_are_served(tmp_path) -> None:
+    tree = {"model": {"path": "m"}, "data": {"train": "d"}, "run": {"dir": str(tmp_path)}}
+    run, notes = create_run(load_config(tree)), Notes()
+    for version in range(6):
+        info = VersionInfo(version=version, round=0, step=version)
+        run.versions.at(f"{version:06d}", "version.json").write(info.model_dump_json().encode())
+
+    def train(step: int) -> None:
+        metrics = StepMetrics(0, step, step, {"loss": 1.0})
+        Round(run, 0, notes).record(StepResult(metrics=metrics, published=True, checkpoint=None))
+
+    run.place.at("serving.json").write(b"{")
+    train(1)
+    assert complete_versions(run.versions.url) == [*range(6)]
+    assert "no version is removed" in notes.notes[-1]
+    run.place.at("serving.json").remove()
+    edit_serving(run.place, lambda state: pin(state, 2).model_copy(update={"checking": 1}))
+    train(2)
+    assert complete_versions(run.versions.url) == [0, 1, 2, 4, 5]
 
 
 @pytest.mark.parametrize(

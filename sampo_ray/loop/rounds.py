@@ -12,7 +12,7 @@ import numpy as np
 from sampo_ray.actors.ranks.exchange import RoundSpec
 from sampo_ray.config.run import RunConfig
 from sampo_ray.data.records import fingerprint
-from sampo_ray.errors import StageError
+from sampo_ray.errors import StageError, VersionError
 from sampo_ray.loop import stages
 from sampo_ray.loop.blocks import STAGE_STALL_S, StageOutput
 from sampo_ray.run.directory import Run
@@ -311,7 +311,12 @@ class Round:
 
     def _prune_versions(self) -> None:
         """Keeps the base, the first and last versions of rounds, the last `publish.keep`, and those that are served."""
-        records, served = self.run.manifest.rounds, read_serving(self.run.place).kept()
+        try:
+            served = read_serving(self.run.place).kept()
+        except (VersionError, OSError) as error:  # trouble with what is served is none of the training's
+            self.reporter.note(f"no version is removed, since it is not known which are served: {error}")
+            return
+        records = self.run.manifest.rounds
         kept = {0} | {r.start_version for r in records} | {r.end_version for r in records}
         others = [v for v in complete_versions(self.run.versions.url) if v not in kept]
         for version in set(others[: -self.config.publish.keep]) - served:
