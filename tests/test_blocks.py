@@ -18,6 +18,7 @@ from sampo_ray.loop import blocks, stages
 from sampo_ray.loop.blocks import ATTEMPTS, NotTakenError, StageOutput, run_stage
 from sampo_ray.run.parts import Part, part_place
 from sampo_ray.run.storage import Place
+from tests.waiting import scaled
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 TABLE = pa.table({"n": [1, 2, 3]})
@@ -154,7 +155,7 @@ def test_parts_whose_objects_were_lost_are_read_from_their_files(
     out: StageOutput, tmp_path: Path, short_pauses
 ) -> None:
     owner = ray.remote(Owner).options(num_cpus=0.1).remote()
-    (ref,) = ray.get(owner.put.remote(), timeout=60)
+    (ref,) = ray.get(owner.put.remote(), timeout=scaled(60))
     place = part_place(Place(str(tmp_path)), 0)
     place.write_table(TABLE)
     ray.kill(owner)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from ray.exceptions import ActorDiedError, ActorHandleNotFoundError, GetTimeoutError, OutOfMemoryError, RayTaskError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-from sampo_ray.actors.ranks.exchange import Closed, Exchange, Posted
-from sampo_ray.actors.ranks.failures import RankFailure, cause_of_death, failure_of
+from sampo_ray.actors.ranks.exchange import Closed, Exchange, Posted, RankFailure
+from sampo_ray.actors.ranks.failures import cause_of_death, failure_of
 from sampo_ray.config.run import load_config
 from sampo_ray.errors import ConfigError, TrainingError, VersionError, WeightsError
 from sampo_ray.run.manifest import StepMetrics, StepResult

@@ -17,7 +17,7 @@ from sampo_ray.config.run import load_config
 from sampo_ray.errors import ConfigError, DataError, RunLostError
 from sampo_ray.run import lock
 from sampo_ray.run.directory import create_run, open_run
-from sampo_ray.run.lock import exclusive
+from sampo_ray.run.lock import Lease, exclusive
 from sampo_ray.run.manifest import (
     Checkpoint,
     DataRecord,
@@ -28,7 +28,7 @@ from sampo_ray.run.manifest import (
     parse_metrics,
 )
 from sampo_ray.run.storage import Place
-from tests.waiting import scaled
+from tests.waiting import scaled, wait_until
 
 
 def new_run(folder):
@@ -136,8 +136,8 @@ def test_a_run_directory_is_free_again_at_once(tmp_path):
 
 @pytest.fixture
 def lease(monkeypatch):
-    """The lease of a remote run directory that is renewed every half second."""
-    monkeypatch.setattr(lock, "LEASE_S", 2.0)
+    """The lease of a remote run directory that is renewed every second."""
+    monkeypatch.setattr(lock, "LEASE_S", 4.0)
     monkeypatch.setattr(lock, "SETTLE_S", 0.02)
     file = Place(f"memory://{uuid.uuid4().hex}/lease.json")
     yield file
@@ -154,11 +154,8 @@ def test_a_lease_is_renewed_while_it_is_held_and_then_given_back(lease, monkeypa
         first = lease.read()
         with monkeypatch.context() as unreachable:  # for less than a lease lasts
             unreachable.setattr(Place, "exists", lambda self: (_ for _ in ()).throw(OSError("storage is away")))
-            time.sleep(0.6)
-        deadline = time.monotonic() + 30
-        while lease.read() == first and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert lease.read() != first
+            time.sleep(1.2)
+        wait_until(lambda: lease.read() != first, "renewed lease")
         check()
         with pytest.raises(ConfigError, match="in use by another process"), exclusive(url):
             pass
@@ -171,14 +168,21 @@ def test_a_lease_that_ended_or_cannot_be_read_is_taken(lease, content):
     lease.write(content)
     with exclusive(url):
         pass
-    write_lease(lease, "who died", age=2.5)
+    write_lease(lease, "who died", age=5.0)
     with exclusive(url):
         pass
 
 
-def test_of_two_processes_that_find_a_lease_free_one_has_it(lease, monkeypatch):
-    monkeypatch.setattr(lock, "SETTLE_S", 0.2)
+def test_of_processes_that_find_a_lease_free_at_once_one_has_it(lease, monkeypatch):
     url, ends, over = lease.url.removesuffix("/lease.json"), [], threading.Barrier(4)
+    found_free, written, write = threading.Barrier(3), threading.Barrier(3), Lease._write
+
+    def write_with_the_others(self):
+        found_free.wait(30)
+        write(self)
+        written.wait(30)
+
+    monkeypatch.setattr(Lease, "_write", write_with_the_others)
 
     def hold():
         try:
@@ -192,6 +196,8 @@ def test_of_two_processes_that_find_a_lease_free_one_has_it(lease, monkeypatch):
     threads = [threading.Thread(target=hold) for _ in range(3)]
     for thread in threads:
         thread.start()
+    wait_until(lambda: len(ends) == 3, "end of three attempts")
+    monkeypatch.setattr(Lease, "_write", write)
     over.wait(30)
     for thread in threads:
         thread.join(30)
@@ -205,11 +211,8 @@ def test_a_run_that_another_process_has_taken_over_is_not_written_to(lease):
         run.check = check
         run.save()
         write_lease(lease, "another")
-        deadline = time.monotonic() + 30
         with pytest.raises(RunLostError, match="taken over by another process"):
-            while time.monotonic() < deadline:
-                run.save()
-                time.sleep(0.01)
+            wait_until(lambda: run.save(), "refusal to write")
         with pytest.raises(RunLostError):
             run.record(StepMetrics(0, 1, 1, {"loss": 0.5}))
         assert run.metrics() == []

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sampo_ray.actors.ranks.failures import RankFailure
 from sampo_ray.config.run import RunConfig
 from sampo_ray.errors import TrainingError
 from sampo_ray.run.manifest import StepResult
 from sampo_ray.run.parts import Part
 from sampo_ray.run.storage import Place
+
+EXCHANGE_ANSWER_S = 60.0
+"""For any call of the exchange; those that wait for something return sooner."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,14 @@ class Posted:
 
     number: int
     spec: RoundSpec
+
+
+@dataclass(frozen=True)
+class RankFailure:
+    """Why a rank failed, for the user. `lasting`: it would fail again in the same way if it were tried again."""
+
+    reason: str
+    lasting: bool
 
 
 class Closed:

@@ -5,7 +5,6 @@ documented callback asks the exchange, which counts failures without a new step 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -14,22 +13,13 @@ from ray.actor import ActorHandle
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 from ray.train import UserCallback
 
+from sampo_ray.actors.ranks.exchange import EXCHANGE_ANSWER_S, RankFailure
 from sampo_ray.config.run import RunConfig
 from sampo_ray.errors import UserError
 from sampo_ray.internals.ray import failed_health_check
 
-EXCHANGE_ANSWER_S = 60.0
-"""For any call of the exchange; those that wait for something return sooner."""
 WRONG = (UserError, ValueError, TypeError, LookupError, AttributeError, ImportError)
 """Errors of data, settings or code: they would come again."""
-
-
-@dataclass(frozen=True)
-class RankFailure:
-    """Why a rank failed, for the user. `lasting`: it would fail again in the same way if it were tried again."""
-
-    reason: str
-    lasting: bool
 
 
 class RoundAbandoned(Exception):

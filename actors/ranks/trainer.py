@@ -23,8 +23,8 @@ from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from transformers import AutoConfig
 
-from sampo_ray.actors.ranks.exchange import Closed, Exchange, RoundSpec
-from sampo_ray.actors.ranks.failures import EXCHANGE_ANSWER_S, RoundAbandoned, StopOrRestart, failure_of, first_line
+from sampo_ray.actors.ranks.exchange import EXCHANGE_ANSWER_S, Closed, Exchange, RoundSpec
+from sampo_ray.actors.ranks.failures import RoundAbandoned, StopOrRestart, failure_of, first_line
 from sampo_ray.actors.transfer.sending import start_sender
 from sampo_ray.actors.weights.client import find_weight_store
 from sampo_ray.actors.weights.publish import NewVersion, publish_adapters, publish_version
