@@ -121,6 +121,10 @@ def deploy_endpoint(name: str, policy_app: str, store: str, config: ServeConfig,
         try:
             serve.run_many([serve.RunTarget(app, name=name, route_prefix=route)], wait_for_applications_running=False)
             return route
+        except TimeoutError:
+            return (
+                route  # it is deployed; the proxy is not ready after a minute, and `await_endpoint` has more patience
+            )
         except RayServeException as error:
             reason = _cause(error)
     raise EndpointError(f"the endpoint could not be deployed: {reason}")
