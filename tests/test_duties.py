@@ -181,10 +181,14 @@ def test_a_version_that_cannot_go_live_yet_stops_nobody_and_does_so_later(tmp_pa
             assert "another process has held serving.lock" in trouble.reason
             assert policy.loaded.training is not None and policy.loaded.training.id.version == 8
             assert policy.at == 0 and not policy.live.is_steady
+            changed = serving.pin(serving.after(policy.saved(), 7), 0)
+            policy.file.write(changed.model_dump_json().encode())  # as another process does that holds the lock
+            await until(lambda: policy.loaded.live is not None and policy.loaded.live.sequence == 8)
+            await until(lambda: 0 in policy.pins.states)
         await until(lambda: policy.at == 8 and not policy.what)
         assert policy.saved().previous == [0] and policy.live.is_steady
 
-    with_policy(tmp_path, tiny_model, scenario)
+    with_policy(tmp_path, tiny_model, scenario, apps="fleet")
 
 
 def test_a_damaged_serving_json_leaves_what_is_live_and_is_followed_once_it_is_mended(

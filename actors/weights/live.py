@@ -36,6 +36,7 @@ class LivePolicy:
         self._loaded, self._poll, self._pinned, self._lock, self._watch = loaded, poll, pinned, lock, watch
         self.place = Place(loaded.url.rstrip("/").rsplit("/", 1)[0])
         self.serving = Serving()
+        self._carried_out: Serving | None = None
         self._config: ServeConfig | None = None
         self._published = set[int]()
         """Versions that serving.json does not know yet."""
@@ -108,12 +109,15 @@ class LivePolicy:
         self.serving = await asyncio.to_thread(serving.edit_serving, self.place, change, follow, wait_s)
 
     async def _carry_out(self) -> None:
-        """Makes readers, pins and checks follow `serving`."""
+        """Makes readers and pins follow `serving`, unless they do."""
+        if self.serving == self._carried_out:
+            return
         if not self._loaded.is_live(self.serving) and self._loaded.holds(self.serving.live):
             self._loaded.make_live(self.serving)
             await self._poll.announce()
         self._live.wake()
         self._pinned.want(self.place, self._loaded.run, self.serving)
+        self._carried_out = self.serving
 
     async def _follow(self) -> bool:
         """Follows changes of serving.json, and tells it which versions were published."""
@@ -126,9 +130,9 @@ class LivePolicy:
                 await self._edit(lambda state: serving.after(state, before.sequence))
             else:
                 self.serving = now
+            await self._carry_out()  # also where the next line fails
             await self._tell_published()
-            if self.serving != before:
-                await self._carry_out()
+            await self._carry_out()
         return True
 
     async def _tell_published(self) -> None:
