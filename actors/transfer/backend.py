@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
+from tqdm import tqdm
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import (
@@ -291,3 +292,5 @@ class Receiver:
 
 WeightTransferEngineFactory.register_engine(BACKEND, HostWeightTransferEngine)
 init_amx()
+# By default tqdm, with which vLLM shows progress, makes a semaphore: a file in /dev/shm that a killed engine leaves.
+tqdm.set_lock(threading.RLock())

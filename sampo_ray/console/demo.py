@@ -37,7 +37,7 @@ def run_demo(directory: Path, seed: int, keep_serving: bool) -> None:
         stack.enter_context(session.library_output_to(folder / "driver.log"))
         with display.stage("make", None, "model and data"):
             assets = make_demo(folder / "assets", seed)
-        resources = stack.enter_context(session.ray_cluster(display))
+        resources = stack.enter_context(session.ray_cluster(display.note))
         runs = {name: demo_run(folder, name, assets, seed, resources) for name in ROWS}
         with display.stage("start", None, "engines"):
             fleet = stack.enter_context(open_fleet(list(runs.values())[-1], keep_serving))

@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import typer
@@ -71,14 +71,16 @@ def show(recipe: Path | None, overrides: list[str], directory: str | None = None
     config = _resumed(directory, overrides) if directory else _checked(recipe, overrides)
     if config is None:
         return
-    from sampo_ray.internals.ray import gpus_here
     from sampo_ray.loop.validate import check_fit
 
-    gpus, unused = usable_here(gpus_here(), installed())
-    resolved, notes = resolve(config, {"GPU": gpus}, os.cpu_count() or 1)
+    def note(text: str) -> None:
+        typer.echo(f"# {text}")
+
+    with ray_cluster(note) if os.environ.get("RAY_ADDRESS") else contextlib.nullcontext(here(note)) as resources:
+        resolved, notes = resolve(config, resources, os.cpu_count() or 1)
     check_fit(resolved)
-    for note in [*filter(None, [unused]), *notes]:
-        typer.echo(f"# {note}")
+    for each in notes:
+        note(each)
     typer.echo(dump_config(resolved), nl=False)
 
 
@@ -106,7 +108,7 @@ def _run(config: RunConfig, resumed: str | None, keep_serving: bool, check: Chec
     check_port(config.serve)
     with open_display(Console(file=sys.stdout)) as display, contextlib.ExitStack() as stack:
         stack.enter_context(library_output_to(driver_log(config)))
-        config, notes = resolve(config, stack.enter_context(ray_cluster(display)), os.cpu_count() or 1)
+        config, notes = resolve(config, stack.enter_context(ray_cluster(display.note)), os.cpu_count() or 1)
         check_fit(config)
         for note in (*notes, *start_serve(config.serve)):  # what is refused leaves no run directory
             display.note(note)
@@ -145,7 +147,7 @@ def serve(directory: str, overrides: list[str]) -> None:
     check_port(config.serve)
     with open_display(Console(file=sys.stdout)) as display, contextlib.ExitStack() as stack:
         stack.enter_context(library_output_to(driver_log(config)))
-        config, _ = resolve(config, stack.enter_context(ray_cluster(display)), os.cpu_count() or 1)
+        config, _ = resolve(config, stack.enter_context(ray_cluster(display.note)), os.cpu_count() or 1)
         for note in start_serve(config.serve):
             display.note(note)
         with display.stage("start", None, "engine"):
@@ -196,30 +198,41 @@ def library_output_to(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ray_cluster(display: Display) -> Iterator[dict[str, float]]:
+def ray_cluster(note: Callable[[str], None]) -> Iterator[dict[str, float]]:
     """Joins the cluster at RAY_ADDRESS, or starts Ray on this machine; yields its resources. Its logs go to files.
 
-    A Ray of this machine gets its GPUs if what is installed here can use them; the display says so if not.
+    `note` takes a line for the user, if there is one.
     """
     import ray
 
-    from sampo_ray.internals.ray import allow_slow_start, gpus_here, silence_services
+    from sampo_ray.internals.ray import allow_slow_start, silence_services
 
-    has, joins, on_term = installed(), bool(os.environ.get("RAY_ADDRESS")), signal.getsignal(signal.SIGTERM)
-    gpus, unused = usable_here(0 if joins else gpus_here(), has)
-    if unused:
-        display.note(unused)
-    local = {"address": "local", "num_cpus": LOCAL_CPUS, "num_gpus": gpus, "include_dashboard": False}
+    where, on_term = dict[str, object](), signal.getsignal(signal.SIGTERM)
+    if not os.environ.get("RAY_ADDRESS"):
+        found = here(note)
+        where = {"address": "local", "num_cpus": found["CPU"], "num_gpus": found["GPU"], "include_dashboard": False}
     allow_slow_start()
-    ray.init(log_to_driver=False, logging_level=logging.ERROR, namespace="sampo", **({} if joins else local))
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, namespace="sampo", **where)
     signal.signal(signal.SIGTERM, on_term)  # Ray sets a handler of its own
     try:
         resources = dict(ray.cluster_resources())
-        check_cluster(resources.get("GPU", 0), has)
+        check_cluster(resources.get("GPU", 0), installed())
         yield resources
     finally:
         ray.shutdown()
         silence_services()
+
+
+def here(note: Callable[[str], None]) -> dict[str, float]:
+    """Resources of a Ray that is started on this machine for one command. It has the GPUs that what is installed can
+    use; `note` takes a line on others.
+    """
+    from sampo_ray.internals.ray import gpus_here
+
+    gpus, unused = usable_here(gpus_here(), installed())
+    if unused:
+        note(unused)
+    return {"CPU": LOCAL_CPUS, "GPU": gpus}
 
 
 def announce(display: Display, endpoint: str | None) -> None:
