@@ -20,6 +20,8 @@ settings.register_profile("default", deadline=None, suppress_health_check=[Healt
 settings.load_profile("default")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+# Ray starts its workers with niceness 15: next to other work they would get a thirtieth of a core, and time out.
+os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads would wait for each other at every layer of a tiny model
 
 

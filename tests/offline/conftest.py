@@ -112,7 +112,7 @@ def cluster() -> Iterator[Cluster]:
     scratch = tempfile.mkdtemp(prefix="ray-")  # short: socket paths have a limit
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     env |= {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", MARK: scratch}
-    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    env |= {"RAY_worker_niceness": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     running = Cluster(f"http://127.0.0.1:{dashboard}", env)
     ports = [f"--port={gcs}", f"--ray-client-server-port={ray_client}", f"--dashboard-port={dashboard}"]
     try:
