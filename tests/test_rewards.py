@@ -103,6 +103,9 @@ def messages(completions):
 def leaving(completions):
     raise SystemExit(3)
 
+def exhausted(completions):
+    return next(iter([]))
+
 def from_keywords(completions, **columns):
     return [float(columns["answer"] == "4") for _ in completions]
 """
@@ -318,6 +321,12 @@ def test_a_failing_call_is_retried_and_then_its_rewards_are_null(file):
     failing = asyncio.run(worker(file, "failing", retries=1).score(completions(["a", "b"])))
     assert failing["reward"].to_pylist() == [None, None]
     assert failing.schema == SCORES
+
+
+@pytest.mark.parametrize("name", ["leaving", "exhausted"])
+def test_a_call_that_ends_in_an_unusual_way_fails_at_once(file, name):
+    unusual = worker(file, name, retries=0, timeout_s=3600)
+    assert asyncio.run(unusual.score(completions(["a"])))["reward"].to_pylist() == [None]
 
 
 def test_a_call_that_hangs_times_out_and_makes_the_replica_unhealthy_until_it_returns(file):

@@ -143,6 +143,9 @@ class RewardWorker:
         def work() -> None:
             try:
                 outcome = functools.partial(answer.set_result, call())
+            except (StopIteration, SystemExit) as error:  # which a future cannot hold
+                stopped = RuntimeError(f"{type(error).__name__} in the reward source")
+                outcome = functools.partial(answer.set_exception, stopped)
             except Exception as error:  # raised by the waiting request
                 outcome = functools.partial(answer.set_exception, error)
             loop.call_soon_threadsafe(finish, outcome)
