@@ -23,6 +23,7 @@ from rich.console import Console
 
 import sampo_ray
 from sampo_ray.config.run import RunConfig, load_config
+from sampo_ray.data.records import is_here
 from sampo_ray.errors import ConfigError, SubmitError
 from sampo_ray.internals.ray import LimitedJobClient
 
@@ -80,7 +81,7 @@ def check_reachable(config: RunConfig) -> None:
         "serve.keys_file": config.serve.keys_file,
     }
     for field, value in named.items():
-        if value and "://" not in value and not os.path.isabs(value) and os.path.exists(value):
+        if value and "://" not in value and not os.path.isabs(value) and is_here(value):
             raise ConfigError(
                 f"{field}={value!r} is a relative path on this machine, which the cluster does not see; "
                 "use a hub name, a URL or an absolute path on storage that the whole cluster shares"

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sampo_ray.config.run import load_config
+from sampo_ray.data.records import is_here
 from sampo_ray.errors import ConfigError, DataError, RunLostError
 from sampo_ray.run import lock
 from sampo_ray.run.directory import create_run, open_run
@@ -363,6 +364,10 @@ def test_paths_of_a_recipe_hold_in_any_working_directory(tmp_path, monkeypatch):
         "run": {"dir": "run"},
     }
     config = create_run(load_config(tree)).config
+    assert is_here("model:train") and not is_here("org/name:train") and not is_here("s3://bucket/a*.jsonl")
+    for source in ("model:train", "model/*/a-?.jsonl", "*.jsonl"):
+        found = create_run(load_config(tree, [f"data.train='{source}'", f"run.dir=run-{len(source)}"])).config.data.train
+        assert found == str(tmp_path / source)
     assert config.model.path == str(tmp_path / "model")
     assert config.data.train == str(tmp_path / "pairs.jsonl") and config.data.prompts == "org/on-the-hub"
     assert config.reward.function == f"{tmp_path / 'judge.py'}:reward"

@@ -71,6 +71,19 @@ def fingerprint(source: str) -> str:
     return digest.hexdigest()
 
 
+def is_here(source: str) -> bool:
+    """Whether a source names something on this machine: a path, a pattern in a folder, or a folder with a split."""
+    if has_magic(source):
+        return Path(_before_magic(source) or ".").is_dir()
+    folder, _, _ = source.rpartition(":")
+    return Path(source).exists() or bool(folder and Path(folder).is_dir())
+
+
+def _before_magic(pattern: str) -> str:
+    """The folder that holds all that a pattern matches."""
+    return re.split(r"[*?\[]", pattern, maxsplit=1)[0].rpartition("/")[0]
+
+
 @dataclass(frozen=True)
 class _Files:
     """The files of a source; `hub` is the name of the hub's dataset that has them."""
@@ -103,8 +116,7 @@ def _open(source: str) -> _Files | _Dataset:
         return saved
     fs, path = url_to_fs(source)
     if has_magic(source):
-        root = re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0]
-        return _Files(fs, root, _readable(source, sorted(fs.glob(path))))
+        return _Files(fs, _before_magic(path), _readable(source, sorted(fs.glob(path))))
     if _FILE.search(path):
         if fs.exists(path):
             return _Files(fs, path, [path])

@@ -26,6 +26,7 @@ import yaml
 from pydantic import BaseModel
 
 from sampo_ray.config.run import RunConfig, load_config
+from sampo_ray.data.records import is_here
 from sampo_ray.errors import ConfigError
 from sampo_ray.run.lines import append
 from sampo_ray.run.lock import Check
@@ -108,7 +109,7 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     tree = config.model_dump()
     for section, field in PATHS:
         named = tree[section][field]
-        if named and (Path(named).exists() or ("*" in named and Path(named).parent.is_dir())):
+        if named and is_here(named):
             tree[section][field] = absolute(named)
     file, colon, function = (tree["reward"]["function"] or "").rpartition(":")
     if file.endswith(".py") and Path(file).exists():
