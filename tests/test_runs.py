@@ -366,7 +366,9 @@ def test_paths_of_a_recipe_hold_in_any_working_directory(tmp_path, monkeypatch):
     config = create_run(load_config(tree)).config
     assert is_here("model:train") and not is_here("org/name:train") and not is_here("s3://bucket/a*.jsonl")
     for source in ("model:train", "model/*/a-?.jsonl", "*.jsonl"):
-        found = create_run(load_config(tree, [f"data.train='{source}'", f"run.dir=run-{len(source)}"])).config.data.train
+        found = create_run(
+            load_config(tree, [f"data.train='{source}'", f"run.dir=run-{len(source)}"])
+        ).config.data.train
         assert found == str(tmp_path / source)
     assert config.model.path == str(tmp_path / "model")
     assert config.data.train == str(tmp_path / "pairs.jsonl") and config.data.prompts == "org/on-the-hub"
