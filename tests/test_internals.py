@@ -107,6 +107,43 @@ def test_ray_serves_engine_loads_an_adapter_by_name_and_local_path() -> None:
     assert "lora_name=disk_lora_model.model_id" in source and "lora_path=disk_lora_model.local_path" in source
 
 
+def test_vllms_kernels_for_cpus_take_the_last_slot_for_a_token_without_adapter() -> None:
+    """If this fails, vLLM may have mended it; then AdaptersBesideBase need not add a slot."""
+    from vllm.lora.ops.torch_ops import bgmv_shrink
+
+    slots = torch.tensor([[[1.0]], [[2.0]], [[3.0]]])
+    y = torch.zeros(2, 1)
+    bgmv_shrink(torch.ones(2, 1), slots, y, torch.tensor([0, -1]))
+    assert y.flatten().tolist() == [1.0, 3.0], vllm()
+
+
+def test_vllms_kernels_for_gpus_return_before_they_read_a_weight_for_a_token_without_adapter() -> None:
+    import vllm.lora.ops as ops
+
+    for kernel in ("lora_shrink_op", "lora_expand_op"):
+        source = (Path(ops.__path__[0]) / "triton_ops" / f"{kernel}.py").read_text()
+        exits = source.index("if lora_id == -1:")
+        assert "return" in source[exits : exits + 120] and exits < source.index("\n    do_"), f"{kernel}: {vllm()}"
+
+
+def test_vllm_creates_the_slots_of_layers_and_counts_those_of_adapters_by_one_property() -> None:
+    from vllm.lora import model_manager, worker_manager
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    from sampo_ray.internals.vllm import AdaptersBesideBase, keep_base_beside_adapters
+
+    manager = model_manager.LoRAModelManager
+    create = inspect.getsource(manager._create_lora_modules)
+    assert create.count("self.lora_slots,") == 2 and "self._match_target_modules(" in create, vllm()
+    assert "[None] * self.lora_slots" in inspect.getsource(manager.__init__), vllm()
+    assert "self.model.lora_manager = self" in inspect.getsource(manager.__init__), vllm()
+    assert issubclass(ParallelLMHead, VocabParallelEmbedding), vllm()
+    keep_base_beside_adapters()
+    workers = worker_manager.LRUCacheWorkerLoRAManager
+    assert workers._manager_cls is AdaptersBesideBase, vllm()
+    assert "lora_manager_cls=self._manager_cls" in inspect.getsource(workers.create_lora_manager), vllm()
+
+
 def test_vllm_says_how_many_tokens_each_request_has() -> None:
     from vllm.v1.engine import detokenizer, output_processor
 

@@ -32,7 +32,7 @@ from sampo_ray.actors.transfer.backend import BACKEND
 from sampo_ray.config.sections import GeneratorsConfig
 from sampo_ray.data.chat import ChatFormat
 from sampo_ray.data.tools import tool_arguments
-from sampo_ray.errors import ConfigError
+from sampo_ray.errors import ConfigError, WeightsError
 from sampo_ray.internals.serve_llm import EngineServer, use_local_folders
 from sampo_ray.internals.torch import cpu_has_bf16
 from sampo_ray.internals.vllm import check_constraints, constraint_trial, requests_in_flight
@@ -41,6 +41,10 @@ from sampo_ray.run.versions import WeightsId, adapter_folder, read_info
 
 HEALTH_PERIOD_S = 0.2
 ANY_POSITION = LivePosition()
+NOT_KEPT = (
+    "this vLLM would answer requests for a version with the weights of an adapter on it, so that no adapter is served; "
+    "install a version of vLLM that requirements/ names"
+)
 
 
 class PolicyServer(EngineServer):
@@ -56,6 +60,8 @@ class PolicyServer(EngineServer):
         self._adapters, self._loading_adapter = set[str](), asyncio.Lock()
         await super().__init__(llm_config)
         check_constraints(self.client, Constraints(lambda: constraint_trial(self.client)).check)
+        if source.adapters and not all(await self.client.collective_rpc("base_is_kept")):
+            raise WeightsError(NOT_KEPT)
         self._gate, self._answers = RequestGate(), AnswersInFlight()
         self._weights = ReplicaWeights(self.client, source, self._gate, self._answers)
         self._rollouts = Rollouts(self.client, self._weights, self._gate, ChatFormat.load(chat_folder, "tokenizer"))

@@ -39,7 +39,7 @@ from sampo_ray.actors.transfer.spare_weights import SpareWeights
 from sampo_ray.actors.transfer.transport import BroadcastReceiver, IpcReceiver, TransportReceiver, side_stream
 from sampo_ray.actors.weights.client import Weights, throttle
 from sampo_ray.internals.torch import init_amx
-from sampo_ray.internals.vllm import pack_heads
+from sampo_ray.internals.vllm import base_is_kept, keep_base_beside_adapters, pack_heads
 from sampo_ray.run.buckets import Bucket, TensorSpec, joined, verify, views
 
 logger = logging.getLogger("ray.serve")
@@ -136,6 +136,10 @@ class WorkerExtension:
     def release_weights(self) -> None:
         """Frees what the last weight update has replaced; that would take too long in the pause."""
         self.weight_transfer_engine.release()
+
+    def base_is_kept(self) -> bool:
+        """Whether adapters leave requests without one alone; for engines with adapters."""
+        return base_is_kept(self.weight_transfer_engine.model)
 
 
 @dataclass
@@ -292,5 +296,6 @@ class Receiver:
 
 WeightTransferEngineFactory.register_engine(BACKEND, HostWeightTransferEngine)
 init_amx()
+keep_base_beside_adapters()
 # By default tqdm, with which vLLM shows progress, makes a semaphore: a file in /dev/shm that a killed engine leaves.
 tqdm.set_lock(threading.RLock())

@@ -1,4 +1,6 @@
-"""vLLM's undocumented interfaces, checked with vllm 0.29.0: the state of an engine's requests, and of loaded layers."""
+"""vLLM's undocumented interfaces, checked with vllm 0.29.0: the state of an engine's requests, of loaded layers, and of
+LoRA adapters beside their base.
+"""
 
 import contextlib
 import copy
@@ -8,12 +10,15 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from vllm.lora.model_manager import LRUCacheLoRAModelManager
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
 from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
 from vllm.outputs import RequestOutput
+from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -122,3 +127,51 @@ def pack_heads(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ParallelLMHead):
             module.quant_method.process_weights_after_loading(module)
+
+
+class AdaptersBesideBase(LRUCacheLoRAModelManager):
+    """vLLM's adapters on a CPU: each layer has one slot more, the last, which stays zero, and the head has none at all.
+
+    A token without an adapter has slot -1. vLLM 0.29's kernels for CPUs index with it (`lora/ops/torch_ops`), so that
+    requests without an adapter get that of the last slot when any other request of their batch has one. On GPUs the
+    Triton kernels return for -1 before they read a weight (`lora/ops/triton_ops`: lora_shrink_op.py, lora_expand_op.py,
+    fused_moe_lora_op.py). A head with adapters fails on a CPU at log-probs of a prompt that is not alone in its batch
+    ("einsum(): subscript b ..."), which ends the engine. Reaches `_create_lora_modules`, `lora_slots` and
+    `_match_target_modules`.
+    """
+
+    _more_slots = 0
+
+    @property
+    def lora_slots(self) -> int:
+        return super().lora_slots + self._more_slots
+
+    def _create_lora_modules(self) -> None:
+        self._more_slots = 1
+        try:
+            super()._create_lora_modules()
+        finally:
+            self._more_slots = 0
+
+    def _match_target_modules(self, module_name: str, module: nn.Module) -> bool:
+        return super()._match_target_modules(module_name, module) and not isinstance(module, VocabParallelEmbedding)
+
+
+def keep_base_beside_adapters() -> None:
+    """Has engines that this process loads from now on answer requests without an adapter with the base's weights,
+    whatever shares their batch. Reaches `LRUCacheWorkerLoRAManager._manager_cls`.
+    """
+    if current_platform.is_cpu():
+        LRUCacheWorkerLoRAManager._manager_cls = AdaptersBesideBase
+
+
+def base_is_kept(model: nn.Module) -> bool:
+    """Whether requests without an adapter get the weights of the base, by the state of a loaded engine's model. Reaches
+    `lora_manager` of the model, its `modules` and their stacked weights, and its `punica_wrapper_mapping`.
+    """
+    manager: Any = model.lora_manager
+    if not current_platform.is_cpu():
+        return {type(each).__name__ for each in manager.punica_wrapper_mapping.values()} == {"PunicaWrapperGPU"}
+    layers = manager.modules.values()
+    stacks = [stack for layer in layers for side in (layer.lora_a_stacked, layer.lora_b_stacked) for stack in side]
+    return bool(stacks) and all(len(each) == manager.lora_slots + 1 and not each[-1].any() for each in stacks)
