@@ -1,6 +1,5 @@
 """Which version is live: the pure state, its file, and the commands on it."""
 
-import json
 import threading
 import time
 
@@ -14,8 +13,7 @@ from sampo_ray.actors.weights.gates import Probe, judge, win_rate
 from sampo_ray.actors.weights.pinned import adapter_ranks, pinned_app
 from sampo_ray.config.run import load_config
 from sampo_ray.config.serving import GatesConfig, ServeConfig
-from sampo_ray.console.versions import rank_of
-from sampo_ray.errors import ConfigError, VersionError
+from sampo_ray.errors import VersionError
 from sampo_ray.run import commands, serving, versions
 from sampo_ray.run.directory import create_run
 from sampo_ray.run.manifest import lineage
@@ -156,18 +154,6 @@ def test_a_version_of_adapters_alone_is_pinned_on_its_base():
         serving.unpin(state, 8)
     state = commands.apply(state, infos, commands.Unpin("5"))
     assert (state.adapters, serving.unpin(state, 0).pinned) == ({}, [])
-
-
-def test_only_adapters_that_can_be_served_are_taken(tmp_path):
-    (tmp_path / "adapter_model.safetensors").touch()
-    with pytest.raises(ConfigError, match="adapter_config.json is missing"):
-        rank_of(str(tmp_path))
-    for config in ({"peft_type": "IA3", "r": 8}, {"peft_type": "LORA", "r": 1024}, {"peft_type": "LORA", "r": "8"}):
-        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-        with pytest.raises(ConfigError, match="only LoRA adapters"):
-            rank_of(str(tmp_path))
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8}))
-    assert rank_of(str(tmp_path)) == 8
 
 
 def test_a_run_that_is_taken_up_again_serves_what_is_durable():

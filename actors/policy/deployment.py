@@ -15,6 +15,7 @@ from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionReq
 from vllm.tool_parsers import ToolParserManager
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from sampo_ray.actors.policy.adapters import ReplicaAdapters
 from sampo_ray.actors.policy.answers import Rollouts, answer_items, with_progress, with_progress_between
 from sampo_ray.actors.policy.constraints import Constraints
 from sampo_ray.actors.policy.lifecycle import (
@@ -37,7 +38,7 @@ from sampo_ray.internals.serve_llm import EngineServer, use_local_folders
 from sampo_ray.internals.torch import cpu_has_bf16
 from sampo_ray.internals.vllm import check_constraints, constraint_trial, requests_in_flight
 from sampo_ray.run.storage import Place
-from sampo_ray.run.versions import WeightsId, adapter_folder, read_info
+from sampo_ray.run.versions import WeightsId, read_info
 
 HEALTH_PERIOD_S = 0.2
 ANY_POSITION = LivePosition()
@@ -57,11 +58,12 @@ class PolicyServer(EngineServer):
         chat_folder = await asyncio.to_thread(local_folder, chat_folder)
         model_folder = await asyncio.to_thread(local_folder, llm_config.model_loading_config.model_source)
         use_local_folders(llm_config, model_folder, chat_folder)
-        self._adapters, self._loading_adapter = set[str](), asyncio.Lock()
         await super().__init__(llm_config)
         check_constraints(self.client, Constraints(lambda: constraint_trial(self.client)).check)
         if source.adapters and not all(await self.client.collective_rpc("base_is_kept")):
             raise WeightsError(NOT_KEPT)
+        run = Place(source.adapters or "")
+        self._adapters = ReplicaAdapters(run, self.load_adapter, self.unload_adapter) if source.adapters else None
         self._gate, self._answers = RequestGate(), AnswersInFlight()
         self._weights = ReplicaWeights(self.client, source, self._gate, self._answers)
         self._rollouts = Rollouts(self.client, self._weights, self._gate, ChatFormat.load(chat_folder, "tokenizer"))
@@ -72,6 +74,7 @@ class PolicyServer(EngineServer):
         else:
             self._weights.pin(LoadedWeights(source.pinned, await asyncio.to_thread(read_info, model_folder), swaps=1))
         work = [self._watch()] if source.pinned else [self._watch(), self._weights.follow()]
+        work += [self._adapters.follow()] if self._adapters else []
         self._tasks = [end_process_with(asyncio.create_task(each)) for each in work]
 
     async def generate(self, prompts: pa.Table, rows: Sequence[int], request: RolloutRequest) -> pa.Table:
@@ -119,9 +122,7 @@ class PolicyServer(EngineServer):
         at_least: LivePosition,
     ) -> AsyncGenerator[AnswerItem, None]:
         await self._weights.wait_until_at(at_least)
-        if request.model != self.model_id and self._source.adapters:
-            await self._require_adapter(self._source.adapters, request.model)
-        async with self._gate.request():
+        async with self._adapter(request.model), self._gate.request():
             weights = self._weights_of(request.model)
             request.cache_salt = f"{weights.salt}/{request.cache_salt or ''}"
             request.request_id = os.urandom(16).hex()  # a user's may not be unique, and a request may come again
@@ -138,17 +139,16 @@ class PolicyServer(EngineServer):
         so_far = TokensSoFar()
         return lambda: so_far.update(tokens_by_choice(request_id, requests_in_flight(self.client)))
 
-    async def _require_adapter(self, run: str, model: str) -> None:
-        async with self._loading_adapter:
-            if model not in self._adapters:
-                folder = adapter_folder(run, model.partition("@")[2])
-                await self.load_adapter(model, await asyncio.to_thread(local_folder, folder))
-                self._adapters.add(model)
+    def _adapter(self, model: str) -> contextlib.AbstractAsyncContextManager[None]:
+        """Around a request for this model name."""
+        if self._adapters is None or model == self.model_id:
+            return contextlib.nullcontext()
+        return self._adapters.using(model)
 
     def _weights_of(self, model: str) -> LoadedWeights:
         """What answers for a model name: the weights held, or a version of adapters alone on them."""
         name, loaded = model.partition("@")[2], self._weights.loaded
-        if not self._source.adapters or not name.isdecimal():
+        if self._adapters is None or not name.isdecimal():
             return loaded
         return replace(loaded, id=WeightsId(loaded.id.run, int(name)))
 

@@ -1,6 +1,5 @@
 """`sampo versions` and the commands that change serving.json, which the process that serves the run follows at once."""
 
-import json
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +17,6 @@ adapters = typer.Typer(help=ADAPTER_HELP, no_args_is_help=True)
 app.add_typer(adapters, name="adapter")
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The run directory.")]
 VersionArgument = Annotated[str, typer.Argument(metavar="VERSION", help="A number, or a label such as round-2.")]
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 
 @app.command()
@@ -95,54 +93,43 @@ def add_adapter(
 ) -> None:
     """Copies an adapter into the run directory and serves it."""
     from sampo_ray.errors import VersionError
-    from sampo_ray.run.serving import Adapter, add_adapter, all_labels, edit_serving, read_serving
-    from sampo_ray.run.storage import Place, absolute
-    from sampo_ray.run.versions import adapter_folder, find
+    from sampo_ray.run.adapters import read_adapter
+    from sampo_ray.run.serving import (
+        Adapter,
+        add_adapter,
+        all_labels,
+        check_adapter_name,
+        edit_serving,
+        read_serving,
+    )
+    from sampo_ray.run.versions import find, version_folder
 
     place, infos, follow = opened(run)
     state = read_serving(place, follow)
-    adapter = Adapter(base=find(base, all_labels(state, infos)), rank=rank_of(folder))
-    if infos[adapter.base].adapters:
-        raise VersionError(f"version {adapter.base} is adapters itself; name a version that is a whole model")
-    add_adapter(state, name, adapter)  # refused before anything is copied
-    target = Place(adapter_folder(place.url, name))
-    if target.names():
-        raise VersionError(f"{target.url} exists; choose another name, or remove it")
-    with target.draft() as draft:
-        for file in ADAPTER_FILES:
-            (draft / file).write_bytes(Place(absolute(folder)).at(file).read())
-        target.take(draft)
+    version = find(base, all_labels(state, infos))
+    if infos[version].adapters:
+        raise VersionError(f"version {version} is adapters itself; name a version that is a whole model")
+    check_adapter_name(state, name)
+    plain = read_adapter(folder, version_folder(place.at("versions").url, version))
+    plain.write(place)
+    adapter = Adapter(base=version, rank=plain.rank, content=plain.content)
     edit_serving(place, lambda now: add_adapter(now, name, adapter), follow)
-    typer.echo(f"policy@{name}: served on version {adapter.base}, which is pinned for it")
+    typer.echo(f"policy@{name}: served on version {version}, which is pinned for it")
 
 
 @adapters.command("remove")
 def remove_adapter(run: RunArgument, name: Annotated[str, typer.Argument()]) -> None:
     """Stops serving an adapter and removes it from the run directory."""
-    from sampo_ray.run.serving import edit_serving, remove_adapter
+    from sampo_ray.run.serving import edit_serving, read_serving, remove_adapter
     from sampo_ray.run.storage import Place
     from sampo_ray.run.versions import adapter_folder
 
     place, _, follow = opened(run)
-    edit_serving(place, lambda now: remove_adapter(now, name), follow)
-    Place(adapter_folder(place.url, name)).remove()
+    removed = read_serving(place, follow).adapters.get(name)
+    left = edit_serving(place, lambda now: remove_adapter(now, name), follow).adapters.values()
+    if removed and removed.content not in {adapter.content for adapter in left if adapter.content}:
+        Place(adapter_folder(place.url, name, removed.content)).remove()
     typer.echo(f"policy@{name} is no longer served")
-
-
-def rank_of(folder: str) -> int:
-    """The rank of a LoRA adapter in peft's format; ConfigError when it is none that could be served."""
-    from sampo_ray.errors import ConfigError
-    from sampo_ray.run.storage import Place, absolute
-
-    place = Place(absolute(folder))
-    for file in ADAPTER_FILES:
-        if not place.at(file).exists():
-            raise ConfigError(f"{folder!r} holds no adapter of peft ({file} is missing); save one with save_pretrained")
-    config = json.loads(place.at("adapter_config.json").read())
-    rank, kind = config.get("r"), config.get("peft_type")
-    if kind != "LORA" or not isinstance(rank, int) or not 0 < rank <= 512 or config.get("modules_to_save"):
-        raise ConfigError(f"{folder!r}: only LoRA adapters of rank 1 to 512, without modules_to_save, can be served")
-    return rank
 
 
 def carry_out(run: str, command: "Command") -> None:

@@ -8,6 +8,7 @@ from ray.serve.llm import LLMConfig, LLMServer
 from ray.util.placement_group import PlacementGroup
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
 from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -64,6 +65,13 @@ class EngineServer(LLMServer):
         """Makes the LoRA adapter in a local folder known to the engine as `name`. Reaches DiskMultiplexConfig."""
         lora = DiskMultiplexConfig(model_id=name, local_path=folder, lora_assigned_int_id=0, max_total_tokens=None)
         await self.engine.resolve_lora(lora)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Frees an adapter that no request uses. Reaches `VLLMEngine._oai_models`."""
+        models = self.engine._oai_models
+        number = models.lora_requests[name].lora_int_id
+        await models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name))
+        await self.client.remove_lora(number)
 
 
 def use_local_folders(config: LLMConfig, model: str, tokenizer: str) -> None:

@@ -33,10 +33,12 @@ LOCK_SECONDS = 30.0
 
 
 class Adapter(BaseModel):
-    """A LoRA adapter (peft) in `adapters/<name>/`, or a version of adapters alone, served by replicas of `base`."""
+    """A LoRA adapter in `adapters/<content>/`, or a version of adapters alone, served by replicas of `base`."""
 
     base: int
     rank: int
+    content: str = Field("", pattern=r"^([0-9a-f]{32})?$")
+    """A checksum of its weights; "" for a version of adapters alone."""
 
 
 class VersionEntry(VersionInfo):
@@ -223,10 +225,15 @@ def adapters_on(state: Serving, version: int) -> dict[str, Adapter]:
 
 def add_adapter(state: Serving, name: str, adapter: Adapter) -> Serving:
     """Serves an adapter as `policy@NAME` on its base version, which is pinned for it."""
+    check_adapter_name(state, name)
+    return pin(state, adapter.base).model_copy(update={"adapters": {**state.adapters, name: adapter}})
+
+
+def check_adapter_name(state: Serving, name: str) -> None:
+    """VersionError for a name that an adapter cannot have, since something else is served under it or may be."""
     _check_label(name)
     if name in state.labels or name in state.adapters:
         raise VersionError(f"the name {name!r} is taken; choose another, or remove what has it")
-    return pin(state, adapter.base).model_copy(update={"adapters": {**state.adapters, name: adapter}})
 
 
 def remove_adapter(state: Serving, name: str) -> Serving:

@@ -65,7 +65,9 @@ class VersionInfo(BaseModel):
 
 
 NAME = re.compile(r"[a-z][a-z0-9._-]{0,63}")
-"""Names that users give: of labels and adapters. An adapter's is the name of its folder."""
+"""Names that users give: of labels and adapters."""
+CONTENT = re.compile(r"([0-9a-f]{32})?")
+"""What tells an adapter from others: a checksum of its weights; "" for a version of adapters alone."""
 
 
 def version_folder(versions_url: str, version: int) -> str:
@@ -94,15 +96,27 @@ def is_version_number(name: str) -> bool:
     return name.isascii() and name.isdecimal() and len(name) <= 12
 
 
-def adapter_folder(run_url: str, name: str) -> str:
-    """The folder of an adapter in a run directory: a user's by its name, a version of adapters alone by its number.
-    VersionError for what is neither, which could lead anywhere."""
+def adapter_folder(run_url: str, name: str, content: str = "") -> str:
+    """The folder of an adapter in a run directory: a user's by its content (those added before adapters had one: by its
+    name), a version of adapters alone by its number. VersionError for what is none of them, which could lead anywhere.
+    """
     run = run_url.rstrip("/")
     if is_version_number(name):
         return version_folder(f"{run}/versions", int(name))
-    if not NAME.fullmatch(name):
+    if not NAME.fullmatch(name) or not CONTENT.fullmatch(content):
         raise VersionError(f"{name!r} is no name of an adapter")
-    return f"{run}/adapters/{name}"
+    return f"{run}/adapters/{content or name}"
+
+
+def adapter_model(name: str, content: str) -> str:
+    """The name that engines know an adapter by."""
+    return f"policy@{name}#{content}" if content else f"policy@{name}"
+
+
+def adapter_of_model(model: str) -> tuple[str, str]:
+    """The name and the content of the adapter that engines know as `model`."""
+    name, _, content = model.partition("@")[2].partition("#")
+    return name, content
 
 
 def labels_of(round: int, step: int, last: bool, rounds: int) -> list[str]:

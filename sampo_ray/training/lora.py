@@ -69,17 +69,30 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
+def adaptable_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """The linear layers that adapters may be on, by name: all but the head and what shares weights with the embeddings.
+
+    Engines do not serve adapters on these and, where head and embeddings are one tensor, a merge changes both.
+    """
+    ends = [end for end in (model.get_output_embeddings(), model.get_input_embeddings()) if end is not None]
+    weights = {id(end.weight) for end in ends}
+    linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    return {name: each for name, each in linear.items() if each not in ends and id(each.weight) not in weights}
+
+
 def _targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
     """Names of the layers that get adapters."""
-    head = model.get_output_embeddings()
-    linear = [name for name, module in model.named_modules() if type(module) is nn.Linear and module is not head]
+    layers = list(adaptable_layers(model))
     if config.targets == "all-linear":
-        return linear
-    found = {target: [name for name in linear if f".{name}".endswith(f".{target}")] for target in config.targets}
+        return layers
+    found = {target: [name for name in layers if f".{name}".endswith(f".{target}")] for target in config.targets}
     for target, names in found.items():
         if not names:
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-            raise ConfigError(f"model.lora.targets: {target!r} names no linear layer of this model; it has {known}")
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+            raise ConfigError(
+                f"model.lora.targets: {target!r} names no linear layer between embeddings and head, where adapters "
+                f"are; this model has {known}"
+            )
     return [name for names in found.values() for name in names]
 
 
