@@ -9,12 +9,12 @@ from typing import Any
 from ray.exceptions import RayError, RayTaskError
 
 from sampo_ray.actors.weights.client import CommandAnswer, StoreState, find_weight_store
-from sampo_ray.actors.weights.pinned import adapter_ranks, pinned_app
+from sampo_ray.actors.weights.pinned import pinned_app, pins_of
 from sampo_ray.errors import VersionError
 from sampo_ray.run.commands import Command
-from sampo_ray.run.serving import carrier
+from sampo_ray.run.report import PinName
 from sampo_ray.run.storage import Place
-from sampo_ray.run.versions import find
+from sampo_ray.run.versions import adapter_model, find
 from sampo_ray.serve.cached import CachedRead
 from sampo_ray.serve.errors import ApiError, unavailable
 
@@ -87,21 +87,19 @@ class Catalogue:
             return live
         base, _, name = str(model).partition("@")
         state = await self.state()
-        serving = state.serving
+        serving, pins = state.serving, pins_of(state.serving)
 
-        def app_of(version: int) -> str:
-            return pinned_app(state.apps, state.run, version, adapter_ranks(serving)[version])
+        def app_of(pinned: PinName) -> str:
+            _require_up(pinned, state)
+            return pinned_app(state.apps, state.run, pins[pinned])
 
         if base == MODEL and name in serving.named_adapters:
-            version = serving.named_adapters[name].base
-            _require_up(version, state)
-            return Target(app_of(version), f"{MODEL}@{name}", version)
+            adapter = serving.named_adapters[name]
+            return Target(app_of(name), adapter_model(name, adapter.content), adapter.base)
         version = _find(str(model), state)
-        held = carrier(serving, version)
-        is_live, is_pinned = version == serving.live, held in serving.pinned
-        if is_pinned and not (is_live and state.pin(held).state != "pinned"):
-            _require_up(held, state)
-            return Target(app_of(held), f"{MODEL}@{version}", version)
+        is_live = version == serving.live
+        if version in pins and not (is_live and state.pin(version).state != "pinned"):
+            return Target(app_of(version), f"{MODEL}@{version}", version)
         if is_live:
             return Target(self._policy_app, MODEL, version)
         raise _no_model(f"version {version} is kept but not pinned; an admin can pin it", state)
@@ -117,7 +115,7 @@ class Catalogue:
         adapters = [
             self._card(f"{MODEL}@{name}", {**about[adapter.base], "adapter": name, "state": "pinned"})
             for name, adapter in state.serving.named_adapters.items()
-            if adapter.base in about and state.pin(adapter.base).state == "pinned"
+            if adapter.base in about and state.pin(name).state == "pinned"
         ]
         return [*live, *versions, *adapters]
 
@@ -150,14 +148,15 @@ def served_names(state: StoreState) -> list[str]:
     for entry in state.versions:
         if entry.state in ("live", "pinned"):
             names += [f"{MODEL}@{name}" for name in (entry.version, *entry.labels)]
-    up = [name for name, adapter in serving.named_adapters.items() if state.pin(adapter.base).state == "pinned"]
+    up = [name for name in serving.named_adapters if state.pin(name).state == "pinned"]
     return [*names, *(f"{MODEL}@{name}" for name in up)]
 
 
-def _require_up(version: int, state: StoreState) -> None:
-    """ApiError (503) when the application of a pinned version fails; one that starts is waited for."""
-    if state.pin(version).state == "failing":
-        raise unavailable(f"version {version} is pinned, but does not start; an admin finds why in /admin/versions")
+def _require_up(name: PinName, state: StoreState) -> None:
+    """ApiError (503) when the application of a pinned version or an adapter fails; one that starts is waited for."""
+    if state.pin(name).state == "failing":
+        what = "adapter" if isinstance(name, str) else "version"
+        raise unavailable(f"{what} {name} is pinned, but does not start; an admin finds why in /admin/versions")
 
 
 def _unanswered(id: str) -> ApiError:

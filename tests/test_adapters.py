@@ -3,29 +3,43 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from ray import serve
+from ray.serve.llm.openai_api_models import CompletionRequest
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from sampo_ray.actors.policy.adapters import ReplicaAdapters
+from sampo_ray.actors.policy.deployment import SLOTS, policy_deployment
+from sampo_ray.actors.policy.messages import Chunks
+from sampo_ray.actors.policy.replica_weights import WeightsSource
+from sampo_ray.config.run import load_config
+from sampo_ray.config.sections import GeneratorsConfig
 from sampo_ray.console.demo_task import tiny_llama, tiny_tokenizer
+from sampo_ray.console.main import app
+from sampo_ray.data.chat import ChatFormat
 from sampo_ray.errors import ConfigError, WeightsError
 from sampo_ray.run.adapters import MAX_RANK, READ, SETTINGS, UNCHANGING, WEIGHTS, PlainAdapter, read_adapter
-from sampo_ray.run.serving import Adapter, add_adapter, edit_serving, remove_adapter
+from sampo_ray.run.directory import create_run
+from sampo_ray.run.serving import Adapter, add_adapter, edit_serving, read_serving, remove_adapter
 from sampo_ray.run.storage import Place
-from sampo_ray.run.versions import adapter_model
+from sampo_ray.run.version_files import write_version
+from sampo_ray.run.versions import VersionInfo, WeightsId, adapter_model, version_folder
 from sampo_ray.training.lora import MATRICES, adaptable_layers, file_name
 from tests.conftest import TEXTS
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 TOKENS = torch.arange(5, 45)[None]
+TOLERANCE = 0.1  # of log-probs: bf16 in the engine, fp32 in peft
 
 
 def save_adapter(base: Path, folder: Path, seed: int = 0, strength: float = 0.3, **settings: Any) -> Path:
@@ -41,12 +55,12 @@ def save_adapter(base: Path, folder: Path, seed: int = 0, strength: float = 0.3,
     return folder
 
 
-def logits_of(base: Path, adapter: Path | None) -> torch.Tensor:
+def logits_of(base: Path, adapter: Path | None, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
     model: nn.Module = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if adapter:
         model = PeftModel.from_pretrained(model, adapter)
     with torch.no_grad():
-        return model.eval()(TOKENS).logits
+        return model.eval()(tokens).logits
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
@@ -238,3 +252,123 @@ def test_an_adapter_that_is_added_again_is_loaded_anew_and_a_removed_one_is_unlo
     assert engine.loaded == {other: b"other", new: b"new"}
     with pytest.raises(WeightsError, match="not in the run any more"):
         asyncio.run(ask(adapter_model("tune", "0" * 32)))
+
+
+def sampo(*arguments: object) -> str:
+    """What a command prints, on one line."""
+    return " ".join(CliRunner().invoke(app, [str(argument) for argument in arguments]).output.split())
+
+
+def test_the_command_keeps_an_adapter_by_its_content_and_removes_what_no_name_has(tiny_model, tmp_path):
+    run = create_run(
+        load_config({"model": {"path": str(tiny_model)}, "data": {"train": "d"}, "run": {"dir": str(tmp_path / "run")}})
+    ).place
+    weights = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
+    info = VersionInfo(version=0, round=0, step=0)
+    write_version(version_folder(run.at("versions").url, 0), weights.items(), str(tiny_model), info)
+    good, dora = (save_adapter(tiny_model, tmp_path / str(on), use_dora=on) for on in (False, True))
+    for name in ("tune", "same"):
+        assert f"policy@{name}: served on version 0" in sampo("adapter", "add", run.url, good, name)
+    assert "the name 'tune' is taken" in sampo("adapter", "add", run.url, good, "tune")
+    assert "use_dora=True cannot be served" in sampo("adapter", "add", run.url, dora, "dora")
+    kept = read_adapter(str(good), str(tiny_model))
+    assert {name: adapter.content for name, adapter in read_serving(run).adapters.items()} == {
+        "tune": kept.content,
+        "same": kept.content,
+    }
+    assert run.at("adapters").names() == [kept.content]
+    assert run.at("adapters", kept.content).names() == [SETTINGS, WEIGHTS]
+    sampo("adapter", "remove", run.url, "tune")
+    assert run.at("adapters").names() == [kept.content]
+    sampo("adapter", "remove", run.url, "same")
+    assert run.at("adapters").names() == [] and read_serving(run).all_pinned == []
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request for a prompt's completion by a model, and the adapter that ought to answer: None for the base alone."""
+
+    model: str
+    adapter: Path | None
+    prompt: tuple[int, ...]
+
+
+class Pinned:
+    """A replica of version 0 of a run with adapters on it, more than its engine has slots for."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.run, self.saved = Place(str(folder / "run")), folder
+        self.base = Path(version_folder(self.run.at("versions").url, 0))
+        weights = AutoModelForCausalLM.from_pretrained(model).state_dict()
+        weights["lm_head.weight"] *= 5  # spread the logits, so that log-probs tell weights apart
+        write_version(str(self.base), weights.items(), str(model), VersionInfo(version=0, round=0, step=0))
+        tokenizer = self.run.at("tokenizer").path
+        ChatFormat.load(model, "llama3-sampo").save(tokenizer)
+        source = WeightsSource(pinned=WeightsId("run", 0), adapters=self.run.url, max_rank=16)
+        config = GeneratorsConfig(num_cpus=0.5, max_ongoing_requests=32)
+        app = policy_deployment("policy@0", str(self.base), tokenizer, source, config, 640)
+        self.handle = serve.run(app, name="adapters-test", route_prefix=None)
+
+    def add(self, name: str, seed: int, **settings: Any) -> tuple[str, Path]:
+        """Serves a new adapter; returns its engine name, and where peft saved it."""
+        saved = save_adapter(self.base, self.saved / f"{name}-{seed}", seed, **settings)
+        plain = read_adapter(str(saved), str(self.base))
+        plain.write(self.run)
+        added = Adapter(base=0, rank=plain.rank, content=plain.content)
+        edit_serving(self.run, lambda state: add_adapter(state, name, added))
+        return adapter_model(name, plain.content), saved
+
+    def check(self, requests: list[Asked], echo: bool) -> None:
+        """Sends requests at the same time. What each model says must be what its weights say, by peft's own forward."""
+        calls = []
+        for each in requests:
+            options = {"max_tokens": 32, "logprobs": 0, "temperature": 0, "ignore_eos": True, "echo": echo}
+            body = CompletionRequest(
+                model=each.model, prompt=list(each.prompt), return_tokens_as_token_ids=True, **options
+            )
+            calls.append(self.handle.options(stream=True).completions.remote(body))
+        for each, call in zip(requests, calls, strict=True):
+            said = list(call)[-1].response.choices[0].logprobs
+            ids = [int(token.removeprefix("token_id:")) for token in said.tokens]
+            tokens = torch.tensor([ids if echo else [*each.prompt, *ids]])
+            expected = logits_of(self.base, each.adapter, tokens).log_softmax(-1)[0, :-1]
+            expected = expected.gather(1, tokens[0, 1:, None])[:, 0]
+            skipped = 0 if echo else len(each.prompt) - 1
+            found = torch.tensor(said.token_logprobs[1:] if echo else said.token_logprobs)
+            assert (found - expected[skipped:]).abs().max() < TOLERANCE, each.model
+
+
+@pytest.fixture(scope="module")
+def pinned(own_serve: None, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Pinned]:
+    yield Pinned(tmp_path_factory.mktemp("pinned"), tiny_model)
+    serve.delete("adapters-test")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("echo", [False, True], ids=["completions", "prompts too"])
+def test_whatever_shares_its_batch_a_request_is_answered_by_its_own_weights(pinned: Pinned, echo: bool) -> None:
+    served = [pinned.add(f"{'echo' if echo else 'plain'}{n}", seed=n) for n in range(SLOTS + 2)]
+    models = [("policy@0", None), *served[:SLOTS], ("policy@0", None), *served[SLOTS:]]
+    requests = [Asked(*each, tuple(range(5 + n, 45 + n))) for n, each in enumerate(models)]
+    pinned.check(requests, echo)
+    pinned.check(requests[:1], echo)
+
+
+@pytest.mark.slow
+def test_an_adapter_that_is_added_again_under_its_name_answers_with_its_new_weights(pinned: Pinned) -> None:
+    prompt = tuple(n % 50 + 5 for n in range(300))  # two blocks of the prefix cache
+    old, other = pinned.add("tune", seed=10), pinned.add("other", seed=11)
+    pinned.check([Asked(*old, prompt), Asked(*other, prompt)], echo=False)
+    edit_serving(pinned.run, lambda state: remove_adapter(state, "tune"))
+    patterns = {"alpha_pattern": {"q_proj": 64}, "rank_pattern": {"v_proj": 2}}
+    new = pinned.add("tune", seed=12, **patterns)
+    pinned.check([Asked(*new, prompt), Asked(*other, prompt), Asked("policy@0", None, prompt)], echo=False)
+
+
+@pytest.mark.slow
+def test_users_see_the_name_of_an_adapter_in_a_stream_too(pinned: Pinned) -> None:
+    model, _ = pinned.add("named", seed=20)
+    body = CompletionRequest(model=model, prompt="hello", max_tokens=2, stream=True)
+    items = list(pinned.handle.options(stream=True).completions.remote(body))
+    text = "".join(event for item in items if isinstance(item, Chunks) for event in item.events)
+    assert '"model":"policy@named"' in text and model not in text

@@ -2,7 +2,7 @@
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +29,7 @@ INFOS = {
     for version, labels in ((0, ()), (5, ("round-1",)), (6, ()), (8, ("round-2",)), (12, ("final",)))
 }
 INFOS[6] = INFOS[6].model_copy(update={"adapters": AdaptersInfo(base=5, rank=8, scaling=1.0)})
-STATE = Serving(live=12, sequence=3, passed=[0, 5, 8, 12], pinned=[0, 5, 8], refused={}, previous=[5, 8])
+STATE = Serving(live=12, sequence=3, passed=[0, 5, 8, 12], pinned=[0], refused={}, previous=[5, 8])
 STATE = STATE.model_copy(
     update={
         "adapters": {"tune": Adapter(base=0, rank=8), "late": Adapter(base=8, rank=8), "6": Adapter(base=5, rank=8)}
@@ -39,7 +39,9 @@ UP, DOWN = PinState(state="pinned"), PinState(state="failing", reason="no room")
 PINS = {0: UP, 5: UP, 8: PinState(state="starting")}
 
 
-def state(pins: dict[int, PinState] = PINS, now: Serving = STATE) -> StoreState:
+def state(versions: Mapping[int, PinState] = PINS, now: Serving = STATE) -> StoreState:
+    """What the store says when adapters are as far as the versions that they are on."""
+    pins = {**versions, **{6 if n == "6" else n: versions.get(a.base, UP) for n, a in now.adapters.items()}}
     troubles = (Trouble(what="pinned versions", reason="no room", since=1.0, last=2.0, tries=3),)
     return StoreState("r1", "fleet", now, serving.listing(now, INFOS, pins), pins, troubles, now.sequence)
 
@@ -75,14 +77,12 @@ def test_what_is_listed_is_answered_and_nothing_else_is(monkeypatch: pytest.Monk
         for name in (*INFOS, *STATE.named_adapters):
             found, _ = await outcome(f"policy@{name}", of)
             starting = f"policy@{name}" not in ids and found == 200
-            base = STATE.adapters[str(name)].base if str(name) in STATE.adapters else name
-            assert starting == (said.pins.get(base, UP).state == "starting"), "which is waited for"
+            assert starting == (said.pin(name).state == "starting"), "which is waited for"
         return ids
 
     ids = asked(monkeypatch, listed, said)
-    up = {version for version, pin in said.pins.items() if pin.state == "pinned"}
-    expected = ["policy", "policy@12", *(f"policy@{v}" for v in (8, 6, 5, 0) if (5 if v == 6 else v) in up)]
-    assert ids == [*expected, *(f"policy@{name}" for name, base in (("tune", 0), ("late", 8)) if base in up)]
+    names = [name for name in (8, 6, 5, 0, "tune", "late") if said.pins[name].state == "pinned"]
+    assert ids == ["policy", "policy@12", *(f"policy@{name}" for name in names)]
 
 
 def test_a_version_that_does_not_answer_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,14 +91,8 @@ def test_a_version_that_does_not_answer_says_why(monkeypatch: pytest.MonkeyPatch
 
     kept = STATE.model_copy(update={"pinned": [0], "adapters": {"tune": STATE.adapters["tune"]}})
     failing, unpinned, adapter, version = asked(monkeypatch, messages, state({0: DOWN}, kept))
-    assert (
-        failing
-        == adapter
-        == (
-            503,
-            "version 0 is pinned, but does not start; an admin finds why in /admin/versions",
-        )
-    )
+    for what, said in (("version 0", failing), ("adapter tune", adapter)):
+        assert said == (503, f"{what} is pinned, but does not start; an admin finds why in /admin/versions")
     assert unpinned[0] == version[0] == 404
     assert unpinned[1].endswith(
         "version 5 is kept but not pinned; an admin can pin it; this endpoint serves policy, policy@12, policy@final"

@@ -107,6 +107,19 @@ def test_ray_serves_engine_loads_an_adapter_by_name_and_local_path() -> None:
     assert "lora_name=disk_lora_model.model_id" in source and "lora_path=disk_lora_model.local_path" in source
 
 
+def test_ray_serves_engine_knows_its_adapters_by_the_names_that_they_were_loaded_by() -> None:
+    from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    assert "self._oai_models = getattr(state" in inspect.getsource(VLLMEngine), ray_serve()
+    assert "self.lora_requests[lora_name] = lora_request" in inspect.getsource(OpenAIServingModels), vllm()
+    assert "del self.lora_requests[lora_name]" in inspect.getsource(OpenAIServingModels.unload_lora_adapter), vllm()
+    assert "lora_name" in UnloadLoRAAdapterRequest.model_fields, vllm()
+    assert list(inspect.signature(AsyncLLM.remove_lora).parameters) == ["self", "lora_id"], vllm()
+
+
 def test_vllms_kernels_for_cpus_take_the_last_slot_for_a_token_without_adapter() -> None:
     """If this fails, vLLM may have mended it; then AdaptersBesideBase need not add a slot."""
     from vllm.lora.ops.torch_ops import bgmv_shrink

@@ -1,5 +1,6 @@
 """Which version is live: the pure state, its file, and the commands on it."""
 
+import json
 import threading
 import time
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from sampo_ray.actors.weights.gates import Probe, judge, win_rate
-from sampo_ray.actors.weights.pinned import adapter_ranks, pinned_app
+from sampo_ray.actors.weights.pinned import pinned_app, pins_of
 from sampo_ray.config.run import load_config
 from sampo_ray.config.serving import GatesConfig, ServeConfig
 from sampo_ray.errors import VersionError
@@ -124,8 +125,7 @@ def test_the_sequence_grows_with_every_change_of_what_is_live_and_only_then(comm
 
 def test_adapters_are_served_on_the_version_they_were_made_for():
     state = serving.add_adapter(published(Serving()), "tune", Adapter(base=8, rank=12))
-    assert state.pinned == [8] and adapter_ranks(serving.pin(state, 0)) == {0: 0, 8: 16}
-    assert pinned_app("f", "r1", 8, 16) == "f-pinned-r1-8-lora16" and pinned_app("f", "r1", 0, 0) == "f-pinned-r1-0"
+    assert state.all_pinned == [8] and state.kept() >= {8}
     with pytest.raises(VersionError, match="carries adapters .tune."):
         serving.unpin(state, 8)
     for refused in (
@@ -136,24 +136,41 @@ def test_adapters_are_served_on_the_version_they_were_made_for():
             refused()
     with pytest.raises(VersionError, match="there is no adapter 'other'; there is tune"):
         serving.remove_adapter(state, "other")
-    assert serving.unpin(serving.remove_adapter(state, "tune"), 8).pinned == []
+    assert serving.remove_adapter(state, "tune").all_pinned == [], "it was pinned for the adapter alone"
+    assert serving.unpin(serving.remove_adapter(serving.pin(state, 8), "tune"), 8).all_pinned == []
+
+
+def test_adapters_that_come_and_go_move_nothing_else_to_another_application():
+    alone = serving.pin(Serving(), 8)
+    assert pins_of(alone) == {8: (8, 0)} and pinned_app("f", "r1", (8, 0)) == "f-pinned-r1-8"
+    state = serving.add_adapter(alone, "tune", Adapter(base=8, rank=12))
+    assert pins_of(state) == {8: (8, 0), "tune": (8, 16)} and pinned_app("f", "r1", (8, 16)) == "f-pinned-r1-8-lora16"
+    state = serving.add_adapter(state, "first", Adapter(base=0, rank=33))
+    assert pins_of(state)[0] == pins_of(state)["first"] == (0, 64), "a version that is pinned for adapters shares"
+    for name, rank, group in (("small", 1, 16), ("same", 64, 64), ("large", 65, 256), ("largest", 512, 512)):
+        after = serving.add_adapter(state, name, Adapter(base=0, rank=rank))
+        assert pins_of(after) == {**pins_of(state), name: (0, group)}
+        assert pins_of(serving.remove_adapter(after, name)) == pins_of(state)
+        state = after
+    again = Serving.model_validate_json(state.model_dump_json())
+    assert pins_of(again) == pins_of(state), "also when the state is read again"
 
 
 def test_a_version_of_adapters_alone_is_pinned_on_its_base():
     adapters = AdaptersInfo(base=0, rank=4, scaling=2.0)
     infos = {**INFOS, 5: INFOS[5].model_copy(update={"adapters": adapters})}
     state = commands.apply(published(Serving()), infos, commands.Pin("5"))
-    assert (state.pinned, state.pinned_adapters, adapter_ranks(state)) == ([0], {5}, {0: 8})
+    assert (state.all_pinned, state.pinned_adapters, pins_of(state)) == ([0, 5], {5}, {0: (0, 16), 5: (0, 16)})
     assert state.kept() >= {0, 5}
     for pin in (PinState(state="pinned"), PinState(state="failing", reason="no memory")):
-        states = {e.version: (e.state, e.reason) for e in serving.listing(state, infos, {0: pin})}
-        assert states[5] == states[0] == (pin.state, pin.reason)
+        states = {e.version: (e.state, e.reason) for e in serving.listing(state, infos, {5: pin})}
+        assert states[5] == (pin.state, pin.reason) and states[0] == ("pinned", None)
     with pytest.raises(VersionError, match="version 0 carries adapters .5."):
         serving.unpin(state, 0)
     with pytest.raises(VersionError, match=r"version 8 is not pinned \(pinned: 0, 5\)"):
         serving.unpin(state, 8)
     state = commands.apply(state, infos, commands.Unpin("5"))
-    assert (state.adapters, serving.unpin(state, 0).pinned) == ({}, [])
+    assert (state.adapters, state.all_pinned) == ({}, [])
 
 
 def test_a_run_that_is_taken_up_again_serves_what_is_durable():
@@ -187,6 +204,19 @@ def test_what_is_known_of_checks_is_kept_for_versions_that_exist_and_a_few_more(
 
 def test_a_version_that_is_being_checked_is_kept():
     assert published(Serving(checking=5)).kept() == {5, 8, 12}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["policy", "live", "training", "latest", "base", "final", "round-1", "round-9/step-3", "16", "007", "p@1", "p#1"],
+)
+def test_no_name_of_an_adapter_or_a_label_is_one_that_something_else_is_served_by(name):
+    for taken in (
+        lambda: serving.add_adapter(Serving(), name, Adapter(base=0, rank=8)),
+        lambda: serving.label(Serving(), 8, name),
+    ):
+        with pytest.raises(VersionError, match="label"):
+            taken()
 
 
 @pytest.mark.parametrize("name", ["../../x", "a/b", "..", ".a", "a\\b", "", "A", "\u0663", "9" * 13])

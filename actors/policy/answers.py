@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 
@@ -135,6 +136,15 @@ async def answer_items(
                 item.policy_versions = list(spans)  # type: ignore[attr-defined]
                 yield changed()
             yield messages.Whole(item)
+
+
+def with_model_name(item: messages.AnswerItem, engine: str, users: str) -> messages.AnswerItem:
+    """An item of an answer by the model that the engine calls `engine`, with the name that users know."""
+    if engine == users or not isinstance(item, messages.Chunks):
+        return item  # what is not streamed is named by the endpoint
+    field, named = re.compile(f'"model": ?"{re.escape(engine)}"'), f'"model":"{users}"'
+    # It comes before anything that a model or a user has said.
+    return messages.Chunks([field.sub(named, event, count=1) for event in item.events])
 
 
 def chunks_or_failure(events: list[str]) -> Iterator[messages.Chunks | messages.Failure]:

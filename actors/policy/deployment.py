@@ -16,7 +16,13 @@ from vllm.tool_parsers import ToolParserManager
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from sampo_ray.actors.policy.adapters import ReplicaAdapters
-from sampo_ray.actors.policy.answers import Rollouts, answer_items, with_progress, with_progress_between
+from sampo_ray.actors.policy.answers import (
+    Rollouts,
+    answer_items,
+    with_model_name,
+    with_progress,
+    with_progress_between,
+)
 from sampo_ray.actors.policy.constraints import Constraints
 from sampo_ray.actors.policy.lifecycle import (
     AnswersInFlight,
@@ -42,6 +48,8 @@ from sampo_ray.run.versions import WeightsId, read_info
 
 HEALTH_PERIOD_S = 0.2
 ANY_POSITION = LivePosition()
+SLOTS = 4
+"""Adapters that may share a batch; others wait for the next."""
 NOT_KEPT = (
     "this vLLM would answer requests for a version with the weights of an adapter on it, so that no adapter is served; "
     "install a version of vLLM that requirements/ names"
@@ -122,8 +130,9 @@ class PolicyServer(EngineServer):
         at_least: LivePosition,
     ) -> AsyncGenerator[AnswerItem, None]:
         await self._weights.wait_until_at(at_least)
-        async with self._adapter(request.model), self._gate.request():
-            weights = self._weights_of(request.model)
+        model = request.model
+        async with self._adapter(model), self._gate.request():
+            weights = self._weights_of(model)
             request.cache_salt = f"{weights.salt}/{request.cache_salt or ''}"
             request.request_id = os.urandom(16).hex()  # a user's may not be unique, and a request may come again
             with self._answers.track(request.request_id, weights.id.version) as spans:
@@ -133,7 +142,7 @@ class PolicyServer(EngineServer):
                 items = progress(items, self._tokens_of(request.request_id))
                 async with contextlib.aclosing(items):
                     async for item in items:
-                        yield item
+                        yield with_model_name(item, model, model.partition("#")[0])
 
     def _tokens_of(self, request_id: str) -> Callable[[], int]:
         so_far = TokensSoFar()
@@ -261,7 +270,7 @@ def engine_arguments(source: WeightsSource, config: GeneratorsConfig, max_model_
         "weight_transfer_config": {"backend": BACKEND},
         # Named, because vLLM would otherwise keep for good the backend that the first such request happens to need.
         "structured_outputs_config": {"backend": "xgrammar"},
-        **({"enable_lora": True, "max_lora_rank": source.max_rank, "max_loras": 4} if source.adapters else {}),
+        **({"enable_lora": True, "max_lora_rank": source.max_rank, "max_loras": SLOTS} if source.adapters else {}),
         **({"dtype": "bfloat16"} if config.num_gpus else cpu_engine(max_model_len)),
         **config.engine,
     }

@@ -9,7 +9,7 @@ import ray
 from ray.actor import ActorHandle
 
 from sampo_ray.run.buckets import Bucket, verify
-from sampo_ray.run.report import PinState, Trouble
+from sampo_ray.run.report import PinName, PinState, Trouble
 from sampo_ray.run.serving import Done, Serving, VersionEntry
 from sampo_ray.run.versions import VersionInfo, WeightsId
 
@@ -39,8 +39,8 @@ class StoreState:
     apps: str
     serving: Serving
     versions: list[VersionEntry]
-    pins: Mapping[int, PinState] = field(default_factory=dict)
-    """Of the pinned versions that are whole models; empty without a fleet."""
+    pins: Mapping[PinName, PinState] = field(default_factory=dict)
+    """Empty without a fleet."""
     troubles: tuple[Trouble, ...] = ()
     handed_out: int | None = None
     """The sequence of the live version that readers get; behind `serving` while another one is being loaded."""
@@ -49,9 +49,9 @@ class StoreState:
     def labels(self) -> dict[int, tuple[str, ...]]:
         return {entry.version: entry.labels for entry in self.versions}
 
-    def pin(self, version: int) -> PinState:
-        """The application that answers for a pinned version."""
-        return self.pins.get(version, PinState(state="pinned"))
+    def pin(self, name: PinName) -> PinState:
+        """The application that answers for a pinned version, by its number, or an adapter, by its name."""
+        return self.pins.get(name, PinState(state="pinned"))
 
 
 @dataclass(frozen=True)

@@ -15,31 +15,33 @@ from sampo_ray.actors.weights.duty import Duty, result_within
 from sampo_ray.errors import FleetError
 from sampo_ray.internals.serve import begin_delete
 from sampo_ray.run.directory import open_run
-from sampo_ray.run.report import PinState
-from sampo_ray.run.serving import Serving, adapters_on
+from sampo_ray.run.report import PinName, PinState
+from sampo_ray.run.serving import Serving
 from sampo_ray.run.storage import Place
-from sampo_ray.run.versions import WeightsId, version_folder
+from sampo_ray.run.versions import WeightsId, is_version_number, version_folder
 
-RANKS = (0, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks that vLLM can be told to expect; 0: no adapters."""
+RANKS = (16, 64, 256, 512)
+"""Adapters on a version share an application with those up to the same of these ranks. vLLM must be told the largest
+when it starts and computes with it, so that one application for all would have to start again for a larger rank.
+"""
 LOOK_S = 10.0
 STATUS_S, CARRY_OUT_S = 30.0, 600.0
 """Limits: of a look at what Serve runs, and of the task that starts and removes applications."""
 
 Pin = tuple[int, int]
-"""A pinned version and the rank of the adapters on it."""
+"""What an application serves: a version, and adapters on it up to this rank (0: none)."""
 
 
 @dataclass(frozen=True)
 class Pins:
-    """What is pinned of a run: versions with the ranks of the adapters on them."""
+    """What is pinned of a run, see `pins_of`."""
 
     place: Place
     run: str
-    ranks: Mapping[int, int]
+    pins: Mapping[PinName, Pin]
 
     def named(self, apps: str) -> dict[str, Pin]:
-        return {pinned_app(apps, self.run, version, rank): (version, rank) for version, rank in self.ranks.items()}
+        return {pinned_app(apps, self.run, pin): pin for pin in self.pins.values()}
 
 
 class PinnedApps:
@@ -55,20 +57,22 @@ class PinnedApps:
         self._thread = ThreadPoolExecutor(1, "serve-status")  # Serve's own calls have no time limit
 
     def want(self, place: Place, run_id: str, state: Serving) -> None:
-        wanted = Pins(place, run_id, adapter_ranks(state))
+        wanted = Pins(place, run_id, pins_of(state))
         if wanted != self._wanted:
             self._wanted = wanted
             self.duty.wake()
 
     @property
-    def states(self) -> dict[int, PinState]:
-        """The state of each pinned version that is a whole model; none without a fleet."""
-        trouble, states = self.duty.trouble, dict[int, PinState]()
-        for name, (version, _) in self._wanted.named(self.apps).items() if self.apps and self._wanted else ():
-            seen = self._seen.get(name, PinState(state="starting"))
+    def states(self) -> dict[PinName, PinState]:
+        """The state of what is pinned, by version number or adapter's name; none without a fleet."""
+        trouble, states, wanted = self.duty.trouble, dict[PinName, PinState](), self._wanted
+        if not self.apps or wanted is None:
+            return states
+        for name, pin in wanted.pins.items():
+            seen = self._seen.get(pinned_app(self.apps, wanted.run, pin), PinState(state="starting"))
             if seen.state == "starting" and trouble is not None:
                 seen = PinState(state="failing", reason=trouble.reason)
-            states[version] = seen
+            states[name] = seen
         return states
 
     async def _reconcile(self) -> bool:
@@ -120,14 +124,25 @@ def _applications(prefix: str) -> dict[str, ApplicationStatusOverview]:
     return {name: app for name, app in serve.status().applications.items() if name.startswith(prefix)}
 
 
-def adapter_ranks(state: Serving) -> dict[int, int]:
-    """The pinned versions, each with the smallest rank that vLLM knows and all adapters on it fit in (0: none)."""
-    largest = {v: max((a.rank for a in adapters_on(state, v).values()), default=0) for v in state.pinned}
-    return {version: min((r for r in RANKS if r >= rank), default=RANKS[-1]) for version, rank in largest.items()}
+def pins_of(state: Serving) -> dict[PinName, Pin]:
+    """What is pinned, by version number or adapter's name, and the application that answers for it.
+
+    A version that was pinned itself has an application of its own. One that is pinned for its adapters shares the
+    oldest one's. So no adapter that comes moves anything else to another application, which would have to start.
+    """
+    adapters = dict[PinName, Pin]()
+    for name, adapter in state.adapters.items():
+        rank = next(rank for rank in RANKS if adapter.rank <= rank)
+        adapters[int(name) if is_version_number(name) else name] = adapter.base, rank
+    versions = dict[PinName, Pin]()
+    for pin in adapters.values():
+        versions.setdefault(pin[0], pin)
+    return {**adapters, **versions, **{version: (version, 0) for version in state.pinned}}
 
 
-def pinned_app(apps: str, run_id: str, version: int, rank: int) -> str:
-    """The name of a pinned version's Serve application; it names the run, since a fleet may serve one after another."""
+def pinned_app(apps: str, run_id: str, pin: Pin) -> str:
+    """The name of a pin's Serve application; it names the run, since a fleet may serve one after another."""
+    version, rank = pin
     return f"{apps}-pinned-{run_id}-{version}" + (f"-lora{rank}" if rank else "")
 
 

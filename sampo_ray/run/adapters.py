@@ -23,7 +23,6 @@ from transformers import AutoConfig
 from sampo_ray.errors import ConfigError
 from sampo_ray.run.buckets import checksum
 from sampo_ray.run.storage import Place, absolute
-
 from sampo_ray.training.lora import MATRICES, adaptable_layers, file_name
 from sampo_ray.training.policy import on_meta
 

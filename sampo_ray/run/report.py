@@ -5,9 +5,9 @@ Each store keeps `stores/<its name>.json` in the run directory. `sampo versions`
 
 import time
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sampo_ray.run.storage import Place
 
@@ -16,8 +16,12 @@ REFRESH_S = 60.0
 CURRENT_S = 3 * REFRESH_S
 
 
+PinName = Annotated[int | str, Field(union_mode="left_to_right")]
+"""A pinned version's number, or the name of an adapter."""
+
+
 class PinState(BaseModel):
-    """How far the application of a pinned version is. A `pinned` one answers, from zero replicas if need be."""
+    """How far the application of what is pinned is. A `pinned` one answers, from zero replicas if need be."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -39,12 +43,12 @@ class Trouble(BaseModel):
 
 
 class Report(BaseModel):
-    """What a store says, at the Unix time `at`: its pins by version, and what fails."""
+    """What a store says, at the Unix time `at`: its pins, and what fails."""
 
     model_config = ConfigDict(frozen=True)
 
     at: float
-    pins: Mapping[int, PinState] = {}
+    pins: Mapping[PinName, PinState] = {}
     troubles: tuple[Trouble, ...] = ()
 
     @property
@@ -73,12 +77,12 @@ def read_reports(run: Place) -> list[Report]:
     return found
 
 
-def worst(reports: Iterable[Report]) -> dict[int, PinState]:
+def worst(reports: Iterable[Report]) -> dict[PinName, PinState]:
     """The pins of several stores; of each the state that is furthest from answering."""
     order = ("pinned", "starting", "failing")
-    pins = dict[int, PinState]()
+    pins = dict[PinName, PinState]()
     for report in reports:
-        for version, pin in report.pins.items():
-            if version not in pins or order.index(pin.state) > order.index(pins[version].state):
-                pins[version] = pin
+        for name, pin in report.pins.items():
+            if name not in pins or order.index(pin.state) > order.index(pins[name].state):
+                pins[name] = pin
     return pins

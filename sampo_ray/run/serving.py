@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from sampo_ray.config.serving import ServeConfig
 from sampo_ray.errors import VersionError
-from sampo_ray.run.report import PinState
+from sampo_ray.run.report import PinName, PinState
 from sampo_ray.run.storage import Place
 from sampo_ray.run.versions import NAME, AdaptersInfo, VersionInfo, is_version_number
 
@@ -30,6 +30,8 @@ ServedAs = Literal["live", "pinned", "starting", "failing", "refused", "candidat
 """A candidate has not been checked yet. Versions that are starting or failing are pinned, but do not answer yet."""
 HISTORY = 50
 LOCK_SECONDS = 30.0
+RESERVED = frozenset({"base", "final", "latest", "live", "policy", "training"})
+"""Names of versions when they are published, of the live policy and of channels."""
 
 
 class Adapter(BaseModel):
@@ -110,8 +112,9 @@ class Serving(BaseModel):
 
     @property
     def all_pinned(self) -> list[int]:
-        """Versions served beside the live one, whole or as adapters."""
-        return sorted({*self.pinned, *self.pinned_adapters})
+        """Versions served beside the live one: pinned themselves, whole or as adapters, or for their adapters."""
+        bases = {adapter.base for adapter in self.adapters.values()}
+        return sorted({*self.pinned, *self.pinned_adapters, *bases})
 
     @property
     def named_adapters(self) -> dict[str, Adapter]:
@@ -203,19 +206,19 @@ def pin(state: Serving, version: int) -> Serving:
 
 
 def pin_adapters(state: Serving, version: int, adapters: AdaptersInfo) -> Serving:
-    """Serves a version of adapters alone beside the live one, on its base, which is pinned too."""
+    """Serves a version of adapters alone beside the live one, on its base, which is pinned with it."""
     served = Adapter(base=adapters.base, rank=adapters.rank)
-    return pin(state, served.base).model_copy(update={"adapters": {**state.adapters, str(version): served}})
+    return state.model_copy(update={"adapters": {**state.adapters, str(version): served}})
 
 
 def unpin(state: Serving, version: int) -> Serving:
     if version in state.pinned_adapters:
         return _without_adapter(state, str(version))
+    if on_it := adapters_on(state, version):
+        raise VersionError(f"version {version} carries adapters ({', '.join(on_it)}); unpin or remove them first")
     if version not in state.pinned:
         pinned = ", ".join(map(str, state.all_pinned)) or "none"
         raise VersionError(f"version {version} is not pinned (pinned: {pinned})")
-    if on_it := adapters_on(state, version):
-        raise VersionError(f"version {version} carries adapters ({', '.join(on_it)}); unpin or remove them first")
     return state.model_copy(update={"pinned": [v for v in state.pinned if v != version]})
 
 
@@ -224,9 +227,9 @@ def adapters_on(state: Serving, version: int) -> dict[str, Adapter]:
 
 
 def add_adapter(state: Serving, name: str, adapter: Adapter) -> Serving:
-    """Serves an adapter as `policy@NAME` on its base version, which is pinned for it."""
+    """Serves an adapter as `policy@NAME` on its base version, which is pinned with it."""
     check_adapter_name(state, name)
-    return pin(state, adapter.base).model_copy(update={"adapters": {**state.adapters, name: adapter}})
+    return state.model_copy(update={"adapters": {**state.adapters, name: adapter}})
 
 
 def check_adapter_name(state: Serving, name: str) -> None:
@@ -256,10 +259,10 @@ def label(state: Serving, version: int, name: str) -> Serving:
 
 
 def _check_label(name: str) -> None:
-    if not NAME.fullmatch(name) or name in ("base", "latest", "live", "final") or name.startswith("round-"):
+    if not NAME.fullmatch(name) or name in RESERVED or name.startswith("round-"):
         raise VersionError(
             f"label {name[:80]!r}: use up to 64 lower-case letters, digits, '.', '_' and '-', a letter first, and none "
-            "of the names that versions get when they are published (base, final, latest, live, round-...)"
+            f"of the names that something else has ({', '.join(sorted(RESERVED))}, round-...)"
         )
 
 
@@ -278,7 +281,7 @@ def newest_passed(state: Serving, labels: Mapping[int, Sequence[str]]) -> int | 
 
 
 def listing(
-    state: Serving, infos: Mapping[int, VersionInfo], pins: Mapping[int, PinState] | None = None
+    state: Serving, infos: Mapping[int, VersionInfo], pins: Mapping[PinName, PinState] | None = None
 ) -> list[VersionEntry]:
     """The versions on disk, newest first; `pins` are what is known of applications of pinned versions."""
     labels, entries = all_labels(state, infos), []
@@ -289,21 +292,16 @@ def listing(
     return entries
 
 
-def state_of(state: Serving, version: int, pins: Mapping[int, PinState]) -> tuple[ServedAs, str | None]:
+def state_of(state: Serving, version: int, pins: Mapping[PinName, PinState]) -> tuple[ServedAs, str | None]:
     """How a version is served and, if it was refused or fails, why."""
     if version == state.live:
         return "live", None
     if version in state.all_pinned:
-        pin = pins.get(carrier(state, version), PinState(state="pinned"))
+        pin = pins.get(version, PinState(state="pinned"))
         return pin.state, pin.reason
     if version in state.refused:
         return "refused", state.refused[version]
     return "kept" if version in state.passed or version == 0 else "candidate", None
-
-
-def carrier(state: Serving, version: int) -> int:
-    """The version whose application answers for a pinned one: of adapters alone, that of their base."""
-    return state.adapters[str(version)].base if version in state.pinned_adapters else version
 
 
 def all_labels(state: Serving, infos: Mapping[int, VersionInfo]) -> dict[int, list[str]]:
