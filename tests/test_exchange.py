@@ -1,20 +1,23 @@
 """How rounds reach the training ranks and results come back, without Ray."""
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ray import ObjectRef
 from ray.exceptions import ActorDiedError, ActorHandleNotFoundError, GetTimeoutError, OutOfMemoryError, RayTaskError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from sampo_ray.actors.ranks.exchange import Closed, Exchange, Posted, RankFailure
 from sampo_ray.actors.ranks.failures import cause_of_death, failure_of
 from sampo_ray.config.run import load_config
+from sampo_ray.config.sections import TrainerConfig
 from sampo_ray.errors import ConfigError, TrainingError, VersionError, WeightsError
 from sampo_ray.run.manifest import StepMetrics, StepResult
+from sampo_ray.run.storage import Place
 
 SOON, NEVER = 10.0, 0.01
 
@@ -165,3 +168,15 @@ def test_a_rank_that_was_killed_for_memory_is_told_from_one_that_only_lost_its_p
     assert "rank 1 was killed because its node was out of memory; lower" in str(cause_of_death({0: peer, 1: killed}))
     assert "the process of rank 0 ended: The actor died" in str(cause_of_death({0: died, 1: peer}))
     assert cause_of_death({0: peer, 1: mine}) is None
+
+
+def test_an_exchange_that_is_gone_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sampo_ray.actors.ranks.trainer import Trainer
+
+    def gone(*_: object, timeout: float) -> None:
+        raise ActorDiedError()
+
+    monkeypatch.setattr("ray.get", gone)
+    trainer = Trainer(TrainerConfig(lifetime="round"), "store", Place("memory://logs"))
+    with pytest.raises(TrainingError, match=r"does not answer \(ActorDiedError: The actor died unexpectedly"):
+        trainer._ask(cast(ObjectRef, None))
