@@ -153,7 +153,7 @@ def test_a_run_that_lost_a_rank_and_then_its_driver_ends_in_the_same_bits(undist
     assert "in use by another process" in second.output and second.exit_code == 1
     process.kill()
     process.wait(scaled(30))
-    (run / "serving.json").unlink()
+    (run / "serving.json").unlink(missing_ok=True)
     damage(run)
     scored = run / "rounds" / "1" / "reference" / "part-00000.parquet"
     before = scored.stat().st_mtime_ns
