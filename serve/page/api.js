@@ -52,11 +52,12 @@ async function refusal(response) {
   return new Refused(response.status, message, after);
 }
 
-// A 401 opens the login dialog, unless the call is `optional`.
-export async function call(path, { body, signal, optional = false } = {}) {
+// A 401 opens the login dialog, unless the call is `optional`. What is sent again with the same `id` is done once.
+export async function call(path, { body, signal, id, optional = false } = {}) {
   const used = key();
   const headers = {};
   if (body !== undefined) headers["Content-Type"] = "application/json";
+  if (id) headers["Idempotency-Key"] = id;
   if (used) headers.Authorization = `Bearer ${used}`;
   let response;
   try {
@@ -82,7 +83,7 @@ export const get = async (path, { optional } = {}) => {
   return { data: await response.json(), live: Number(response.headers.get("x-policy-version") ?? NaN) };
 };
 
-export const post = async (path, body, { optional } = {}) => (await call(path, { body, optional })).json();
+export const post = async (path, body, { optional, id } = {}) => (await call(path, { body, optional, id })).json();
 
 // Streams a chat answer: yields {version, run}, then the chunks. Throws unless the answer came to its end.
 export async function* chat(body, signal) {

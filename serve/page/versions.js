@@ -22,6 +22,8 @@ const ACTIONS = {
   follow: () => ["Follow training", "Follow training again?", "The newest version that passed its checks goes live, and so do later ones."],
 };
 
+const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+
 // Asks the user in a dialog; resolves to true when the user agrees.
 function confirmed(verb, version) {
   const [label, title, text] = ACTIONS[verb](version);
@@ -41,7 +43,7 @@ function confirmed(verb, version) {
 export class VersionsPanel {
   // `onchange` is called after a change, `onchoose` with the model name to chat with, `onlogin` to ask for a key.
   constructor(node, { onchange, onchoose, onlogin }) {
-    Object.assign(this, { onchange, onchoose, state: null, admin: null, rows: new Map() });
+    Object.assign(this, { onchange, onchoose, state: null, admin: null, rows: new Map(), unanswered: new Map() });
     this.live = el("p", { class: "serving" });
     this.back = button("Roll back", () => this.act("rollback", this.state.previous), { class: "quiet" });
     this.follow = button("Follow training", () => this.act("follow"), { class: "quiet" });
@@ -182,16 +184,23 @@ export class VersionsPanel {
     if (verb in ACTIONS && !(await confirmed(verb, version))) return;
     const route = verb === "follow" ? "promote" : verb;
     const body = verb === "rollback" ? {} : { version: verb === "follow" ? "latest" : version };
+    const asked = JSON.stringify([route, body]);
+    const id = this.unanswered.get(asked) ?? newId();
+    this.unanswered.set(asked, id); // pressed again because no answer came, it is the same command
     setText(this.status, "Working");
     try {
-      this.draw(await post(`admin/${route}`, body, { optional: true }));
+      this.draw(await post(`admin/${route}`, body, { optional: true, id }));
+      this.unanswered.delete(asked);
       const done = { promote: `v${version} is live.`, rollback: `v${this.state.live} is live again.`, follow: "Following training.", pin: `v${version} is pinned; it starts with its first request.`, unpin: `v${version} is no longer pinned.` };
       setText(this.status, done[verb]);
       this.onchange();
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
       const forbidden = error.status === 401 || error.status === 403;
-      setText(this.status, forbidden ? "This key may not change versions." : `Not done. ${error.sentence}`);
+      const answered = error.status > 0 && error.status < 500;
+      if (answered) this.unanswered.delete(asked);
+      const unknown = "No answer came, so it may be done or not. Press the button again: it is done once.";
+      setText(this.status, forbidden ? "This key may not change versions." : answered ? `Not done. ${error.sentence}` : unknown);
       if (forbidden) {
         this.admin = false;
         this.draw(this.state);

@@ -1,20 +1,29 @@
 """One real policy replica on a tiny model, behind endpoints, for all tests of this folder."""
 
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import ray
 import torch
+from playwright.sync_api import Browser, Page, Request, expect, sync_playwright
 from ray import serve
 from transformers import AutoModelForCausalLM
 
 from sampo_ray.config.keys import render
 from sampo_ray.config.sections import GeneratorsConfig
 from sampo_ray.config.serving import FeedbackConfig, ServeConfig
-from tests.endpoint.live import CONTEXT, KEY, OTHER_KEY, Endpoint, key_entry
+from sampo_ray.run.manifest import Manifest
+from sampo_ray.run.storage import Place
+from tests.conftest import require
+from tests.endpoint.live import CONTEXT, KEY, OTHER_KEY, Endpoint, Visit, key_entry
 from tests.waiting import scaled, wait_until
 
+REFUSALS = re.compile(r"Failed to load resource: (the server responded with a status of 40[0134]|net::ERR_FAILED)")
 TOOL_TURNS = r"""
 {%- if tools -%}
     {{- '<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n' -}}
@@ -106,3 +115,44 @@ def endpoint(own_serve: None, tiny_model: Path, tmp_path_factory: pytest.TempPat
     urls = [await_endpoint(f"test-{name}", route(name)) for name in endpoints]
     yield Endpoint(*urls, keys_file, store, f"{run}/versions", tiny_model)
     ray.kill(store)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = require(shutil.which("chromium"), "Debian's package chromium")
+    expect.set_options(timeout=scaled(15_000))
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser: Browser, endpoint: Endpoint) -> Iterator[Visit]:
+    """Opens the page. Afterwards: no error in any console, and no request went elsewhere.
+
+    A browser reports each 4xx in its console; those of a login and of routes that are off are no errors.
+    """
+    run = Place(str(Path(endpoint.versions).parent))
+    run.at("manifest.json").write(Manifest(id="run-a").model_dump_json().encode())
+    home, problems, contexts = urlsplit(endpoint.url).netloc, [], []
+
+    def open_page(url: str, **options: Any) -> Page:
+        context = browser.new_context(**options)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(scaled(20_000))
+        page.on("console", lambda said: said.type == "error" and problems.append(said.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("request", lambda asked: asked.url.startswith("data:") or note_host(asked))
+        page.goto(url)
+        return page
+
+    def note_host(asked: Request) -> None:
+        if urlsplit(asked.url).netloc != home:
+            problems.append(f"request to {asked.url}")
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert [problem for problem in problems if not REFUSALS.match(problem)] == []

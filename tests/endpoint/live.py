@@ -1,6 +1,7 @@
 """A live endpoint as the tests of this folder see it."""
 
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,10 @@ KEY, OTHER_KEY = "first key of two", "second-key"
 CONTEXT = 512
 HI = [{"role": "user", "content": "hello world"}]
 LONG = {"model": "policy", "messages": HI, "n": 200, "max_tokens": 450, "temperature": 1.0, "ignore_eos": True}
+
+
+Visit = Callable[..., Any]
+"""Opens a URL in a browser (playwright's Page); see the fixture `visit`."""
 
 
 def get(url: str, **options: Any) -> httpx.Response:

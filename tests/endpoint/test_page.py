@@ -2,28 +2,22 @@
 
 import json
 import re
-import shutil
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, CDPSession, Locator, Page, Request, Route, expect, sync_playwright
+from playwright.sync_api import CDPSession, Locator, Page, Route, expect
 
 from sampo_ray.run.directory import Activity, Status
 from sampo_ray.run.manifest import Manifest, RoundRecord, StageRecord
 from sampo_ray.run.storage import Place
-from tests.conftest import require
-from tests.endpoint.live import KEY, Endpoint, get
+from tests.endpoint.live import KEY, Endpoint, Visit, get
 from tests.waiting import scaled
 
 pytestmark = pytest.mark.slow
 
 PHONE = {"viewport": {"width": 360, "height": 740}}
-REFUSALS = re.compile(r"Failed to load resource: (the server responded with a status of 40[0134]|net::ERR_FAILED)")
-Visit = Callable[..., Page]
 CONTRASTS = """() => {
   const linear = (c) => (c / 255 <= 0.04045 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4);
   const luminance = (text) => {
@@ -43,47 +37,6 @@ CONTRASTS = """() => {
     });
 }"""
 """For each visible text of the page, the contrast with its ground (WCAG 2: at least 4.5) and its first letters."""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    chromium = require(shutil.which("chromium"), "Debian's package chromium")
-    expect.set_options(timeout=scaled(15_000))
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def visit(browser: Browser, endpoint: Endpoint) -> Iterator[Visit]:
-    """Opens the page. Afterwards: no error in any console, and no request went elsewhere.
-
-    A browser reports each 4xx in its console; those of a login and of routes that are off are no errors.
-    """
-    run = Place(str(Path(endpoint.versions).parent))
-    run.at("manifest.json").write(Manifest(id="run-a").model_dump_json().encode())
-    home, problems, contexts = urlsplit(endpoint.url).netloc, [], []
-
-    def open_page(url: str, **options: Any) -> Page:
-        context = browser.new_context(**options)
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(scaled(20_000))
-        page.on("console", lambda said: said.type == "error" and problems.append(said.text))
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("request", lambda asked: asked.url.startswith("data:") or note_host(asked))
-        page.goto(url)
-        return page
-
-    def note_host(asked: Request) -> None:
-        if urlsplit(asked.url).netloc != home:
-            problems.append(f"request to {asked.url}")
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert [problem for problem in problems if not REFUSALS.match(problem)] == []
 
 
 def chat_requests(page: Page, **fields: Any) -> list[dict[str, Any]]:
@@ -358,6 +311,30 @@ def test_the_picker_has_each_pinned_version_and_each_adapter_once(
     asked = chat_requests(page)
     send(page, "hello")
     assert asked[0]["model"] == "policy@french"
+
+
+def test_a_command_without_an_answer_is_sent_again_as_the_same_command(visit: Visit, endpoint: Endpoint) -> None:
+    seen, ids = get(f"{endpoint.open}/admin/versions").json(), list[str]()
+    seen["versions"][-1] |= {"state": "kept"}
+
+    def answer(route: Route) -> None:
+        ids.append(route.request.headers["idempotency-key"])
+        if len(ids) == 1:
+            route.abort()
+        else:
+            route.fulfill(json=seen)
+
+    page = visit("about:blank")
+    page.route("**/admin/pin", answer)
+    page.route("**/admin/versions", lambda route: route.fulfill(json=seen))
+    page.goto(endpoint.open)
+    panel = page.get_by_role("region", name="Versions")
+    row = panel.get_by_role("listitem").last
+    row.locator("summary").click()
+    for said in ("Press the button again: it is done once.", "is pinned", "is pinned"):
+        row.get_by_role("button", name="Pin", exact=True).click()
+        expect(panel.get_by_role("status")).to_contain_text(said)
+    assert ids[0] == ids[1] != ids[2]
 
 
 def test_the_run_is_seen_live(visit: Visit, endpoint: Endpoint) -> None:
