@@ -10,6 +10,7 @@ import pytest
 import ray
 import torch
 from ray import serve
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.schema import ApplicationStatusOverview, DeploymentStatusOverview
 
 from sampo_ray.actors.weights import duty, pinned
@@ -148,6 +149,12 @@ def test_an_application_that_failed_is_started_again_with_growing_pauses_and_say
         assert world.calls <= apps.duty.trouble.tries + 1, "each start is a try"
         world.status = "RUNNING"
         await until(lambda: apps.duty.trouble is None)
+        before = "it did not start before: ValueError: too large"
+        assert apps.states == {3: PinState(state="starting", reason=before)}, "until a replica has run"
+        world.apps = {name: app("RUNNING", running=1) for name in world.apps}
+        await until(lambda: apps.states == {3: PinState(state="pinned")})
+        world.apps = {name: app("RUNNING") for name in world.apps}
+        await apps.duty.stepped(30.0)
         assert apps.states == {3: PinState(state="pinned")}
 
     follow_pins(scenario)
@@ -186,3 +193,57 @@ def test_a_pin_of_a_run_that_cannot_be_opened_yet_is_up_once_it_can(
     ray.get(store.command.remote(commands.Unpin("0"), "other"), timeout=scaled(60))
     wait_until(lambda: name not in serve.status().applications, "end of the application")
     ray.kill(store)
+
+
+@serve.deployment(autoscaling_config={"min_replicas": 0, "max_replicas": 1}, ray_actor_options={"num_cpus": 0.1})
+class Fragile:
+    """Starts only while its file does not exist."""
+
+    def __init__(self, bad: str) -> None:
+        if Path(bad).exists():
+            raise ValueError("no room for the cache")
+
+    def __call__(self) -> str:
+        return "here"
+
+
+@pytest.mark.slow
+def test_a_pin_whose_replica_could_not_start_answers_once_it_can(
+    own_serve: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = tmp_path / "bad"
+    bad.touch()
+
+    @ray.remote(num_cpus=0)
+    def carry_out(place: Place, run: str, start: dict[str, Any], remove: list[str]) -> None:
+        pinned.delete_apps(remove)
+        targets = [serve.RunTarget(Fragile.bind(str(bad)), name=name, route_prefix=None) for name in start]
+        serve.run_many(targets, wait_for_applications_running=False)
+
+    async def scenario(apps: PinnedApps, want: Callable[..., None]) -> None:
+        want(3)
+        await until(lambda: apps.states[3].state == "pinned")
+        handle = await asyncio.to_thread(serve.get_app_handle, "fleet-pinned-r1-3")
+        asked = handle.remote()
+        await until(lambda: apps.duty.trouble is not None, 120.0)
+        assert apps.states[3] == PinState(state="failing", reason="ValueError: no room for the cache")
+        bad.unlink()
+        asked.cancel()
+        await until(lambda: apps.duty.trouble is None, 120.0)
+        assert (apps.states[3].state, apps.states[3].reason) != ("pinned", None)
+
+        async def answer() -> str:
+            try:
+                return str(await asyncio.wait_for(handle.remote(), scaled(60)))
+            except DeploymentUnavailableError:  # what the handle knows is a moment old
+                await asyncio.sleep(0.2)
+                return await answer()
+
+        assert await answer() == "here"
+        await until(lambda: apps.states[3] == PinState(state="pinned"))
+        want()
+        await until(lambda: "fleet-pinned-r1-3" not in serve.status().applications, 120.0)
+
+    serve.start(proxy_location="Disabled")
+    monkeypatch.setattr(pinned, "_carry_out", carry_out)
+    follow_pins(scenario)

@@ -52,8 +52,10 @@ class PinnedApps:
         self.apps = apps
         self.duty = Duty("pinned versions", self._reconcile, LOOK_S)
         self._wanted: Pins | None = None  # not known yet
-        self._seen: Mapping[str, PinState] = {}
+        self._seen = dict[str, PinState]()
         self._failed: Collection[str] = ()
+        self._unproven = dict[str, str]()
+        """Applications that were started again, with the reason: none of their replicas has run since."""
         self._thread = ThreadPoolExecutor(1, "serve-status")  # Serve's own calls have no time limit
 
     def want(self, place: Place, run_id: str, state: Serving) -> None:
@@ -82,26 +84,37 @@ class PinnedApps:
         names = wanted.named(self.apps)
         looking = asyncio.get_running_loop().run_in_executor(self._thread, _applications, f"{self.apps}-pinned-")
         found = await asyncio.wait_for(looking, STATUS_S)
-        self._seen = {name: pin_state(found.get(name)) for name in names}
+        seen = self._note(names, found)
         start, remove = difference(names, found, self._failed)
         if start or remove:
+            self._unproven |= {name: seen[name].reason or "" for name in start if seen[name].state == "failing"}
             self._failed = ()
             missing = {name: names[name] for name in start}
             await result_within(_carry_out.remote(wanted.place, wanted.run, missing, remove), CARRY_OUT_S)
             return False
-        self._failed = [name for name, pin in self._seen.items() if pin.state == "failing"]
+        self._failed = [name for name, pin in seen.items() if pin.state == "failing"]
         if self._failed:
-            each = (f"version {names[name][0]} does not start: {self._seen[name].reason}" for name in self._failed)
+            each = (f"version {names[name][0]} does not start: {seen[name].reason}" for name in self._failed)
             raise FleetError("; ".join(each))
-        return all(pin.state == "pinned" for pin in self._seen.values())
+        return all(pin.state == "pinned" for pin in seen.values())
+
+    def _note(self, names: Collection[str], found: Mapping[str, ApplicationStatusOverview]) -> Mapping[str, PinState]:
+        """What Serve says of the applications; those that failed before count as starting until a replica runs."""
+        seen = {name: pin_state(found.get(name)) for name in names}
+        left = {name for name in self._unproven if name in names and not has_replica(found.get(name))}
+        self._unproven = {name: reason for name, reason in self._unproven.items() if name in left}
+        self._seen = dict(seen)
+        for name, reason in self._unproven.items():
+            if seen[name].state == "pinned":
+                self._seen[name] = PinState(state="starting", reason=f"it did not start before: {reason}")
+        return seen
 
 
 def pin_state(app: ApplicationStatusOverview | None) -> PinState:
     """How far an application is, as Serve says it."""
     if app is None or app.status in (ApplicationStatus.NOT_STARTED, ApplicationStatus.DELETING):
         return PinState(state="starting")
-    answers = any(deployment.replica_states.get("RUNNING") for deployment in app.deployments.values())
-    if answers or app.status == ApplicationStatus.RUNNING:
+    if has_replica(app) or app.status == ApplicationStatus.RUNNING:
         return PinState(state="pinned")
     if app.status == ApplicationStatus.DEPLOYING:
         return PinState(state="starting")
@@ -109,11 +122,17 @@ def pin_state(app: ApplicationStatusOverview | None) -> PinState:
     return PinState(state="failing", reason=last_error("\n".join(messages)))
 
 
+def has_replica(app: ApplicationStatusOverview | None) -> bool:
+    """Whether a replica runs."""
+    return app is not None and any(each.replica_states.get("RUNNING") for each in app.deployments.values())
+
+
 def difference(
     wanted: Collection[str], found: Mapping[str, ApplicationStatusOverview], again: Collection[str]
 ) -> tuple[list[str], list[str]]:
     """The applications to start and to remove, the latter first. Those that fail are in both if they are `again` found
-    so: Serve starts no replica of an application that failed. One that is being deleted is waited for."""
+    so: after three failures in a row Serve starts no replica of theirs any more. One that is being deleted is waited
+    for."""
     failing = {name for name in again if name in wanted and pin_state(found.get(name)).state == "failing"}
     too_much = {name for name in found if name not in wanted and found[name].status != ApplicationStatus.DELETING}
     missing = {name for name in wanted if name not in found}

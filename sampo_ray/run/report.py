@@ -27,7 +27,7 @@ class PinState(BaseModel):
 
     state: Literal["pinned", "starting", "failing"]
     reason: str | None = None
-    """Why it fails."""
+    """Why it fails, or failed before."""
 
 
 class Trouble(BaseModel):

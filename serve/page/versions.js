@@ -155,7 +155,7 @@ export class VersionsPanel {
     row.chip.className = `chip ${tone}`;
     setText(row.labels, (each.labels ?? []).join(", "));
     row.reason.hidden = !each.reason;
-    setText(row.reason, each.reason ? `${each.state === "failing" ? "Does not start" : "Refused"}: ${each.reason}` : "");
+    setText(row.reason, each.reason ? `${each.state === "refused" ? "Refused" : "Does not start"}: ${each.reason}` : "");
     const served = each.state === "live" || each.state === "pinned";
     row.model = each.state === "live" ? "policy" : `policy@${each.version}`;
     row.chat.hidden = !served;
