@@ -250,6 +250,8 @@ def test_an_adapter_that_is_added_again_is_loaded_anew_and_a_removed_one_is_unlo
 
     asyncio.run(unload_while_in_use())
     assert engine.loaded == {other: b"other", new: b"new"}
+    with pytest.raises(WeightsError, match="was added before adapters were looked at; remove it and add it again"):
+        asyncio.run(ask("policy@old"))
     with pytest.raises(WeightsError, match="not in the run any more"):
         asyncio.run(ask(adapter_model("tune", "0" * 32)))
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from sampo_ray.errors import WeightsError
 from sampo_ray.run.serving import read_serving
 from sampo_ray.run.storage import Place
-from sampo_ray.run.versions import adapter_folder, adapter_model, adapter_of_model
+from sampo_ray.run.versions import adapter_folder, adapter_model, adapter_of_model, is_version_number
 
 logger = logging.getLogger("ray.serve")
 
-LOOK_S = 10.0
+LOOK_S, ENGINE_S = 10.0, 120.0
 
 
 class ReplicaAdapters:
@@ -42,7 +42,8 @@ class ReplicaAdapters:
         try:
             async with self._changing:
                 if model not in self._loaded:
-                    await self._load(model, await asyncio.to_thread(self._copied, model))
+                    copy = await asyncio.to_thread(self._copied, model)
+                    await asyncio.wait_for(self._load(model, copy), ENGINE_S)
                     self._loaded.add(model)
             yield
         finally:
@@ -55,7 +56,7 @@ class ReplicaAdapters:
         async with self._changing:
             for model in [each for each in self._loaded - kept if not self._users[each]]:
                 self._loaded.discard(model)
-                await self._unload(model)
+                await asyncio.wait_for(self._unload(model), ENGINE_S)
                 await asyncio.to_thread(shutil.rmtree, self._copy(model), ignore_errors=True)
 
     async def follow(self) -> None:
@@ -72,7 +73,10 @@ class ReplicaAdapters:
 
     def _copied(self, model: str) -> str:
         """The path of a copy of the adapter's files."""
-        place = Place(adapter_folder(self._run.url, *adapter_of_model(model)))
+        name, content = adapter_of_model(model)
+        if not content and not is_version_number(name):
+            raise WeightsError(f"{model} was added before adapters were looked at; remove it and add it again")
+        place = Place(adapter_folder(self._run.url, name, content))
         shutil.rmtree(self._copy(model), ignore_errors=True)
         with place.on_disk() as folder:
             if not folder.is_dir():

@@ -15,7 +15,7 @@ from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionReq
 from vllm.tool_parsers import ToolParserManager
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from sampo_ray.actors.policy.adapters import ReplicaAdapters
+from sampo_ray.actors.policy.adapters import ENGINE_S, ReplicaAdapters
 from sampo_ray.actors.policy.answers import (
     Rollouts,
     answer_items,
@@ -68,10 +68,7 @@ class PolicyServer(EngineServer):
         use_local_folders(llm_config, model_folder, chat_folder)
         await super().__init__(llm_config)
         check_constraints(self.client, Constraints(lambda: constraint_trial(self.client)).check)
-        if source.adapters and not all(await self.client.collective_rpc("base_is_kept")):
-            raise WeightsError(NOT_KEPT)
-        run = Place(source.adapters or "")
-        self._adapters = ReplicaAdapters(run, self.load_adapter, self.unload_adapter) if source.adapters else None
+        self._adapters = await self._adapters_of(source.adapters) if source.adapters else None
         self._gate, self._answers = RequestGate(), AnswersInFlight()
         self._weights = ReplicaWeights(self.client, source, self._gate, self._answers)
         self._rollouts = Rollouts(self.client, self._weights, self._gate, ChatFormat.load(chat_folder, "tokenizer"))
@@ -84,6 +81,11 @@ class PolicyServer(EngineServer):
         work = [self._watch()] if source.pinned else [self._watch(), self._weights.follow()]
         work += [self._adapters.follow()] if self._adapters else []
         self._tasks = [end_process_with(asyncio.create_task(each)) for each in work]
+
+    async def _adapters_of(self, run: str) -> ReplicaAdapters:
+        if not all(await asyncio.wait_for(self.client.collective_rpc("base_is_kept"), ENGINE_S)):
+            raise WeightsError(NOT_KEPT)
+        return ReplicaAdapters(Place(run), self.load_adapter, self.unload_adapter)
 
     async def generate(self, prompts: pa.Table, rows: Sequence[int], request: RolloutRequest) -> pa.Table:
         """See `Rollouts.generate`."""
