@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from sampo_ray.actors.ranks.trainer import Trainer
     from sampo_ray.loop.fleet import Fleet
 
-logger = logging.getLogger(__name__)
 CHECK_EVERY_S = 0.5
 
 
