@@ -1,8 +1,8 @@
 """Tries constraints on answers (JSON schemas, choices, calls of tools) before the engine gets them.
 
 The engine compiles them in a few threads and without a time limit, and ten characters of a pattern can keep a thread
-busy for minutes; then no request's constraints are compiled. So a copy of this process compiles each one first, within
-limits.
+busy for many seconds; then no request's constraints are compiled. So a copy of this process compiles each one first,
+within limits.
 """
 
 import asyncio
@@ -82,7 +82,9 @@ def in_a_copy(work: Callable[[], object], cpu_s: int, wall_s: float = WALL_S) ->
     said = b""
     try:
         with open(reader, "rb") as pipe:
-            if select.select([pipe], [], [], wall_s)[0]:
+            ready = select.poll()  # unlike select, it takes any number of a file
+            ready.register(pipe, select.POLLIN | select.POLLHUP)
+            if ready.poll(1000 * wall_s):
                 said = pipe.read()
     finally:
         with contextlib.suppress(ProcessLookupError):
