@@ -127,7 +127,7 @@ class ServeConfig(Section):
     @field_validator("api_keys", mode="before")
     @classmethod
     def _given_again(cls, keys: object) -> object:
-        return _keys_from_environment() or None if keys is None else keys
+        return (_keys_from_environment() or None) if keys is None else keys
 
     def check_keyed(self) -> None:
         """ConfigError where the endpoint would let in whom it should not, for want of keys.
