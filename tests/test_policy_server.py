@@ -237,7 +237,8 @@ def test_completions_are_the_models_own_tokens_with_their_log_probs(policy: Poli
     policy.publish(seed=0)
     completions = policy.generate()
     assert_greedy(completions, version_folder(policy.versions, policy.version))
-    assert completions["finish_reason"].to_pylist() == ["length"] * 4
+    ended = [ids[-1] == policy.format.end_of_turn_id for ids in completions["completion"].to_pylist()]
+    assert completions["finish_reason"].to_pylist() == ["stop" if end else "length" for end in ended]
     assert completions["first_version"].to_pylist() == completions["last_version"].to_pylist() == [policy.version] * 4
     assert completions["text"].to_pylist() == [policy.format.text(ids) for ids in completions["completion"].to_pylist()]
 
@@ -433,7 +434,7 @@ def test_an_answer_whole_or_refused_says_which_weights_gave_it(policy: Policy) -
     first, refusal = policy.chat(max_tokens=100_000)
     assert first.weights == WeightsId("run", policy.version)
     assert isinstance(refusal, Failure) and refusal.status == 400
-    request = CompletionRequest(model="policy", prompt="hello", max_tokens=4)
+    request = CompletionRequest(model="policy", prompt="hello", max_tokens=4, ignore_eos=True)
     first, *progress, answer = policy.handle.options(stream=True).completions.remote(request)
     assert all(isinstance(item, Progress) for item in progress)
     assert first.weights == WeightsId("run", policy.version)
