@@ -15,6 +15,7 @@ from sampo_ray.console.main import Commands, app
 from sampo_ray.console.signals import orderly_end
 from sampo_ray.errors import ConfigError, StageError
 from tests.conftest import write_recipe
+from tests.waiting import scaled
 
 
 def failing(error: BaseException) -> typer.Typer:
@@ -56,7 +57,7 @@ def test_an_interrupt_ends_with_its_usual_status() -> None:
 ENDS = """
 import contextlib, signal, sys, time
 from sampo_ray.console import signals
-signals.END_S = 1.0
+signals.END_S = float(sys.argv[2])
 with contextlib.ExitStack() as stack, signals.orderly_end() as end:
     try:
         print("up", flush=True)
@@ -71,12 +72,13 @@ with contextlib.ExitStack() as stack, signals.orderly_end() as end:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("takes", [0.0, 60.0])
 def test_any_signal_ends_a_command_in_order_and_within_its_limit(number: int, takes: float) -> None:
-    command = [sys.executable, "-c", ENDS, str(takes)]
+    limit = 1.0 if takes else 600.0
+    command = [sys.executable, "-c", ENDS, str(takes), str(limit)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "up\n"
         process.send_signal(number)
         assert process.stdout.read() == "in order\n"
-        assert process.wait(30) == (-signal.SIGALRM if takes else 128 + number)
+        assert process.wait(scaled(30)) == (-signal.SIGALRM if takes else 128 + number)
 
 
 def test_a_signal_that_is_ignored_stays_so() -> None:

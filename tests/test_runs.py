@@ -137,8 +137,8 @@ def test_a_run_directory_is_free_again_at_once(tmp_path):
 
 @pytest.fixture
 def lease(monkeypatch):
-    """The lease of a remote run directory that is renewed every second."""
-    monkeypatch.setattr(lock, "LEASE_S", 4.0)
+    """The lease of a remote run directory that is renewed four times in the seconds that it lasts."""
+    monkeypatch.setattr(lock, "LEASE_S", scaled(4.0))
     monkeypatch.setattr(lock, "SETTLE_S", 0.02)
     file = Place(f"memory://{uuid.uuid4().hex}/lease.json")
     yield file
@@ -169,7 +169,7 @@ def test_a_lease_that_ended_or_cannot_be_read_is_taken(lease, content):
     lease.write(content)
     with exclusive(url):
         pass
-    write_lease(lease, "who died", age=5.0)
+    write_lease(lease, "who died", age=scaled(5.0))
     with exclusive(url):
         pass
 
@@ -179,9 +179,9 @@ def test_of_processes_that_find_a_lease_free_at_once_one_has_it(lease, monkeypat
     found_free, written, write = threading.Barrier(3), threading.Barrier(3), Lease._write
 
     def write_with_the_others(self):
-        found_free.wait(30)
+        found_free.wait(scaled(30))
         write(self)
-        written.wait(30)
+        written.wait(scaled(30))
 
     monkeypatch.setattr(Lease, "_write", write_with_the_others)
 
@@ -189,19 +189,19 @@ def test_of_processes_that_find_a_lease_free_at_once_one_has_it(lease, monkeypat
         try:
             with exclusive(url):
                 ends.append("held")
-                over.wait(30)
+                over.wait(scaled(30))
         except ConfigError:
             ends.append("refused")
-            over.wait(30)
+            over.wait(scaled(30))
 
     threads = [threading.Thread(target=hold) for _ in range(3)]
     for thread in threads:
         thread.start()
     wait_until(lambda: len(ends) == 3, "end of three attempts")
     monkeypatch.setattr(Lease, "_write", write)
-    over.wait(30)
+    over.wait(scaled(30))
     for thread in threads:
-        thread.join(30)
+        thread.join(scaled(30))
     assert sorted(ends) == ["held", "refused", "refused"]
 
 

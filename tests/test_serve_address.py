@@ -25,6 +25,7 @@ from sampo_ray.serve.endpoint import (
     notes_on,
     start_serve,
 )
+from tests.waiting import scaled
 
 KEYS = (SecretStr("one"),)
 
@@ -180,7 +181,7 @@ def other_address() -> str | None:
 def ask(url: str, **headers: str) -> tuple[int, Any]:
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with direct.open(urllib.request.Request(url, headers=headers), timeout=30) as answer:
+        with direct.open(urllib.request.Request(url, headers=headers), timeout=scaled(30)) as answer:
             return answer.status, json.loads(answer.read())
     except urllib.error.HTTPError as error:
         return error.code, json.loads(error.read())
@@ -250,7 +251,7 @@ def test_a_serve_that_others_reach_is_closed_to_runs_without_keys(fresh_serve: N
     begun = time.monotonic()
     with pytest.raises(EndpointError, match=rf"listens on 0\.0\.0\.0:{port}"):
         start_serve(config())
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < scaled(10)
     keyed = config(api_keys=KEYS)
     (note,) = start_serve(keyed)
     assert "serve.host" in note
@@ -294,4 +295,4 @@ def test_serve_without_a_proxy_and_a_port_that_is_taken_are_named_at_once(fresh_
     with pytest.raises(EndpointError, match="without an HTTP proxy"):
         start_serve(config())
     assert start_serve(config(enabled=False)) == []
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < scaled(10)
