@@ -176,6 +176,10 @@ def test_weights_that_are_damaged_or_of_another_model_are_refused(tiny_model, tm
     (adapter / WEIGHTS).write_bytes(b"\x01")
     with pytest.raises(ConfigError, match="a damaged adapter"):
         read_adapter(str(adapter), str(tiny_model))
+    adapter = save_adapter(tiny_model, tmp_path / "again")
+    (adapter / SETTINGS).write_text("[]")
+    with pytest.raises(ConfigError, match="is no mapping"):
+        read_adapter(str(adapter), str(tiny_model))
     (adapter / SETTINGS).unlink()
     with pytest.raises(ConfigError, match=r"adapter_config.json is missing"):
         read_adapter(str(adapter), str(tiny_model))

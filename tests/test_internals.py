@@ -157,6 +157,20 @@ def test_vllm_creates_the_slots_of_layers_and_counts_those_of_adapters_by_one_pr
     assert "lora_manager_cls=self._manager_cls" in inspect.getsource(workers.create_lora_manager), vllm()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of engines on CPUs")
+def test_an_engine_whose_last_slot_is_an_adapters_is_refused() -> None:
+    from sampo_ray.internals.vllm import base_is_kept
+
+    def engine(*slots: float) -> SimpleNamespace:
+        stacks = (torch.tensor(slots)[:, None, None, None],)
+        layer = SimpleNamespace(lora_a_stacked=stacks, lora_b_stacked=stacks)
+        return SimpleNamespace(lora_manager=SimpleNamespace(lora_slots=2, modules={"layer": layer}))
+
+    assert base_is_kept(engine(1, 1, 0))
+    assert not base_is_kept(engine(1, 1)) and not base_is_kept(engine(0, 0)) and not base_is_kept(engine(1, 1, 1))
+    assert not base_is_kept(SimpleNamespace(lora_manager=SimpleNamespace(lora_slots=2, modules={})))
+
+
 def test_vllm_says_how_many_tokens_each_request_has() -> None:
     from vllm.v1.engine import detokenizer, output_processor
 

@@ -88,6 +88,8 @@ def read_adapter(folder: str, base: str) -> PlainAdapter:
         settings, tensors = json.loads(place.at(SETTINGS).read()), load(place.at(WEIGHTS).read())
     except (ValueError, SafetensorError) as error:
         raise ConfigError(f"{folder!r} holds a damaged adapter ({error}); save it again") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{folder!r} holds a damaged adapter ({SETTINGS} is no mapping); save it again")
     try:
         check_settings(settings)
         return plain(settings, _pairs(tensors, _shapes(base)))
