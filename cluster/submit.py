@@ -172,7 +172,8 @@ def _submitted(client: JobSubmissionClient, command: str, packages: dict[str, ob
 
 def _last_line(error: Exception) -> str:
     """An error of the job server without the server's stack: what was raised there is its last line."""
-    return str(error).strip(". \n").splitlines()[-1]
+    lines = str(error).strip(". \n").splitlines()
+    return lines[-1] if lines else type(error).__name__
 
 
 async def _follow(client: JobSubmissionClient, job: str, console: Console, say: Callable[[str], None]) -> None:
@@ -241,8 +242,10 @@ def _ended(client: JobSubmissionClient, job: str, say: Callable[[str], None]) ->
     while True:
         try:
             details = _details(client, job)
-        except requests.RequestException as error:
-            raise SubmitError(f"job {job}: how it ended is not known: {error}") from error
+        except SubmitError:
+            raise
+        except (RuntimeError, requests.RequestException) as error:
+            raise SubmitError(f"job {job}: how it ended is not known: {_last_line(error)}") from error
         if details.status.is_terminal():
             return details
         if time.monotonic() > told:

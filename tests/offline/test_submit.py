@@ -178,6 +178,12 @@ def test_a_refusal_is_told_without_the_server_s_stack(tmp_path, monkeypatch):
         Server(monkeypatch, (400, refusal)).submit(tmp_path)
 
 
+def test_a_server_that_stays_silent_is_one_message(tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "SETTLE_SECONDS", 0.0)
+    with pytest.raises(job.SubmitError, match="the job was not taken: ReadTimeout"):
+        Server(monkeypatch, requests.ReadTimeout()).submit(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("mode", "status", "message"),
     [(None, 401, "sends only if RAY_AUTH_MODE=token is set"), ("token", 403, "prints on its head")],
@@ -237,6 +243,12 @@ def test_a_job_that_went_with_the_head_says_how_the_run_goes_on(monkeypatch):
     forgotten = RuntimeError("Request failed with status code 404: Job j does not exist.")
     with pytest.raises(job.SubmitError, match="its head was restarted and the job ended; continue the run"):
         Followed("RUNNING", forgotten).follow(monkeypatch)
+
+
+def test_a_head_that_fails_at_the_end_is_one_message(monkeypatch):
+    broken = RuntimeError("Request failed with status code 500: Traceback:\n ...\nKeyError: 'head'\n.")
+    with pytest.raises(job.SubmitError, match="job j: how it ended is not known: KeyError: 'head'"):
+        Followed("RUNNING", broken).follow(monkeypatch)
 
 
 @pytest.mark.slow
