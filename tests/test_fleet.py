@@ -76,9 +76,9 @@ def test_a_run_that_serve_refuses_leaves_no_run_directory(
         raise EndpointError("others reach it")
 
     monkeypatch.setattr("sampo_ray.serve.endpoint.start_serve", refuse)
-    monkeypatch.setattr(session, "ray_cluster", lambda: nullcontext({"CPU": 8.0}))
+    monkeypatch.setattr(session, "ray_cluster", lambda note: nullcontext({"CPU": 8.0}))
     tree = {"model": {"path": str(tiny_model)}, "data": {"train": "d", "max_length": 64}, "serve": {"port": 0}}
     config = load_config(tree, [f"run.dir={tmp_path}"])
     with pytest.raises(EndpointError, match="others reach it"):
-        session._run(config, None, keep_serving=False)
+        session._run(config, None, keep_serving=False, check=lambda: None)
     assert create_run(config).id
