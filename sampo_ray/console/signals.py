@@ -1,6 +1,7 @@
 """How a command ends before its time: in order, as by Ctrl-C, whichever signal asks for it, and within a limit."""
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 from types import FrameType
@@ -24,7 +25,8 @@ class OrderlyEnd:
     def __call__(self, number: int, frame: FrameType | None = None) -> None:
         self.status = 128 + number
         if not any(signal.getitimer(signal.ITIMER_REAL)):
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            # For the first process of a container the kernel takes no default action.
+            signal.signal(signal.SIGALRM, signal.SIG_DFL if os.getpid() != 1 else lambda *_: os._exit(self.status))
             signal.setitimer(signal.ITIMER_REAL, END_S)
         raise KeyboardInterrupt
 
