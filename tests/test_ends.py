@@ -79,7 +79,7 @@ ray.init(address=sys.argv[1], namespace="sampo", log_to_driver=False)
 for fleet, keeps in (("ends", []), ("stays", ["stays-policy"])):
     ray.get(start_weight_store(f"{fleet}-store", f"{sys.argv[2]}/{fleet}.json").__ray_ready__.remote())
     ray.get(start_guard(fleet, keeps, f"{fleet}-store").__ray_ready__.remote())
-    for app in ("policy", "rewards"):
+    for app in ("policy", "rewards") if keeps else ("policy",):
         serve.run(Policy.bind(), name=f"{fleet}-{app}", route_prefix=None)
 print("up", flush=True)
 time.sleep(600)
@@ -221,7 +221,7 @@ def test_an_engine_ends_with_its_replica_and_all_of_sampo_serve_on_sigterm(serve
 def test_nothing_of_sampo_train_outlives_it_when_it_is_killed(tiny_model: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_model, pairs=8)
     with running(tmp_path / "out", "train", str(recipe), "serve.enabled=true", "serve.port=0") as command:
-        command.wait(command.engines)  # its imports are done, and it loads
+        command.wait(lambda: command.engines(SPAWNED))
         everything, memory = command.all(), shared_memory(command.all())
         command.process.kill()
         command.await_all_ended(everything, memory)
