@@ -13,6 +13,7 @@ from pydantic import JsonValue
 from starlette.requests import Request
 
 from sampo_ray.serve.errors import ApiError
+from sampo_ray.serve.requests.schemas import overlooked
 
 MAX_VALUES, MAX_CHARACTERS, MAX_DEPTH, MAX_TOOLS = 1000, 20_000, 32, 64
 ACCEPTED = ("json", "choice", "json_object", "disable_any_whitespace", "disable_additional_properties")
@@ -82,15 +83,16 @@ def check_constraints(body: dict[str, JsonValue]) -> None:
     form = _mapping(body.get("response_format"))
     if form.get("type") not in (None, "text", "json_object", "json_schema"):
         raise refused("response_format.type", "must be text, json_object or json_schema")
+    given = _mapping(form.get("json_schema"))
     for name in ("schema", "json_schema"):  # vLLM takes both names
-        _check_schema(_mapping(form.get("json_schema")).get(name), f"response_format.json_schema.{name}")
-    tools = body.get("tools")
+        _check_schema(given.get(name), f"response_format.json_schema.{name}", given.get("strict") is not False)
+    tools, must_call = body.get("tools"), body.get("tool_choice") not in (None, "auto", "none")
     if isinstance(tools, list):
         if len(tools) > MAX_TOOLS:
             raise refused("tools", f"{len(tools)} are more than the {MAX_TOOLS} that this endpoint takes")
         for position, tool in enumerate(tools):
             parameters = _mapping(_mapping(tool).get("function")).get("parameters")
-            _check_schema(parameters, f"tools[{position}].function.parameters")
+            _check_schema(parameters, f"tools[{position}].function.parameters", must_call)
 
 
 def refused(field: str, reason: str) -> ApiError:
@@ -101,17 +103,16 @@ def _mapping(value: JsonValue) -> dict[str, JsonValue]:
     return value if isinstance(value, dict) else {}
 
 
-def _check_schema(schema: JsonValue, field: str) -> None:
+def _check_schema(schema: JsonValue, field: str, holds: bool = True) -> None:
+    """`holds`: whether the answer has to keep to all of the schema, rather than as far as it can."""
     if isinstance(schema, str):
         try:
             schema = json.loads(schema)
         except (ValueError, RecursionError):
             raise refused(field, "not valid JSON") from None
     _check_size(schema, field)
-    for value, _ in _walk(schema):
-        reference = _mapping(value).get("$ref")
-        if isinstance(reference, str) and not reference.startswith("#"):  # the engine would overlook it
-            raise refused(field, "$ref must name a place in the schema itself, such as #/$defs/name")
+    if holds and (reason := overlooked(schema)):
+        raise refused(field, reason)
 
 
 def _check_size(tree: JsonValue, field: str) -> None:
