@@ -1,5 +1,8 @@
 """Errors that a user sees as one message. Imports no library."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """A mistake that a user can fix; the message names what is wrong and what to do."""
@@ -63,3 +66,9 @@ class EndpointError(UserError, RuntimeError):
 
 class SubmitError(UserError, RuntimeError):
     """A cluster that cannot be reached or refuses a job; the message says which and what to do."""
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Suggests the closest known name, or lists all if none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from sampo_ray.config.section import suggestion
+from sampo_ray.errors import suggestion
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,8 +15,8 @@ from pydantic_core import ErrorDetails
 
 from sampo_ray.config import sections, serving
 from sampo_ray.config.rows import RowBudget, default_row
-from sampo_ray.config.section import Section, suggestion
-from sampo_ray.errors import ConfigError
+from sampo_ray.config.section import Section
+from sampo_ray.errors import ConfigError, suggestion
 
 Tree: TypeAlias = dict[str, object]
 

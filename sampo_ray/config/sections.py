@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from sampo_ray.config.losses import LOSSES, REDUCTIONS, PreferenceLoss, advice, find_loss
-from sampo_ray.config.section import Section, suggestion
-from sampo_ray.errors import ConfigError
+from sampo_ray.config.section import Section
+from sampo_ray.errors import ConfigError, suggestion
 
 
 class LoraConfig(Section):

@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from sampo_ray.config.section import Section, suggestion
+from sampo_ray.config.section import Section
 from sampo_ray.config.tools import AUTO, PARSERS
-from sampo_ray.errors import ConfigError
+from sampo_ray.errors import ConfigError, suggestion
 
 
 def is_loopback(host: str) -> bool:
