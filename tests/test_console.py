@@ -58,6 +58,8 @@ ENDS = """
 import contextlib, signal, sys, time
 from sampo_ray.console import signals
 signals.END_S = float(sys.argv[2])
+for each in signals.SIGNALS:
+    signal.signal(each, signal.SIG_DFL)  # under nohup one is ignored
 with contextlib.ExitStack() as stack, signals.orderly_end() as end:
     try:
         print("up", flush=True)

@@ -106,6 +106,18 @@ def test_ranks_are_started_again_until_they_fail_too_often_without_a_new_step_be
     asyncio.run(work())
 
 
+def test_steps_before_a_failure_reach_the_driver_before_it() -> None:
+    async def work(exchange: Exchange, spec: Any) -> None:
+        await exchange.post(spec)
+        await exchange.report(1, result(1))
+        await exchange.failed(RankFailure("the pair makes no sense", lasting=True))
+        assert await exchange.results(0, NEVER) == [result(1)]
+        with pytest.raises(TrainingError, match="the pair makes no sense"):
+            await exchange.results(1, NEVER)
+
+    asyncio.run(work(Exchange(max_failures=2), object()))
+
+
 def test_a_process_that_died_explains_the_errors_of_the_others() -> None:
     async def work(exchange: Exchange) -> None:
         await exchange.failed(RankFailure("RuntimeError: connection closed by peer", lasting=False))

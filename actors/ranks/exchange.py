@@ -127,11 +127,11 @@ class Exchange:
     async def results(self, after_step: int, timeout_s: float) -> list[StepResult]:
         """Results of the current round after `after_step`, in order, once there are any; empty after `timeout_s`.
 
-        Raises TrainingError with the ranks' reason when they gave up.
+        Raises TrainingError with the ranks' reason when they gave up and there are no more.
         """
         async with self._changed:
             await self._until(lambda: self._ended is not None or after_step + 1 in self._results, timeout_s)
-            if self._ended is not None:
+            if self._ended is not None and after_step + 1 not in self._results:
                 raise TrainingError(self._ended)
             steps = itertools.takewhile(lambda step: step in self._results, itertools.count(after_step + 1))
             return [self._results[step] for step in steps]
