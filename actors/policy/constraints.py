@@ -31,7 +31,7 @@ Trial = Callable[[StructuredOutputsParams], None]
 
 
 class TrialTakesTooLong(Exception):
-    """A trial that used up its limits."""
+    """A trial that used up its limits of CPU time or memory."""
 
 
 class Constraints:
@@ -39,14 +39,17 @@ class Constraints:
     constraint comes.
     """
 
-    def __init__(self, trial: Callable[[], Trial], cpu_s: int = CPU_S) -> None:
-        self._make_trial, self._cpu_s = trial, cpu_s
+    def __init__(self, trial: Callable[[], Trial], cpu_s: int = CPU_S, wall_s: float = WALL_S) -> None:
+        self._make_trial, self._cpu_s, self._wall_s = trial, cpu_s, wall_s
         self._trial: Trial | None = None
         self._verdicts: OrderedDict[int, str] = OrderedDict()
         self._lock = asyncio.Lock()
 
     async def check(self, constraint: StructuredOutputsParams) -> None:
-        """Raises VLLMValidationError for a constraint that the engine cannot compile, or that takes it too long."""
+        """Raises VLLMValidationError for a constraint that the engine cannot compile, or that takes it too long.
+
+        A trial that did not end in time says nothing of the constraint, and is not remembered.
+        """
         key = hash(repr(constraint))
         if (reason := self._verdicts.get(key)) is None:
             async with self._lock:  # another request may have brought the same one meanwhile
@@ -58,21 +61,27 @@ class Constraints:
         if len(self._verdicts) > REMEMBERED:
             self._verdicts.popitem(last=False)
         if reason:
-            raise VLLMValidationError(f"the answer's JSON schema, choices or tools: {reason}")
+            raise refused(reason)
 
     def _verdict(self, constraint: StructuredOutputsParams) -> str:
         self._trial = trial = self._trial or self._make_trial()
         try:
-            return PLACE_IN_SOURCE.sub("", in_a_copy(lambda: trial(constraint), self._cpu_s)).strip()
+            return PLACE_IN_SOURCE.sub("", in_a_copy(lambda: trial(constraint), self._cpu_s, self._wall_s)).strip()
+        except TimeoutError:
+            raise refused(f"were not tried within {self._wall_s:.0f} s; ask again") from None
         except TrialTakesTooLong:
             return f"take more than {self._cpu_s} s to compile; use fewer patterns and lower bounds of lengths"
+
+
+def refused(reason: str) -> VLLMValidationError:
+    return VLLMValidationError(f"the answer's JSON schema, choices or tools: {reason}")
 
 
 def in_a_copy(work: Callable[[], object], cpu_s: int, wall_s: float = WALL_S) -> str:
     """Does work in a forked copy of this process; returns the message of the exception that it raised, else "".
 
     The copy has this thread alone, so the work must need no other, nor a lock that another may hold. TrialTakesTooLong
-    when it has used up `cpu_s`, `wall_s` or MEMORY_BYTES.
+    when it has used up `cpu_s` or MEMORY_BYTES; TimeoutError after `wall_s`.
     """
     reader, writer = os.pipe()
     child = os.fork()
@@ -84,8 +93,9 @@ def in_a_copy(work: Callable[[], object], cpu_s: int, wall_s: float = WALL_S) ->
         with open(reader, "rb") as pipe:
             ready = select.poll()  # unlike select, it takes any number of a file
             ready.register(pipe, select.POLLIN | select.POLLHUP)
-            if ready.poll(1000 * wall_s):
-                said = pipe.read()
+            if not ready.poll(1000 * wall_s):
+                raise TimeoutError
+            said = pipe.read()
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
