@@ -68,6 +68,16 @@ class SubmitError(UserError, RuntimeError):
     """A cluster that cannot be reached or refuses a job; the message says which and what to do."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its class if it has none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def described(error: BaseException) -> str:
+    """An error's class and the first line of its text."""
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
     """Suggests the closest known name, or lists all if none is close."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

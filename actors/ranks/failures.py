@@ -15,7 +15,7 @@ from ray.train import UserCallback
 
 from sampo_ray.actors.ranks.exchange import EXCHANGE_ANSWER_S, RankFailure
 from sampo_ray.config.run import RunConfig
-from sampo_ray.errors import UserError
+from sampo_ray.errors import UserError, described, first_line
 from sampo_ray.internals.ray import failed_health_check
 
 WRONG = (UserError, ValueError, TypeError, LookupError, AttributeError, ImportError)
@@ -38,7 +38,7 @@ def failure_of(error: Exception, config: RunConfig | None) -> RankFailure:
     if lasting and isinstance(error, UserError):
         return RankFailure(str(error), lasting)
     cause = error.cause if isinstance(error, RayTaskError) else error
-    return RankFailure(f"{type(cause).__name__}: {first_line(cause)}", lasting)
+    return RankFailure(described(cause), lasting)
 
 
 def out_of_gpu_memory(error: torch.OutOfMemoryError, config: RunConfig | None) -> str:
@@ -62,11 +62,6 @@ def cause_of_death(errors: Mapping[int, Exception]) -> str | None:
             )
         return f"the process of rank {rank} ended: {first_line(cause)}"
     return None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its class if it has none."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 class StopOrRestart(UserCallback):

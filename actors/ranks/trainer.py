@@ -24,14 +24,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from transformers import AutoConfig
 
 from sampo_ray.actors.ranks.exchange import EXCHANGE_ANSWER_S, Closed, Exchange, RoundSpec
-from sampo_ray.actors.ranks.failures import RoundAbandoned, StopOrRestart, failure_of, first_line
+from sampo_ray.actors.ranks.failures import RoundAbandoned, StopOrRestart, failure_of
 from sampo_ray.actors.transfer.sending import start_sender
 from sampo_ray.actors.weights.client import find_weight_store
 from sampo_ray.actors.weights.publish import NewVersion, publish_adapters, publish_version
 from sampo_ray.config.run import RunConfig
 from sampo_ray.config.sections import TrainerConfig
 from sampo_ray.data.preferences import pairs_of, with_reference
-from sampo_ray.errors import PublishError, TrainingError
+from sampo_ray.errors import PublishError, TrainingError, described
 from sampo_ray.run.buckets import checksum_of_file, checksums
 from sampo_ray.run.manifest import Checkpoint, StepMetrics, StepResult, lineage, read_manifest
 from sampo_ray.run.parts import part_place
@@ -134,8 +134,8 @@ class Trainer:
         except ray.exceptions.RayTaskError as error:
             raise TrainingError(str(error.cause)) from None
         except ray.exceptions.RayError as error:
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            raise TrainingError(f"the actor between driver and training ranks does not answer ({reason})") from None
+            reason = f"the actor between driver and training ranks does not answer ({described(error)})"
+            raise TrainingError(reason) from None
 
     def close(self) -> None:
         """Tells the ranks to end, in the midst of a round after its present step, and waits for them."""

@@ -12,7 +12,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, stop_afte
 from sampo_ray.actors.transfer.sending import Sender
 from sampo_ray.actors.weights.client import put
 from sampo_ray.config.sections import LoraConfig
-from sampo_ray.errors import PublishError
+from sampo_ray.errors import PublishError, described
 from sampo_ray.run.buckets import Bucket
 from sampo_ray.run.storage import Place
 from sampo_ray.run.version_files import write_adapters, write_version
@@ -81,9 +81,8 @@ def _tell(
         return retrying(lambda: ray.get(_publish(store, new, buckets, offered), timeout=timeout_s))
     except RayError as error:
         cause = error.cause if isinstance(error, RayTaskError) else error
-        reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
         raise PublishError(
-            f"version {new.info.version} is stored, but the weight store did not take it: {reason}"
+            f"version {new.info.version} is stored, but the weight store did not take it: {described(cause)}"
         ) from None
 
 

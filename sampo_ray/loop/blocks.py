@@ -14,7 +14,7 @@ import pyarrow as pa
 import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
-from sampo_ray.errors import StageError
+from sampo_ray.errors import StageError, first_line
 from sampo_ray.run.parts import BLOCK_FETCH_S, LOST, Part, logger, part_place
 from sampo_ray.run.storage import Place
 
@@ -157,7 +157,7 @@ def _rows_unless_lost(counted: ray.ObjectRef, last: bool) -> int | None:
     except RayError as error:
         cause = error.cause if isinstance(error, RayTaskError) else error
         if isinstance(error, LOST) and not last:
-            logger.warning("a part was lost and is made again: %s", str(cause).splitlines()[:1])
+            logger.warning("a part was lost and is made again: %s", first_line(cause))
             return None
         if isinstance(error, OutOfMemoryError):
             raise StageError(

@@ -15,7 +15,7 @@ from sampo_ray.data.reward_models import check_model
 from sampo_ray.data.rewards import Samples
 from sampo_ray.data.sources import Row, first_rows
 from sampo_ray.data.tools import tool_arguments
-from sampo_ray.errors import ConfigError, KeysError
+from sampo_ray.errors import ConfigError, KeysError, first_line
 from sampo_ray.run.storage import Place, absolute
 from sampo_ray.run.trackers import check_trackers
 from sampo_ray.training.memory import check_device
@@ -37,7 +37,7 @@ def check(config: RunConfig) -> None:
             model = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"model.path={path!r}: no model can be opened there ({str(error).splitlines()[0]}); "
+            f"model.path={path!r}: no model can be opened there ({first_line(error)}); "
             "name a Hugging Face folder or hub name"
         ) from None
     check_architecture(on_meta(model, config.model.lora))

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from sampo_ray.config.run import RunConfig
-from sampo_ray.errors import ConfigError
+from sampo_ray.errors import ConfigError, first_line
 from sampo_ray.run.storage import Place
 
 Log = Callable[[Mapping[str, float], int], None]
@@ -36,8 +36,7 @@ def open_trackers(config: RunConfig, place: Place, run_id: str) -> Iterator[Log]
             try:
                 logs.append(stack.enter_context(TRACKERS[name](config, run_id)))
             except Exception as error:  # each library has its errors for a missing login or server
-                reason = (str(error) or repr(error)).splitlines()[0]
-                raise ConfigError(f"run.trackers: {name} cannot be opened: {reason}") from error
+                raise ConfigError(f"run.trackers: {name} cannot be opened: {first_line(error)}") from error
 
         def log(values: Mapping[str, float], step: int) -> None:
             for each in logs:
