@@ -231,7 +231,7 @@ def serve_adapter(run: Place, name: str, weights: bytes) -> str:
 
 def test_an_adapter_that_is_added_again_is_loaded_anew_and_a_removed_one_is_unloaded(tmp_path):
     run, engine = Place(str(tmp_path)), Engine()
-    adapters = ReplicaAdapters(run, engine.load, engine.unload)
+    adapters = ReplicaAdapters(run, tmp_path / "copies", engine.load, engine.unload)
 
     async def ask(*models: str) -> None:
         async with contextlib.AsyncExitStack() as requests:

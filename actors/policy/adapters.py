@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import logging
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -23,15 +22,18 @@ class ReplicaAdapters:
     """Adapters by their engine names (`adapter_model`), which say what is in them: one that is removed and added again
     with other weights is another adapter, to the engine and to its prefix cache.
 
-    `load` and `unload` are the engine's. It gets copies on this machine, since it reads an adapter's files again each
-    time that it comes back to one of its few slots, which may be after they have been removed from the run.
+    `load` and `unload` are the engine's. It gets files in `copies`, since it reads an adapter's again each time that it
+    comes back to one of its few slots, which may be after they have been removed from the run.
     """
 
     def __init__(
-        self, run: Place, load: Callable[[str, str], Awaitable[None]], unload: Callable[[str], Awaitable[None]]
+        self,
+        run: Place,
+        copies: Path,
+        load: Callable[[str, str], Awaitable[None]],
+        unload: Callable[[str], Awaitable[None]],
     ) -> None:
-        self._run, self._load, self._unload = run, load, unload
-        self._copies = tempfile.TemporaryDirectory(prefix="sampo-adapters-")
+        self._run, self._copies, self._load, self._unload = run, copies, load, unload
         self._loaded, self._users = set[str](), Counter[str]()
         self._changing = asyncio.Lock()
 
@@ -69,7 +71,7 @@ class ReplicaAdapters:
                 logger.warning("adapters that were removed are still loaded: %s", error)
 
     def _copy(self, model: str) -> Path:
-        return Path(self._copies.name) / model
+        return self._copies / model
 
     def _copied(self, model: str) -> str:
         """The path of a copy of the adapter's files."""

@@ -43,6 +43,7 @@ from sampo_ray.errors import ConfigError, WeightsError
 from sampo_ray.internals.serve_llm import EngineServer, use_local_folders
 from sampo_ray.internals.torch import cpu_has_bf16
 from sampo_ray.internals.vllm import check_constraints, constraint_trial, requests_in_flight
+from sampo_ray.run.scratch import scratch_folder
 from sampo_ray.run.storage import Place
 from sampo_ray.run.versions import WeightsId, read_info
 
@@ -85,7 +86,8 @@ class PolicyServer(EngineServer):
     async def _adapters_of(self, run: str) -> ReplicaAdapters:
         if not all(await asyncio.wait_for(self.client.collective_rpc("base_is_kept"), ENGINE_S)):
             raise WeightsError(NOT_KEPT)
-        return ReplicaAdapters(Place(run), self.load_adapter, self.unload_adapter)
+        copies = COPIES.enter_context(scratch_folder())
+        return ReplicaAdapters(Place(run), copies, self.load_adapter, self.unload_adapter)
 
     async def generate(self, prompts: pa.Table, rows: Sequence[int], request: RolloutRequest) -> pa.Table:
         """See `Rollouts.generate`."""
@@ -171,7 +173,7 @@ class PolicyServer(EngineServer):
 
 
 COPIES = contextlib.ExitStack()
-"""This process's copies of remote folders."""
+"""This process's copies of remote folders and of adapters."""
 
 
 def local_folder(url: str) -> str:
