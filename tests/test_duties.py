@@ -14,7 +14,7 @@ import filelock
 import pytest
 import torch
 
-from sampo_ray.actors.weights import duty, live
+from sampo_ray.actors.weights import live
 from sampo_ray.actors.weights.duty import Duty, pause_s, reason_of
 from sampo_ray.actors.weights.gates import Verdict
 from sampo_ray.actors.weights.live import LivePolicy
@@ -26,7 +26,7 @@ from sampo_ray.run.serving import Serving
 from sampo_ray.run.storage import Place
 from sampo_ray.run.version_files import write_version
 from sampo_ray.run.versions import VersionInfo, version_folder
-from tests.waiting import until
+from tests.waiting import hurry_duties, until
 
 LONG_S = 30.0
 """For what comes within moments: a limit for a failure only."""
@@ -34,9 +34,7 @@ LONG_S = 30.0
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(duty, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(duty, "LONGEST_PAUSE_S", 0.05)
-    monkeypatch.setattr(duty, "SOON_S", 0.01)
+    hurry_duties(monkeypatch)
     monkeypatch.setattr(live, "LOOK_S", 0.05)
     monkeypatch.setattr(live, "LOCK_WAIT_S", 0.1)
 

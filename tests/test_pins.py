@@ -14,7 +14,7 @@ from ray import serve
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.schema import ApplicationStatusOverview, DeploymentStatusOverview
 
-from sampo_ray.actors.weights import duty, pinned
+from sampo_ray.actors.weights import pinned
 from sampo_ray.actors.weights.client import StoreState
 from sampo_ray.actors.weights.pinned import PinnedApps, difference, pin_state
 from sampo_ray.config.run import load_config
@@ -26,14 +26,12 @@ from sampo_ray.run.serving import Serving
 from sampo_ray.run.storage import Place
 from sampo_ray.run.version_files import write_version
 from sampo_ray.run.versions import VersionInfo
-from tests.waiting import scaled, until, wait_until
+from tests.waiting import hurry_duties, scaled, until, wait_until
 
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(duty, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(duty, "LONGEST_PAUSE_S", 0.05)
-    monkeypatch.setattr(duty, "SOON_S", 0.01)
+    hurry_duties(monkeypatch)
     monkeypatch.setattr(pinned, "LOOK_S", 0.05)
 
 

@@ -10,6 +10,8 @@ import sys
 import time
 from collections.abc import Callable
 
+import pytest
+
 TEST_S = 600.0
 """Limit of a test with the fixtures that it starts."""
 KNOWN_WORK_S = 0.3
@@ -63,3 +65,9 @@ async def until(true: Callable[[], object], seconds: float = 30.0) -> None:
     while not true():
         assert time.monotonic() - begun < scaled(seconds)
         await asyncio.sleep(0.005)
+
+
+def hurry_duties(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the pauses of a weight store's duties short."""
+    for name, seconds in (("FIRST_PAUSE_S", 0.01), ("LONGEST_PAUSE_S", 0.05), ("SOON_S", 0.01)):
+        monkeypatch.setattr(f"sampo_ray.actors.weights.duty.{name}", seconds)
