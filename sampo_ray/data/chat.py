@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sampo_ray.data.sources import Message
-from sampo_ray.errors import ConfigError
+from sampo_ray.errors import ConfigError, first_line
 
 TemplateName = Literal["llama3-sampo", "llama3", "tokenizer"]
 
@@ -66,7 +66,7 @@ class ChatFormat:
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError, KeyError) as error:
-            reason, advice = str(error).split("\n", 1)[0], "name a Hugging Face folder or hub name that has one"
+            reason, advice = first_line(error), "name a Hugging Face folder or hub name that has one"
             message = f"model.path={str(path)!r}: no tokenizer can be loaded from it ({reason}); {advice}"
             raise ConfigError(message) from None
         if template != "tokenizer":

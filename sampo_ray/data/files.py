@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
-from sampo_ray.errors import DataError
+from sampo_ray.errors import DataError, described
 
 Numbered = Iterator[tuple[int, dict[str, object]]]
 """Objects with their 1-based line or position."""
@@ -48,7 +48,7 @@ def as_data_error(where: str) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:  # each file system has its own library's errors, which share no other base
-        reason = f"{type(error).__name__}: {error}".split("\n", 1)[0]
+        reason = described(error)
         raise DataError(f"data source {where!r}: cannot be read ({reason}); check that it is complete") from error
 
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from sampo_ray.data.preferences import cut_prompt
 from sampo_ray.data.rewards import Rewards, Samples
 from sampo_ray.data.sources import Message
-from sampo_ray.errors import ConfigError, RewardError
+from sampo_ray.errors import ConfigError, RewardError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class Encoder:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path, truncation_side="left")
         except (OSError, ValueError, KeyError) as error:
-            reason = str(error).split("\n", 1)[0]
+            reason = first_line(error)
             raise ConfigError(f"reward.model={path!r}: no tokenizer can be loaded ({reason}); save it there") from None
         if not self.tokenizer.chat_template and self.tokenizer.sep_token_id is None:
             raise ConfigError(
@@ -166,7 +166,7 @@ def _open_config(path: str) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        reason, advice = str(error).split("\n", 1)[0], "name a Hugging Face folder or hub name"
+        reason, advice = first_line(error), "name a Hugging Face folder or hub name"
         raise ConfigError(f"reward.model={path!r}: cannot be opened ({reason}); {advice}") from None
     if config.num_labels != 1:
         raise ConfigError(

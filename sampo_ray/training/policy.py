@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sampo_ray.config.rows import RowBudget
-from sampo_ray.errors import ConfigError
+from sampo_ray.errors import ConfigError, first_line
 from sampo_ray.internals.torch import limit_recompilations
 from sampo_ray.training import attention, cpu
 from sampo_ray.training.batching import Pair, Row, Segments, assemble, lengths_of, plan_rows
@@ -146,7 +146,7 @@ def on_meta(config: PretrainedConfig, lora: LoraConfig | None = None) -> PreTrai
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
     except ValueError as error:
-        raise ConfigError(f"model.path: not a causal language model: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"model.path: not a causal language model: {first_line(error)}") from None
     except KeyError:  # some models look up their attention in a table of their own
         raise ConfigError(f"model.path: {config.model_type} models have an attention of their own") from None
     if lora is not None:
@@ -173,7 +173,7 @@ def load_policy(
             str(path), dtype=torch.bfloat16, attn_implementation=kind, use_safetensors=True
         )
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={str(path)!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"model.path={str(path)!r} cannot be loaded: {first_line(error)}") from error
     if flex:  # for rows, scoring and adapters; where no kernel is compiled, FlexAttention makes matrices of all scores
         limit_recompilations(32)
     if gradient_checkpointing:
