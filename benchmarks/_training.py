@@ -184,8 +184,8 @@ def useful_flops(path: str, pairs: list[Any]) -> float:
     """
     from transformers import AutoConfig
 
+    from sampo_ray.training.architecture import on_meta
     from sampo_ray.training.batching import lengths_of
-    from sampo_ray.training.policy import on_meta
 
     model = on_meta(AutoConfig.from_pretrained(path))
     shape = model.config

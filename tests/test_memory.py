@@ -9,8 +9,8 @@ from transformers import AutoConfig
 from sampo_ray.config.sections import LoraConfig, TrainerConfig
 from sampo_ray.errors import ConfigError
 from sampo_ray.loop.validate import check_rope
+from sampo_ray.training.architecture import check_architecture, on_meta
 from sampo_ray.training.memory import Shape, check_memory, plan_memory
-from sampo_ray.training.policy import check_architecture, on_meta
 
 LLAMA_8B = Shape(
     parameters=8_030_261_248, trained=8_030_261_248, layers=32, hidden=4096, intermediate=14336, vocabulary=128_256

@@ -18,8 +18,8 @@ from sampo_ray.data.tools import tool_arguments
 from sampo_ray.errors import ConfigError, KeysError, first_line
 from sampo_ray.run.storage import Place, absolute
 from sampo_ray.run.trackers import check_trackers
+from sampo_ray.training.architecture import check_architecture, on_meta
 from sampo_ray.training.memory import check_device
-from sampo_ray.training.policy import check_architecture, on_meta
 
 PROBED_ROWS = 1000
 """Rows of the prompt file in which a column that a reward function names must be found."""

@@ -23,8 +23,8 @@ from transformers import AutoConfig
 from sampo_ray.errors import ConfigError
 from sampo_ray.run.buckets import checksum
 from sampo_ray.run.storage import Place, absolute
+from sampo_ray.training.architecture import on_meta
 from sampo_ray.training.lora import MATRICES, adaptable_layers, file_name
-from sampo_ray.training.policy import on_meta
 
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 MAX_RANK = 512

@@ -9,8 +9,8 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from sampo_ray.errors import ConfigError
+from sampo_ray.training.architecture import on_meta
 from sampo_ray.training.logprobs import Tile
-from sampo_ray.training.policy import on_meta
 
 if TYPE_CHECKING:
     from sampo_ray.config.run import RunConfig

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sampo_ray.config.rows import RowBudget
 from sampo_ray.errors import ConfigError, first_line
 from sampo_ray.internals.torch import limit_recompilations
 from sampo_ray.training import attention, cpu
+from sampo_ray.training.architecture import check_architecture
 from sampo_ray.training.batching import Pair, Row, Segments, assemble, lengths_of, plan_rows
 from sampo_ray.training.logprobs import TiledHead, token_comparisons
 from sampo_ray.training.lora import add_adapters
@@ -111,47 +112,6 @@ class Policy(nn.Module):
     def distributions(self, row: Row, states: Int64[Tensor, " selected"]) -> Distributions:
         """This policy's distributions over the next token at positions `states` of a row (a `Reference`)."""
         return self.hidden(row.tokens, row.positions, row.segments, states), self.head.weight.detach()
-
-
-def check_architecture(model: PreTrainedModel) -> None:
-    """ConfigError for a model whose head or attention would be computed wrongly; it may be on the meta device."""
-    name, config = type(model).__name__, model.config.get_text_config()
-    head = model.get_output_embeddings()
-    if head is None:
-        raise ConfigError(f"model.path: {name} has no language-model head")
-    if getattr(head, "bias", None) is not None:
-        raise ConfigError(f"model.path: {name} has a head with a bias, which is not supported")
-    for field in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, field, None) not in (None, 1.0):
-            raise ConfigError(f"model.path: {name} changes its logits ({field}), which is not supported")
-    window = getattr(config, "sliding_window", None)
-    layers = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
-    kinds = set(layers) - {"full_attention"}
-    if not model.is_backend_compatible() or kinds or getattr(config, "attn_logit_softcapping", None):
-        how = " and ".join(sorted(kinds)) or "an attention of its own"
-        raise ConfigError(f"model.path: {name} has {how}; only full attention over rows of pairs is supported")
-    for field, value in config.to_dict().items():
-        other_head = field.startswith(("classifier_", "summary_"))
-        noise = any(each in field for each in ("drop", "jitter")) and not other_head
-        if noise and isinstance(value, float) and value > 0:
-            raise ConfigError(f"model.path: {field}={value} in its config.json is not supported; set it to 0")
-
-
-def on_meta(config: PretrainedConfig, lora: LoraConfig | None = None) -> PreTrainedModel:
-    """The model of a configuration on the meta device, without its weights; with adapters if `lora` is given.
-
-    ConfigError, naming `model.path`, if it is not a causal one, or `model.lora.targets` if these match nothing.
-    """
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
-    except ValueError as error:
-        raise ConfigError(f"model.path: not a causal language model: {first_line(error)}") from None
-    except KeyError:  # some models look up their attention in a table of their own
-        raise ConfigError(f"model.path: {config.model_type} models have an attention of their own") from None
-    if lora is not None:
-        add_adapters(model, lora, seed=0)
-    return model
 
 
 def load_policy(

@@ -1,0 +1,56 @@
+"""Which models can be trained, and how: what a model's head and attention compute, by its configuration."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from sampo_ray.errors import ConfigError, first_line
+from sampo_ray.training import attention
+from sampo_ray.training.lora import add_adapters
+
+if TYPE_CHECKING:
+    from sampo_ray.config.sections import LoraConfig
+
+
+def check_architecture(model: PreTrainedModel) -> None:
+    """ConfigError for a model whose head or attention would be computed wrongly; it may be on the meta device."""
+    name, config = type(model).__name__, model.config.get_text_config()
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ConfigError(f"model.path: {name} has no language-model head")
+    if getattr(head, "bias", None) is not None:
+        raise ConfigError(f"model.path: {name} has a head with a bias, which is not supported")
+    for field in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, field, None) not in (None, 1.0):
+            raise ConfigError(f"model.path: {name} changes its logits ({field}), which is not supported")
+    window = getattr(config, "sliding_window", None)
+    layers = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
+    kinds = set(layers) - {"full_attention"}
+    if not model.is_backend_compatible() or kinds or getattr(config, "attn_logit_softcapping", None):
+        how = " and ".join(sorted(kinds)) or "an attention of its own"
+        raise ConfigError(f"model.path: {name} has {how}; only full attention over rows of pairs is supported")
+    for field, value in config.to_dict().items():
+        other_head = field.startswith(("classifier_", "summary_"))
+        noise = any(each in field for each in ("drop", "jitter")) and not other_head
+        if noise and isinstance(value, float) and value > 0:
+            raise ConfigError(f"model.path: {field}={value} in its config.json is not supported; set it to 0")
+
+
+def on_meta(config: PretrainedConfig, lora: LoraConfig | None = None) -> PreTrainedModel:
+    """The model of a configuration on the meta device, without its weights; with adapters if `lora` is given.
+
+    ConfigError, naming `model.path`, if it is not a causal one, or `model.lora.targets` if these match nothing.
+    """
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
+    except ValueError as error:
+        raise ConfigError(f"model.path: not a causal language model: {first_line(error)}") from None
+    except KeyError:  # some models look up their attention in a table of their own
+        raise ConfigError(f"model.path: {config.model_type} models have an attention of their own") from None
+    if lora is not None:
+        add_adapters(model, lora, seed=0)
+    return model
