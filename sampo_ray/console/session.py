@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import typer
@@ -41,20 +42,28 @@ CHANGEABLE = (
 
 def train(recipe: Path | None, overrides: list[str], keep_serving: bool) -> None:
     """Runs a recipe in a new run directory."""
-    config = _checked(recipe, overrides)
-    with exclusive(config.run.dir) as check:
-        _run(config, None, keep_serving, check)
+    checked = _checked(recipe, overrides)
+    with exclusive(checked.config.run.dir) as check:
+        _run(checked, None, keep_serving, check)
 
 
 def resume(directory: str, overrides: list[str], keep_serving: bool) -> None:
     """Continues the run in `directory`; a finished run is left as it is."""
     find_run(directory)
     with exclusive(directory) as check:
-        if (config := _resumed(directory, overrides)) is not None:
-            _run(config, directory, keep_serving, check)
+        if (checked := _resumed(directory, overrides)) is not None:
+            _run(checked, directory, keep_serving, check)
 
 
-def _resumed(directory: str, overrides: list[str]) -> RunConfig | None:
+@dataclass(frozen=True)
+class Checked:
+    """A configuration that was checked against the files that it names, and what the user is told about these."""
+
+    config: RunConfig
+    notes: list[str]
+
+
+def _resumed(directory: str, overrides: list[str]) -> Checked | None:
     """The checked configuration of the run in `directory`, which goes on; None for a finished run, which is said."""
     run = open_run(directory)
     if run.manifest.finished:
@@ -68,8 +77,8 @@ def _resumed(directory: str, overrides: list[str]) -> RunConfig | None:
 
 def show(recipe: Path | None, overrides: list[str], directory: str | None = None) -> None:
     """Checks a recipe, or how the run in `directory` goes on, and prints the configuration as it would run here."""
-    config = _resumed(directory, overrides) if directory else _checked(recipe, overrides)
-    if config is None:
+    checked = _resumed(directory, overrides) if directory else _checked(recipe, overrides)
+    if checked is None:
         return
     from sampo_ray.loop.validate import check_fit
 
@@ -77,14 +86,14 @@ def show(recipe: Path | None, overrides: list[str], directory: str | None = None
         typer.echo(f"# {text}")
 
     with ray_cluster(note) if os.environ.get("RAY_ADDRESS") else contextlib.nullcontext(here(note)) as resources:
-        resolved, notes = resolve(config, resources, os.cpu_count() or 1)
+        resolved, notes = resolve(checked.config, resources, os.cpu_count() or 1)
     check_fit(resolved)
-    for each in notes:
+    for each in (*checked.notes, *notes):
         note(each)
     typer.echo(dump_config(resolved), nl=False)
 
 
-def _checked(recipe: Path | Mapping[str, object] | None, overrides: list[str]) -> RunConfig:
+def _checked(recipe: Path | Mapping[str, object] | None, overrides: list[str]) -> Checked:
     if recipe is None:
         raise ConfigError("name a recipe, or a run to continue: --resume RUN_DIR")
     config = load_config(recipe, overrides)
@@ -93,11 +102,10 @@ def _checked(recipe: Path | Mapping[str, object] | None, overrides: list[str]) -
     quiet_libraries()
     from sampo_ray.loop.validate import check
 
-    check(config)
-    return config
+    return Checked(config, check(config))
 
 
-def _run(config: RunConfig, resumed: str | None, keep_serving: bool, check: Check) -> None:
+def _run(checked: Checked, resumed: str | None, keep_serving: bool, check: Check) -> None:
     """Trains in a new run directory, or in the one of a run that is `resumed`; `check` is made before it is written."""
     from sampo_ray.iterate import iterate
     from sampo_ray.loop.fleet import open_fleet
@@ -105,12 +113,13 @@ def _run(config: RunConfig, resumed: str | None, keep_serving: bool, check: Chec
     from sampo_ray.run.trackers import open_trackers
     from sampo_ray.serve.endpoint import start_serve
 
+    config = checked.config
     check_port(config.serve)
     with open_display(Console(file=sys.stdout)) as display, contextlib.ExitStack() as stack:
         stack.enter_context(library_output_to(driver_log(config)))
         config, notes = resolve(config, stack.enter_context(ray_cluster(display.note)), os.cpu_count() or 1)
         check_fit(config)
-        for note in (*notes, *start_serve(config.serve)):  # what is refused leaves no run directory
+        for note in (*checked.notes, *notes, *start_serve(config.serve)):  # what is refused leaves no run directory
             display.note(note)
         run = open_run(resumed, config) if resumed else create_run(config)
         display.note(f"run {run.id} in {run.place.url}")

@@ -25,12 +25,12 @@ PROBED_ROWS = 1000
 """Rows of the prompt file in which a column that a reward function names must be found."""
 
 
-def check(config: RunConfig) -> None:
+def check(config: RunConfig) -> list[str]:
     """Opens the model's configuration and tokenizer, the data and the reward source, and tries the prompt format.
 
-    Raises ConfigError or DataError, naming the field and the fix.
+    Returns what the user is told, a line each. Raises ConfigError or DataError, naming the field and the fix.
     """
-    path = config.model.path
+    path, notes = config.model.path, list[str]()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -64,6 +64,7 @@ def check(config: RunConfig) -> None:
         tool_arguments(config.serve.tools, chat)
     check_trackers(config)
     check_keys_file(config.serve.keys_file)
+    return notes
 
 
 def made_up_samples(rows: Sequence[Row], chat: ChatFormat) -> Samples:
