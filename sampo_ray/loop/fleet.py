@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ray
@@ -13,7 +14,7 @@ import torch
 from ray import serve
 from ray.actor import ActorHandle
 from ray.serve.handle import DeploymentHandle
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sampo_ray.actors.guard import start_guard
 from sampo_ray.actors.scoring.workers import build_reference_app, build_reward_app
@@ -219,11 +220,29 @@ def _publish_base(path: str, tokenizer: Place, store: ActorHandle, new: NewVersi
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, use_safetensors=True)
     with tokenizer.on_disk() as folder:
         chat = ChatFormat.load(folder, "tokenizer")
+    with tempfile.TemporaryDirectory(prefix="sampo-") as shell:
+        write_shell(model, chat, Path(shell))
+        publish_version(store, new, model.named_parameters(), shell, PUBLISH_BASE_S)
+
+
+def write_shell(model: PreTrainedModel, chat: ChatFormat, folder: Path) -> None:
+    """Writes what a version has besides its weights: configuration, generation configuration and tokenizer.
+
+    The generation configuration is the model's, with the end of turn as a further end. `save_pretrained` would refuse
+    many that are in use, such as a temperature without `do_sample`; vLLM reads them as they are.
+    """
+    for config in (model.config, model.config.get_text_config()):
+        if getattr(config, "tie_word_embeddings", False) and not is_tied(model):
+            config.tie_word_embeddings = False  # transformers leaves a head that differs from the embeddings as it is
+    model.config.save_pretrained(folder)
     ends = model.generation_config.eos_token_id
     others = [end for end in (ends if isinstance(ends, list) else [ends]) if end not in (None, chat.end_of_turn_id)]
     model.generation_config.eos_token_id = [chat.end_of_turn_id, *others]
-    with tempfile.TemporaryDirectory(prefix="sampo-") as shell:
-        model.config.save_pretrained(shell)
-        model.generation_config.save_pretrained(shell)
-        chat.save(shell)
-        publish_version(store, new, model.named_parameters(), shell, PUBLISH_BASE_S)
+    model.generation_config.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
+    chat.save(folder)
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether a model's head has the weights of its embeddings."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
