@@ -415,3 +415,27 @@ def test_ray_train_keeps_why_it_could_not_ask_a_rank_how_it_is() -> None:
     assert failed_health_check(raised) is raised
     parameters = inspect.signature(UserCallback.after_exception).parameters
     assert list(parameters) == ["self", "run_context", "worker_exceptions"], found("ray", "2.60.0")
+
+
+def test_transformers_turns_conversions_back_by_the_names_and_functions_that_are_used_for_it() -> None:
+    from transformers import PreTrainedModel, core_model_loading, modeling_utils
+
+    theirs = found("transformers", "5.19.0")
+    save = inspect.getsource(PreTrainedModel.save_pretrained)
+    steps = ["_keys_to_ignore_on_save", "remove_tied_weights_from_state_dict(", "revert_weight_conversion("]
+    assert sorted(steps, key=save.index) == steps, theirs
+    revert = inspect.getsource(core_model_loading.revert_weight_conversion)
+    for used in (
+        'getattr(model, "_weight_conversions", None)',
+        "add_legacy=False",
+        "[::-1]",
+        "dot_natural_key",
+        "deepcopy",
+    ):
+        assert used in revert, theirs
+    assert list(inspect.signature(core_model_loading.WeightTransform.add_tensor).parameters)[1:] == [
+        "target_key", "source_key", "source_pattern", "future",
+    ], theirs  # fmt: skip
+    assert "id_tensor_storage(" in inspect.getsource(modeling_utils.remove_tied_weights_from_state_dict), theirs
+    uses = inspect.getsource(core_model_loading).count('kwargs["model"]')
+    assert uses == inspect.getsource(core_model_loading).count('kwargs["model"].get_parameter(') == 1, theirs

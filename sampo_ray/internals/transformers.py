@@ -1,0 +1,125 @@
+"""transformers' private interfaces, checked with transformers 5.19.0.
+
+A model's tensors have other names, and partly other shapes, in memory than in its checkpoint: the experts of a layer
+are one tensor in memory and one each in the file, GPT-NeoX's head is `embed_out` there. `save_pretrained` turns all of
+them back at once. Here it is done as they come: a model that is trained is never in one place as a whole.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+
+def checkpoint_name(model: PreTrainedModel, weight: str) -> str | None:
+    """The name in the checkpoint of the weight that has this name in memory; None where that is not the same tensor
+    under another name, but a part of one, or made of several."""
+    name, transform, _ = _Reverse(model).renamed(weight)
+    return name if transform is None else None
+
+
+class CheckpointFormat:
+    """What `save_pretrained` writes of a model: which tensors, and under which names and in which shapes.
+
+    `tensors` are all parameters and persistent buffers, a shared one under each of its names; only what they are is
+    looked at, so they may be anywhere and hold anything. RuntimeError (transformers') for shared ones that the model's
+    class does not tie.
+    """
+
+    def __init__(self, model: PreTrainedModel, tensors: Iterable[tuple[str, object]]) -> None:
+        self._config = model.config
+        stand_ins = defaultdict[int, Tensor](lambda: torch.empty(1))
+        kept = {name: stand_ins[id(tensor)] for name, tensor in tensors}
+        for name in model._keys_to_ignore_on_save or ():
+            kept.pop(name, None)
+        kept = remove_tied_weights_from_state_dict(kept, model)
+        reverse, self._groups = _Reverse(model), dict[str, _Group]()
+        groups = dict[str, _Group]()
+        for name in sorted(kept, key=dot_natural_key):
+            target, transform, pattern = reverse.renamed(name)
+            self._groups[name] = group = groups.setdefault(target, _Group(target, transform))
+            group.patterns[name] = pattern or name
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the tensor of this name in memory is saved."""
+        return name in self._groups
+
+    def converted(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The checkpoint's tensors, of those in memory: each as soon as all that it is made of have come.
+
+        What must wait for others is copied to the CPU. A tensor that is given may be reused once the next is asked for,
+        and so may those that are returned. RuntimeError unless all come.
+        """
+        waiting, missing = defaultdict[str, dict[str, Tensor]](dict), set(self._groups)
+        for name, tensor in tensors:
+            if (group := self._groups.get(name)) is None:
+                continue
+            missing.discard(name)
+            if group.transform is None:
+                yield group.target, tensor
+                continue
+            members = waiting[group.target]
+            members[name] = tensor if len(group.patterns) == 1 else tensor.to("cpu", copy=True)
+            if len(members) == len(group.patterns):
+                yield from group.converted(waiting.pop(group.target), self._config)
+        if missing:
+            raise RuntimeError(f"no {min(missing)}, nor {len(missing) - 1} others, of the tensors that are to be saved")
+
+
+@dataclass
+class _Group:
+    """Tensors in memory, by the pattern that their names match, that make up tensors of the checkpoint."""
+
+    target: str
+    transform: WeightConverter | None
+    patterns: dict[str, str] = field(default_factory=dict)
+
+    def converted(self, tensors: Mapping[str, Tensor], config: object) -> Iterator[tuple[str, Tensor]]:
+        transform = deepcopy(self.transform)
+        assert transform is not None
+        for name, pattern in self.patterns.items():
+            transform.add_tensor(self.target, name, pattern, tensors[name])  # type: ignore[arg-type]  # or a future
+        # Of the model one operation wants the shape that a tensor has in memory, where it has the same name.
+        memory = SimpleNamespace(get_parameter=tensors.__getitem__)
+        for name, made in transform.convert(self.target, model=memory, config=config).items():
+            yield name, made[0] if isinstance(made, list) else made
+
+
+class _Reverse:
+    """The reverse of what was done to names and tensors when the model was loaded (`_weight_conversions`) or, where it
+    was made from a configuration, would have been."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        done: list[WeightTransform] | None = getattr(model, "_weight_conversions", None)
+        if done is None:  # whether the checkpoint would have had a prefix cannot be known
+            all_of = get_model_conversion_mapping(model, add_legacy=False)
+            done = [each for each in all_of if not isinstance(each, PrefixChange)]
+        reverse = [each.reverse_transform() for each in reversed(done)]
+        self._renamings = [each for each in reverse if isinstance(each, WeightRenaming)]
+        self._converters = [each for each in reverse if isinstance(each, WeightConverter)]
+        self._by_pattern = {pattern: each for each in self._converters for pattern in each.source_patterns}
+
+    def renamed(self, name: str) -> tuple[str, WeightConverter | None, str | None]:
+        """Its name in the checkpoint (the first, of several) and, if it is converted, by what and by which pattern.
+
+        Some renamings depend on the names before: call it with all of a model in their natural order.
+        """
+        target, pattern = rename_source_key(name, self._renamings, self._converters, reverse=True)
+        return target, None if pattern is None else self._by_pattern[pattern], pattern
