@@ -5,6 +5,7 @@ sampled head logits are computed at all tokens of the answers; without tiles the
 """
 
 from argparse import Namespace
+from functools import partial
 from typing import Any
 
 import _measure
@@ -53,7 +54,7 @@ def one_turn(args: Namespace) -> dict[str, float]:
     for parameter in policy.parameters():
         parameter.grad = torch.zeros_like(parameter)
     if side == "no_tiles":
-        policy.model.set_output_embeddings(whole_head(policy.model.get_output_embeddings().weight))
+        policy.head.forward = partial(whole_head, policy.head)
     for row in _training.warming(rows):
         passes(policy, row, side)
     with Memory() as memory:
@@ -110,21 +111,10 @@ def unshared(pairs: list[Any]) -> Any:
     return assemble(answers)
 
 
-def whole_head(weight: Any) -> Any:
-    import torch
-
-    class WholeHead(torch.nn.Module):
-        """Log-probs from one tensor of logits, fp32, kept for the backward pass."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = weight
-
-        def forward(self, hidden: Any, targets: Any) -> Any:
-            logits = (hidden @ self.weight.T).float()
-            return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-
-    return WholeHead()
+def whole_head(head: Any, hidden: Any, targets: Any, _: None) -> Any:
+    """Log-probs from one tensor of logits, fp32, kept for the backward pass."""
+    logits = (hidden @ head.weight.T).float()
+    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
 if __name__ == "__main__":

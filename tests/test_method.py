@@ -17,7 +17,7 @@ from sampo_ray.config.rows import RowBudget
 from sampo_ray.config.sections import MethodConfig
 from sampo_ray.training import cpu
 from sampo_ray.training.batching import assemble
-from sampo_ray.training.logprobs import Tile, token_comparisons, token_logprobs
+from sampo_ray.training.logprobs import Distributions, Tile, token_comparisons, token_logprobs
 from sampo_ray.training.objective import Draw, LossInputs, MaskedPositions, objective_of, row_losses
 from sampo_ray.training.policy import every_token, load_policy, pair_logprobs, score_pairs
 from sampo_ray.training.reduction import REDUCTIONS, MaskKey, all_positions, reduce_pairs, sampled_positions
@@ -130,7 +130,7 @@ def test_token_logprobs_and_gradients_match_log_softmax_in_fp64(tokens, seed):
     for tiled in (True, False):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         naive = (h @ w.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
-        out = token_logprobs(h, w, targets, Tile(16, 20)) if tiled else naive
+        out = token_logprobs(Distributions(h, w), targets, Tile(16, 20)) if tiled else naive
         (out * upstream).sum().backward()
         results.append((out, h.grad, w.grad))
     for ours, theirs in zip(*results, strict=True):
@@ -151,7 +151,9 @@ def test_token_comparisons_and_gradients_are_those_of_the_formulas_in_fp64(token
         theirs, ours = (reference[0] @ reference[1].T).log_softmax(-1), (h @ w.T).log_softmax(-1)
         picked = (each.gather(1, targets[:, None])[:, 0] for each in (ours, theirs))
         naive = torch.stack([*picked, (theirs.exp() * (theirs - ours)).sum(-1)])
-        out = token_comparisons(h, w, *reference, targets, Tile(16, 20)) if tiled else naive
+        out = (
+            token_comparisons(Distributions(h, w), Distributions(*reference), targets, Tile(16, 20)) if tiled else naive
+        )
         (out * upstream).sum().backward()
         results.append((out, h.grad, w.grad))
     for ours, theirs in zip(*results, strict=True):
@@ -162,8 +164,9 @@ def test_a_policy_compared_with_itself_has_the_bits_of_its_logprobs_and_no_diver
     rng = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 64, generator=rng).bfloat16() for n in (30, 512))
     targets = torch.randint(512, (30,), generator=rng)
-    ours, theirs, divergences = token_comparisons(hidden, weight, hidden, weight, targets)
-    assert torch.equal(ours, theirs) and torch.equal(ours, token_logprobs(hidden, weight, targets))
+    itself = Distributions(hidden, weight)
+    ours, theirs, divergences = token_comparisons(itself, itself, targets)
+    assert torch.equal(ours, theirs) and torch.equal(ours, token_logprobs(itself, targets))
     assert not divergences.any()
 
 
@@ -172,19 +175,20 @@ def test_a_token_s_logprob_does_not_depend_on_how_many_are_asked_for():
     hidden = torch.randn(300, 64, generator=rng).bfloat16()
     weight = torch.randn(512, 64, generator=rng).bfloat16()
     targets = torch.randint(512, (300,), generator=rng)
-    everything = token_logprobs(hidden, weight, targets)
+    everything = token_logprobs(Distributions(hidden, weight), targets)
     some = torch.tensor([0, 3, 64, 65, 130, 299])
-    assert torch.equal(token_logprobs(hidden[some], weight, targets[some]), everything[some])
+    assert torch.equal(token_logprobs(Distributions(hidden[some], weight), targets[some]), everything[some])
 
 
 class Largest(TorchDispatchMode):
-    """Numbers of the largest tensor that any operation returned."""
+    """Numbers of the largest tensor with memory that any operation returned."""
 
     numbers = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self.numbers = max([self.numbers, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+        found = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor) and not x.is_meta]
+        self.numbers = max([self.numbers, *found])
         return out
 
 
@@ -196,9 +200,10 @@ def test_nothing_is_ever_as_large_as_tokens_times_vocabulary(compared):
     targets = torch.randint(words, (tokens,), generator=rng)
     with Largest() as largest:
         if compared:
-            out = token_comparisons(hidden, weight, hidden.detach(), weight.detach(), targets, tile)
+            reference = Distributions(hidden.detach(), weight.detach())
+            out = token_comparisons(Distributions(hidden, weight), reference, targets, tile)
         else:
-            out = token_logprobs(hidden, weight, targets, tile)
+            out = token_logprobs(Distributions(hidden, weight), targets, tile)
         out.sum().backward()
     assert tile.tokens * tile.vocabulary <= largest.numbers <= max(tile.tokens * tile.vocabulary, weight.numel())
 
@@ -209,7 +214,8 @@ def test_a_frozen_head_gets_no_gradient_and_changes_none():
     hidden = [torch.randn(20, 8, generator=rng).requires_grad_()]
     hidden.append(hidden[0].detach().clone().requires_grad_())
     for states, frozen in zip(hidden, (True, False), strict=True):
-        token_logprobs(states, weight.requires_grad_(not frozen), targets, Tile(16, 20)).sum().backward()
+        of = Distributions(states, weight.requires_grad_(not frozen))
+        token_logprobs(of, targets, Tile(16, 20)).sum().backward()
         assert (weight.grad is None) == frozen
     assert torch.equal(hidden[0].grad, hidden[1].grad)
 

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sampo_ray.errors import ConfigError, first_line
 from sampo_ray.training import attention
+from sampo_ray.training.head import head_of
 from sampo_ray.training.lora import add_adapters
 
 if TYPE_CHECKING:
@@ -18,14 +19,7 @@ if TYPE_CHECKING:
 def check_architecture(model: PreTrainedModel) -> None:
     """ConfigError for a model whose head or attention would be computed wrongly; it may be on the meta device."""
     name, config = type(model).__name__, model.config.get_text_config()
-    head = model.get_output_embeddings()
-    if head is None:
-        raise ConfigError(f"model.path: {name} has no language-model head")
-    if getattr(head, "bias", None) is not None:
-        raise ConfigError(f"model.path: {name} has a head with a bias, which is not supported")
-    for field in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, field, None) not in (None, 1.0):
-            raise ConfigError(f"model.path: {name} changes its logits ({field}), which is not supported")
+    head_of(model)
     window = getattr(config, "sliding_window", None)
     layers = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
     kinds = set(layers) - {"full_attention"}

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
     from sampo_ray.config.run import RunConfig
     from sampo_ray.config.sections import OptimConfig
-    from sampo_ray.training.policy import Distributions, Policy, Reference, Scores, SelectPositions
+    from sampo_ray.training.logprobs import Distributions
+    from sampo_ray.training.policy import Policy, Reference, Scores, SelectPositions
 
 T = TypeVar("T")
 StepValues = dict[str, float | str | None]

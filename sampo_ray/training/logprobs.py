@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,48 @@ from sampo_ray.training import cpu
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
+
+
+@dataclass(frozen=True)
+class LogitShape:
+    """How logits follow from a head's products: scale * products or, with a cap, cap * tanh(scale * products / cap)."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def logits_of(self, products: Tensor) -> Tensor:
+        """The logits, in place of the products."""
+        if self.scale != 1.0:
+            products.mul_(self.scale)
+        return products if self.cap is None else products.div_(self.cap).tanh_().mul_(self.cap)
+
+    def slopes_at(self, logits: Tensor) -> Tensor | float:
+        """d logits / d products."""
+        if self.cap is None:
+            return self.scale
+        return (logits / self.cap).square_().mul_(-self.scale).add_(self.scale)
+
+
+@dataclass(frozen=True)
+class Distributions:
+    """Distributions over the next token: softmax(shape of (hidden @ weight^T + bias))."""
+
+    hidden: Float[Tensor, "tokens dim"]
+    weight: Float[Tensor, "vocabulary dim"]
+    bias: Float[Tensor, " vocabulary"] | None = None
+    shape: LogitShape = LogitShape()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of logits and sums."""
+        return _accumulator(self.weight.dtype)
+
+    def logits(self, states: Tensor, part: Tensor, columns: slice) -> Tensor:
+        """A tile of logits, of some tokens' states and a part of the weight."""
+        products = _product(states, part.T, self.dtype)
+        if self.bias is not None:
+            products += self.bias[columns]
+        return self.shape.logits_of(products)
 
 
 @dataclass(frozen=True)
@@ -34,88 +76,84 @@ class Tile:
 
 
 def token_logprobs(
-    hidden: Float[Tensor, "tokens dim"],
-    weight: Float[Tensor, "vocabulary dim"],
-    targets: Int64[Tensor, " tokens"],
-    tile: Tile | None = None,
+    of: Distributions, targets: Int64[Tensor, " tokens"], tile: Tile | None = None
 ) -> Float[Tensor, " tokens"]:
-    """log softmax(hidden @ weight^T)[target] of each row, nats, in fp32 (fp64 for fp64 inputs); differentiable.
+    """The log-probability of each token's target, nats, in fp32 (fp64 for fp64 inputs); differentiable in the hidden
+    states, the weight and the bias.
 
-    Of bf16 inputs the logits are exact products summed in fp32; in the backward pass the logits' gradients are rounded
-    to bf16 before they are multiplied where the device has bf16 arithmetic.
+    Of bf16 inputs the products are exact and summed in fp32; in the backward pass their gradients are rounded to bf16
+    before they are multiplied where the device has bf16 arithmetic.
     """
-    logprobs: Tensor = _TokenLogProbs.apply(hidden, weight, targets, tile or Tile.of(hidden.device))
+    settings = _Settings(of.shape, tile or Tile.of(of.hidden.device))
+    logprobs: Tensor = _TokenLogProbs.apply(of.hidden, of.weight, of.bias, targets, settings)
     return logprobs
 
 
 def token_comparisons(
-    hidden: Float[Tensor, "tokens dim"],
-    weight: Float[Tensor, "vocabulary dim"],
-    reference_hidden: Float[Tensor, "tokens reference_dim"],
-    reference_weight: Float[Tensor, "vocabulary reference_dim"],
-    targets: Int64[Tensor, " tokens"],
-    tile: Tile | None = None,
+    of: Distributions, reference: Distributions, targets: Int64[Tensor, " tokens"], tile: Tile | None = None
 ) -> Float[Tensor, "3 tokens"]:
     """Log-probs of the targets under the policy, as `token_logprobs`, and under a reference, and KL(reference ||
     policy) over the whole vocabulary at each token, nats; all in one pass over the tiles.
 
-    The reference's distribution is softmax(reference_hidden @ reference_weight^T). Differentiable in the policy's
-    `hidden` and `weight`; the divergence is exactly 0 where both are the reference's.
+    Differentiable in what the policy's distributions are made of; the divergence is exactly 0 where the reference's are
+    made of the same.
     """
-    tile = tile or Tile.of(hidden.device)
-    return torch.stack(_TokenComparisons.apply(hidden, weight, reference_hidden, reference_weight, targets, tile))
+    settings = _Settings(of.shape, tile or Tile.of(of.hidden.device))
+    return torch.stack(_TokenComparisons.apply(of.hidden, of.weight, of.bias, reference, targets, settings))
 
 
-class TiledHead(nn.Module):
-    """Replaces a model's output embedding. It is a module, so that ZeRO-3 gathers its weight around the call."""
-
-    def __init__(self, weight: nn.Parameter) -> None:
-        super().__init__()
-        self.weight = weight
-
-    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return token_logprobs(hidden, self.weight, targets)
+class _Settings(NamedTuple):
+    shape: LogitShape
+    tile: Tile
 
 
 class _Context(cpu.Context, Protocol):
-    tile: Tile
+    settings: _Settings
+    reference_shape: LogitShape
 
     def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
 
 
 class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _Context, hidden: Tensor, weight: Tensor, targets: Tensor, tile: Tile) -> Tensor:
+    def forward(
+        ctx: _Context, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: _Settings
+    ) -> Tensor:
+        shape, tile = settings
+        policy = Distributions(hidden, weight, bias, shape)
         states, padded_targets = _filled(_operand(hidden), tile), _filled(targets, tile)
-        picked = states.new_zeros(len(states), dtype=_accumulator(weight.dtype))
+        picked = states.new_zeros(len(states), dtype=policy.dtype)
         sums = _Sums(picked)
         with cpu.bf16_products(of=weight):
             for columns, part in _parts(weight, tile):
                 for rows in _rows(states, tile):
-                    logits = _product(states[rows], part.T, picked.dtype)
+                    logits = policy.logits(states[rows], part, columns)
                     column, inside = _columns_of(padded_targets[rows], columns)
                     picked[rows] += logits.gather(1, column)[:, 0] * inside
                     sums.add(rows, logits)
         normalizer = sums.log()
-        ctx.save_for_backward(hidden, weight, targets, normalizer)
-        ctx.tile = tile
+        ctx.save_for_backward(hidden, weight, bias, targets, normalizer)
+        ctx.settings = settings
         return (picked - normalizer)[: len(hidden)]
 
     @staticmethod
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, normalizer = ctx.saved_tensors
+        hidden, weight, bias, targets, normalizer = ctx.saved_tensors
+        shape, tile = ctx.settings
+        policy = Distributions(hidden, weight, bias, shape)
         states, padded_targets, upstream = (
-            _filled(x, ctx.tile) for x in (_operand(hidden), targets, grad.to(normalizer.dtype))
+            _filled(x, tile) for x in (_operand(hidden), targets, grad.to(normalizer.dtype))
         )
 
-        def by_logits(rows: slice, columns: slice, part: Tensor) -> Tensor:
+        def by_products(rows: slice, columns: slice, part: Tensor) -> Tensor:
             """d log p(target) / d logits = onehot(target) - softmax"""
-            tile = _product(states[rows], part.T, normalizer.dtype)
-            tile.sub_(normalizer[rows, None]).exp_().mul_(-upstream[rows, None])
+            logits = policy.logits(states[rows], part, columns)
+            slopes = shape.slopes_at(logits)
+            logits.sub_(normalizer[rows, None]).exp_().mul_(-upstream[rows, None])
             column, inside = _columns_of(padded_targets[rows], columns)
-            return tile.scatter_add_(1, column, (upstream[rows] * inside)[:, None])
+            return _times(logits.scatter_add_(1, column, (upstream[rows] * inside)[:, None]), slopes)
 
-        return *_gradients(ctx, hidden, states, weight, _parts(weight, ctx.tile), by_logits), None, None
+        return *_gradients(ctx, policy, states, _parts(weight, tile), by_products), None, None
 
 
 class _TokenComparisons(torch.autograd.Function):
@@ -124,31 +162,33 @@ class _TokenComparisons(torch.autograd.Function):
         ctx: _Context,
         hidden: Tensor,
         weight: Tensor,
-        reference_hidden: Tensor,
-        reference_weight: Tensor,
+        bias: Tensor | None,
+        reference: Distributions,
         targets: Tensor,
-        tile: Tile,
+        settings: _Settings,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        states, reference_states = (_filled(_operand(x), tile) for x in (hidden, reference_hidden))
+        shape, tile = settings
+        policy = Distributions(hidden, weight, bias, shape)
+        states, reference_states = (_filled(_operand(x), tile) for x in (hidden, reference.hidden))
         padded_targets = _filled(targets, tile)
-        excess, picked, reference_picked = states.new_zeros(3, len(states), dtype=_accumulator(weight.dtype))
+        excess, picked, reference_picked = states.new_zeros(3, len(states), dtype=policy.dtype)
         sums, reference_sums = _Sums(excess), _Sums(excess)
         with cpu.bf16_products(of=weight):
-            for columns, part, other in _both_parts(weight, reference_weight, tile):
+            for columns, part, other in _both_parts(weight, reference.weight, tile):
                 for rows in _rows(states, tile):
-                    logits = _product(states[rows], part.T, excess.dtype)
-                    reference = _product(reference_states[rows], other.T, excess.dtype)
+                    logits = policy.logits(states[rows], part, columns)
+                    theirs = reference.logits(reference_states[rows], other, columns)
                     column, inside = _columns_of(padded_targets[rows], columns)
                     picked[rows] += logits.gather(1, column)[:, 0] * inside
-                    reference_picked[rows] += reference.gather(1, column)[:, 0] * inside
-                    difference = reference - logits
+                    reference_picked[rows] += theirs.gather(1, column)[:, 0] * inside
+                    difference = theirs - logits
                     sums.add(rows, logits)
-                    excess[rows] *= reference_sums.add(rows, reference)
-                    excess[rows] += difference.mul_(reference).sum(1)  # `reference` is now exp(logits - peak)
+                    excess[rows] *= reference_sums.add(rows, theirs)
+                    excess[rows] += difference.mul_(theirs).sum(1)  # `theirs` is now exp(logits - peak)
         normalizer, reference_normalizer = sums.log(), reference_sums.log()
-        tensors = hidden, weight, reference_hidden, reference_weight, targets, normalizer, reference_normalizer
-        ctx.save_for_backward(*tensors)
-        ctx.tile = tile
+        tensors = reference.hidden, reference.weight, reference.bias, targets, normalizer, reference_normalizer
+        ctx.save_for_backward(hidden, weight, bias, *tensors)
+        ctx.settings, ctx.reference_shape = settings, reference.shape
         divergences = excess / reference_sums.total + normalizer - reference_normalizer
         found = picked - normalizer, reference_picked - reference_normalizer, divergences
         logprobs, reference_logprobs, divergences = (each[: len(hidden)] for each in found)
@@ -157,48 +197,58 @@ class _TokenComparisons(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: _Context, of_logprobs: Tensor, _: Tensor, of_divergences: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, reference_hidden, reference_weight, targets, *normalizers = ctx.saved_tensors
-        normalizer, reference_normalizer = normalizers
-        states, reference_states = (_filled(_operand(x), ctx.tile) for x in (hidden, reference_hidden))
-        padded_targets = _filled(targets, ctx.tile)
-        by_logprob, by_divergence = (_filled(x.to(normalizer.dtype), ctx.tile) for x in (of_logprobs, of_divergences))
+        shape, tile = ctx.settings
+        hidden, weight, bias, *tensors = ctx.saved_tensors
+        reference_hidden, reference_weight, reference_bias, targets, normalizer, reference_normalizer = tensors
+        policy = Distributions(hidden, weight, bias, shape)
+        reference = Distributions(reference_hidden, reference_weight, reference_bias, ctx.reference_shape)
+        states, reference_states = (_filled(_operand(x), tile) for x in (policy.hidden, reference.hidden))
+        padded_targets = _filled(targets, tile)
+        by_logprob, by_divergence = (_filled(x.to(normalizer.dtype), tile) for x in (of_logprobs, of_divergences))
 
-        def by_logits(rows: slice, columns: slice, part: Tensor, other: Tensor) -> Tensor:
+        def by_products(rows: slice, columns: slice, part: Tensor, other: Tensor) -> Tensor:
             """d log p(target) = onehot(target) - softmax; d KL(reference || policy) = softmax - the reference's"""
-            tile = _product(states[rows], part.T, normalizer.dtype).sub_(normalizer[rows, None]).exp_()
-            reference = _product(reference_states[rows], other.T, normalizer.dtype)
-            reference.sub_(reference_normalizer[rows, None]).exp_()
-            tile.mul_((by_divergence - by_logprob)[rows, None]).sub_(reference.mul_(by_divergence[rows, None]))
+            logits = policy.logits(states[rows], part, columns)
+            slopes = shape.slopes_at(logits)
+            logits.sub_(normalizer[rows, None]).exp_()
+            theirs = reference.logits(reference_states[rows], other, columns)
+            theirs.sub_(reference_normalizer[rows, None]).exp_()
+            logits.mul_((by_divergence - by_logprob)[rows, None]).sub_(theirs.mul_(by_divergence[rows, None]))
             column, inside = _columns_of(padded_targets[rows], columns)
-            return tile.scatter_add_(1, column, (by_logprob[rows] * inside)[:, None])
+            return _times(logits.scatter_add_(1, column, (by_logprob[rows] * inside)[:, None]), slopes)
 
-        parts = _both_parts(weight, reference_weight, ctx.tile)
-        return *_gradients(ctx, hidden, states, weight, parts, by_logits), None, None, None, None
+        parts = _both_parts(policy.weight, reference.weight, tile)
+        return *_gradients(ctx, policy, states, parts, by_products), None, None, None
 
 
 def _gradients(
     ctx: _Context,
-    hidden: Tensor,
+    policy: Distributions,
     states: Tensor,
-    weight: Tensor,
     parts: Iterator[tuple[slice, Tensor, *tuple[Tensor, ...]]],
-    by_logits: Callable[..., Tensor],
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of hidden states and weight, from that of each tile of logits: by_logits(tokens, *part)."""
-    of_states = torch.zeros_like(states, dtype=_accumulator(weight.dtype))
+    by_products: Callable[..., Tensor],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of hidden states, weight and bias, from that of each tile of products: by_products(tokens, *part)."""
+    tile, (hidden, weight, bias) = ctx.settings.tile, (policy.hidden, policy.weight, policy.bias)
+    of_states = torch.zeros_like(states, dtype=policy.dtype)
     of_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None  # the head may be frozen
-    memory = _memory(weight, ctx.tile) if of_weight is not None else None
+    of_bias = torch.zeros_like(bias, dtype=policy.dtype) if bias is not None and ctx.needs_input_grad[2] else None
+    memory = _memory(weight, tile) if of_weight is not None else None
     with cpu.bf16_products(of=weight):
         for columns, part, *rest in parts:
             of_part = memory[: len(part)].zero_() if memory is not None else None
-            for rows in _rows(states, ctx.tile):
-                tile = by_logits(rows, columns, part, *rest)
-                of_states[rows] += _product(tile, part, of_states.dtype)
+            for rows in _rows(states, tile):
+                of_products = by_products(rows, columns, part, *rest)
+                of_states[rows] += _product(of_products, part, of_states.dtype)
                 if of_part is not None:
-                    _add_product(of_part, tile.T, states[rows])
+                    _add_product(of_part, of_products.T, states[rows])
+                if of_bias is not None:
+                    of_bias[columns] += of_products.sum(0)
             if of_weight is not None and of_part is not None:
                 of_weight[columns] = of_part
-    return of_states[: len(hidden)].to(hidden.dtype), of_weight
+    if bias is not None and of_bias is not None:
+        of_bias = of_bias.to(bias.dtype)
+    return of_states[: len(hidden)].to(hidden.dtype), of_weight, of_bias
 
 
 class _Sums:
@@ -218,6 +268,11 @@ class _Sums:
 
     def log(self) -> Tensor:
         return self.peak + self.total.log()
+
+
+def _times(tile: Tensor, factor: Tensor | float) -> Tensor:
+    """The tile times the factor, in place."""
+    return tile if isinstance(factor, float) and factor == 1.0 else tile.mul_(factor)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

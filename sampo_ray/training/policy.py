@@ -20,7 +20,8 @@ from sampo_ray.internals.torch import limit_recompilations
 from sampo_ray.training import attention, cpu
 from sampo_ray.training.architecture import check_architecture
 from sampo_ray.training.batching import Pair, Row, Segments, assemble, lengths_of, plan_rows
-from sampo_ray.training.logprobs import TiledHead, token_comparisons
+from sampo_ray.training.head import TiledHead, decoder_of
+from sampo_ray.training.logprobs import Distributions
 from sampo_ray.training.lora import add_adapters
 from sampo_ray.training.reduction import Positions
 
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
 
     from sampo_ray.config.sections import LoraConfig
 
-
-Distributions: TypeAlias = "tuple[Float[Tensor, 'selected dim'], Float[Tensor, 'vocabulary dim']]"
-"""Distributions over the next token, as hidden states and a head's weight: softmax(hidden states @ weight^T)."""
 
 Reference: TypeAlias = "Callable[[Row, Tensor], Distributions]"
 """A reference in the policy's process: from (row, [selected] positions of states) to its distributions there."""
@@ -64,7 +62,7 @@ class Policy(nn.Module):
         super().__init__()
         check_architecture(model)
         cpu.use_fp32_kernels(model)
-        model.set_output_embeddings(TiledHead(model.get_output_embeddings().weight))
+        model.set_output_embeddings(TiledHead(model))
         self.model, self.flex = model, flex
 
     @property
@@ -85,10 +83,8 @@ class Policy(nn.Module):
         distributions of a `reference` there, its log-probabilities come second, and KL(reference || policy) third.
         """
         hidden = self.hidden(tokens, positions, segments, states)
-        if reference is None:
-            logprobs: Tensor = self.head(hidden, targets)
-            return logprobs
-        return token_comparisons(hidden, self.head.weight, *reference, targets)
+        logprobs: Tensor = self.head(hidden, targets, reference)
+        return logprobs
 
     def hidden(
         self,
@@ -97,21 +93,21 @@ class Policy(nn.Module):
         segments: tuple[Segments, ...],
         states: Int64[Tensor, " selected"],
     ) -> Float[Tensor, "selected dim"]:
-        """The last hidden states at row positions `states`."""
+        """What the head is given at row positions `states`: the last hidden states, for most models."""
         layout: dict[str, object]
         if self.flex:
             layout = {"attention_mask": attention.block_mask(segments, len(tokens), tokens.device)}
         else:
             layout = {"row_layout": attention.RowLayout.of(segments, tokens.device)}
-        decoder = self.model.get_decoder()
+        decoder = decoder_of(self.model)
         output = decoder(input_ids=tokens[None], position_ids=positions[None], use_cache=False, **layout)
         hidden: Tensor = output.last_hidden_state[0]
-        return hidden[states]
+        return self.head.inputs(hidden[states])
 
     @torch.no_grad()
     def distributions(self, row: Row, states: Int64[Tensor, " selected"]) -> Distributions:
         """This policy's distributions over the next token at positions `states` of a row (a `Reference`)."""
-        return self.hidden(row.tokens, row.positions, row.segments, states), self.head.weight.detach()
+        return self.head.distributions(self.hidden(row.tokens, row.positions, row.segments, states))
 
 
 def load_policy(
