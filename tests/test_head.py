@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -12,9 +13,13 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from sampo_ray.errors import ConfigError
+from sampo_ray.training import attention
 from sampo_ray.training.architecture import on_meta
+from sampo_ray.training.batching import Pair, assemble
 from sampo_ray.training.head import HeadSpec, TiledHead, decoder_of, head_of
 from sampo_ray.training.logprobs import Distributions, LogitShape, Tile, token_comparisons, token_logprobs
+from sampo_ray.training.policy import Policy, every_token, pair_divergences
+from tests.conftest import random_pairs
 from tests.test_method import Largest
 
 SMALL = {
@@ -276,3 +281,41 @@ def test_logits_that_are_made_in_an_unknown_way_are_refused(kind, words):
         model = kind(transformers.LlamaConfig(**SMALL))
     with pytest.raises(ConfigError, match=rf"model\.path: {kind.__name__} has logits that .*{words}"):
         head_of(model)
+
+
+def phi(seed: int) -> Policy:
+    config = transformers.PhiConfig(**SMALL | {"vocab_size": 256})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention.NAME)
+    with torch.no_grad():
+        model.get_output_embeddings().bias.normal_()
+    return Policy(model)
+
+
+def test_tdpo_s_divergences_are_those_of_two_models_whose_heads_have_biases():
+    policy, reference, pairs = phi(0), phi(1), random_pairs(4)
+    naive = [log_softmax_of(each, pairs) for each in (policy, reference)]
+    row = assemble(pairs)
+    found = pair_divergences(policy, reference.distributions, row, every_token(pairs))
+    sum(x.sum() for values in found[::2] for side in values for x in side).backward()
+    assert policy.head.bias.grad.abs().max() > 0 and reference.head.bias.grad is None
+    for i, pair in enumerate(pairs):
+        for side, answer in enumerate((pair.chosen, pair.rejected)):
+            ours, theirs = naive[0][i][side], naive[1][i][side]
+            at = torch.from_numpy(answer).long()[:, None]
+            expected = ours.gather(1, at)[:, 0], theirs.gather(1, at)[:, 0], (theirs.exp() * (theirs - ours)).sum(-1)
+            for values, right in zip(found, expected, strict=True):
+                assert torch.allclose(values[side][i], right, atol=1e-4)
+
+
+@torch.no_grad()
+def log_softmax_of(policy: Policy, pairs: list[Pair]) -> list[list[torch.Tensor]]:
+    """Of each pair's answers by plain transformers: [tokens of the answer, vocabulary]."""
+    config = copy.deepcopy(policy.model.config)
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    plain.load_state_dict(policy.model.state_dict())
+    found = []
+    for pair in pairs:
+        sides = [torch.from_numpy(np.concatenate([pair.prompt, x]))[None].long() for x in (pair.chosen, pair.rejected)]
+        found.append([plain(ids).logits[0, len(pair.prompt) - 1 : -1].log_softmax(-1) for ids in sides])
+    return found
