@@ -179,9 +179,8 @@ def without_zero_width_space(chat):
 
 def test_a_prompt_that_the_template_refuses_is_counted(tmp_path, tiny_model):
     chat = ChatFormat.load(tiny_model, "llama3")
-    chat.tokenizer.chat_template = (
-        "{{ raise_exception('no') if messages[0].content == 'bad' else messages[0].content }}"
-    )
+    refusing = "{% if messages[0].content == 'bad' %}{{ raise_exception('no') }}{% endif %}"
+    chat.tokenizer.chat_template = refusing + chat.tokenizer.chat_template
     counts = Counts()
     rows = [PLAIN, PLAIN | {"prompt": "bad"}]
     list(tokenized_pairs(write(tmp_path / "a.jsonl", rows), chat, DataConfig(), counts))

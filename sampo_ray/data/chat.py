@@ -4,7 +4,6 @@
 ids are those of `ChatFormat.prompt_ids`.
 """
 
-import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +11,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-import jinja2
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from sampo_ray.data.sources import Message
-from sampo_ray.errors import ConfigError, first_line
+from sampo_ray.data.template import (
+    Turn,
+    answer_text,
+    marks_of_thinking,
+    opened_by,
+    rendered,
+    turn_of,
+    with_date,
+    with_eos,
+)
+from sampo_ray.data.tokenizer import changed_text, load_tokenizer, lost_text, plain_tokenizer
+from sampo_ray.errors import ConfigError
 
 TemplateName = Literal["llama3-sampo", "llama3", "tokenizer"]
 
@@ -52,44 +61,59 @@ class ChatFormat:
 
     The `llama3*` templates turn special tokens that a user types into plain text, by putting a space into them
     (`<|eot_id|>` becomes `< |eot_id|>`). The template does this, so the endpoint does it too. The `tokenizer` template
-    is the model's, unchanged: there typed special tokens become special ids, in training as at the endpoint. Responses
-    are encoded as plain text with every template.
+    is the model's: there typed special tokens become special ids, in training as at the endpoint. If it writes the date
+    (`dated`), that is the day on which it was loaded from the model. Responses are encoded as plain text with every
+    template, but for marks of thinking.
     """
 
     name: str
     tokenizer: PreTrainedTokenizerBase
-    end_of_turn_id: int
+    turn: Turn
+    dated: bool = False
 
     @classmethod
     def load(cls, path: str | Path, template: TemplateName) -> "ChatFormat":
         """Loads the tokenizer of a Hugging Face folder or hub name. ConfigError if it does not fit `template`."""
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError, KeyError) as error:
-            reason, advice = first_line(error), "name a Hugging Face folder or hub name that has one"
-            message = f"model.path={str(path)!r}: no tokenizer can be loaded from it ({reason}); {advice}"
-            raise ConfigError(message) from None
+        tokenizer, where = load_tokenizer(path), f"model.path={str(path)!r}"
         if template != "tokenizer":
             tokenizer.chat_template = _llama3_template(tokenizer, path, template)
-        end_of_turn = _end_of_turn(tokenizer, path) if template == "tokenizer" else "<|eot_id|>"
-        tokenizer.eos_token = end_of_turn
-        return cls(template, tokenizer, tokenizer.get_vocab()[end_of_turn])
+        given = _templates(tokenizer, where)
+        _set_templates(tokenizer, dated := {name: with_date(text, where) for name, text in given.items()})
+        turn = turn_of(tokenizer, where)
+        if turn.end != (eos := tokenizer.eos_token):
+            _set_templates(tokenizer, {name: with_eos(text, eos) for name, text in dated.items()})
+            tokenizer.eos_token = turn.end
+        chat = cls(template, tokenizer, turn, dated != given)
+        if lost := lost_text(tokenizer, chat._plain):
+            raise ConfigError(
+                f"{where}: its tokenizer does not give a text back: {lost[0]!r} becomes {lost[1]!r}; mend the decoder "
+                "in its tokenizer.json, or use another model"
+            )
+        return chat
+
+    @cached_property
+    def end_of_turn_id(self) -> int:
+        """The token that ends an answer."""
+        return int(self.tokenizer.get_vocab()[self.turn.end])
 
     def render(self, messages: Sequence[Message]) -> str:
         """The text of a conversation, up to the header of the answer. ValueError if the template refuses it."""
-        try:
-            return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template refuses the messages: {error}") from None
+        return rendered(self.tokenizer, messages, ask=True)
 
-    def encode_prompts(self, rendered: Sequence[str]) -> list[list[int]]:
+    def response(self, messages: Sequence[Message], prompt: str, answer: str) -> str:
+        """The text of `answer` as a response to `prompt`, the rendered messages: as the template writes it. Unusable
+        where the template writes no such answer.
+        """
+        return answer_text(self.tokenizer, self.turn, messages, prompt, answer)
+
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts from `render`. No BOS is added: the template has written it."""
-        return self.tokenizer(list(rendered), add_special_tokens=False)["input_ids"] if rendered else []
+        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
 
     def encode_responses(self, texts: Sequence[str], closed: bool = True) -> list[list[int]]:
         """Token ids of responses; with `closed`, each ends in the end-of-turn token."""
         end = [self.end_of_turn_id] if closed else []
-        return [encoding.ids + end for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [ids + end for ids in self._encode(self._plain, texts)]
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, including the header of the answer. `llama3*`: exactly one BOS, in front."""
@@ -109,16 +133,71 @@ class ChatFormat:
         bos_id: int | None = self.tokenizer.bos_token_id
         return bos_id
 
+    def notes(self) -> list[str]:
+        """What a user should know of the format, a line each."""
+        notes, (prompt, whole) = list[str](), self._example
+        if self.dated:
+            notes.append(
+                "the chat template writes the date: the run, its endpoint and its exports keep that of its start"
+            )
+        if self.turn.lead:
+            notes.append(
+                f"the chat template writes {self.turn.lead!r} before an answer; it is trained as its beginning"
+            )
+        if opened := opened_by(self.turn.prompt):
+            notes.append(
+                f"the chat template ends a prompt with {opened[0]}: completions begin after it, also for rewards"
+            )
+        if self.bos_id is not None and prompt[:2] == [self.bos_id] * 2:
+            notes.append("the chat template opens a conversation with two BOS tokens, in training as at the endpoint")
+        if changed := changed_text(self.tokenizer, self._plain):
+            notes.append(f"the tokenizer changes text: {changed[0]!r} becomes {changed[1]!r}")
+        if prompt + self.response_ids(self.turn.response) != whole:
+            notes.append(
+                "where an answer follows its prompt, the text as a whole would be tokenized otherwise; answers "
+                "are trained as they follow the prompts of the endpoint"
+            )
+        return notes
+
     def save(self, folder: str | Path) -> None:
         """Writes a tokenizer folder with the template and, as `eos_token`, the end-of-turn token."""
         self.tokenizer.save_pretrained(folder)
 
     @cached_property
     def _plain(self) -> Tokenizer:
-        # A copy, because the switch is a state of the tokenizer and another thread may be encoding a prompt.
-        plain: Tokenizer = copy.deepcopy(self.tokenizer.backend_tokenizer)
-        plain.encode_special_tokens = True
-        return plain
+        """For responses: it adds a space in front of them only where they have one within the template's text."""
+        marks = marks_of_thinking(self._special)
+        prompt, whole = self._example
+        for prefix in (True, False):
+            plain = plain_tokenizer(self.tokenizer, marks, prefix)
+            ids = [*prompt, *self._encode(plain, [self.turn.response])[0], self.end_of_turn_id]
+            if ids == whole or (not prefix and self.tokenizer.decode(ids) == self.tokenizer.decode(whole)):
+                return plain
+        return plain_tokenizer(self.tokenizer, marks)
+
+    @cached_property
+    def _example(self) -> tuple[list[int], list[int]]:
+        """A prompt's token ids, and those of the text of prompt and answer as a whole, up to the end of the turn."""
+        prompt = self.turn.prompt
+        first, whole = self.encode_prompts([prompt, prompt + self.turn.response + self.turn.end])
+        return first, whole
+
+    @cached_property
+    def _special(self) -> list[str]:
+        return [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+
+    @cached_property
+    def _lead(self) -> tuple[str, list[int]]:
+        """What the template writes before an answer up to its last special token, as text and as token ids."""
+        lead = self.turn.lead
+        until = max((lead.rfind(token) + len(token) for token in self._special if token in lead), default=0)
+        return lead[:until], self.encode_prompts([lead[:until]])[0]
+
+    def _encode(self, plain: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+        lead, ids = self._lead
+        led = [ids if text.startswith(lead) else [] for text in texts]
+        encodings = plain.encode_batch_fast([text.removeprefix(lead) for text in texts], add_special_tokens=False)
+        return [first + each.ids for first, each in zip(led, encodings, strict=True)]
 
 
 def _llama3_template(tokenizer: PreTrainedTokenizerBase, path: str | Path, template: str) -> str:
@@ -134,19 +213,18 @@ def _llama3_template(tokenizer: PreTrainedTokenizerBase, path: str | Path, templ
     return text.replace("AFTER_TURN", _LLAMA3_AFTER_TURN[template]).replace("MARKS", repr(marks))
 
 
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> str:
-    """The first special token that the model's template writes after an assistant's text."""
-    if not tokenizer.chat_template:
+def _templates(tokenizer: PreTrainedTokenizerBase, where: str) -> dict[str, str]:
+    """The tokenizer's chat templates by name; that of conversations without tools is `default`."""
+    templates = tokenizer.chat_template
+    named = {"default": templates} if isinstance(templates, str) else dict(templates or {})
+    if not named.get("default"):
+        kind = "no chat template" if not named else f"chat templates for {', '.join(sorted(named))} and no `default`"
         raise ConfigError(
-            f"model.template='tokenizer': the tokenizer of model.path={str(path)!r} has no chat template; "
+            f"model.template='tokenizer': the tokenizer of {where} has {kind}; "
             f"use model.template=llama3-sampo or llama3, or a chat model"
         )
-    conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "sampo"}]
-    tail = str(tokenizer.apply_chat_template(conversation, tokenize=False)).rpartition("sampo")[2]
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    if (token := next((token for token in tokenizer.tokenize(tail) if token in special), None)) is not None:
-        return token
-    raise ConfigError(
-        f"model.template='tokenizer': the chat template of model.path={str(path)!r} ends an assistant's turn with "
-        f"{tail!r}, which has no special token to stop on; use model.template=llama3-sampo or llama3"
-    )
+    return named
+
+
+def _set_templates(tokenizer: PreTrainedTokenizerBase, named: dict[str, str]) -> None:
+    tokenizer.chat_template = named["default"] if len(named) == 1 else named

@@ -8,13 +8,16 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from sampo_ray.config.sections import DataConfig
-from sampo_ray.data.sources import Counts, Row, Unusable, read_rows
+from sampo_ray.data.sources import Counts, Kind, Row, Unusable, read_rows
+from sampo_ray.data.template import ADVICE, REFUSED
+from sampo_ray.errors import ConfigError
 from sampo_ray.training.batching import Pair
 
 if TYPE_CHECKING:
@@ -64,7 +67,9 @@ def tokenized_pairs(
     prompt plus response have at most `data.max_length` tokens. A response that is cut has no end-of-turn token.
     """
     for block in _blocks(read_rows(source, "pairs", counts), block_rows):
-        rows, prompts = _encode_prompts(block, chat, data.prompt_limit, counts)
+        asked = _with_responses(_rendered(block, chat, counts), chat, counts)
+        rows = [row for row, _ in asked]
+        prompts = _encode_prompts([prompt for _, prompt in asked], chat, data.prompt_limit, counts)
         chosen = chat.encode_responses([row.chosen or "" for row in rows])
         rejected = chat.encode_responses([row.rejected or "" for row in rows])
         kept = []
@@ -88,13 +93,31 @@ def tokenized_prompts(
 ) -> Iterator[pa.Table]:
     """Streams PROMPTS blocks of at most `block_rows` prompts, cut on the left to `prompt_limit` tokens (BOS stays)."""
     for block in _blocks(read_rows(source, "prompts", counts), block_rows):
-        rows, prompts = _encode_prompts(block, chat, prompt_limit, counts)
+        asked = _rendered(block, chat, counts)
+        rows = [row for row, _ in asked]
+        prompts = _encode_prompts([prompt for _, prompt in asked], chat, prompt_limit, counts)
         if rows:
             messages = [json.dumps(row.prompt, ensure_ascii=False) for row in rows]
             columns = [columns_json(row) for row in rows]
             yield _table(PROMPTS, [[row.id for row in rows], messages, columns, prompts])
     if not counts.usable:
         raise counts.nothing_usable(source, "prompts")
+
+
+def try_format(rows: Sequence[Row], kind: Kind, chat: "ChatFormat", field: str) -> list[str]:
+    """Tries a chat format on rows of the source that `field` names, in memory. Returns a note on each reason for which
+    some cannot be used; ConfigError if none can.
+    """
+    counts = Counts(rows=len(rows))
+    asked = _rendered(rows, chat, counts)
+    usable = _with_responses(asked, chat, counts) if kind == "pairs" else asked
+    if not usable:
+        (reason, _), *_ = counts.dropped.most_common(1)
+        raise ConfigError(
+            f"{field}: no row of the first {len(rows)} can be used: {reason} (first at {counts.first[reason]}); "
+            f"{ADVICE[reason]}"
+        )
+    return [f"{field}: {n} of the first {len(rows)} rows are dropped: {reason}" for reason, n in counts.dropped.items()]
 
 
 def columns_json(row: Row) -> str:
@@ -186,20 +209,33 @@ def _arrays(lists: pa.ListArray) -> list[np.ndarray]:
     return [values[begin:end] for begin, end in itertools.pairwise(lists.offsets.to_pylist())]
 
 
-def _encode_prompts(
-    rows: list[Row], chat: "ChatFormat", limit: int, counts: Counts
-) -> tuple[list[Row], list[list[int]]]:
-    """The rows that the chat template takes, and the token ids of their prompts."""
-    kept, rendered = [], []
+def _rendered(rows: Sequence[Row], chat: "ChatFormat", counts: Counts) -> list[tuple[Row, str]]:
+    """The rows that the chat template takes, with the texts of their prompts."""
+    kept = []
     for row in rows:
         try:
-            rendered.append(chat.render(row.prompt))
-            kept.append(row)
+            kept.append((row, chat.render(row.prompt)))
         except ValueError:
-            counts.drop("refused by the chat template", row.where)
-    prompts = chat.encode_prompts(rendered)
+            counts.drop(REFUSED, row.where)
+    return kept
+
+
+def _with_responses(asked: Iterable[tuple[Row, str]], chat: "ChatFormat", counts: Counts) -> list[tuple[Row, str]]:
+    """Rows and the texts of their prompts, with the answers as the chat template writes them."""
+    kept = []
+    for row, prompt in asked:
+        try:
+            chosen, rejected = (chat.response(row.prompt, prompt, text or "") for text in (row.chosen, row.rejected))
+            kept.append((replace(row, chosen=chosen, rejected=rejected), prompt))
+        except Unusable as reason:
+            counts.drop(str(reason), row.where)
+    return kept
+
+
+def _encode_prompts(texts: Sequence[str], chat: "ChatFormat", limit: int, counts: Counts) -> list[list[int]]:
+    prompts = chat.encode_prompts(texts)
     counts.prompts_cut += sum(len(prompt) > limit for prompt in prompts)
-    return kept, [cut_prompt(prompt, limit, chat.bos_id) for prompt in prompts]
+    return [cut_prompt(prompt, limit, chat.bos_id) for prompt in prompts]
 
 
 def _blocks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 
 import jinja2
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig
 
 from sampo_ray.data.preferences import cut_prompt
 from sampo_ray.data.rewards import Rewards, Samples
 from sampo_ray.data.sources import Message
+from sampo_ray.data.tokenizer import exact_tokenizer
 from sampo_ray.errors import ConfigError, RewardError, first_line
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ class Encoder:
 
     def __init__(self, path: str, config: PreTrainedConfig) -> None:
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path, truncation_side="left")
+            self.tokenizer = exact_tokenizer(path, truncation_side="left")
         except (OSError, ValueError, KeyError) as error:
             reason = first_line(error)
             raise ConfigError(f"reward.model={path!r}: no tokenizer can be loaded ({reason}); save it there") from None

@@ -9,11 +9,11 @@ from transformers import AutoConfig, PretrainedConfig
 from sampo_ray.config.keys import is_json, parse
 from sampo_ray.config.run import RunConfig
 from sampo_ray.data.chat import ChatFormat
-from sampo_ray.data.preferences import columns_json
+from sampo_ray.data.preferences import columns_json, try_format
 from sampo_ray.data.reward_functions import check_function
 from sampo_ray.data.reward_models import check_model
 from sampo_ray.data.rewards import Samples
-from sampo_ray.data.sources import Row, first_rows
+from sampo_ray.data.sources import Kind, Row, first_rows
 from sampo_ray.data.tools import tool_arguments
 from sampo_ray.errors import ConfigError, KeysError, first_line
 from sampo_ray.run.storage import Place, absolute
@@ -23,6 +23,9 @@ from sampo_ray.training.memory import check_device
 
 PROBED_ROWS = 1000
 """Rows of the prompt file in which a column that a reward function names must be found."""
+
+TRIED_PAIRS = 100
+"""Rows of the pairs file, on which the chat template is tried."""
 
 
 def check(config: RunConfig) -> list[str]:
@@ -58,8 +61,9 @@ def check(config: RunConfig) -> list[str]:
         rows = first_rows(str(config.data.prompts), "prompts", PROBED_ROWS)
         check_reward(config, made_up_samples(rows, chat))
     else:
-        rows = first_rows(str(config.data.train), "pairs", 1)
-    chat.prompt_ids(rows[0].prompt)
+        rows = first_rows(str(config.data.train), "pairs", TRIED_PAIRS)
+    kind: Kind = "prompts" if config.online else "pairs"
+    notes += [*chat.notes(), *try_format(rows, kind, chat, "data.prompts" if config.online else "data.train")]
     if config.serve.tools is not None:
         tool_arguments(config.serve.tools, chat)
     check_trackers(config)
