@@ -1,4 +1,6 @@
+import json
 import runpy
+import shutil
 import sys
 from functools import cache
 
@@ -41,6 +43,17 @@ def chatml_folder(tmp_path_factory):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dated_folder(tmp_path_factory, chatml_folder):
+    """A template with a date, and a byte-level tokenizer whose configuration names a class for another kind."""
+    folder = shutil.copytree(chatml_folder, tmp_path_factory.mktemp("dated"), dirs_exist_ok=True)
+    dated = "<|im_start|>system\n{{ strftime_now('%d %b %Y') }}{{ eos_token }}<|im_end|>\n" + CHATML
+    (folder / "chat_template.jinja").write_text(dated)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "LlamaTokenizerFast"}))
     return folder
 
 
@@ -213,12 +226,15 @@ def test_a_folder_without_a_tokenizer_is_an_error(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("template", ["llama3-sampo", "llama3", "tokenizer"])
-def test_vllm_renders_chat_requests_to_the_same_ids(tmp_path, tiny_folder, chatml_folder, template):
+@pytest.mark.parametrize(
+    ("kind", "template"),
+    [("tiny", "llama3-sampo"), ("tiny", "llama3"), ("chatml", "tokenizer"), ("dated", "tokenizer")],
+)
+def test_vllm_renders_chat_requests_to_the_same_ids(tmp_path, request, kind, template):
     from vllm.engine.arg_utils import EngineArgs
     from vllm.renderers import ChatParams, renderer_from_config
 
-    chat = load(chatml_folder if template == "tokenizer" else tiny_folder, template)
+    chat = load(request.getfixturevalue(f"{kind}_folder"), template)
     tiny_llama(chat.tokenizer).save_pretrained(tmp_path)
     chat.save(tmp_path)
     renderer = renderer_from_config(EngineArgs(model=str(tmp_path), max_model_len=512).create_engine_config())

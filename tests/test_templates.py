@@ -248,6 +248,7 @@ def test_the_validation_says_what_a_template_does_and_refuses_pairs_that_it_leav
     load(chatml(STRIPS, OPENS))
     data = tmp_path / "pairs.jsonl"
     recipe = {"model": {"path": str(tmp_path), "template": "tokenizer"}, "data": {"train": str(data), "max_length": 64}}
+    recipe["run"] = {"dir": str(tmp_path / "run")}
     data.write_text(json.dumps({"prompt": "a", "chosen": THOUGHT, "rejected": "No.</think>Five."}))
     assert [note for note in check(load_config(recipe)) if "ends a prompt with <think>" in note]
     data.write_text(json.dumps({"prompt": "a", "chosen": PLAIN, "rejected": "Five."}))

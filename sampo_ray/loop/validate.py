@@ -13,7 +13,7 @@ from sampo_ray.data.preferences import columns_json, try_format
 from sampo_ray.data.reward_functions import check_function
 from sampo_ray.data.reward_models import check_model
 from sampo_ray.data.rewards import Samples
-from sampo_ray.data.sources import Kind, Row, first_rows
+from sampo_ray.data.sources import Row, first_rows
 from sampo_ray.data.tools import tool_arguments
 from sampo_ray.errors import ConfigError, KeysError, first_line
 from sampo_ray.run.storage import Place, absolute
@@ -57,18 +57,21 @@ def check(config: RunConfig) -> list[str]:
             f"model.path={path!r}: the tokenizer has {len(chat.tokenizer)} tokens, the model {model.vocab_size}; "
             "they do not belong together"
         )
-    if config.online:
-        rows = first_rows(str(config.data.prompts), "prompts", PROBED_ROWS)
-        check_reward(config, made_up_samples(rows, chat))
-    else:
-        rows = first_rows(str(config.data.train), "pairs", TRIED_PAIRS)
-    kind: Kind = "prompts" if config.online else "pairs"
-    notes += [*chat.notes(), *try_format(rows, kind, chat, "data.prompts" if config.online else "data.train")]
+    notes += [*chat.notes(), *check_data(config, chat)]
     if config.serve.tools is not None:
         tool_arguments(config.serve.tools, chat)
     check_trackers(config)
     check_keys_file(config.serve.keys_file)
     return notes
+
+
+def check_data(config: RunConfig, chat: ChatFormat) -> list[str]:
+    """Tries the prompt format and the reward on the first rows. Returns notes on what cannot be used of them."""
+    if not config.online:
+        return try_format(first_rows(str(config.data.train), "pairs", TRIED_PAIRS), "pairs", chat, "data.train")
+    rows = first_rows(str(config.data.prompts), "prompts", PROBED_ROWS)
+    check_reward(config, made_up_samples(rows, chat))
+    return try_format(rows, "prompts", chat, "data.prompts")
 
 
 def made_up_samples(rows: Sequence[Row], chat: ChatFormat) -> Samples:
