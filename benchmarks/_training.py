@@ -40,7 +40,7 @@ def options(description: str, sides: Sequence[str]) -> ArgumentParser:
     parser.add_argument("--data", type=Path, help="preference pairs, JSON lines; default: made up")
     parser.add_argument("--models", default="given,vocab128k", help="of given (needs --model), vocab128k and llama1b")
     parser.add_argument("--max-length", type=int, default=512, help="tokens of prompt and answer at most")
-    parser.add_argument("--attention", choices=("segments", "flex"), default="segments", help="of our sides")
+    parser.add_argument("--attention", choices=("segments", "flex", "own"), default="segments", help="of our sides")
     parser.add_argument("--checkpointing", choices=CHECKPOINTING, default="all", help="of gradients, on our sides")
     parser.add_argument("--side", choices=sides, help="measures one side once and prints its figures")
     return parser
@@ -155,7 +155,8 @@ def budget_of(args: Namespace) -> Any:
     """What a run on one rank plans its rows for."""
     from sampo_ray.config.rows import RowBudget, default_row
 
-    return RowBudget(PAIRS_A_STEP, default_row(args.max_length))
+    shared = args.attention != "own"
+    return RowBudget(PAIRS_A_STEP, default_row(args.max_length), shared_prompts=shared)
 
 
 def device() -> Any:

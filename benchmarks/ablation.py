@@ -44,9 +44,9 @@ def one_turn(args: Namespace) -> dict[str, float]:
     from sampo_ray.config.rows import RowBudget
     from sampo_ray.training.policy import batch_rows, load_policy
 
-    side, flex = args.side, args.attention == "flex"
+    side = args.side
     policy = load_policy(
-        args.model, _training.CHECKPOINTING[args.checkpointing], str(_training.device()), flex=flex
+        args.model, _training.CHECKPOINTING[args.checkpointing], str(_training.device()), attention=args.attention
     ).train()
     pairs, budget = _training.tokens_of(args), _training.budget_of(args)
     budget = RowBudget(PAIRS_A_STEP, 1) if side == "no_packing" else budget

@@ -87,16 +87,17 @@ def ours(args: Namespace) -> dict[str, float]:
     from sampo_ray.training.policy import load_policy, score_pairs
     from sampo_ray.training.reduction import REDUCTIONS
 
-    device, flex = _training.device(), args.attention == "flex"
+    device = _training.device()
     pairs, budget = _training.tokens_of(args), _training.budget_of(args)
-    reference = load_policy(args.model, device=str(device), flex=flex).requires_grad_(False)
+    reference = load_policy(args.model, device=str(device), attention=args.attention).requires_grad_(False)
     score_pairs(reference, pairs if device.type == "cuda" else pairs[:2], budget)
     begun = now()
     pairs = score_pairs(reference, pairs, budget)
     reference_s = now() - begun
     del reference
     steps = list(plan_round(lengths_of(pairs), budget, epochs=1, seed=0, round=0))
-    policy = load_policy(args.model, _training.CHECKPOINTING[args.checkpointing], flex=flex).train().to(device)
+    policy = load_policy(args.model, _training.CHECKPOINTING[args.checkpointing], attention=args.attention)
+    policy.train().to(device)
     optimize: Optimize = (with_deepspeed if find_spec("deepspeed") else alone)(args, policy)
     sampo, dpo = (Objective(LOSSES["sigmoid"], LossSettings(0.1), REDUCTIONS[name]) for name in ("sample", "sum"))
     for step in _training.warming(steps):

@@ -34,8 +34,6 @@ def test_models_with_full_attention_and_a_plain_head_are_supported(kind):
     ("kind", "fields", "words"),
     [
         ("Mistral", {"sliding_window": 128}, "MistralForCausalLM has sliding_attention"),
-        ("Llama", {"attention_dropout": 0.1}, "attention_dropout=0.1.*set it to 0"),
-        ("GPT2", {"attn_pdrop": 0.0}, "resid_pdrop=0.1.*set it to 0"),
         ("Falcon", {"alibi": False}, "an attention of their own"),
     ],
 )

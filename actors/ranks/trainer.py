@@ -241,8 +241,9 @@ class Rank:
         with Place(version_folder(self.place.at("versions").url, version)).on_disk() as base:
             if self.device.type == "cuda":
                 check_device(AutoConfig.from_pretrained(base), self.config)
-            seed, flex = adapter_seed(self.config.run.seed, spec.round), self.config.model.flex
-            policy = load_policy(base, self.config.trainer.gradient_checkpointing, lora=lora, seed=seed, flex=flex)
+            seed, kind = adapter_seed(self.config.run.seed, spec.round), self.config.model.computed
+            checkpointing = self.config.trainer.gradient_checkpointing
+            policy = load_policy(base, checkpointing, lora=lora, seed=seed, attention=kind)
         learner = Learner(policy, self.config, self.device)
         learner.begin_round(spec.round, lambda: self._reference(spec))
         return learner
@@ -250,7 +251,8 @@ class Rank:
     def _reference(self, spec: RoundSpec) -> Policy:
         """The policy that the round starts from, frozen."""
         with Place(version_folder(self.place.at("versions").url, spec.start_version)).on_disk() as folder:
-            return load_policy(folder, device=str(self.device), flex=self.config.model.flex).requires_grad_(False)
+            policy = load_policy(folder, device=str(self.device), attention=self.config.model.computed)
+        return policy.requires_grad_(False)
 
     def train(self, spec: RoundSpec) -> Iterator[StepResult]:
         """Trains the remaining steps of a round and yields their results, published and checkpointed as configured."""

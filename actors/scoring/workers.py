@@ -15,6 +15,7 @@ import torch
 from ray import serve
 
 from sampo_ray.actors.weights.client import fetch, find_weight_store
+from sampo_ray.config.rows import Attention
 from sampo_ray.config.run import RunConfig
 from sampo_ray.config.sections import FleetConfig, RewardConfig
 from sampo_ray.data.preferences import SCORES, pairs_of, with_reference
@@ -50,19 +51,19 @@ class ReferenceWorker:
     ) -> pa.Table:
         """Scores a PAIRS block of a round with `version` of `run`; writes and returns a REFERENCE block."""
         with self._computing:
-            policy = self._load(WeightsId(run, version), versions_url, config.model.flex)
+            policy = self._load(WeightsId(run, version), versions_url, config.model.computed)
             select = reference_positions(config, round)
             scored = with_reference(pairs, score_pairs(policy, pairs_of(pairs), config.row_budget, select))
         Place(out).write_table(scored)
         return scored
 
-    def _load(self, wanted: WeightsId, versions_url: str, flex: bool) -> Policy:
+    def _load(self, wanted: WeightsId, versions_url: str, kind: Attention) -> Policy:
         if self._loaded == wanted and self._policy is not None:
             return self._policy
         started = time.monotonic()
         if self._policy is None or self._loaded is None or self._loaded.run != wanted.run:
             with Place(versions_url).at("000000").on_disk() as base:
-                self._policy = load_policy(base, device=_device(), flex=flex).eval().requires_grad_(False)
+                self._policy = load_policy(base, device=_device(), attention=kind).eval().requires_grad_(False)
         self._loaded = None
         weights = ray.get(self._store.get.remote(wanted.run, wanted.version), timeout=WEIGHTS_S)
         parameters = dict(self._policy.model.named_parameters())

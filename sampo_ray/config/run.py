@@ -45,7 +45,8 @@ class RunConfig(Section):
     @property
     def row_budget(self) -> RowBudget:
         tokens = self.trainer.tokens_per_row or default_row(self.data.max_length)
-        return RowBudget(self.optim.batch_size, tokens, self.trainer.workers or 1)
+        shared = self.model.computed != "own"
+        return RowBudget(self.optim.batch_size, tokens, self.trainer.workers or 1, shared)
 
     @property
     def reference_workers(self) -> bool:
@@ -105,7 +106,7 @@ class RunConfig(Section):
                 f"method.loss={self.method.loss!r} has its reference beside the policy; drop reference.where and "
                 "reference.positions, which are for stored log-probs"
             )
-        if self.model.flex and self.trainer.gradient_checkpointing == "selective":
+        if self.model.attention == "flex" and self.trainer.gradient_checkpointing == "selective":
             raise ValueError(
                 "trainer.gradient_checkpointing=selective does not go with model.attention=flex; use true or false"
             )

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from sampo_ray.config.losses import LOSSES, REDUCTIONS, PreferenceLoss, advice, find_loss
+from sampo_ray.config.rows import Attention
 from sampo_ray.config.section import Section
 from sampo_ray.errors import ConfigError, suggestion
 
@@ -29,13 +30,16 @@ class ModelConfig(Section):
     """Prompt format: the card's, Meta's, or the one the tokenizer brings."""
     lora: LoraConfig | None = None
     """Train adapters on a frozen model; a round ends with them merged in. Default: train all weights."""
-    attention: Literal["segments", "flex"] = "segments"
-    """How trainer and reference compute attention: two calls a pair, or PyTorch's FlexAttention, one for a whole row,
-    which needs GPUs."""
+    attention: Attention | None = None
+    """How trainer and reference compute attention: `segments`, two calls a pair over a prompt that is computed once;
+    `flex`, PyTorch's FlexAttention, one call for a whole row of pairs, which needs GPUs; `own`, as transformers does
+    for the model, each answer behind a prompt of its own. Default: segments where they are exact, else own.
+    """
 
     @property
-    def flex(self) -> bool:
-        return self.attention == "flex"
+    def computed(self) -> Attention:
+        """How attention is computed in a run; one that is not chosen yet is `segments`."""
+        return self.attention or "segments"
 
 
 class DataConfig(Section):

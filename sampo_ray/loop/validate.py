@@ -108,7 +108,7 @@ def check_rope(model: PretrainedConfig, max_length: int) -> None:
 
 def check_fit(config: RunConfig) -> None:
     """ConfigError when a resolved configuration needs GPUs that it lacks, or is for this machine and does not fit."""
-    if config.model.flex and not config.trainer.num_gpus:
+    if config.model.attention == "flex" and not config.trainer.num_gpus:
         raise ConfigError(
             "model.attention='flex' needs GPUs, since it has no backward pass on CPUs; use model.attention=segments"
         )

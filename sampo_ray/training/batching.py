@@ -83,8 +83,11 @@ def plan_rows(pairs: Int64[np.ndarray, " pairs"], lengths: Lengths, budget: RowB
 
     Each row is a collective operation, in which all ranks wait for the one with the most tokens. So there are as few
     rows as possible, the same number for each rank (the last may be empty), and they are filled evenly: each pair, the
-    longest first, goes to the row that has the fewest tokens so far.
+    longest first, goes to the row that has the fewest tokens so far. Where answers do not share their prompt, rows are
+    of pairs of similar length.
     """
+    if not budget.shared_prompts:
+        return _plan_by_length(pairs, lengths, budget)
     totals = lengths[pairs].sum(axis=1)
     longest_first = [(int(totals[i]), int(pairs[i])) for i in np.argsort(-totals, kind="stable")]
     rows_per_rank = max(1, -(-int(totals.sum()) // (budget.tokens_per_row * budget.world)))
@@ -102,6 +105,56 @@ def _fill_rows(items: list[tuple[int, int]], count: int, capacity: int) -> list[
             return None
         heapq.heapreplace(rows, (used + tokens, row, [*members, pair]))
     return [(used, members) for used, _, members in sorted(rows, key=lambda row: row[1])]
+
+
+def _plan_by_length(pairs: Int64[np.ndarray, " pairs"], lengths: Lengths, budget: RowBudget) -> list[np.ndarray]:
+    """`plan_rows` for answers behind prompts of their own, padded: cut from the pairs in order of their longer one."""
+    answers = lengths[pairs, :1] + lengths[pairs, 1:]
+    order = np.argsort(-answers.max(axis=1), kind="stable")
+    answers = answers[order]
+    rows = len(cuts := _cut_by_length(answers, budget.tokens_per_row))
+    rows += -rows % budget.world
+    low, high = 0, budget.tokens_per_row  # the fewest tokens with which no more rows are needed are the most even ones
+    while high - low > max(1, budget.tokens_per_row // 64):
+        middle = (low + high) // 2
+        if len(tried := _cut_by_length(answers, middle)) <= rows:
+            cuts, high = tried, middle
+        else:
+            low = middle
+    planned = np.split(pairs[order], cuts[1:])
+    return planned + [pairs[:0]] * (rows - len(planned))
+
+
+def _cut_by_length(answers: Int64[np.ndarray, "pairs 2"], capacity: int) -> list[int]:
+    """Where rows of at most `capacity` tokens, or one pair, begin in pairs that are in order of length."""
+    cuts = [0]
+    for end in range(1, len(answers)):
+        if padded_tokens(answers[cuts[-1] : end + 1].ravel()) > capacity:
+            cuts.append(end)
+    return cuts
+
+
+def split(lengths: Int64[np.ndarray, " sequences"], boundary: int | None = None) -> int:
+    """How many of at least two sequences, the longest first, are in the first of two batches.
+
+    As few tokens as possible are padding. Where some are longer than `boundary` and some are not, it is between these:
+    a model's frequencies may depend on the longest sequence of a batch.
+    """
+    if boundary is not None and 0 < (longer := int((lengths > boundary).sum())) < len(lengths):
+        return longer
+    return 1 + int(np.argmin(_padded(lengths)))
+
+
+def padded_tokens(lengths: Int64[np.ndarray, " sequences"]) -> int:
+    """Tokens of the two batches of at least two sequences, padding included; these in any order."""
+    return int(_padded(-np.sort(-lengths)).min())
+
+
+def _padded(lengths: Int64[np.ndarray, " sequences"]) -> Int64[np.ndarray, " splits"]:
+    """Tokens of two batches by where sequences, the longest first, are split: after the first, the second, ..."""
+    first = np.arange(1, len(lengths))
+    padded: Int64[np.ndarray, " splits"] = first * lengths[0] + (len(lengths) - first) * lengths[1:]
+    return padded
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from sampo_ray.config.rows import RowBudget
+from sampo_ray.config.rows import Attention, RowBudget
 from sampo_ray.errors import ConfigError, first_line
 from sampo_ray.internals.torch import limit_recompilations
-from sampo_ray.training import attention, cpu
-from sampo_ray.training.architecture import check_architecture
+from sampo_ray.training import cpu
+from sampo_ray.training.architecture import IMPLEMENTATIONS, check_architecture, longrope_boundary
+from sampo_ray.training.attention import RowLayout, block_mask
 from sampo_ray.training.batching import Pair, Row, Segments, assemble, lengths_of, plan_rows
 from sampo_ray.training.head import TiledHead, decoder_of
 from sampo_ray.training.logprobs import Distributions
 from sampo_ray.training.lora import add_adapters
+from sampo_ray.training.noise import silence, without_noise
 from sampo_ray.training.reduction import Positions
+from sampo_ray.training.sequences import Sequences
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
@@ -58,12 +61,22 @@ PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 class Policy(nn.Module):
     """A causal language model over rows of pairs, whose head is computed at selected positions only."""
 
-    def __init__(self, model: PreTrainedModel, flex: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, kind: Attention = "segments") -> None:
         super().__init__()
-        check_architecture(model)
+        check_architecture(model, kind)
         cpu.use_fp32_kernels(model)
         model.set_output_embeddings(TiledHead(model))
-        self.model, self.flex = model, flex
+        self.model, self.attention = model, kind
+        self._boundary = longrope_boundary(model.config.get_text_config())
+
+    def train(self, mode: bool = True) -> Policy:
+        """Only what is computed again in the backward pass is told that it is trained: all else that models do in
+        training alone is noise, as dropout, or a loss of their own.
+        """
+        super().train(mode)
+        for module in self.model.modules():
+            module.training = mode and bool(getattr(module, "gradient_checkpointing", False))
+        return self
 
     @property
     def head(self) -> TiledHead:
@@ -94,15 +107,27 @@ class Policy(nn.Module):
         states: Int64[Tensor, " selected"],
     ) -> Float[Tensor, "selected dim"]:
         """What the head is given at row positions `states`: the last hidden states, for most models."""
+        if self.attention == "own":
+            return self._hidden_of_sequences(tokens, segments, states)
         layout: dict[str, object]
-        if self.flex:
-            layout = {"attention_mask": attention.block_mask(segments, len(tokens), tokens.device)}
+        if self.attention == "flex":
+            layout = {"attention_mask": block_mask(segments, len(tokens), tokens.device)}
         else:
-            layout = {"row_layout": attention.RowLayout.of(segments, tokens.device)}
+            layout = {"row_layout": RowLayout.of(segments, tokens.device)}
         decoder = decoder_of(self.model)
         output = decoder(input_ids=tokens[None], position_ids=positions[None], use_cache=False, **layout)
         hidden: Tensor = output.last_hidden_state[0]
         return self.head.inputs(hidden[states])
+
+    def _hidden_of_sequences(self, tokens: Tensor, segments: tuple[Segments, ...], states: Tensor) -> Tensor:
+        """`hidden`, computed by the model's own attention. It needs no mask: a causal model does not see the padding
+        on the right.
+        """
+        sequences = Sequences.of(segments, len(tokens), self._boundary).to(tokens.device)
+        decoder = decoder_of(self.model)
+        outputs = [decoder(input_ids=tokens[batch], use_cache=False) for batch in sequences.batches]
+        hidden = torch.cat([output.last_hidden_state.flatten(0, 1) for output in outputs])
+        return self.head.inputs(hidden[sequences.places[states]])
 
     @torch.no_grad()
     def distributions(self, row: Row, states: Int64[Tensor, " selected"]) -> Distributions:
@@ -116,23 +141,26 @@ def load_policy(
     device: str = "cpu",
     lora: LoraConfig | None = None,
     seed: int = 0,
-    flex: bool = False,
+    attention: Attention = "segments",
 ) -> Policy:
     """Loads a Hugging Face folder or hub name in bf16, safetensors only. `gradient_checkpointing`: see TrainerConfig.
 
-    With `lora` the model is frozen and gets new adapters, random by `seed`; with `flex`, FlexAttention.
+    With `lora` the model is frozen and gets new adapters, random by `seed`; `attention`: see ModelConfig.
     ConfigError, naming `model.path`, when it cannot be opened or its head is not a plain matrix.
     """
     try:
-        kind = attention.FLEX if flex else attention.NAME
         model = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=torch.bfloat16, attn_implementation=kind, use_safetensors=True
+            str(path),
+            config=without_noise(AutoConfig.from_pretrained(str(path))),
+            dtype=torch.bfloat16,
+            attn_implementation=IMPLEMENTATIONS[attention],
+            use_safetensors=True,
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path={str(path)!r} cannot be loaded: {first_line(error)}") from error
-    if flex:  # for rows, scoring and adapters; where no kernel is compiled, FlexAttention makes matrices of all scores
+    if attention == "flex":  # for rows, scoring and adapters; without a compiled kernel it makes matrices of all scores
         limit_recompilations(32)
-    if gradient_checkpointing:
+    if gradient_checkpointing and model.supports_gradient_checkpointing:
         settings: dict[str, object] = {"use_reentrant": False, "preserve_rng_state": False}
         if gradient_checkpointing == "selective":
             width = model.config.get_text_config().hidden_size
@@ -140,7 +168,8 @@ def load_policy(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
     if lora is not None:
         add_adapters(model, lora, seed)
-    return Policy(model, flex).to(device)
+    silence(model)
+    return Policy(model, attention).to(device)
 
 
 def _checkpoint_policy(width: int, _: object, op: object, *operands: Tensor, **__: object) -> CheckpointPolicy:

@@ -1,0 +1,64 @@
+"""A row for a model's own attention: each answer behind a copy of its prompt, in two batches by length.
+
+Two, whatever is in the row, since under ZeRO-3 each pass through the model is collective, and ranks with different
+numbers of passes would wait for each other for ever. With the shorter answers apart from the longer ones, a pair alone
+has no padding, and the rows of a batch that are planned by `padded_tokens` have little.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sampo_ray.training.batching import Segments, split
+
+if TYPE_CHECKING:
+    from jaxtyping import Int64
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """Each answer of a row behind its prompt, as row positions, in two batches padded on the right.
+
+    `places`: of each row position its first copy in the batches, as if these were one list of tokens; 0 for the row's
+    own padding. A causal model computes the same at all copies.
+    """
+
+    batches: tuple[Int64[Tensor, "longer longest"], Int64[Tensor, "shorter longest"]]
+    places: Int64[Tensor, " tokens"]
+
+    @classmethod
+    def of(cls, segments: tuple[Segments, ...], tokens: int, boundary: int | None = None) -> Sequences:
+        """Those of a row of `tokens`; `boundary`: see `split`."""
+        answers = [_positions(pair, *answer) for pair in segments for answer in _answers(pair)]
+        answers.sort(key=len, reverse=True)
+        at = split(np.array([len(answer) for answer in answers]), boundary)
+        places, batches, start = np.full(tokens, -1), list[Tensor](), 0
+        for part in (answers[:at], answers[at:]):
+            longest = len(part[0])
+            # Filled with a token of its own: a padding token might mean something to the model.
+            batch = np.stack([np.pad(answer, (0, longest - len(answer)), mode="edge") for answer in part])
+            for index, answer in enumerate(part):
+                new = answer[places[answer] < 0]
+                places[new] = start + index * longest + np.flatnonzero(places[answer] < 0)
+            start += batch.size
+            batches.append(torch.from_numpy(batch))
+        return cls((batches[0], batches[1]), torch.from_numpy(np.maximum(places, 0)))
+
+    def to(self, device: torch.device | str) -> Sequences:
+        longer, shorter = self.batches
+        return Sequences((longer.to(device), shorter.to(device)), self.places.to(device))
+
+
+def _answers(pair: Segments) -> tuple[tuple[int, int], tuple[int, int]]:
+    return (pair.chosen_start, pair.chosen), (pair.rejected_start, pair.rejected)
+
+
+def _positions(pair: Segments, start: int, length: int) -> Int64[np.ndarray, " tokens"]:
+    return np.concatenate(
+        [np.arange(pair.prompt_start, pair.prompt_start + pair.prompt), np.arange(start, start + length)]
+    )
