@@ -14,6 +14,7 @@ from sampo_ray.data.rewards import Rewards, Samples
 from sampo_ray.data.sources import Message
 from sampo_ray.data.tokenizer import exact_tokenizer
 from sampo_ray.errors import ConfigError, RewardError, first_line
+from sampo_ray.training.pretrained import open_model
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class RewardModel:
     """
 
     def __init__(self, path: str, device: str, batch_tokens: int = 16384) -> None:
-        config = _open_config(path)
+        config = _one_label(path, AutoConfig.from_pretrained(path))
         self.encode, self.device, self.batch_tokens = Encoder(path, config), device, batch_tokens
         dtype = torch.float32 if device == "cpu" else "auto"
         self.model, loaded = AutoModelForSequenceClassification.from_pretrained(
@@ -149,7 +150,7 @@ def check_model(path: str, samples: Samples, max_length: int) -> None:
     Warns if it cannot read conversations of `max_length` tokens.
     """
     try:
-        encode = Encoder(path, _open_config(path))
+        encode = Encoder(path, _one_label(path, open_model("reward.model", path).config))
         encode(samples.prompts[0], samples.completions[0])
     except jinja2.TemplateError as error:
         raise ConfigError(
@@ -163,12 +164,7 @@ def check_model(path: str, samples: Samples, max_length: int) -> None:
         )
 
 
-def _open_config(path: str) -> PreTrainedConfig:
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason, advice = first_line(error), "name a Hugging Face folder or hub name"
-        raise ConfigError(f"reward.model={path!r}: cannot be opened ({reason}); {advice}") from None
+def _one_label(path: str, config: PreTrainedConfig) -> PreTrainedConfig:
     if config.num_labels != 1:
         raise ConfigError(
             f"reward.model={path!r}: has {config.num_labels} labels (num_labels); a reward model has one, so use a "

@@ -1,7 +1,6 @@
 """Checks a configuration against the files that it names, in seconds, before Ray or an engine starts."""
 
 import json
-import warnings
 from collections.abc import Sequence
 
 from transformers import AutoConfig, PretrainedConfig
@@ -15,11 +14,12 @@ from sampo_ray.data.reward_models import check_model
 from sampo_ray.data.rewards import Samples
 from sampo_ray.data.sources import Row, first_rows
 from sampo_ray.data.tools import tool_arguments
-from sampo_ray.errors import ConfigError, KeysError, first_line
+from sampo_ray.errors import ConfigError, KeysError
 from sampo_ray.run.storage import Place, absolute
 from sampo_ray.run.trackers import check_trackers
 from sampo_ray.training.architecture import check_architecture, on_meta
 from sampo_ray.training.memory import check_device
+from sampo_ray.training.pretrained import open_model
 
 PROBED_ROWS = 1000
 """Rows of the prompt file in which a column that a reward function names must be found."""
@@ -33,17 +33,10 @@ def check(config: RunConfig) -> list[str]:
 
     Returns what the user is told, a line each. Raises ConfigError or DataError, naming the field and the fix.
     """
-    path, notes = config.model.path, list[str]()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.path={path!r}: no model can be opened there ({first_line(error)}); "
-            "name a Hugging Face folder or hub name"
-        ) from None
-    check_architecture(on_meta(model, config.model.lora))
+    path = config.model.path
+    opened = open_model("model.path", path)
+    notes, model = opened.notes, opened.config.get_text_config()
+    check_architecture(on_meta(opened.config, config.model.lora))
     positions = getattr(model, "max_position_embeddings", None)
     if positions is not None and config.data.max_length > positions:
         raise ConfigError(
