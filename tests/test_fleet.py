@@ -80,5 +80,5 @@ def test_a_run_that_serve_refuses_leaves_no_run_directory(
     tree = {"model": {"path": str(tiny_model)}, "data": {"train": "d", "max_length": 64}, "serve": {"port": 0}}
     config = load_config(tree, [f"run.dir={tmp_path}"])
     with pytest.raises(EndpointError, match="others reach it"):
-        session._run(config, None, keep_serving=False, check=lambda: None)
+        session._run(session.Checked(config, []), None, keep_serving=False, check=lambda: None)
     assert create_run(config).id

@@ -439,3 +439,21 @@ def test_transformers_turns_conversions_back_by_the_names_and_functions_that_are
     assert "id_tensor_storage(" in inspect.getsource(modeling_utils.remove_tied_weights_from_state_dict), theirs
     uses = inspect.getsource(core_model_loading).count('kwargs["model"]')
     assert uses == inspect.getsource(core_model_loading).count('kwargs["model"].get_parameter(') == 1, theirs
+
+
+def test_transformers_names_weights_in_memory_as_its_loading_does() -> None:
+    from transformers import AutoModelForCausalLM, GPTNeoXConfig, MixtralConfig, core_model_loading
+
+    from sampo_ray.internals.transformers import memory_names, written_names
+
+    theirs = found("transformers", "5.19.0")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.device("meta"):
+        models = [AutoModelForCausalLM.from_config(kind(**sizes)) for kind in (GPTNeoXConfig, MixtralConfig)]
+    for model in models:
+        names = memory_names(model, written_names(model))
+        assert set(names.values()) <= set(model.state_dict()) and len(set(names.values())) > 10, theirs
+    assert memory_names(models[0], ["embed_out.weight"]) == {"embed_out.weight": "lm_head.weight"}, theirs
+    assert memory_names(models[1], ["norm.weight"]) == {"norm.weight": "model.norm.weight"}, theirs
+    load = inspect.getsource(core_model_loading.convert_and_load_state_dict_in_model)
+    assert "original_key, renamings, converters, base_model_prefix, meta_model_state_dict" in load, theirs

@@ -22,11 +22,16 @@ from transformers import (
     PretrainedConfig,
     T5Config,
 )
+from typer.testing import CliRunner
 
+from sampo_ray.config.run import load_config
+from sampo_ray.console.main import app
 from sampo_ray.data.chat import ChatFormat
 from sampo_ray.errors import ConfigError
 from sampo_ray.loop.fleet import write_shell
+from sampo_ray.loop.validate import check_sizes
 from sampo_ray.training.pretrained import open_model
+from tests.conftest import write_recipe
 
 SIZES: dict[str, Any] = {
     "vocab_size": 320,
@@ -439,3 +444,26 @@ def test_what_is_wrong_with_a_reward_models_folder_is_found_before_it_is_loaded(
     with pytest.raises(ConfigError, match=message) as raised:
         open_model("reward.model", str(reward_folder))
     assert str(raised.value).startswith(f"reward.model={str(reward_folder)!r}: ")
+
+
+def test_a_dry_run_ends_with_the_message_and_says_its_notes(folder: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, folder, pairs=8)
+    set_json(folder / "config.json", tie_word_embeddings=True)
+    set_json(folder / "generation_config.json", temperature=0.6)
+    result = CliRunner().invoke(app, ["train", str(recipe), "--dry-run"])
+    assert result.exit_code == 0 and "# model.path=" in result.output and "differs from the embeddings" in result.output
+    as_bin(folder)
+    result = CliRunner().invoke(app, ["train", str(recipe), "--dry-run"])
+    assert result.exit_code == 1 and result.output.startswith(f"error: model.path={str(folder)!r}: its weights are in")
+    assert len(result.output.splitlines()) == 1
+
+
+def test_positions_and_vocabulary_of_a_multimodal_model_are_its_language_models(folder: Path, tmp_path: Path) -> None:
+    run, model = load_config(write_recipe(tmp_path, folder, pairs=8)), multimodal().get_text_config()
+    model.max_position_embeddings = 128
+    check_sizes(run, model, tokens=320)
+    with pytest.raises(ConfigError, match=r"the tokenizer has 321 tokens, the model 320"):
+        check_sizes(run, model, tokens=321)
+    model.max_position_embeddings = 100
+    with pytest.raises(ConfigError, match=r"data\.max_length=128 is more than the 100 positions"):
+        check_sizes(run, model, tokens=320)

@@ -144,12 +144,14 @@ def test_a_context_that_is_smaller_than_the_runs_is_said_before_it_starts(tmp_pa
 
 
 def test_a_model_that_cannot_read_conversations_is_refused_before_its_weights_are_loaded(tmp_path, tiny_model):
-    with pytest.raises(ConfigError, match=r"reward\.model='/no/such/model': cannot be opened"):
+    with pytest.raises(ConfigError, match=r"reward\.model='/no/such/model': no model can be opened"):
         check_model("/no/such/model", samples(), 8)
-    AutoConfig.from_pretrained(tiny_model, num_labels=3).save_pretrained(tmp_path)
+    made = AutoConfig.from_pretrained(tiny_model, num_labels=3)
+    AutoModelForSequenceClassification.from_config(made).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"reward\.model=.*3 labels.*num_labels=1"):
         check_model(str(tmp_path), samples(), 8)
-    AutoConfig.from_pretrained(tiny_model, num_labels=1).save_pretrained(tmp_path)
+    made.num_labels = 1
+    AutoModelForSequenceClassification.from_config(made).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"reward\.model=.*no tokenizer can be loaded"):
         check_model(str(tmp_path), samples(), 8)
     ChatFormat.load(tiny_model, "llama3").save(tmp_path)

@@ -24,6 +24,7 @@ from transformers.core_model_loading import (
     WeightTransform,
     dot_natural_key,
     rename_source_key,
+    revert_weight_conversion,
 )
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
@@ -33,6 +34,20 @@ def checkpoint_name(model: PreTrainedModel, weight: str) -> str | None:
     under another name, but a part of one, or made of several."""
     name, transform, _ = _Reverse(model).renamed(weight)
     return name if transform is None else None
+
+
+def memory_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """By names of tensors in a checkpoint: what `from_pretrained` calls them in memory, if they are the model's."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
+    prefix, state = model.base_model_prefix, model.state_dict()
+    return {name: rename_source_key(name, renamings, converters, prefix, state)[0] for name in names}
+
+
+def written_names(model: PreTrainedModel) -> set[str]:
+    """The names of what `save_pretrained` writes of a model, which may be on the meta device."""
+    return set(revert_weight_conversion(model, model.state_dict()))
 
 
 class CheckpointFormat:

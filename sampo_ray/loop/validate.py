@@ -35,22 +35,10 @@ def check(config: RunConfig) -> list[str]:
     """
     path = config.model.path
     opened = open_model("model.path", path)
-    notes, model = opened.notes, opened.config.get_text_config()
     check_architecture(on_meta(opened.config, config.model.lora))
-    positions = getattr(model, "max_position_embeddings", None)
-    if positions is not None and config.data.max_length > positions:
-        raise ConfigError(
-            f"data.max_length={config.data.max_length} is more than the {positions} positions of {path!r}; "
-            "make it smaller"
-        )
-    check_rope(model, config.data.max_length)
     chat = ChatFormat.load(path, config.model.template)
-    if len(chat.tokenizer) > model.vocab_size:
-        raise ConfigError(
-            f"model.path={path!r}: the tokenizer has {len(chat.tokenizer)} tokens, the model {model.vocab_size}; "
-            "they do not belong together"
-        )
-    notes += [*chat.notes(), *check_data(config, chat)]
+    check_sizes(config, opened.config.get_text_config(), len(chat.tokenizer))
+    notes = [*opened.notes, *chat.notes(), *check_data(config, chat)]
     if config.serve.tools is not None:
         tool_arguments(config.serve.tools, chat)
     check_trackers(config)
@@ -85,6 +73,22 @@ def check_reward(config: RunConfig, samples: Samples) -> None:
         check_function(config.reward.function, samples, config.reward.timeout_s)
     if config.reward.model is not None:
         check_model(config.reward.model, samples, config.data.max_length)
+
+
+def check_sizes(config: RunConfig, model: PretrainedConfig, tokens: int) -> None:
+    """ConfigError where a language model has too few positions for the run, or too few `tokens` for its tokenizer."""
+    positions = getattr(model, "max_position_embeddings", None)
+    if positions is not None and config.data.max_length > positions:
+        raise ConfigError(
+            f"data.max_length={config.data.max_length} is more than the {positions} positions of "
+            f"{config.model.path!r}; make it smaller"
+        )
+    check_rope(model, config.data.max_length)
+    if tokens > model.vocab_size:
+        raise ConfigError(
+            f"model.path={config.model.path!r}: the tokenizer has {tokens} tokens, the model {model.vocab_size}; "
+            "they do not belong together"
+        )
 
 
 def check_rope(model: PretrainedConfig, max_length: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,14 +28,8 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    rename_source_key,
-    revert_weight_conversion,
-)
 
+from sampo_ray.internals.transformers import memory_names, written_names
 from sampo_ray.training.model_files import ModelFiles, Weight
 
 Field = Literal["model.path", "reward.model"]
@@ -225,7 +219,7 @@ def other_head(files: ModelFiles, model: PreTrainedModel, found: Mapping[str, We
     if head is None or head.weight is not embeddings.weight:
         return None
     same_shape = [name for name, weight in found.items() if weight.shape == head.weight.shape]
-    stored = {memory: name for name, memory in names_in_memory(model, same_shape).items()}
+    stored = {memory: name for name, memory in memory_names(model, same_shape).items()}
     pairs = [(stored.get(tied), stored.get(source)) for tied, source in model.all_tied_weights_keys.items()]
     for tied, source in pairs:
         if tied and source and not torch.equal(files.read(tied, found[tied]), files.read(source, found[source])):
@@ -237,20 +231,6 @@ def head_name(model: PreTrainedModel) -> str | None:
     """The name of the weights of a model's head, if it has one."""
     head = model.get_output_embeddings()
     return next((name for name, each in model.named_parameters() if head and each is head.weight), None)
-
-
-def written_names(model: PreTrainedModel) -> set[str]:
-    """Names of the weights that `save_pretrained` writes of a model."""
-    return set(revert_weight_conversion(model, model.state_dict()))
-
-
-def names_in_memory(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """What weights of these names in a checkpoint are called in the model that is loaded from it."""
-    conversions = get_model_conversion_mapping(model)
-    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
-    converters = [each for each in conversions if isinstance(each, WeightConverter)]
-    prefix, state = model.base_model_prefix, model.state_dict()
-    return {name: rename_source_key(name, renamings, converters, prefix, state)[0] for name in names}
 
 
 def some(names: Sequence[str]) -> str:
