@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
 
 from sampo_ray.config.rows import RowBudget
 from sampo_ray.config.run import RunConfig
@@ -306,6 +306,37 @@ def test_adapters_alone_make_the_merged_weights_of_their_base(alone, tiny_model,
     assert (plain(ids).logits - theirs).abs().max() > 0.01
     plain.load_state_dict(merged, strict=False)
     assert_close(plain(ids).logits, theirs, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(("zero_stage", "loss"), [(2, "tdpo"), (3, "sigmoid")])
+def test_what_is_given_out_has_the_adapters_of_experts_merged_in(alone, tiny_model, pairs, tmp_path, zero_stage, loss):
+    tiny = AutoConfig.from_pretrained(tiny_model)
+    sizes = {name: getattr(tiny, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers", "head_dim")}
+    heads = {"num_attention_heads": tiny.num_attention_heads, "num_key_value_heads": tiny.num_key_value_heads}
+    config = Qwen3MoeConfig(**sizes, **heads, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    targets = ["q_proj", "experts.gate_up_proj", "experts.down_proj"]
+    settings = {"zero_stage": zero_stage, "gradient_checkpointing": True}
+    learner = make(tmp_path / "base", loss, lora={"rank": 4, "targets": targets}, **settings)
+    before, asked = dict(learner.masters()), without_reference(pairs)
+    given = asked if loss == "tdpo" else learner.score(asked)
+    begin, *rest = [learner.optimize(step, given, 4) for step in plan(pairs)]
+    assert (begin["loss"], begin["margin"]) == (pytest.approx(math.log(2), abs=1e-6), 0.0)
+    assert all(result["margin"] != 0 and result["grad_norm"] > 0 for result in rest)
+    assert learner.adapter_names is None and not list(learner.adapters())
+    after = dict(learner.masters())
+    moved = {name.split(".")[4] for name, weight in after.items() if not torch.equal(weight, before[name])}
+    assert moved == {"q_proj", "experts"}
+    info = VersionInfo(version=4, round=0, step=4)
+    write_version(str(tmp_path / "4"), learner.weights(), str(tmp_path / "base"), info)
+    plain = load_policy(tmp_path / "4")
+    ours, theirs = (logprobs(with_reference(policy, asked)) for policy in (learner.policy, plain))
+    assert np.abs(ours - theirs).max() < 0.1
+    learner.save(tmp_path, "state")
+    again = make(tmp_path / "base", loss, lora={"rank": 4, "targets": targets}, **settings)
+    again.load(tmp_path, "state", 0, 4, learner.statistics)
+    assert all(torch.equal(weight, after[name]) for name, weight in again.masters())
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "tdpo"])

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
@@ -194,6 +194,7 @@ class ReplicaWeights:
         share, merge = SHARE_OF_A_CORE if engine_computes else 1.0, None
         if weights.adapters is not None and weights.info.adapters is not None:
             adapters = await fetched(weights.adapters)
+            check_belongs(adapters, buckets)
             merge = await asyncio.to_thread(merging, adapters, weights.info.adapters.scaling, share)
         async with in_thread(staged_weights(buckets, share, merge)) as update:
             del buckets
@@ -241,6 +242,15 @@ async def in_thread(context: AbstractContextManager[T]) -> AsyncIterator[T]:
         yield value
     finally:
         await asyncio.to_thread(context.__exit__, None, None, None)
+
+
+def check_belongs(adapters: Bucket, base: Iterable[Bucket]) -> None:
+    """WeightsError for adapters on weights that their base does not have, which no merge would apply."""
+    known = {file_name(spec.name, side) for bucket in base for spec in bucket.specs for side in MATRICES}
+    if unknown := {spec.name for spec in adapters.specs} - known:
+        raise WeightsError(
+            f"{min(unknown)} and {len(unknown) - 1} more adapters are on no weight of their base version"
+        )
 
 
 def merging(adapters: Bucket, scaling: float, share: float = 1.0) -> Callable[[Bucket], Bucket]:

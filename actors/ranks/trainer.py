@@ -307,9 +307,10 @@ class Rank:
             yield scored
 
     def _publish(self, spec: RoundSpec, metrics: StepMetrics, last: bool) -> str | None:
-        """Publishes the weights or, except at the round's end, only the adapters if there are any. Returns why they are
-        not served, if so: training goes on."""
-        lora, versions = None if last else spec.config.model.lora, spec.place.at("versions")
+        """Publishes the weights or, except at the round's end, only the adapters if there are any that can be. Returns
+        why they are not served, if so: training goes on."""
+        whole = last or self.learner.adapter_names is None
+        lora, versions = None if whole else spec.config.model.lora, spec.place.at("versions")
         weights: Iterator[Any] = self.learner.adapters() if lora else self.learner.weights()
         if not self.first:
             drain(weights)

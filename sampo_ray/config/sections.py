@@ -16,7 +16,8 @@ class LoraConfig(Section):
     alpha: int | None = Field(None, ge=1)
     """Adapters count `alpha` / `rank`. Default: twice `rank`."""
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Linear layers that get adapters, by the ends of their names (q_proj, mlp.down_proj); never the head."""
+    """Layers that get adapters, by the ends of their names (q_proj, mlp.down_proj), or `all-linear`: all linear layers
+    but the head and routers. Experts that are one tensor get theirs by its name (experts.down_proj)."""
 
     @property
     def scaled_by(self) -> int:

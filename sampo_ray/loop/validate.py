@@ -7,6 +7,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from sampo_ray.config.keys import is_json, parse
 from sampo_ray.config.run import RunConfig
+from sampo_ray.config.sections import LoraConfig
 from sampo_ray.data.chat import ChatFormat
 from sampo_ray.data.preferences import columns_json, try_format
 from sampo_ray.data.reward_functions import check_function
@@ -18,6 +19,7 @@ from sampo_ray.errors import ConfigError, KeysError
 from sampo_ray.run.storage import Place, absolute
 from sampo_ray.run.trackers import check_trackers
 from sampo_ray.training.architecture import check_architecture, on_meta
+from sampo_ray.training.lora import notes_on
 from sampo_ray.training.memory import check_device
 from sampo_ray.training.pretrained import open_model
 
@@ -35,15 +37,22 @@ def check(config: RunConfig) -> list[str]:
     """
     path = config.model.path
     opened = open_model("model.path", path)
-    check_architecture(on_meta(opened.config, config.model.lora))
+    notes = [*opened.notes, *check_policy(opened.config, config.model.lora)]
     chat = ChatFormat.load(path, config.model.template)
     check_sizes(config, opened.config.get_text_config(), len(chat.tokenizer))
-    notes = [*opened.notes, *chat.notes(), *check_data(config, chat)]
+    notes += [*chat.notes(), *check_data(config, chat)]
     if config.serve.tools is not None:
         tool_arguments(config.serve.tools, chat)
     check_trackers(config)
     check_keys_file(config.serve.keys_file)
     return notes
+
+
+def check_policy(model: PretrainedConfig, lora: LoraConfig | None) -> list[str]:
+    """ConfigError for a model that cannot be trained; else what the user is told of its adapters."""
+    shape = on_meta(model, lora)
+    check_architecture(shape)
+    return notes_on(shape, lora) if lora else []
 
 
 def check_data(config: RunConfig, chat: ChatFormat) -> list[str]:

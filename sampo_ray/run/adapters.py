@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig
 
 from sampo_ray.errors import ConfigError
+from sampo_ray.internals.transformers import checkpoint_name
 from sampo_ray.run.buckets import checksum
 from sampo_ray.run.storage import Place, absolute
 from sampo_ray.training.architecture import on_meta
@@ -76,6 +77,14 @@ class PlainAdapter:
             place.take(draft)
 
 
+@dataclass(frozen=True)
+class Layer:
+    """A layer that may have an adapter: its name in the checkpoint, which engines know, and its shape [out, in]."""
+
+    saved: str
+    shape: tuple[int, int]
+
+
 def read_adapter(folder: str, base: str) -> PlainAdapter:
     """An adapter that peft saved for the model in the folder `base`. ConfigError, which names the field or the weight,
     for one that would not be served as peft computes it.
@@ -92,7 +101,8 @@ def read_adapter(folder: str, base: str) -> PlainAdapter:
         raise ConfigError(f"{folder!r} holds a damaged adapter ({SETTINGS} is no mapping); save it again")
     try:
         check_settings(settings)
-        return plain(settings, _pairs(tensors, _shapes(base)))
+        layers = _layers(base)
+        return plain(settings, _pairs(tensors, layers), layers)
     except ConfigError as error:
         raise ConfigError(f"{folder!r}: {error}") from None
 
@@ -115,7 +125,9 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         raise ConfigError(f"{field}={str(value)[:80]} cannot be served as an adapter; {MERGE}")
 
 
-def plain(settings: Mapping[str, Any], pairs: Mapping[str, tuple[Tensor, Tensor]]) -> PlainAdapter:
+def plain(
+    settings: Mapping[str, Any], pairs: Mapping[str, tuple[Tensor, Tensor]], layers: Mapping[str, Layer]
+) -> PlainAdapter:
     """The adapter of these layers' A and B."""
     rank = max(a.shape[0] for a, _ in pairs.values())
     if rank > MAX_RANK:
@@ -127,8 +139,11 @@ def plain(settings: Mapping[str, Any], pairs: Mapping[str, tuple[Tensor, Tensor]
             raise ConfigError(f"{layer}: its weights are not all finite numbers; train the adapter again")
         missing = rank - a.shape[0]
         padded = torch.nn.functional.pad(a, (0, 0, 0, missing)), torch.nn.functional.pad(scaled, (0, missing))
-        weights |= {file_name(layer, side): part.contiguous() for side, part in zip(MATRICES, padded, strict=True)}
-    return PlainAdapter(rank, tuple(sorted(pairs)), save(weights, metadata={"format": "pt"}))
+        saved = layers[layer].saved
+        weights |= {file_name(saved, side): part.contiguous() for side, part in zip(MATRICES, padded, strict=True)}
+    return PlainAdapter(
+        rank, tuple(sorted(layers[layer].saved for layer in pairs)), save(weights, metadata={"format": "pt"})
+    )
 
 
 def _scaling(settings: Mapping[str, Any], layer: str, rank: int) -> float:
@@ -145,24 +160,24 @@ def _scaling(settings: Mapping[str, Any], layer: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
-def _pairs(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B by layer; `shapes` are those [out, in] of the layers that may have adapters. ConfigError for tensors that
-    are neither, or of another model."""
-    expected = {file_name(layer, side): (layer, side) for layer in shapes for side in MATRICES}
+def _pairs(tensors: Mapping[str, Tensor], layers: Mapping[str, Layer]) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B by layer; `layers` are those that may have adapters. ConfigError for tensors that are neither, or of
+    another model."""
+    expected = {file_name(layer, side): (layer, side) for layer in layers for side in MATRICES}
     found = dict[str, dict[str, Tensor]]()
     for name, tensor in tensors.items():
         if name not in expected:
             raise ConfigError(
-                f"{name} is no A or B of a linear layer between embeddings and head of the version that it is for; "
-                f"{MERGE} or, if it was trained on another version, set --base"
+                f"{name} is no A or B of a linear layer between embeddings and head (routers aside) of the version "
+                f"that it is for; {MERGE} or, if it was trained on another version, set --base"
             )
         layer, side = expected[name]
         found.setdefault(layer, {})[side] = tensor
-    return dict(_complete(found, shapes))
+    return dict(_complete(found, layers))
 
 
 def _complete(
-    found: Mapping[str, Mapping[str, Tensor]], shapes: Mapping[str, tuple[int, int]]
+    found: Mapping[str, Mapping[str, Tensor]], layers: Mapping[str, Layer]
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
     if not found:
         raise ConfigError(f"{WEIGHTS} holds no weights; save the adapter again")
@@ -170,7 +185,7 @@ def _complete(
         if sides.keys() != set(MATRICES):
             raise ConfigError(f"{layer} has an A or a B alone; save the adapter again")
         a, b = (sides[side] for side in MATRICES)
-        wanted, has = shapes[layer], (b.shape[0], a.shape[-1])
+        wanted, has = layers[layer].shape, (b.shape[0], a.shape[-1])
         if a.ndim != 2 or b.ndim != 2 or wanted != has or a.shape[0] != b.shape[1] or not a.shape[0]:
             raise ConfigError(
                 f"{layer}: A {list(a.shape)} and B {list(b.shape)} do not fit the layer {list(wanted)} of the version "
@@ -179,9 +194,15 @@ def _complete(
         yield layer, (a, b)
 
 
-def _shapes(base: str) -> dict[str, tuple[int, int]]:
-    """[out, in] of the layers of a model that may have adapters, by name."""
+def _layers(base: str) -> dict[str, Layer]:
+    """The layers of a model that may have adapters, by their names in memory, which peft saves, and in a checkpoint."""
     with tempfile.TemporaryDirectory(prefix="sampo-") as folder:
         (Path(folder) / "config.json").write_bytes(Place(base).at("config.json").read())
-        layers = adaptable_layers(on_meta(AutoConfig.from_pretrained(folder)))
-    return {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+        model = on_meta(AutoConfig.from_pretrained(folder))
+    found = dict[str, Layer]()
+    for name, linear in adaptable_layers(model).items():
+        saved = checkpoint_name(model, f"{name}.weight")
+        if saved is not None and type(linear) is nn.Linear:
+            layer = Layer(saved.removesuffix(".weight"), (linear.out_features, linear.in_features))
+            found |= {name: layer, layer.saved: layer}
+    return found

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from torch.nn import Parameter
 
 from sampo_ray.errors import TrainingError
 from sampo_ray.training.batching import Pair, Row, Step
-from sampo_ray.training.lora import named_weights, without_adapters
+from sampo_ray.training.lora import adapter_names, named_weights, without_adapters
 from sampo_ray.training.objective import METRICS, Draw, LossInputs, accumulate, objective_of, zero_loss
 from sampo_ray.training.policy import batch_rows, every_token, row_logprobs, with_logprobs
 from sampo_ray.training.statistics import Statistics
@@ -189,6 +190,11 @@ class Learner:
             )
         return {"skipped": float(self._skipped), "reason": reason}
 
+    @functools.cached_property
+    def adapter_names(self) -> dict[str, str] | None:
+        """See `lora.adapter_names`."""
+        return adapter_names(self.policy.model)
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The bf16 weights, parameter by parameter; under ZeRO-3 each is gathered until the next is taken."""
         for name, weight in named_weights(self.policy.model):
@@ -196,12 +202,14 @@ class Learner:
                 yield name, weight.merged(lambda part: part.data).bfloat16()
 
     def adapters(self) -> Iterator[tuple[str, list[Tensor]]]:
-        """The bf16 adapters: the name of each adapted weight, with A [rank, in] and B [out, rank]."""
+        """The bf16 adapters: the checkpoint's name of each adapted weight, with A [rank, in] and B [out, rank]; none
+        where `adapter_names` is None."""
+        names = self.adapter_names or {}
         for name, weight in named_weights(self.policy.model):
-            _, *parts = weight.parts
-            if parts:
+            if name in names:
+                _, *parts = weight.parts
                 with self._gathered(parts):
-                    yield name, [part.data.bfloat16() for part in parts]
+                    yield names[name], [part.data.bfloat16() for part in parts]
 
     def masters(self) -> Iterator[tuple[str, Tensor]]:
         """The fp32 weights, parameter by parameter, each gathered from all ranks."""
