@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,7 +31,8 @@ from sampo_ray.data.chat import ChatFormat
 from sampo_ray.errors import ConfigError
 from sampo_ray.loop.fleet import write_shell
 from sampo_ray.loop.validate import check_sizes
-from sampo_ray.training.pretrained import open_model
+from sampo_ray.training import model_files
+from sampo_ray.training.pretrained import check_weights, made_of, open_model
 from tests.conftest import write_recipe
 
 SIZES: dict[str, Any] = {
@@ -217,7 +219,7 @@ WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
     "gguf": (gguf, "its weights are in model-q4.gguf, a GGUF file; name the model from which"),
     "gguf beside a config": (only("model-q4.gguf"), "its weights are in model-q4.gguf, a GGUF file"),
     "adapter": (with_adapter, "has an adapter_config.json beside a whole model.*move the adapter's files out"),
-    "adapter only": (adapter_only, "holds an adapter of '.*model' and no model; merge it"),
+    "adapter only": (adapter_only, "holds an adapter of /.*model and no model; merge it"),
     "diffusers": (also("model_index.json"), "is a diffusers pipeline"),
     "embeddings": (also("modules.json", "[]"), "is an embedding model"),
     "no config": (no_config, r"no model can be opened there \(it has no config.json\)"),
@@ -265,6 +267,10 @@ WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
     "classifier": (
         config(architectures=["LlamaForSequenceClassification"]),
         "was saved as LlamaForSequenceClassification, which is no causal language model",
+    ),
+    "no language model in it": (
+        config(model_type="llava", text_config={"model_type": "llama"}, architectures=None),
+        r"transformers has no causal language model for model_type 'llava'; name its language model \(llama\), saved",
     ),
     "no language model": (
         of(transformers.ViTConfig(hidden_size=32, num_attention_heads=2), transformers.AutoModel),
@@ -337,6 +343,7 @@ def of_a_base_class(folder: Path) -> None:
         of_a_base_class,
         config(auto_map={"AutoConfig": "modeling.Config", "AutoModelForCausalLM": "modeling.Model"}),
         config(architectures=None),
+        config(architectures=["RoFormerForCausalLM"]),
         config(quantization_config=None),
         text("generation_config.json", '{"temperature": 0.6}'),
     ],
@@ -467,3 +474,24 @@ def test_positions_and_vocabulary_of_a_multimodal_model_are_its_language_models(
     model.max_position_embeddings = 100
     with pytest.raises(ConfigError, match=r"data\.max_length=128 is more than the 100 positions"):
         check_sizes(run, model, tokens=320)
+
+
+def test_weights_that_are_on_the_hub_only_are_checked_by_headers_that_it_sends(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [file.name for file in folder.iterdir()]
+    tensors = {name: SimpleNamespace(dtype="F32", shape=list(each.shape)) for name, each in weights_of(folder).items()}
+    (folder / "model.safetensors").unlink()
+    monkeypatch.setattr(model_files, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(model_files, "snapshot_download", lambda name, allow_patterns: str(folder))
+    monkeypatch.setattr(model_files.HfApi, "list_repo_files", lambda self, name: names)
+    monkeypatch.setattr(
+        model_files.HfApi, "parse_safetensors_file_metadata", lambda self, name, file: SimpleNamespace(tensors=tensors)
+    )
+    files = model_files.ModelFiles.find("model.path", "someone/tiny")
+    files.check_kind()
+    model = made_of(files, AutoConfig.from_pretrained(folder))
+    check_weights(files, model.config, model, files.weights({}))
+    del tensors["model.norm.weight"]
+    with pytest.raises(ConfigError, match="model.path='someone/tiny': has no weights for model.norm.weight, which"):
+        check_weights(files, model.config, model, files.weights({}))

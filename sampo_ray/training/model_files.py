@@ -52,19 +52,18 @@ class ModelFiles:
     @classmethod
     def find(cls, field: str, path: str) -> ModelFiles:
         """ConfigError if there is no such folder, and no such name on the hub or, without network, in its cache."""
-        folder = Path(path)
-        if folder.is_dir():
-            return cls(field, path, folder, frozenset(os.listdir(folder)))
         try:
+            if (folder := Path(path)).is_dir():
+                return cls(field, path, folder, frozenset(os.listdir(folder)))
             folder = Path(snapshot_download(path, allow_patterns=["*.json", "*.jinja"]))
+            names = os.listdir(folder)
+            if WEIGHTS not in names and not is_offline_mode():
+                names = HfApi().list_repo_files(path)
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"{field}={path!r}: no model can be opened there ({first_line(error)}); "
                 "name a Hugging Face folder or hub name"
             ) from None
-        names = os.listdir(folder)
-        if not is_offline_mode() and WEIGHTS not in names:
-            names = HfApi().list_repo_files(path)
         return cls(field, path, folder, frozenset(names))
 
     def error(self, what: str) -> ConfigError:
@@ -94,8 +93,8 @@ class ModelFiles:
         if "adapter_config.json" in self.names:
             base = self.settings("adapter_config.json").get("base_model_name_or_path")
             raise self.error(
-                f"holds an adapter of {base!r} and no model; merge it (merge_and_unload of peft) and save the whole "
-                f"model, or name that model and train with model.lora"
+                f"holds an adapter of {base or 'a model'} and no model; merge it (merge_and_unload of peft) and save "
+                "the whole model, or name the model that it is for"
             )
         if "config.json" not in self.names:
             self._check_gguf()

@@ -46,7 +46,7 @@ KINDS = {
 """What each field's models are: the class that loads them, its name, and the model's class for each configuration."""
 BAD_CONFIG = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, StrictDataclassError)
 """What transformers raises for a config.json with fields that are wrong, or do not go together."""
-OTHER_TASKS = re.compile(r"For(?!CausalLM|ConditionalGeneration)\w+$|ForConditionalGenerationWith\w+$|Encoder$")
+OTHER_TASKS = re.compile(r"For(?!CausalLM|ConditionalGeneration)[A-Z]\w*$")
 """Names of classes (`architectures` of a config.json) whose models are no language models."""
 
 
@@ -131,11 +131,15 @@ def made_of(files: ModelFiles, config: PretrainedConfig) -> PreTrainedModel:
     """The model of a configuration, on the meta device."""
     auto, kind, known = KINDS[files.field]
     if type(config) not in known:
-        raise files.error(f"transformers has no {kind} for model_type {config.model_type!r}; name another model")
+        part = config.get_text_config()
+        fix = f"name its language model ({part.model_type}), saved by itself" if type(part) in known else "name another"
+        raise files.error(f"transformers has no {kind} for model_type {config.model_type!r}; {fix}")
     try:
         with torch.device("meta"):
             model: PreTrainedModel = auto.from_config(config, trust_remote_code=False)
-    except (*BAD_CONFIG, RuntimeError, ImportError) as error:
+    except ImportError as error:
+        raise files.error(f"needs a library that is not installed ({on_one_line(error)}); install it") from None
+    except (*BAD_CONFIG, RuntimeError) as error:
         raise files.error(f"no model can be made of its config.json ({on_one_line(error)}); correct it") from None
     return model
 
