@@ -4,13 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.functional import scaled_dot_product_attention
 
 from sampo_ray.config.rows import RowBudget
-from sampo_ray.training.attention import RowLayout, block_mask, segment_attention
 from sampo_ray.training.batching import ROW_MULTIPLE, assemble, lengths_of, plan_round, plan_rows, steps_in_round
 from tests.conftest import random_pairs
 
@@ -95,30 +92,3 @@ def test_a_row_lays_pairs_end_to_end_each_prompt_once_and_each_token_where_its_t
     assert used == row.segments[-1].end and not any(tokens[used:])
     distinct = {tuple(pair.prompt) for pair in pairs}
     assert sum(not at.shares_prompt for at in row.segments) == len(distinct)
-
-
-@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 9))
-@settings(max_examples=20)
-def test_flex_attention_sees_what_the_calls_for_each_pair_see(count, prompts, seed):
-    row = assemble(random_pairs(count, seed, prompts=prompts))
-    tokens, end = len(row.tokens), row.segments[-1].end
-    mask, every = block_mask(row.segments, tokens, torch.device("cpu")), torch.arange(tokens)
-    sees = mask.mask_mod(torch.tensor(0), torch.tensor(0), every[:, None], every[None])
-    assert mask.shape == (1, 1, tokens, tokens) and sees.any(1).all(), "an empty line would be no number"
-    query, key, value = torch.randn(3, 1, 2, tokens, 8, generator=torch.Generator().manual_seed(seed))
-    ours, _ = segment_attention(
-        torch.nn.Module(), query, key, value, None, row_layout=RowLayout.of(row.segments, query.device)
-    )
-    theirs = scaled_dot_product_attention(query, key, value, attn_mask=sees).transpose(1, 2)
-    torch.testing.assert_close(ours[:, :end], theirs[:, :end])
-
-
-def test_values_may_be_narrower_than_queries():
-    row = assemble(random_pairs(2))
-    fill = len(row.tokens) - row.segments[-1].end
-    query, key = (torch.randn(1, 2, len(row.tokens), 8) for _ in range(2))
-    value = torch.randn(1, 2, len(row.tokens), 4)
-    out, _ = segment_attention(
-        torch.nn.Module(), query, key, value, None, row_layout=RowLayout.of(row.segments, query.device)
-    )
-    assert out.shape == (1, len(row.tokens), 2, 4) and fill and not out[:, -fill:].any()

@@ -19,7 +19,7 @@ from sampo_ray.errors import ConfigError, first_line
 from sampo_ray.internals.torch import limit_recompilations
 from sampo_ray.training import cpu
 from sampo_ray.training.architecture import IMPLEMENTATIONS, check_architecture, longrope_boundary
-from sampo_ray.training.attention import RowLayout, block_mask
+from sampo_ray.training.attention import over_row
 from sampo_ray.training.batching import Pair, Row, Segments, assemble, lengths_of, plan_rows
 from sampo_ray.training.head import TiledHead, decoder_of
 from sampo_ray.training.logprobs import Distributions
@@ -109,13 +109,15 @@ class Policy(nn.Module):
         """What the head is given at row positions `states`: the last hidden states, for most models."""
         if self.attention == "own":
             return self._hidden_of_sequences(tokens, segments, states)
-        layout: dict[str, object]
-        if self.attention == "flex":
-            layout = {"attention_mask": block_mask(segments, len(tokens), tokens.device)}
-        else:
-            layout = {"row_layout": RowLayout.of(segments, tokens.device)}
         decoder = decoder_of(self.model)
-        output = decoder(input_ids=tokens[None], position_ids=positions[None], use_cache=False, **layout)
+        with over_row(segments, tokens.device):
+            output = decoder(
+                input_ids=tokens[None],
+                # Without a mask transformers takes the row's positions for those of sequences of their own.
+                attention_mask=torch.ones_like(tokens[None]),
+                position_ids=positions[None],
+                use_cache=False,
+            )
         hidden: Tensor = output.last_hidden_state[0]
         return self.head.inputs(hidden[states])
 
