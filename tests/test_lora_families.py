@@ -23,7 +23,10 @@ from sampo_ray.run.version_files import adapters_info, write_adapters
 from sampo_ray.run.versions import VersionInfo
 from sampo_ray.training import lora
 from sampo_ray.training.architecture import on_meta
+from sampo_ray.training.batching import assemble
 from sampo_ray.training.lora import adapter_names, add_adapters, named_weights, notes_on, without_adapters
+from sampo_ray.training.policy import Policy, every_token, pair_logprobs
+from tests.conftest import random_pairs
 
 IDS = torch.randint(5, 300, (2, 40), generator=torch.Generator().manual_seed(0))
 SIZES = {
@@ -280,6 +283,28 @@ def test_gradients_are_the_same_when_layers_are_computed_again(kind, reentrant):
     again.gradient_checkpointing_enable({"use_reentrant": reentrant})
     again.enable_input_require_grads()
     assert_close(gradients(again.train()), gradients(expected.train()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "gpt_oss", "bloom", "qwen2_moe"])
+def test_with_an_attention_of_its_own_a_model_and_its_reference_differ_by_the_adapters(kind):
+    """The reference is the policy without its adapters, as `tdpo` has it."""
+    family, pairs = BY_KIND[kind], random_pairs(4, longest=20)
+    targets = tuple(f"{family.linear} {family.stacks}".split())
+    adapted, base = adapt(family.build(), targets=targets), family.build()
+    merged = merged_weights(adapted)
+    policy, plain, row, positions = Policy(adapted, "own"), Policy(base, "own"), assemble(pairs), every_token(pairs)
+    with torch.no_grad(), without_adapters(policy.model):
+        reference = policy.distributions(row, torch.arange(len(row.tokens)))
+        before = pair_logprobs(policy, row, positions)
+    with torch.no_grad():
+        again = plain.distributions(row, torch.arange(len(row.tokens)))
+        assert torch.equal(reference.hidden, again.hidden)
+        after = pair_logprobs(policy, row, positions)
+        base.load_state_dict(merged, strict=False)
+        expected = pair_logprobs(plain, row, positions)
+    ours, theirs, begin = (torch.cat([*chosen, *rejected]) for chosen, rejected in (after, expected, before))
+    assert (ours - begin).abs().max() > 0.01
+    assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_an_adapter_that_peft_saved_is_served_by_the_names_of_the_checkpoint(tmp_path):

@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sampo_ray.errors import ConfigError, first_line
 from sampo_ray.internals.transformers import checkpoint_name
+from sampo_ray.training.head import decoder_of
 from sampo_ray.training.updates import LowRankUpdate, add_update, updated
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def linear_layers(model: PreTrainedModel) -> dict[str, Linear]:
 def _own_parameters(model: PreTrainedModel) -> set[int]:
     """The ids of the parameters that a model's decoder has, and under one name alone."""
     counts = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    return {id(each) for each in model.get_decoder().parameters() if counts[id(each)] == 1}
+    return {id(each) for each in decoder_of(model).parameters() if counts[id(each)] == 1}
 
 
 def adaptable_layers(model: PreTrainedModel) -> dict[str, Linear]:

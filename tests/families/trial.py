@@ -262,5 +262,6 @@ def try_adapters(result: Result, model: PreTrainedModel, folder: Path, data: lis
         plain = [answer_logprobs(merged, *each) for each in sequences(data)]
     error = largest_difference([each.detach() for each in values], plain)
     result.limit("LoRA: merged log-probs", error)
-    kinds = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in adapters})
+    adapted = (name.removesuffix(".weight") for name, weight in named_weights(policy.model) if weight.adapter)
+    kinds = sorted({name.rpartition(".")[2] for name in adapted})
     result.lora = f"{', '.join(kinds)} ({error:.0e})"
