@@ -136,6 +136,7 @@ def policy_rig(folder: Path, model: Path | None, concurrency: int, **engine: Any
     from sampo_ray.config.sections import GeneratorsConfig
     from sampo_ray.config.serving import ServeConfig
     from sampo_ray.data.chat import ChatFormat
+    from sampo_ray.internals.transformers import saved_tensors
     from sampo_ray.run.version_files import write_version
     from sampo_ray.run.versions import VersionInfo, version_folder
     from sampo_ray.serve.endpoint import free_port, start_serve
@@ -146,7 +147,7 @@ def policy_rig(folder: Path, model: Path | None, concurrency: int, **engine: Any
     chat.save(folder / "tokenizer")
     weights = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     base = version_folder(str(folder / "versions"), 0)
-    write_version(base, weights.named_parameters(), path, VersionInfo(version=0, round=0, step=0))
+    write_version(base, saved_tensors(weights), path, VersionInfo(version=0, round=0, step=0))
     del weights
     ray.init(address="local", num_cpus=16, object_store_memory=3 << 30, include_dashboard=False, log_to_driver=False)
     try:

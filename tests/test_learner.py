@@ -18,15 +18,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
 from sampo_ray.config.rows import RowBudget
 from sampo_ray.config.run import RunConfig
 from sampo_ray.errors import TrainingError
+from sampo_ray.internals.transformers import saved_tensors
 from sampo_ray.run.buckets import unpack
 from sampo_ray.run.version_files import adapters_info, write_adapters, write_version
 from sampo_ray.run.versions import VersionInfo
 from sampo_ray.training.batching import Step, assemble, lengths_of, plan_round
+from sampo_ray.training.loading import load_model
 from sampo_ray.training.objective import METRICS, Draw, LossInputs, MasterWeights, train_step
 from sampo_ray.training.policy import load_policy
 
 from .conftest import random_pairs, with_reference
 from .test_losses import without_reference
+from .test_saved import assert_same, saved_by, small_files
 
 pytestmark = pytest.mark.slow
 LONG = 50
@@ -362,3 +365,27 @@ def test_the_reference_beside_the_policy_stays_what_the_round_began_with(alone, 
     states = torch.arange(len(row.tokens))
     ours, theirs = learner._reference(row, states), load_policy(tiny_model).distributions(row, states)
     assert torch.equal(ours.hidden, theirs.hidden) and torch.equal(ours.weight, theirs.weight)
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+@pytest.mark.parametrize("kind", ["mixtral", "ernie4_5_moe", "glm4_moe", "gpt_neox", "youtu"])
+def test_what_is_given_out_is_what_save_pretrained_writes_and_the_reference_is_the_policy(
+    alone, tmp_path, kind, zero_stage
+):
+    folder = small_files(kind, tmp_path / "model", attention_dropout=0.0)
+    learner, pairs = make(folder, "sigmoid", zero_stage=zero_stage), random_pairs(4, longest=20, vocabulary=60)
+    reference = with_reference(load_policy(folder).requires_grad_(False), pairs)
+    assert np.array_equal(logprobs(learner.score(pairs)), logprobs(reference))
+    for step in plan(reference):
+        assert learner.optimize(step, reference, 2)["skipped"] == 0
+    for dtype, given in ((torch.bfloat16, learner.weights()), (torch.float16, learner.masters(torch.float16))):
+        found = {name: tensor.clone() for name, tensor in given}
+        start = saved_by(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), tmp_path / "saved")
+        assert {name: (each.dtype, each.shape) for name, each in found.items()} == {
+            name: (each.dtype, each.shape) for name, each in start.items()
+        }
+        kept = load_model(folder, tensors=found, dtype=dtype)
+        assert_same({name: each.clone() for name, each in saved_tensors(kept)}, found)
+    copies = {name: tensor.clone() for name, tensor in learner.weights()}
+    again = with_reference(load_policy(folder, tensors=copies).requires_grad_(False), pairs)
+    assert np.array_equal(logprobs(learner.score(pairs)), logprobs(again))

@@ -23,6 +23,7 @@ from sampo_ray.actors.weights.store import start_weight_store
 from sampo_ray.config.sections import LoraConfig
 from sampo_ray.console.demo_task import tiny_llama, tiny_tokenizer
 from sampo_ray.errors import VersionError, WeightsError
+from sampo_ray.internals.transformers import saved_tensors
 from sampo_ray.run import commands
 from sampo_ray.run.buckets import pack, unpack
 from sampo_ray.run.serving import Serving
@@ -88,7 +89,7 @@ def test_a_written_version_loads_with_plain_transformers(tmp_path: Path, tied: b
     model.config.save_pretrained(shell)
     tokenizer.save_pretrained(shell)
     folder = str(tmp_path / "versions" / "000000")
-    written = write_version(folder, model.state_dict().items(), str(shell), BASE, bucket_bytes)
+    written = write_version(folder, saved_tensors(model), str(shell), BASE, bucket_bytes)
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     for name, value in model.state_dict().items():
         assert loaded.state_dict()[name].dtype == torch.bfloat16

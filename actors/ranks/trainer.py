@@ -339,8 +339,7 @@ class Rank:
 
     def _export(self, spec: RoundSpec) -> None:
         """The round's Hugging Face folder, from the fp32 masters."""
-        dtype = getattr(torch, spec.config.run.export_dtype)
-        masters = ((name, weight.to(dtype)) for name, weight in self.learner.masters())
+        masters = self.learner.masters(getattr(torch, spec.config.run.export_dtype))
         if not self.first:
             drain(masters)
             return

@@ -61,15 +61,12 @@ class ReferenceWorker:
         if self._loaded == wanted and self._policy is not None:
             return self._policy
         started = time.monotonic()
-        if self._policy is None or self._loaded is None or self._loaded.run != wanted.run:
-            with Place(versions_url).at("000000").on_disk() as base:
-                self._policy = load_policy(base, device=_device(), attention=kind).eval().requires_grad_(False)
-        self._loaded = None
+        self._loaded = self._policy = None  # frees its memory
         weights = ray.get(self._store.get.remote(wanted.run, wanted.version), timeout=WEIGHTS_S)
-        parameters = dict(self._policy.model.named_parameters())
-        for bucket in weights.buckets:
-            for name, tensor in unpack(fetch(bucket, WEIGHTS_S)):
-                parameters[name].copy_(tensor)
+        tensors = {name: each.clone() for part in weights.buckets for name, each in unpack(fetch(part, WEIGHTS_S))}
+        with Place(versions_url).at("000000").on_disk() as base:
+            policy = load_policy(base, device=_device(), attention=kind, tensors=tensors)
+        self._policy = policy.eval().requires_grad_(False)
         self._loaded = wanted
         logger.info("reference %s loaded in %.2f s", wanted, time.monotonic() - started)
         return self._policy

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -22,6 +23,7 @@ from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
     WeightTransform,
+    build_glob_alternation,
     dot_natural_key,
     rename_source_key,
     revert_weight_conversion,
@@ -59,7 +61,7 @@ class CheckpointFormat:
     """
 
     def __init__(self, model: PreTrainedModel, tensors: Iterable[tuple[str, object]]) -> None:
-        self._config = model.config
+        self._model = model
         stand_ins = defaultdict[int, Tensor](lambda: torch.empty(1))
         kept = {name: stand_ins[id(tensor)] for name, tensor in tensors}
         for name in model._keys_to_ignore_on_save or ():
@@ -75,6 +77,12 @@ class CheckpointFormat:
     def __contains__(self, name: str) -> bool:
         """Whether the tensor of this name in memory is saved."""
         return name in self._groups
+
+    def dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """`dtype` or, for a parameter that transformers keeps in fp32 when it loads a model in `dtype`, fp32."""
+        if not (kept := list(self._model._get_dtype_plan(dtype))):
+            return dtype
+        return torch.float32 if build_glob_alternation(kept)[0].search(name) else dtype
 
     def converted(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The checkpoint's tensors, of those in memory: each as soon as all that it is made of have come.
@@ -93,9 +101,15 @@ class CheckpointFormat:
             members = waiting[group.target]
             members[name] = tensor if len(group.patterns) == 1 else tensor.to("cpu", copy=True)
             if len(members) == len(group.patterns):
-                yield from group.converted(waiting.pop(group.target), self._config)
+                yield from group.converted(waiting.pop(group.target), self._model.config)
         if missing:
             raise RuntimeError(f"no {min(missing)}, nor {len(missing) - 1} others, of the tensors that are to be saved")
+
+
+def saved_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """What `save_pretrained` writes of a model that is here as a whole, by the checkpoint's names."""
+    tensors = model.state_dict(keep_vars=True)
+    return CheckpointFormat(model, tensors.items()).converted(tensors.items())
 
 
 @dataclass
@@ -138,3 +152,23 @@ class _Reverse:
         """
         target, pattern = rename_source_key(name, self._renamings, self._converters, reverse=True)
         return target, None if pattern is None else self._by_pattern[pattern], pattern
+
+
+@contextmanager
+def loaded_tensors_stay() -> Iterator[None]:
+    """Within, models are loaded as their files have them. Some classes set rows of what was loaded when they make up
+    what was not: Youtu those of the padding token, Zaya a router's last bias. Wraps `_initialize_weights`, which spares
+    loaded modules for code that is not transformers' own.
+    """
+    theirs = PreTrainedModel._initialize_weights
+
+    def initialize(self: PreTrainedModel, module: nn.Module, is_custom_code: bool = False) -> None:
+        tensors = [*module.parameters(), *module.buffers()]
+        if not tensors or not all(getattr(each, "_is_hf_initialized", False) for each in tensors):
+            theirs(self, module, is_custom_code)
+
+    PreTrainedModel._initialize_weights = initialize  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        PreTrainedModel._initialize_weights = theirs  # type: ignore[method-assign]

@@ -14,7 +14,7 @@ import torch
 from ray import serve
 from ray.actor import ActorHandle
 from ray.serve.handle import DeploymentHandle
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sampo_ray.actors.guard import start_guard
 from sampo_ray.actors.scoring.workers import build_reference_app, build_reward_app
@@ -25,12 +25,15 @@ from sampo_ray.actors.weights.store import start_weight_store
 from sampo_ray.config.run import RunConfig
 from sampo_ray.config.sections import GeneratorsConfig
 from sampo_ray.data.chat import ChatFormat
-from sampo_ray.errors import FleetError
+from sampo_ray.errors import ConfigError, FleetError
+from sampo_ray.internals.transformers import saved_tensors
 from sampo_ray.run.directory import Run
 from sampo_ray.run.manifest import lineage
 from sampo_ray.run.storage import Place
 from sampo_ray.run.versions import VersionInfo, WeightsId
 from sampo_ray.serve.endpoint import await_endpoint, deploy_endpoint, start_serve, stop_endpoint
+from sampo_ray.training.loading import load_model
+from sampo_ray.training.saving import Cast
 
 if TYPE_CHECKING:
     from sampo_ray.actors.ranks.trainer import Trainer
@@ -212,17 +215,25 @@ def attach_run(store: ActorHandle, run: Run) -> None:
         source = lineage(run.config, None)
         base = VersionInfo(version=0, round=0, step=0, created=int(time.time()), base=source.base, recipe=source.recipe)
         new = NewVersion(run.id, run.versions, base, reference=True)
-        ray.get(_publish_base.remote(run.config.model.path, tokenizer, store, new), timeout=PUBLISH_BASE_S)
+        ray.get(
+            _publish_base.remote(run.config.model.path, tokenizer, store, new, run.config.run.export_dtype),
+            timeout=PUBLISH_BASE_S,
+        )
 
 
 @ray.remote(num_cpus=0.5, max_retries=1)
-def _publish_base(path: str, tokenizer: Place, store: ActorHandle, new: NewVersion) -> None:
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, use_safetensors=True)
+def _publish_base(path: str, tokenizer: Place, store: ActorHandle, new: NewVersion, export_dtype: str | None) -> None:
+    model = load_model(path)
+    if export_dtype == "float16":  # at the end of the training it would be late
+        cast = Cast(torch.float16)
+        for name, weight in model.named_parameters():
+            cast(name, weight)
+        cast.check(ConfigError)
     with tokenizer.on_disk() as folder:
         chat = ChatFormat.load(folder, "tokenizer")
     with tempfile.TemporaryDirectory(prefix="sampo-") as shell:
         write_shell(model, chat, Path(shell))
-        publish_version(store, new, model.named_parameters(), shell, PUBLISH_BASE_S)
+        publish_version(store, new, saved_tensors(model), shell, PUBLISH_BASE_S)
 
 
 def write_shell(model: PreTrainedModel, chat: ChatFormat, folder: Path) -> None:

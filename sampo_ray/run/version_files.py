@@ -9,7 +9,7 @@ pauses.
 
 import json
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,15 +41,12 @@ def write_version(
     `folder_url` and `shell_folder` (config, generation config, tokenizer) are local paths or fsspec URLs; `info`
     goes into version.json, which appears last: with it the version is complete. A complete version is never
     rewritten: then `tensors` is only drained (its iteration may be a collective) and the buckets are those on disk.
-    `lm_head.weight` is left out when the config ties it to the embeddings.
     """
     if is_complete(folder_url):
         deque(tensors, maxlen=0)
         return [keep(bucket) for bucket in read_version(folder_url)]
     with _drafted(folder_url, info) as draft:
         shell = _copy_shell(shell_folder, draft)
-        if shell.get("tie_word_embeddings"):
-            tensors = ((key, tensor) for key, tensor in tensors if key != "lm_head.weight")
         return _write_shards(draft, tensors, shell, bucket_bytes, keep)
 
 
@@ -108,8 +105,12 @@ def _write_shards(
     total = sum(spec.nbytes for specs in shards for spec in specs)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (draft / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-    # Loaders take the data type from the config, which may still name that of the files the run started from.
-    config = {key: value for key, value in shell.items() if key != "torch_dtype"} | {"dtype": shards[0][0].dtype}
+    # Loaders take the data type from the config, which may still name that of the files the run started from: here
+    # that of most bytes, as some models have parts in fp32.
+    sizes = Counter[str]()
+    for spec in (spec for specs in shards for spec in specs):
+        sizes[spec.dtype] += spec.nbytes
+    config = {key: value for key, value in shell.items() if key != "torch_dtype"} | {"dtype": sizes.most_common()[0][0]}
     (draft / "config.json").write_text(json.dumps(config, indent=2))
     return kept
 

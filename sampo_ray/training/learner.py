@@ -22,9 +22,10 @@ from torch.nn import Parameter
 
 from sampo_ray.errors import TrainingError
 from sampo_ray.training.batching import Pair, Row, Step
-from sampo_ray.training.lora import adapter_names, named_weights, without_adapters
+from sampo_ray.training.lora import Weight, adapter_names, named_weights, without_adapters
 from sampo_ray.training.objective import METRICS, Draw, LossInputs, accumulate, objective_of, zero_loss
 from sampo_ray.training.policy import batch_rows, every_token, row_logprobs, with_logprobs
+from sampo_ray.training.saving import Cast, SavedModel
 from sampo_ray.training.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class Learner:
         optim = config.optim
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         adamw = torch.optim.AdamW(trained, optim.learning_rate, optim.betas, optim.eps, optim.weight_decay, fused=True)
+        self._saved = SavedModel(policy.model)
         self._engine: DeepSpeedEngine = deepspeed.initialize(
             model=policy, optimizer=adamw, config=deepspeed_config(config), dist_init_required=False
         )[0]
@@ -196,10 +198,12 @@ class Learner:
         return adapter_names(self.policy.model)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The bf16 weights, parameter by parameter; under ZeRO-3 each is gathered until the next is taken."""
-        for name, weight in named_weights(self.policy.model):
-            with self._gathered(weight.parts):
-                yield name, weight.merged(lambda part: part.data).bfloat16()
+        """The tensors of a checkpoint in bf16, but buffers and what transformers keeps in fp32, as they are computed
+        with. They come one by one, under ZeRO-3 each gathered until the next is taken. Only rank 0 gets a checkpoint's
+        names and shapes; the others take part.
+        """
+        tensors = self._saved.tensors(Cast(torch.bfloat16), gathered=lambda weight: self._gathered(weight.parts))
+        return tensors if self.rank else self._saved.converted(tensors)
 
     def adapters(self) -> Iterator[tuple[str, list[Tensor]]]:
         """The bf16 adapters: the checkpoint's name of each adapted weight, with A [rank, in] and B [out, rank]; none
@@ -211,16 +215,24 @@ class Learner:
                 with self._gathered(parts):
                     yield names[name], [part.data.bfloat16() for part in parts]
 
-    def masters(self) -> Iterator[tuple[str, Tensor]]:
-        """The fp32 weights, parameter by parameter, each gathered from all ranks."""
+    def masters(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of a checkpoint from the fp32 masters, in `dtype`; see `weights`. In the end a TrainingError, on
+        all ranks, if some were finite and are not in `dtype`.
+        """
+        tensors = self._masters(Cast(dtype))
+        return tensors if self.rank else self._saved.converted(tensors)
+
+    def _masters(self, cast: Cast) -> Iterator[tuple[str, Tensor]]:
         from deepspeed.utils import safe_get_full_fp32_param
 
         def master(part: Parameter) -> Tensor:
             return safe_get_full_fp32_param(part) if part.requires_grad else part.data.float()
 
-        for name, weight in named_weights(self.policy.model):
-            with self._gathered([part for part in weight.parts if not part.requires_grad]):
-                yield name, weight.merged(master)
+        def frozen(weight: Weight) -> AbstractContextManager[object]:
+            return self._gathered([part for part in weight.parts if not part.requires_grad])
+
+        yield from self._saved.tensors(cast, master, frozen)
+        cast.check(TrainingError)
 
     def _gathered(self, parameters: list[Parameter]) -> AbstractContextManager[object]:
         from deepspeed import zero

@@ -277,8 +277,9 @@ def merged(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Weight]]:
-    """The parameters of a model, with adapters or without, by their names in the model without adapters."""
-    for name, parameter in model.named_parameters():
+    """The parameters of a model, with adapters or without, by their names in the model without adapters: one that is
+    shared under each of its names."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         if UPDATES.search(name):
             continue
         outer, around, last = name.rpartition(".base_layer.")
@@ -293,3 +294,11 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Weight]]:
             yield f"{module}.{tensor}", Weight(parameter, (update.lora_A, update.lora_B), update.scaling)
         else:
             yield name, Weight(parameter)
+
+
+def named_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers that belong to a model's checkpoint, by their names in the model without adapters."""
+    saved = model.state_dict().keys()
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        if name in saved:
+            yield name.replace(".base_layer.", "."), buffer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sampo_ray.config.rows import Attention, RowBudget
-from sampo_ray.errors import ConfigError, first_line
 from sampo_ray.internals.torch import limit_recompilations
 from sampo_ray.training import cpu
 from sampo_ray.training.architecture import IMPLEMENTATIONS, check_architecture, longrope_boundary
 from sampo_ray.training.attention import over_row
 from sampo_ray.training.batching import Pair, Row, Segments, assemble, lengths_of, plan_rows
 from sampo_ray.training.head import TiledHead, decoder_of
+from sampo_ray.training.loading import in_training_dtype, load_model
 from sampo_ray.training.logprobs import Distributions
 from sampo_ray.training.lora import add_adapters
 from sampo_ray.training.noise import silence, without_noise
@@ -144,22 +144,16 @@ def load_policy(
     lora: LoraConfig | None = None,
     seed: int = 0,
     attention: Attention = "segments",
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> Policy:
     """Loads a Hugging Face folder or hub name in bf16, safetensors only. `gradient_checkpointing`: see TrainerConfig.
 
-    With `lora` the model is frozen and gets new adapters, random by `seed`; `attention`: see ModelConfig.
-    ConfigError, naming `model.path`, when it cannot be opened or its head is not a plain matrix.
+    With `lora` the model is frozen and gets new adapters, random by `seed`; `attention`: see ModelConfig. `tensors`, by
+    a checkpoint's names, take the place of those in its files, and are shared. ConfigError, naming `model.path`, when
+    it cannot be opened or its head is not a plain matrix.
     """
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path),
-            config=without_noise(AutoConfig.from_pretrained(str(path))),
-            dtype=torch.bfloat16,
-            attn_implementation=IMPLEMENTATIONS[attention],
-            use_safetensors=True,
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={str(path)!r} cannot be loaded: {first_line(error)}") from error
+    model = load_model(path, IMPLEMENTATIONS[attention], tensors, change=without_noise)
+    in_training_dtype(model)
     if attention == "flex":  # for rows, scoring and adapters; without a compiled kernel it makes matrices of all scores
         limit_recompilations(32)
     if gradient_checkpointing and model.supports_gradient_checkpointing:

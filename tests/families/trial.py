@@ -28,8 +28,10 @@ from sampo_ray.run.version_files import write_version
 from sampo_ray.run.versions import VersionInfo
 from sampo_ray.training.attention import NAME
 from sampo_ray.training.batching import Pair, assemble
-from sampo_ray.training.lora import add_adapters, named_weights
+from sampo_ray.training.loading import load_model
+from sampo_ray.training.lora import add_adapters
 from sampo_ray.training.policy import Policy, every_token, load_policy, pair_logprobs, score_pairs
+from sampo_ray.training.saving import Cast, SavedModel
 from tests.families.models import (
     LENGTHS,
     Truth,
@@ -161,7 +163,7 @@ def refusal_of(folder: Path, *, lora: bool) -> str:
 
 def policy_of(folder: Path) -> Policy:
     """The product's policy, fp32, with gradient checkpointing."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=NAME)
+    model = load_model(folder, NAME, dtype=torch.float32)
     if model.supports_gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return Policy(model)
@@ -196,8 +198,8 @@ def try_training(result: Result, folder: Path, data: list[Pair], truth: Truth) -
 
 def weights_of(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     """What the learner exports, fp32."""
-    for name, weight in named_weights(policy.model):
-        yield name, weight.merged(lambda part: part.data).float()
+    saved = SavedModel(policy.model)
+    yield from saved.converted(saved.tensors(Cast(torch.float32)))
 
 
 def export(policy: Policy, shell: Path) -> Path:
