@@ -131,7 +131,7 @@ def check(family: Family, **settings: Any) -> set[str]:
     """Adapters begin at the reference, all get gradients, and the merged weights are the adapted model; returns the
     ends of the names of the adapted weights."""
     plain, adapted = family.build(), family.build()
-    names, begin = sorted(name for name, _ in plain.named_parameters()), logits(plain).detach()
+    names, begin = sorted(name for name, _ in named_weights(plain)), logits(plain).detach()
     add_adapters(adapted, LoraConfig(rank=3, **settings), seed=1)
     assert torch.equal(logits(adapted), begin)
     logits(adapted).log_softmax(-1)[..., 7].sum().backward()
