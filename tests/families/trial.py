@@ -29,7 +29,7 @@ from sampo_ray.run.versions import VersionInfo
 from sampo_ray.training.attention import NAME
 from sampo_ray.training.batching import Pair, assemble
 from sampo_ray.training.loading import load_model
-from sampo_ray.training.lora import add_adapters
+from sampo_ray.training.lora import add_adapters, named_weights
 from sampo_ray.training.policy import Policy, every_token, load_policy, pair_logprobs, score_pairs
 from sampo_ray.training.saving import Cast, SavedModel
 from tests.families.models import (
