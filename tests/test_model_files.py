@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     GenerationConfig,
+    GPTNeoConfig,
     MixtralConfig,
     PretrainedConfig,
     T5Config,
@@ -311,9 +312,21 @@ def notes_of(folder: Path) -> list[str]:
     return open_model("model.path", str(folder)).notes
 
 
-def with_legacy_buffers(folder: Path) -> None:
-    """What older releases wrote, and no class reads any more."""
-    set_weights(folder, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(16)})
+def with_old_buffers(folder: Path) -> None:
+    """What older releases wrote, and no class reads any more; the model of a base class, whose names have no prefix."""
+    of(GPTNeoConfig(vocab_size=320, hidden_size=32, num_heads=2, num_layers=2, attention_types=[[["global"], 2]]))(
+        folder
+    )
+    buffers = {"bias": torch.ones(1, 1, 8, 8), "masked_bias": torch.tensor(-1e9), "rotary_emb.inv_freq": torch.zeros(8)}
+    names = dict.fromkeys(weights_of(folder))
+    plain = {name.removeprefix("transformer."): each for name, each in weights_of(folder).items()}
+    set_weights(folder, **names | plain | {f"h.0.attn.attention.{name}": each for name, each in buffers.items()})
+
+
+def with_further_prediction(folder: Path) -> None:
+    set_json(folder / "config.json", num_nextn_predict_layers=1)
+    layer = {name.replace("layers.1.", "layers.2."): each for name, each in weights_of(folder).items() if ".1." in name}
+    set_weights(folder, **layer, **{"mtp.norm.weight": torch.ones(1)})
 
 
 def with_other_experts(folder: Path) -> None:
@@ -337,7 +350,8 @@ def of_a_base_class(folder: Path) -> None:
     [
         lambda folder: None,
         split,
-        with_legacy_buffers,
+        with_old_buffers,
+        with_further_prediction,
         with_other_experts,
         with_unused_files,
         of_a_base_class,

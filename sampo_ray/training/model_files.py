@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import HfApi, hf_hub_download, is_offline_mode, snapshot_download
 from huggingface_hub.errors import SafetensorsParsingError
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from sampo_ray.errors import ConfigError, first_line
 
+Field = Literal["model.path", "reward.model"]
+"""The fields of a recipe that name a model."""
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 """How files of weights end in formats that are not read: loading them can run code, or needs other libraries."""
@@ -44,13 +46,13 @@ class Weight:
 class ModelFiles:
     """A model's files. `field` and `path` are a recipe's, `folder` has those that are on this machine."""
 
-    field: str
+    field: Field
     path: str
     folder: Path
     names: frozenset[str]
 
     @classmethod
-    def find(cls, field: str, path: str) -> ModelFiles:
+    def find(cls, field: Field, path: str) -> ModelFiles:
         """ConfigError if there is no such folder, and no such name on the hub or, without network, in its cache."""
         try:
             if (folder := Path(path)).is_dir():

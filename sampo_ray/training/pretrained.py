@@ -11,7 +11,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -30,10 +30,7 @@ from transformers import (
 )
 
 from sampo_ray.internals.transformers import memory_names, written_names
-from sampo_ray.training.model_files import ModelFiles, Weight
-
-Field = Literal["model.path", "reward.model"]
-"""The fields of a recipe that name a model."""
+from sampo_ray.training.model_files import Field, ModelFiles, Weight
 
 KINDS = {
     "model.path": (AutoModelForCausalLM, "causal language model", MODEL_FOR_CAUSAL_LM_MAPPING),
@@ -48,6 +45,14 @@ BAD_CONFIG = (OSError, ValueError, TypeError, LookupError, AttributeError, Arith
 """What transformers raises for a config.json with fields that are wrong, or do not go together."""
 OTHER_TASKS = re.compile(r"For(?!CausalLM|ConditionalGeneration)[A-Z]\w*$")
 """Names of classes (`architectures` of a config.json) whose models are no language models."""
+
+OLD_BUFFERS = re.compile(
+    r"(^|\.)(attn|attention)\.bias$|(^|\.)(masked_bias|causal_mask|inv_freq|cos_cached|sin_cached|position_ids)$"
+    r"|(^|\.)embed_positions\.weights$"
+)
+"""Names of masks and tables of positions that older releases saved, which a model computes by itself."""
+FURTHER_PREDICTION = re.compile(r"(^|\.)mtp[._]")
+"""Names of layers that predict further tokens, for speculative decoding, and are no part of the model proper."""
 
 
 @dataclass(frozen=True)
@@ -200,12 +205,21 @@ def check_weights(
         )
     if compared.unfit:
         raise files.error(f"its weights cannot be converted into those of {name}; download or save the model again")
-    unused = [each for each in compared.unused if files.field == "model.path" or not each.startswith("lm_head.")]
+    unused = [each for each in compared.unused if not is_harmless(files.field, model.config, each)]
     if unused and not is_part(config, model, found):
         raise files.error(
             f"has weights that {name} lacks, so that versions would lack them: {some(unused)}; name a model without "
             f"them: load it as {name} and save it with save_pretrained, if it is right without them"
         )
+
+
+def is_harmless(field: Field, config: PretrainedConfig, name: str) -> bool:
+    """Whether a model of this configuration is right without a weight of this name, which its class does not know."""
+    layer = re.search(r"\blayers\.(\d+)\.", name)
+    if layer and int(layer[1]) >= config.num_hidden_layers and getattr(config, "num_nextn_predict_layers", 0):
+        return True
+    head = field == "reward.model" and name.startswith("lm_head.")  # of the language model that it was
+    return head or bool(OLD_BUFFERS.search(name) or FURTHER_PREDICTION.search(name))
 
 
 def is_part(config: PretrainedConfig, model: PreTrainedModel, found: Mapping[str, Weight]) -> bool:
