@@ -40,6 +40,10 @@ class WeightsError(UserError, RuntimeError):
     """Weights that are incomplete, damaged, or not what was asked for."""
 
 
+class OverflowingWeightsError(WeightsError):
+    """Weights that do not fit into the data type of exports."""
+
+
 class WeightsNotLoadedError(WeightsError):
     """A replica holds other weights than those a call asks for, and will not hold them soon; another one may."""
 

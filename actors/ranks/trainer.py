@@ -31,13 +31,13 @@ from sampo_ray.actors.weights.publish import NewVersion, publish_adapters, publi
 from sampo_ray.config.run import RunConfig
 from sampo_ray.config.sections import TrainerConfig
 from sampo_ray.data.preferences import pairs_of, with_reference
-from sampo_ray.errors import PublishError, TrainingError, described
+from sampo_ray.errors import OverflowingWeightsError, PublishError, TrainingError, described
 from sampo_ray.run.buckets import checksum_of_file, checksums
 from sampo_ray.run.manifest import Checkpoint, StepMetrics, StepResult, lineage, read_manifest
 from sampo_ray.run.parts import part_place
 from sampo_ray.run.storage import Place
 from sampo_ray.run.version_files import adapters_info, write_version
-from sampo_ray.run.versions import VersionInfo, labels_of, version_folder
+from sampo_ray.run.versions import VersionInfo, export_folder, labels_of, version_folder
 from sampo_ray.training.batching import plan_round
 from sampo_ray.training.learner import Learner, drain, from_all_ranks
 from sampo_ray.training.memory import check_device
@@ -264,6 +264,10 @@ class Rank:
             else:
                 self.learner.begin_round(spec.round, lambda: self._reference(spec))
         learner, config = self.learner, spec.config
+        if learner.step == spec.steps:  # a run goes on whose last export failed
+            again = StepMetrics(spec.round, spec.steps, spec.start_version + spec.steps, {})
+            yield StepResult(again, unexported=self._export(spec))
+            return
         with_log_probs = config.method.needs_reference and not config.reference_workers
         tables = self._scored(spec) if with_log_probs else (part.table() for part in spec.parts)
         pairs = [pair for table in tables for pair in pairs_of(table)]
@@ -277,13 +281,14 @@ class Rank:
             values["pairs_per_s"] = step.pairs / (time.monotonic() - started)
             metrics = StepMetrics(spec.round, step.index, spec.start_version + step.index, values)
             last = step.index == spec.steps
-            trouble = None
+            trouble = unexported = None
             if publish := last or (step.index % config.publish.every_steps == 0 and not values["skipped"]):
                 trouble = self._publish(spec, metrics, last)
             if last:
-                self._export(spec)
+                unexported = self._export(spec)
             store = last or step.index % config.trainer.checkpoint_every == 0
-            yield StepResult(metrics, publish, self._checkpoint(spec) if store else None, trouble)
+            checkpoint = self._checkpoint(spec) if store else None
+            yield StepResult(metrics, publish, checkpoint, trouble, unexported)
 
     def _scored(self, spec: RoundSpec) -> Iterator[pa.Table]:
         """The round's parts with reference log-probs: the policy computes and writes them before its first step."""
@@ -337,15 +342,20 @@ class Rank:
             return str(error)
         return None
 
-    def _export(self, spec: RoundSpec) -> None:
-        """The round's Hugging Face folder, from the fp32 masters."""
-        masters = self.learner.masters(getattr(torch, spec.config.run.export_dtype))
-        if not self.first:
-            drain(masters)
-            return
-        step, folder = self.learner.step, spec.place.at("exports", f"round-{spec.round + 1}").url
+    def _export(self, spec: RoundSpec) -> str | None:
+        """Exports the round's model from the fp32 masters. Returns why it cannot be in `run.export_dtype`, if so: the
+        step is stored all the same, and the run, resumed with another, exports it."""
+        masters = self.learner.masters(getattr(torch, spec.config.run.export_dtype or "bfloat16"))
+        step, folder = self.learner.step, export_folder(spec.place, spec.round).url
         info = VersionInfo(version=spec.start_version + step, round=spec.round, step=step)
-        write_version(folder, masters, version_folder(spec.place.at("versions").url, 0), info)
+        try:
+            if self.first:
+                write_version(folder, masters, version_folder(spec.place.at("versions").url, 0), info)
+            else:
+                drain(masters)
+        except OverflowingWeightsError as error:  # on all ranks, once all have been given out
+            return str(error)
+        return None
 
     def _checkpoint(self, spec: RoundSpec) -> Checkpoint:
         """Writes the learner's state; complete once the manifest names it with its checksums."""

@@ -344,5 +344,5 @@ class OutputConfig(Section):
     """Seeds data order, masks and sampling."""
     trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
     """Metric trackers besides TensorBoard, which is always written."""
-    export_dtype: Literal["float16", "bfloat16"] = "float16"
-    """Data type of the exported Hugging Face folders."""
+    export_dtype: Literal["float16", "bfloat16"] | None = None
+    """Data type of the exported Hugging Face folders. None: bfloat16 if the model's files are in it, else float16."""

@@ -32,12 +32,12 @@ from sampo_ray.run.storage import Place, absolute
 LOCAL_CPUS = 16
 """Logical CPUs of a Ray that is started for one command: more than cores, since its actors share those."""
 CHANGEABLE = (
-    *("serve.", "fleet.", "run.trackers", "model.attention"),
+    *("serve.", "fleet.", "run.trackers", "run.export_dtype", "model.attention"),
     *("trainer.workers", "trainer.min_workers", "trainer.num_cpus"),
     *("trainer.checkpoint_every", "trainer.max_failures", "trainer.lifetime"),
     *("trainer.tokens_per_row", "trainer.gradient_checkpointing"),
 )
-"""How overrides begin that a resumed run accepts: they change where and how fast it trains, not its result."""
+"""How overrides begin that a resumed run accepts: they change where and how fast it trains, not what it learns."""
 
 
 def train(recipe: Path | None, overrides: list[str], keep_serving: bool) -> None:
@@ -100,9 +100,10 @@ def _checked(recipe: Path | Mapping[str, object] | None, overrides: list[str]) -
     config.serve.check_keyed()
     config.method.check_loss()
     quiet_libraries()
-    from sampo_ray.loop.validate import check
+    from sampo_ray.loop.validate import check, decided
 
-    return Checked(config, check(config))
+    notes = check(config)
+    return Checked(decided(config), notes)
 
 
 def _run(checked: Checked, resumed: str | None, keep_serving: bool, check: Check) -> None:

@@ -13,6 +13,7 @@ import ray
 import torch
 from ray import serve
 from ray.actor import ActorHandle
+from ray.exceptions import RayTaskError
 from ray.serve.handle import DeploymentHandle
 from transformers import PreTrainedModel
 
@@ -25,7 +26,7 @@ from sampo_ray.actors.weights.store import start_weight_store
 from sampo_ray.config.run import RunConfig
 from sampo_ray.config.sections import GeneratorsConfig
 from sampo_ray.data.chat import ChatFormat
-from sampo_ray.errors import ConfigError, FleetError
+from sampo_ray.errors import FleetError, UserError
 from sampo_ray.internals.transformers import saved_tensors
 from sampo_ray.run.directory import Run
 from sampo_ray.run.manifest import lineage
@@ -215,10 +216,13 @@ def attach_run(store: ActorHandle, run: Run) -> None:
         source = lineage(run.config, None)
         base = VersionInfo(version=0, round=0, step=0, created=int(time.time()), base=source.base, recipe=source.recipe)
         new = NewVersion(run.id, run.versions, base, reference=True)
-        ray.get(
-            _publish_base.remote(run.config.model.path, tokenizer, store, new, run.config.run.export_dtype),
-            timeout=PUBLISH_BASE_S,
-        )
+        published = _publish_base.remote(run.config.model.path, tokenizer, store, new, run.config.run.export_dtype)
+        try:
+            ray.get(published, timeout=PUBLISH_BASE_S)
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError):  # without the remote traceback
+                raise error.cause from None
+            raise
 
 
 @ray.remote(num_cpus=0.5, max_retries=1)
@@ -228,7 +232,7 @@ def _publish_base(path: str, tokenizer: Place, store: ActorHandle, new: NewVersi
         cast = Cast(torch.float16)
         for name, weight in model.named_parameters():
             cast(name, weight)
-        cast.check(ConfigError)
+        cast.check()
     with tokenizer.on_disk() as folder:
         chat = ChatFormat.load(folder, "tokenizer")
     with tempfile.TemporaryDirectory(prefix="sampo-") as shell:

@@ -12,7 +12,7 @@ import numpy as np
 from sampo_ray.actors.ranks.exchange import RoundSpec
 from sampo_ray.config.run import RunConfig
 from sampo_ray.data.records import fingerprint
-from sampo_ray.errors import StageError, VersionError
+from sampo_ray.errors import StageError, TrainingError, VersionError
 from sampo_ray.loop import stages
 from sampo_ray.loop.blocks import STAGE_STALL_S, StageOutput
 from sampo_ray.run.directory import Run
@@ -20,7 +20,7 @@ from sampo_ray.run.manifest import DataRecord, StageRecord, StepMetrics, StepRes
 from sampo_ray.run.parts import Part, parts_of
 from sampo_ray.run.serving import read_serving
 from sampo_ray.run.storage import Place
-from sampo_ray.run.versions import complete_versions, version_folder
+from sampo_ray.run.versions import complete_versions, export_folder, is_complete, version_folder
 from sampo_ray.training.batching import steps_in_round
 from sampo_ray.training.streams import Stream, rollout_seed
 
@@ -256,6 +256,8 @@ class Round:
             self.run.save()
         checkpoint = self.run.manifest.checkpoint
         done = checkpoint.step if checkpoint and checkpoint.round == self.index else 0
+        if done == steps:  # all is trained and stored, but it was not exported
+            done -= not is_complete(export_folder(self.run.place, self.index).url)
         started = time.monotonic()
         with self.reporter.stage("train", steps, "steps") as progress:
             progress.advance(done)
@@ -266,7 +268,8 @@ class Round:
         self._record.stages["train"] = StageRecord(steps=steps, seconds=round(time.monotonic() - started, 2))
 
     def record(self, result: StepResult) -> None:
-        """Records a step's metrics, version and checkpoint; deletes versions and checkpoints that they replace."""
+        """Records a step's metrics, version and checkpoint; deletes versions and checkpoints that they replace.
+        TrainingError when the round's weights could not be exported, from which a resumed run goes on."""
         self.run.record(result.metrics)
         self.reporter.metrics(result.metrics)
         if result.trouble:
@@ -282,6 +285,8 @@ class Round:
             self.run.save()
             for replaced in others[1:]:
                 self.run.place.at(replaced.path).remove()
+        if result.unexported:
+            raise TrainingError(result.unexported)
 
     def commit(self) -> None:
         """Marks the round as finished. Its export, its last version and its checkpoint are durable by now."""

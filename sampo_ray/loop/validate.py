@@ -1,6 +1,7 @@
 """Checks a configuration against the files that it names, in seconds, before Ray or an engine starts."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 
 from transformers import AutoConfig, PretrainedConfig
@@ -21,6 +22,7 @@ from sampo_ray.run.trackers import check_trackers
 from sampo_ray.training.architecture import check_architecture, on_meta
 from sampo_ray.training.lora import notes_on
 from sampo_ray.training.memory import check_device
+from sampo_ray.training.model_files import ModelFiles
 from sampo_ray.training.pretrained import open_model
 
 PROBED_ROWS = 1000
@@ -62,6 +64,16 @@ def check_data(config: RunConfig, chat: ChatFormat) -> list[str]:
     rows = first_rows(str(config.data.prompts), "prompts", PROBED_ROWS)
     check_reward(config, made_up_samples(rows, chat))
     return try_format(rows, "prompts", chat, "data.prompts")
+
+
+def decided(config: RunConfig) -> RunConfig:
+    """A checked configuration with what the model's files decide where it says nothing: `run.export_dtype`."""
+    if config.run.export_dtype is not None:
+        return config
+    files = ModelFiles.find("model.path", config.model.path)
+    types = Counter(weight.dtype for weight in files.weights(files.settings("config.json")).values())
+    dtype = "bfloat16" if types.most_common()[0][0] == "BF16" else "float16"
+    return config.model_copy(update={"run": config.run.model_copy(update={"export_dtype": dtype})})
 
 
 def made_up_samples(rows: Sequence[Row], chat: ChatFormat) -> Samples:

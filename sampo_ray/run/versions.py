@@ -74,6 +74,11 @@ def version_folder(versions_url: str, version: int) -> str:
     return f"{versions_url.rstrip('/')}/{version:06d}"
 
 
+def export_folder(run: Place, round: int) -> Place:
+    """Where the model after a round (from 0) of the run in `run` is exported to."""
+    return run.at("exports", f"round-{round + 1}")
+
+
 def is_complete(folder_url: str) -> bool:
     return Place(folder_url).at("version.json").exists()
 

@@ -216,8 +216,8 @@ class Learner:
                     yield names[name], [part.data.bfloat16() for part in parts]
 
     def masters(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of a checkpoint from the fp32 masters, in `dtype`; see `weights`. In the end a TrainingError, on
-        all ranks, if some were finite and are not in `dtype`.
+        """The tensors of a checkpoint from the fp32 masters, in `dtype`; see `weights`. In the end an
+        OverflowingWeightsError, on all ranks, if some were finite and are not in `dtype`.
         """
         tensors = self._masters(Cast(dtype))
         return tensors if self.rank else self._saved.converted(tensors)
@@ -232,7 +232,7 @@ class Learner:
             return self._gathered([part for part in weight.parts if not part.requires_grad])
 
         yield from self._saved.tensors(cast, master, frozen)
-        cast.check(TrainingError)
+        cast.check()
 
     def _gathered(self, parameters: list[Parameter]) -> AbstractContextManager[object]:
         from deepspeed import zero

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
-from sampo_ray.errors import UserError
+from sampo_ray.errors import OverflowingWeightsError
 from sampo_ray.internals.transformers import CheckpointFormat
 from sampo_ray.training.lora import Weight, named_buffers, named_weights
 
@@ -61,11 +61,11 @@ class Cast:
             self._count, self._first = self._count + lost, self._first or name
         return cast
 
-    def check(self, error: type[UserError]) -> None:
-        """Raises `error`, with what to do, if there were any."""
+    def check(self) -> None:
+        """OverflowingWeightsError, with what to do, if there were any."""
         if self._count:
             name = str(self.dtype).removeprefix("torch.")
-            raise error(
+            raise OverflowingWeightsError(
                 f"run.export_dtype={name} cannot hold {self._count} of the weights, which would become infinite (the "
                 f"first are in {self._first}); set run.export_dtype=bfloat16, which a resumed run accepts"
             )
