@@ -177,6 +177,7 @@ def test_thinking_of_earlier_turns_is_left_out_of_prompts_as_the_template_does(l
         ),
         (chatml() + "{{ tools | length }}", r"refuses a conversation of one question .*NoneType"),
         (chatml() + "{{ strftime_now(format) }}", r"writes a date in a form that is not known in advance"),
+        ("", r"has no chat template"),
         ({"tool_use": chatml()}, r"has chat templates for tool_use and no `default`"),
     ],
 )

@@ -128,6 +128,21 @@ def test_a_tokenizer_without_a_fast_form_is_refused(tmp_path):
         ChatFormat.load(tmp_path, "tokenizer")
 
 
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"eos_token": ["</s>", "<|user|>"]}, "eos_token has to be"),
+        ({"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}, "contains custom code"),
+    ],
+)
+def test_settings_that_transformers_cannot_load_are_one_message(tmp_path, monkeypatch, settings, reason):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    write(tmp_path, byte_level(), **settings)
+    (tmp_path / "mine.py").write_text("raise SystemExit('this code is never run')")
+    with pytest.raises(ConfigError, match=rf"model\.path=.*no tokenizer can be loaded from it \(.*{reason}"):
+        ChatFormat.load(tmp_path, "tokenizer")
+
+
 def test_a_file_that_cuts_and_pads_does_neither_to_responses(tmp_path):
     tokenizer = byte_level()
     tokenizer.enable_truncation(4)

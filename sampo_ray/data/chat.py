@@ -216,8 +216,8 @@ def _llama3_template(tokenizer: PreTrainedTokenizerBase, path: str | Path, templ
 def _templates(tokenizer: PreTrainedTokenizerBase, where: str) -> dict[str, str]:
     """The tokenizer's chat templates by name; that of conversations without tools is `default`."""
     templates = tokenizer.chat_template
-    named = {"default": templates} if isinstance(templates, str) else dict(templates or {})
-    if not named.get("default"):
+    named = dict(templates or {}) if not isinstance(templates, str) else {"default": templates} if templates else {}
+    if "default" not in named:
         kind = "no chat template" if not named else f"chat templates for {', '.join(sorted(named))} and no `default`"
         raise ConfigError(
             f"model.template='tokenizer': the tokenizer of {where} has {kind}; "

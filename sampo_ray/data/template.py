@@ -32,7 +32,8 @@ ADVICE = {
 }
 """What to do where no row can be used, by reason."""
 
-_FAILURES = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+# A template is a program.
+FAILURES = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 _OPENED = re.compile(r"([<\[◁])([\w:|]*(?:think|thought|reason)[\w:|]*)([>\]▷])(\s*)$", re.IGNORECASE)
 _MARK = re.compile(r"[<\[◁]/?[\w:|]*(?:think|thought|reason)[\w:|]*[>\]▷]", re.IGNORECASE)
 _DATE = re.compile(r"\bstrftime_now\(\s*(?:format\s*=\s*)?(?:'([^']*)'|\"([^\"]*)\")\s*\)")
@@ -61,7 +62,7 @@ def rendered(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], 
     """The text of a conversation; with `ask` up to the header of an answer. ValueError if the template refuses it."""
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask))
-    except _FAILURES as error:
+    except FAILURES as error:
         raise ValueError(f"the chat template refuses the messages: {error}") from None
 
 

@@ -32,7 +32,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     where = f"model.path={str(path)!r}"
     try:
         tokenizer = exact_tokenizer(path)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:  # TypeError: a list as `eos_token`
         reason, advice = first_line(error), "name a Hugging Face folder or hub name that has one"
         raise ConfigError(f"{where}: no tokenizer can be loaded from it ({reason}); {advice}") from None
     if not isinstance(getattr(tokenizer, "backend_tokenizer", None), Tokenizer):
@@ -48,7 +48,7 @@ def exact_tokenizer(path: str | Path, **settings: Any) -> PreTrainedTokenizerBas
 
     Raises ValueError if it cannot be had with those ids, and what AutoTokenizer raises.
     """
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **settings)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **settings)
     file = cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
     if file is None or not _differs(tokenizer, own := Tokenizer.from_file(file)):
         return tokenizer

@@ -3,10 +3,9 @@
 import re
 from typing import Any
 
-import jinja2
-
 from sampo_ray.config.tools import AUTO, FORMS, PARSERS
 from sampo_ray.data.chat import ChatFormat
+from sampo_ray.data.template import FAILURES
 from sampo_ray.errors import ConfigError
 
 _QUESTION, _DESCRIPTION, _ARGUMENT, _RESULT = "Which one?", "Finds a planet.", "third from the sun", "a blue marble"
@@ -29,7 +28,7 @@ def tool_arguments(setting: str, chat: ChatFormat) -> dict[str, object]:
     """
     try:
         text = str(chat.tokenizer.apply_chat_template(_CONVERSATION, tools=_TOOLS, tokenize=False))
-    except jinja2.TemplateError as error:
+    except FAILURES as error:
         raise ConfigError(
             f"serve.tools={setting!r}: the chat template refuses tools ({error}); drop it, or choose a model with tools"
         ) from None
