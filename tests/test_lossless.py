@@ -24,7 +24,7 @@ from tests.waiting import scaled, wait_until
 
 logger = logging.getLogger(__name__)
 pytestmark = pytest.mark.slow
-SWAPS = int(os.environ.get("SAMPO_TEST_SWAPS", "12"))
+SWAPS = int(os.environ.get("SAMPO_TEST_SWAPS", "8"))
 HI = [{"role": "user", "content": "hello"}]
 
 

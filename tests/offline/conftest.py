@@ -66,6 +66,15 @@ class Cluster:
         found = [process for process in members(self.env[MARK]) if process.name() == "raylet"]
         return sorted(found, key=psutil.Process.create_time)
 
+    def driver(self, run: Path) -> psutil.Process:
+        """The process of the job that trains in `run`."""
+        (found,) = [
+            process
+            for process in members(self.env[MARK])
+            if f"run.dir={run}" in process.cmdline() and "-m" in process.cmdline() and "train" in process.cmdline()
+        ]
+        return found
+
     def submit(self, recipe: Path, *overrides: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "sampo_ray", "submit", str(recipe), "--address", self.address, *overrides]
         return subprocess.Popen(command, env=self.env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

@@ -5,10 +5,8 @@ time.
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -30,8 +28,8 @@ from .conftest import STEPS, Cluster, finish
 pytestmark = pytest.mark.slow
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "sampo_ray", "train", *map(str, arguments)]
+def resumed(run: Path, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "sampo_ray", "train", "--resume", str(run), *overrides]
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -84,24 +82,6 @@ def await_steps(steps: int, run: Path, process: subprocess.Popen) -> None:
     wait_until(taken, f"step {steps}", 300)
 
 
-@pytest.fixture
-def after() -> Iterator[Callable]:
-    """Starts a run, calls back once it has taken some steps, and returns it; it is dead after the test."""
-    started: list[subprocess.Popen] = []
-
-    def wait(steps: int, run: Path, *arguments: object) -> subprocess.Popen:
-        process = start(*arguments)
-        started.append(process)
-        await_steps(steps, run, process)
-        return process
-
-    yield wait
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-            process.wait(scaled(30))
-
-
 def test_a_run_begins_at_ln_two_and_learns(undisturbed):
     lines = metrics(undisturbed)
     assert [(line["round"], line["step"]) for line in lines] == [(r, s) for r in (0, 1) for s in range(1, STEPS + 1)]
@@ -137,27 +117,34 @@ def test_an_export_loads_as_any_model_does(undisturbed, tiny_model):
     assert any(moved)
 
 
-def test_a_run_that_lost_a_rank_and_then_its_driver_ends_in_the_same_bits(undisturbed, recipe, tmp_path, after):
-    """Nor does it matter that the other was a job on a cluster, who computes the reference, whether ranks live for the
-    run or for a round, or that the last checkpoint, a line of metrics and what is served are damaged.
+def test_a_job_that_lost_a_node_and_then_its_driver_ends_in_the_same_bits(
+    cluster: Cluster, undisturbed, recipe, tmp_path
+):
+    """kill -9 of the raylet, and with it of the rank and all else that runs on the node, which comes back; and then of
+    the driver. Nor does it matter that the rest of the run is no job, who computes the reference, whether ranks live
+    for the run or for a round, or that the last checkpoint, a line of metrics and what is served are damaged.
     """
     run = tmp_path / "run"
-    process = after(3, run, recipe, f"run.dir={run}", "reference.where=trainer")
-    ranks = ranks_under(psutil.Process(process.pid))
-    assert len(ranks) == 2
-    ranks[0].send_signal(signal.SIGKILL)
+    # No room for both ranks on one node.
+    job = cluster.submit(recipe, f"run.dir={run}", "trainer.num_cpus=3", "reference.where=trainer")
+    await_steps(3, run, job)
+    _, second = cluster.raylets()
+    assert len(ranks_under(second)) == 1
+    second.kill()
+    cluster.join()
     (run / "serving.json").write_text("damaged, which is no fault of the training")
-    await_steps(STEPS + 5, run, process)
-    process.send_signal(signal.SIGSTOP)  # it cannot finish now, and still holds the lock of the run
+    await_steps(STEPS + 5, run, job)
+    driver = cluster.driver(run)
+    driver.suspend()  # it cannot finish now, and still holds the lock of the run
     second = CliRunner().invoke(app, ["train", "--resume", str(run)])
     assert "in use by another process" in second.output and second.exit_code == 1
-    process.kill()
-    process.wait(scaled(30))
+    driver.kill()
+    assert job.wait(scaled(120)) != 0
     (run / "serving.json").unlink(missing_ok=True)
     damage(run)
     scored = run / "rounds" / "1" / "reference" / "part-00000.parquet"
     before = scored.stat().st_mtime_ns
-    finish(start("--resume", run, "trainer.lifetime=round"))
+    finish(resumed(run, "trainer.lifetime=round", "trainer.num_cpus=0.5"))
     assert scored.stat().st_mtime_ns == before, "nothing stored is scored twice"
     assert not list((run / "checkpoints").glob(".*"))
     assert same_bits(run / "exports" / "round-2", undisturbed / "exports" / "round-2")
@@ -169,25 +156,24 @@ def test_a_run_that_lost_a_rank_and_then_its_driver_ends_in_the_same_bits(undist
     assert "is finished" in CliRunner().invoke(app, ["train", "--resume", str(run)]).output
 
 
-def test_a_job_that_lost_a_node_ends_in_the_same_bits(cluster: Cluster, undisturbed, recipe, tmp_path):
-    """kill -9 of the raylet, and with it of all that runs on the node, which comes back."""
-    run = tmp_path / "run"
-    job = cluster.submit(recipe, f"run.dir={run}", "trainer.num_cpus=3")  # no room for both ranks on one node
-    await_steps(3, run, job)
-    _, second = cluster.raylets()
-    assert len(ranks_under(second)) == 1
-    second.kill()
-    cluster.join()
-    finish(job)
-    assert same_bits(run / "exports" / "round-2", undisturbed / "exports" / "round-2")
-    assert facts(run) == facts(undisturbed)
+HURRIED = """
+import sys
+from sampo_ray.actors.ranks import trainer
+from sampo_ray.console.main import main
+trainer.ELASTIC_S = 5
+sys.argv = ["sampo", "train", *sys.argv[1:]]
+main()
+"""
+"""`sampo train` whose ranks wait for others, and look for room for more, in fewer seconds."""
 
 
 def test_a_job_continues_with_as_many_ranks_as_there_is_room_for(cluster: Cluster, recipe, tmp_path):
     """One, once kill -9 of a raylet has taken the node of the other, and again two when it is back."""
-    run = tmp_path / "run"
+    run, folder = tmp_path / "run", tmp_path / "job"
+    folder.mkdir()
+    (folder / "hurried.py").write_text(HURRIED)
     settings = ["trainer.num_cpus=3", "trainer.min_workers=1", "rounds.epochs=200"]
-    job = cluster.submit(recipe, f"run.dir={run}", *settings)
+    job = cluster.follower(f"python hurried.py {recipe} run.dir={run} {' '.join(settings)}", folder, tmp_path / "log")
     try:
         await_steps(3, run, job)
         cluster.raylets()[1].kill()
