@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
+    BertGenerationConfig,
     GenerationConfig,
     GPTNeoConfig,
     MixtralConfig,
@@ -30,9 +31,13 @@ from sampo_ray.config.run import load_config
 from sampo_ray.console.main import app
 from sampo_ray.data.chat import ChatFormat
 from sampo_ray.errors import ConfigError
+from sampo_ray.internals.transformers import saved_tensors
 from sampo_ray.loop.fleet import write_shell
 from sampo_ray.loop.validate import check_sizes
+from sampo_ray.run.version_files import write_version
+from sampo_ray.run.versions import VersionInfo
 from sampo_ray.training import model_files
+from sampo_ray.training.loading import load_model
 from sampo_ray.training.pretrained import check_weights, made_of, open_model
 from tests.conftest import write_recipe
 
@@ -59,8 +64,7 @@ def folder(tmp_path: Path, tiny_model: Path) -> Path:
 
 
 def shell_of(folder: Path, out: Path) -> Path:
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    write_shell(model, ChatFormat.load(folder, "llama3"), out)
+    write_shell(load_model(folder), ChatFormat.load(folder, "llama3"), out)
     return out
 
 
@@ -97,10 +101,12 @@ def test_a_head_of_its_own_beside_tied_embeddings_makes_the_version_untied(
         model.get_output_embeddings().weight.data.copy_(model.get_input_embeddings().weight)
     model.save_pretrained(folder)
     set_json(folder / "config.json", tie_word_embeddings=True)
-    shell = shell_of(folder, tmp_path / "shell")
-    assert json.loads((shell / "config.json").read_text())["tie_word_embeddings"] is same
-    head = AutoModelForCausalLM.from_pretrained(folder).get_output_embeddings().weight
-    assert torch.equal(head, model.get_output_embeddings().weight)
+    opened, shell = load_model(folder), shell_of(folder, tmp_path / "shell")
+    info = VersionInfo(version=0, round=0, step=0)
+    write_version(str(tmp_path / "version"), saved_tensors(opened), str(shell), info)
+    assert json.loads((tmp_path / "version" / "config.json").read_text())["tie_word_embeddings"] is same
+    published = AutoModelForCausalLM.from_pretrained(tmp_path / "version")
+    assert torch.equal(published.get_output_embeddings().weight, model.get_output_embeddings().weight)
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -265,6 +271,11 @@ WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
         r"is an encoder-decoder model \(t5\)",
     ),
     "encoder": (of(BertConfig(**SIZES)), r"is an encoder \(bert\), which reads both ways"),
+    "not a decoder": (of(BertGenerationConfig(**SIZES)), r"is an encoder \(bert-generation\), which reads both ways"),
+    "padding": (
+        config(pad_token_id=5000),
+        r"made of its config.json \(Padding_idx must be within .*\); correct it",
+    ),
     "classifier": (
         config(architectures=["LlamaForSequenceClassification"]),
         "was saved as LlamaForSequenceClassification, which is no causal language model",

@@ -41,7 +41,10 @@ KINDS = {
     ),
 }
 """What each field's models are: the class that loads them, its name, and the model's class for each configuration."""
-BAD_CONFIG = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, StrictDataclassError)
+BAD_CONFIG = (
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError),
+    StrictDataclassError,
+)
 """What transformers raises for a config.json with fields that are wrong, or do not go together."""
 OTHER_TASKS = re.compile(r"For(?!CausalLM|ConditionalGeneration)[A-Z]\w*$")
 """Names of classes (`architectures` of a config.json) whose models are no language models."""
@@ -128,7 +131,8 @@ def check_language_model(files: ModelFiles, config: PretrainedConfig) -> None:
         raise files.error(f"is an encoder-decoder model ({config.model_type}); name a causal language model")
     if OTHER_TASKS.search(named):
         raise files.error(f"was saved as {named}, which is no causal language model; name one that was saved as such")
-    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+    both_ways = type(config) in MODEL_FOR_MASKED_LM_MAPPING or config.model_type in ("bert-generation", "xlnet")
+    if both_ways and not getattr(config, "is_decoder", False):
         raise files.error(f"is an encoder ({config.model_type}), which reads both ways; name a causal language model")
 
 
