@@ -34,11 +34,23 @@ LLAMA_1B: dict[str, Any] = {
 }
 """Shape of Llama-3.2-1B."""
 
+MISTRAL: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 8192,
+    "sliding_window": 256,
+}
+
 
 def options(description: str, sides: Sequence[str]) -> ArgumentParser:
     parser = _measure.options(description, requests=48, repeats=3)
     parser.add_argument("--data", type=Path, help="preference pairs, JSON lines; default: made up")
-    parser.add_argument("--models", default="given,vocab128k", help="of given (needs --model), vocab128k and llama1b")
+    parser.add_argument("--models", default="given,vocab128k", help="of given (needs --model), vocab128k, mistral and llama1b")
     parser.add_argument("--max-length", type=int, default=512, help="tokens of prompt and answer at most")
     parser.add_argument("--attention", choices=("segments", "flex", "own"), default="segments", help="of our sides")
     parser.add_argument("--checkpointing", choices=CHECKPOINTING, default="all", help="of gradients, on our sides")
@@ -71,7 +83,7 @@ def run(
 
 def models(args: Namespace, folder: Path) -> list[tuple[str, str]]:
     """Folder and name of each model to measure with; `given` only with `--model`."""
-    made = {"vocab128k": vocab128k, "llama1b": llama1b}
+    made = {"vocab128k": vocab128k, "llama1b": llama1b, "mistral": mistral}
     kinds = [kind for kind in args.models.split(",") if kind in made or args.model]
     return [made[kind](folder) if kind in made else _rig.model_folder(args.model, folder) for kind in kinds]
 
@@ -94,6 +106,16 @@ def llama1b(folder: Path) -> tuple[str, str]:
     path, _ = _rig.model_folder(None, folder)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_1B), dtype=torch.bfloat16)
     return saved(model, path, folder / "llama1b")
+
+
+def mistral(folder: Path) -> tuple[str, str]:
+    """A small random Mistral with a window."""
+    import torch
+    from transformers import AutoModelForCausalLM, MistralConfig
+
+    path, _ = _rig.model_folder(None, folder)
+    model = AutoModelForCausalLM.from_config(MistralConfig(**MISTRAL), dtype=torch.bfloat16)
+    return saved(model, path, folder / "mistral")
 
 
 def saved(model: Any, tokenizer: str, folder: Path) -> tuple[str, str]:

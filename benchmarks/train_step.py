@@ -22,7 +22,8 @@ from _measure import Target
 from _training import PAIRS_A_STEP, Memory, now, over
 
 LEARNING_RATE = 1e-6
-SIDES = ("ours", "trl_default", "trl_best")
+SIDES = ("ours", "own", "trl_default", "trl_best")
+"""Ours with `--attention`, and with the model's own, where each answer has a prompt of its own as it has in TRL."""
 Optimize = Callable[[Any, list[Any], Any], None]
 """A step over pairs towards an objective."""
 TRL_BEST: dict[str, Any] = {
@@ -35,6 +36,7 @@ TRL_BEST: dict[str, Any] = {
 TARGETS = {
     "pairs_per_s_vs_trl_default": Target(at_least=3.0),
     "pairs_per_s_vs_trl_best": Target(at_least=2.0),
+    "own_pairs_per_s_vs_trl_best": Target(at_least=1.0),
     "step_memory_vs_trl_best": Target(at_most=0.5),
     "sampo_vs_own_dpo": Target(at_least=1.0),
 }
@@ -48,7 +50,7 @@ def main() -> None:
 
 
 def compare(model: tuple[str, str], args: Namespace, rows: list[Any], ratios: dict[str, list[float]]) -> None:
-    sides = SIDES if find_spec("trl") else SIDES[:1]
+    sides = SIDES if find_spec("trl") else SIDES[:2]
     found, pairs = _training.turns(__file__, sides, model, args, ["--flags", args.flags])
     label, count = model[1], f"{args.repeats} x {pairs} pairs"
     for name, turns in found.items():
@@ -62,18 +64,21 @@ def compare(model: tuple[str, str], args: Namespace, rows: list[Any], ratios: di
     if args.peak:
         rows.append(("  model FLOPs utilisation", _measure.spread([each / args.peak for each in useful], 3), count))
     ratios[f"sampo_vs_own_dpo/{label}"] = [turn["pairs_per_s"] / turn["dpo_pairs_per_s"] for turn in ours]
-    if len(sides) > 1:
+    if len(sides) > 2:
         default, best = found["trl_default"], found["trl_best"]
         ratios |= {
             f"pairs_per_s_vs_trl_default/{label}": over(ours, default, "with_reference"),
             f"pairs_per_s_vs_trl_best/{label}": over(ours, best, "pairs_per_s"),
+            f"own_pairs_per_s_vs_trl_best/{label}": over(found["own"], best, "pairs_per_s"),
             f"step_memory_vs_trl_best/{label}": over(ours, best, "step_mb"),
         }
 
 
 def one_turn(args: Namespace) -> dict[str, float]:
     """Seconds and memory of one side, after a step that warms it up."""
-    if args.side == "ours":
+    if args.side == "own":
+        args.attention = "own"
+    if args.side in ("ours", "own"):
         return ours(args)
     settings = {} if args.side == "trl_default" else TRL_BEST
     return trl(args, {**settings, **json.loads(args.flags)})
