@@ -50,7 +50,9 @@ MISTRAL: dict[str, Any] = {
 def options(description: str, sides: Sequence[str]) -> ArgumentParser:
     parser = _measure.options(description, requests=48, repeats=3)
     parser.add_argument("--data", type=Path, help="preference pairs, JSON lines; default: made up")
-    parser.add_argument("--models", default="given,vocab128k", help="of given (needs --model), vocab128k, mistral and llama1b")
+    parser.add_argument(
+        "--models", default="given,vocab128k", help="of given (needs --model), vocab128k, mistral and llama1b"
+    )
     parser.add_argument("--max-length", type=int, default=512, help="tokens of prompt and answer at most")
     parser.add_argument("--attention", choices=("segments", "flex", "own"), default="segments", help="of our sides")
     parser.add_argument("--checkpointing", choices=CHECKPOINTING, default="all", help="of gradients, on our sides")
