@@ -2,11 +2,13 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from contextlib import AbstractContextManager
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ModuleState: TypeAlias = dict[str, object]  # a module's `__dict__`, with parameters and buffers in dicts of their own
 
@@ -51,3 +53,26 @@ def create_block_mask(
     """FlexAttention's mask [tokens, tokens], made with `_compile` but on CPUs: else it is made from a whole matrix."""
     compiled = device.type != "cpu"
     return flex_attention.create_block_mask(sees, None, None, tokens, tokens, device=device, _compile=compiled)
+
+
+class MadeUpValues(TorchDispatchMode):
+    """Within, what a model reads from tensors on the meta device is made up: a value is 1, one entry is not zero.
+
+    So a forward pass goes on where it looks at values: whether a mask has padding, which experts are used. Reaches
+    torch.utils._python_dispatch.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if args and isinstance(args[0], Tensor) and args[0].is_meta:
+            if func is torch.ops.aten._local_scalar_dense.default:
+                return torch.ones((), dtype=args[0].dtype).item()
+            if func is torch.ops.aten.nonzero.default:
+                return args[0].new_empty(1, args[0].ndim, dtype=torch.int64)
+        return func(*args, **(kwargs or {}))
+
+
+def made_up_values() -> AbstractContextManager[object]:
+    """Within, see `MadeUpValues`."""
+    return MadeUpValues()

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sampo_ray.config.rows import Attention
-from sampo_ray.errors import ConfigError, first_line
+from sampo_ray.errors import ConfigError, described, first_line
 from sampo_ray.training import attention
 from sampo_ray.training.head import head_of
 from sampo_ray.training.lora import add_adapters
@@ -22,18 +22,37 @@ IMPLEMENTATIONS: dict[Attention, str | None] = {"segments": attention.NAME, "fle
 """What transformers is told to compute attention with; None: what it chooses for the model."""
 
 
+BIDIRECTIONAL = frozenset({"xlm", "xlnet"})
+"""Types of models that see later tokens without a field that says so."""
+
+ROW_LAYERS = frozenset({"full_attention"})
+"""Kinds of layers, as configurations name them, whose attention is computed in rows of pairs."""
+
+
 def check_architecture(model: PreTrainedModel, kind: Attention = "segments") -> None:
     """ConfigError for a model whose head or attention would be computed wrongly; it may be on the meta device."""
     name, config = type(model).__name__, model.config.get_text_config()
     head_of(model)
-    if kind == "own":
-        return
+    if getattr(config, "is_decoder", True) is False or config.model_type in BIDIRECTIONAL:
+        raise ConfigError(f"model.path: {name} sees tokens before they are written (is_decoder=False); choose another")
+    if kind != "own" and (reason := not_in_rows(model)):
+        raise ConfigError(f"model.attention={kind!r} is not exact for {name}: {reason}; use own")
+
+
+def not_in_rows(model: PreTrainedModel) -> str | None:
+    """What of a model's attention cannot be computed in rows of pairs, as far as its configuration says; None if all
+    can.
+    """
+    config = model.config.get_text_config()
+    if not model.is_backend_compatible():
+        return "it has an attention of its own"
     window = getattr(config, "sliding_window", None)
     layers = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
-    kinds = set(layers) - {"full_attention"}
-    if not model.is_backend_compatible() or kinds or getattr(config, "attn_logit_softcapping", None):
-        how = " and ".join(sorted(kinds)) or "an attention of its own"
-        raise ConfigError(f"model.path: {name} has {how}; only full attention over rows of pairs is supported")
+    if kinds := set(layers) - ROW_LAYERS:
+        return f"it has layers of {' and '.join(sorted(kinds))}"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "it has soft-capped attention"
+    return None
 
 
 def longrope_boundary(config: PretrainedConfig) -> int | None:
@@ -46,20 +65,23 @@ def longrope_boundary(config: PretrainedConfig) -> int | None:
     return None
 
 
-def on_meta(config: PretrainedConfig, lora: LoraConfig | None = None, kind: Attention = "segments") -> PreTrainedModel:
-    """The model of a configuration on the meta device, without its weights; with adapters if `lora` is given.
+def on_meta(config: PretrainedConfig, lora: LoraConfig | None = None, kind: Attention = "own") -> PreTrainedModel:
+    """The bf16 model of a configuration on the meta device, without weights; with adapters if `lora` is given.
 
     ConfigError, naming `model.path`, if it is not a causal one, or `model.lora.targets` if these match nothing.
     """
+    silent, how = without_noise(config), IMPLEMENTATIONS[kind]
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                without_noise(config), attn_implementation=IMPLEMENTATIONS[kind]
+                silent, dtype=torch.bfloat16, attn_implementation=how
             )
     except ValueError as error:
         raise ConfigError(f"model.path: not a causal language model: {first_line(error)}") from None
-    except KeyError:  # some models look up their attention in a table of their own
-        raise ConfigError(f"model.path: {config.model_type} models have an attention of their own") from None
+    except Exception as error:  # of a model's code, which may be any
+        raise ConfigError(
+            f"model.path: no {config.model_type} can be made of its config.json: {described(error)}"
+        ) from None
     if lora is not None:
         add_adapters(model, lora, seed=0)
     return model

@@ -1,0 +1,95 @@
+"""How a model's attention is computed in training: in rows of pairs where that is exact, else as transformers does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from transformers import PretrainedConfig, PreTrainedModel
+
+from sampo_ray.config.rows import Attention
+from sampo_ray.errors import ConfigError, described
+from sampo_ray.internals.torch import made_up_values
+from sampo_ray.training.architecture import longrope_boundary, not_in_rows, on_meta
+from sampo_ray.training.batching import Pair, assemble
+from sampo_ray.training.noise import noise_in
+from sampo_ray.training.policy import Policy, every_token, pair_logprobs
+
+if TYPE_CHECKING:
+    from sampo_ray.config.sections import ModelConfig
+
+EXACT = frozenset(
+    {
+        *("apertus", "axk1", "bitnet", "cohere", "dbrx", "deepseek_v2", "deepseek_v3", "diffllama", "dots1"),
+        *("ernie4_5", "ernie4_5_moe", "flex_olmo", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe"),
+        *("glm4_moe_lite", "gpt2", "gpt_neox", "granite", "granitemoe", "granitemoehybrid", "granitemoeshared"),
+        *("helium", "hrm_text", "hunyuan_v1_dense", "hy_v3", "hyperclovax", "jais2", "laguna", "llama"),
+        *("longcat_flash", "mellum", "minimax_m2", "minimax_m3_vl_text", "ministral", "ministral3", "mistral"),
+        *("mixtral", "olmo", "olmo2", "olmoe", "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe"),
+        *("qwen3", "qwen3_moe", "seed_oss", "solar_open", "starcoder2", "youtu"),
+    }
+)
+"""Types of models whose log-probs and gradients in rows of pairs are those of plain transformers, by tests/families."""
+
+
+def choose_attention(config: PretrainedConfig, model: ModelConfig, max_length: int) -> tuple[Attention, list[str]]:
+    """How attention is computed for sequences of up to `max_length` tokens, and what the user is told of that and of
+    what else in training is not as the model's configuration has it. One forward pass on the meta device proves it.
+
+    ConfigError, naming the field, where it cannot be trained, or not with the `model.attention` that is asked for.
+    """
+    plain = on_meta(config, model.lora)
+    name, notes = type(plain).__name__, list[str]()
+    if noise := noise_in(config):
+        values = ", ".join(f"{field}={value:g}" for field, value in noise.items())
+        notes.append(f"model.path: {name} is trained without the noise of its config.json ({values})")
+    reason = _why_not_rows(plain, max_length)
+    if model.attention not in (None, "own") and reason:
+        raise ConfigError(f"model.attention={model.attention!r} is not exact for {name}: {reason}; use own")
+    kind: Attention = model.attention or ("own" if reason else "segments")
+    if kind != "own":
+        in_rows = on_meta(config, model.lora, kind)
+        trouble = trouble_of(in_rows, kind)
+        if trouble is None:
+            return kind, notes
+        if model.attention is not None:
+            raise ConfigError(f"model.attention={kind!r} does not work for {name}: {trouble}; use own")
+        kind, reason = "own", trouble
+    if trouble := trouble_of(plain, "own"):
+        raise ConfigError(f"model.path: {name} cannot be trained: {trouble}; choose another model")
+    if model.attention is None:
+        notes.append(
+            f"model.attention=own, since {name} is not computed in rows of pairs ({reason}): each answer is behind a "
+            "prompt of its own, so prompts are computed twice"
+        )
+    return kind, notes
+
+
+def _why_not_rows(model: PreTrainedModel, max_length: int) -> str | None:
+    """Why segments would not be exact for a model, as far as its type and configuration say."""
+    config = model.config.get_text_config()
+    if reason := not_in_rows(model):
+        return reason
+    if config.model_type not in EXACT:
+        return f"{config.model_type} models were not compared with transformers so"
+    boundary = longrope_boundary(config)
+    if boundary is not None and max_length > boundary:
+        return f"beyond {boundary} tokens longrope goes by a row's largest position"
+    return None
+
+
+def trouble_of(model: PreTrainedModel, kind: Attention) -> str | None:
+    """What a forward pass of the training path raises for a model on the meta device, or None.
+
+    ConfigError if its head or its attention is refused.
+    """
+    pairs = [Pair("", *(np.zeros(tokens, np.int32) for tokens in lengths)) for lengths in ((3, 2, 4), (3, 5, 2))]
+    policy, row = Policy(model, kind).train(), assemble(pairs).to("meta")
+    try:
+        with made_up_values():
+            pair_logprobs(policy, row, every_token(pairs))
+    except NotImplementedError:  # an operation that the meta device lacks
+        return None
+    except Exception as error:  # of a model's code, which may be any
+        return described(error)
+    return None
