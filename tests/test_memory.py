@@ -8,8 +8,7 @@ from transformers import AutoConfig
 
 from sampo_ray.config.sections import LoraConfig, TrainerConfig
 from sampo_ray.errors import ConfigError
-from sampo_ray.loop.validate import check_rope
-from sampo_ray.training.architecture import check_architecture, on_meta
+from sampo_ray.training.architecture import on_meta
 from sampo_ray.training.memory import Shape, check_memory, plan_memory
 
 LLAMA_8B = Shape(
@@ -20,36 +19,6 @@ SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "n
 
 def meta(kind: str, **fields):
     return on_meta(getattr(transformers, f"{kind}Config")(**SMALL, **fields))
-
-
-@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Qwen3", "Mistral"])
-def test_models_with_full_attention_and_a_plain_head_are_supported(kind):
-    fields = {"sliding_window": None} if kind == "Mistral" else {}
-    model = meta(kind, **fields)
-    check_architecture(model)
-    assert next(model.parameters()).is_meta
-
-
-@pytest.mark.parametrize(
-    ("kind", "fields", "words"),
-    [
-        ("Mistral", {"sliding_window": 128}, "MistralForCausalLM has sliding_attention"),
-        ("Falcon", {"alibi": False}, "an attention of their own"),
-    ],
-)
-def test_others_are_refused_by_name(kind, fields, words):
-    with pytest.raises(ConfigError, match=rf"model\.path.*{words}"):
-        check_architecture(meta(kind, **fields))
-
-
-def test_positions_for_which_longrope_is_another_model_are_refused():
-    rope = {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16, "factor": 4.0}
-    rope |= {"rope_theta": 1e4, "original_max_position_embeddings": 512}
-    model = transformers.LlamaConfig(**SMALL, max_position_embeddings=2048, rope_parameters=rope)
-    check_rope(model, 512)
-    check_rope(transformers.LlamaConfig(**SMALL), 2048)
-    with pytest.raises(ConfigError, match=r"data\.max_length=513 is more than the 512 positions"):
-        check_rope(model, 513)
 
 
 def test_what_is_no_causal_model_is_refused():

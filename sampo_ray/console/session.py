@@ -102,7 +102,7 @@ def _checked(recipe: Path | Mapping[str, object] | None, overrides: list[str]) -
     quiet_libraries()
     from sampo_ray.loop.validate import check, decided
 
-    notes = check(config)
+    config, notes = check(config)
     return Checked(decided(config), notes)
 
 

@@ -56,7 +56,8 @@ def create_block_mask(
 
 
 class MadeUpValues(TorchDispatchMode):
-    """Within, what a model reads from tensors on the meta device is made up: a value is 1, one entry is not zero.
+    """Within, what a model reads from tensors on the meta device is made up: a value is 1, one entry is not zero,
+    two tensors are equal.
 
     So a forward pass goes on where it looks at values: whether a mask has padding, which experts are used. Reaches
     torch.utils._python_dispatch.
@@ -68,6 +69,8 @@ class MadeUpValues(TorchDispatchMode):
         if args and isinstance(args[0], Tensor) and args[0].is_meta:
             if func is torch.ops.aten._local_scalar_dense.default:
                 return torch.ones((), dtype=args[0].dtype).item()
+            if func is torch.ops.aten.equal.default:
+                return True
             if func is torch.ops.aten.nonzero.default:
                 return args[0].new_empty(1, args[0].ndim, dtype=torch.int64)
         return func(*args, **(kwargs or {}))

@@ -8,7 +8,6 @@ from transformers import AutoConfig, PretrainedConfig
 
 from sampo_ray.config.keys import is_json, parse
 from sampo_ray.config.run import RunConfig
-from sampo_ray.config.sections import LoraConfig
 from sampo_ray.data.chat import ChatFormat
 from sampo_ray.data.preferences import columns_json, try_format
 from sampo_ray.data.reward_functions import check_function
@@ -19,8 +18,7 @@ from sampo_ray.data.tools import tool_arguments
 from sampo_ray.errors import ConfigError, KeysError
 from sampo_ray.run.storage import Place, absolute
 from sampo_ray.run.trackers import check_trackers
-from sampo_ray.training.architecture import check_architecture, on_meta
-from sampo_ray.training.lora import notes_on
+from sampo_ray.training.choice import choose_attention
 from sampo_ray.training.memory import check_device
 from sampo_ray.training.model_files import ModelFiles
 from sampo_ray.training.pretrained import open_model
@@ -32,14 +30,16 @@ TRIED_PAIRS = 100
 """Rows of the pairs file, on which the chat template is tried."""
 
 
-def check(config: RunConfig) -> list[str]:
+def check(config: RunConfig) -> tuple[RunConfig, list[str]]:
     """Opens the model's configuration and tokenizer, the data and the reward source, and tries the prompt format.
 
-    Returns what the user is told, a line each. Raises ConfigError or DataError, naming the field and the fix.
+    Returns the configuration with how attention is computed filled in, and what the user is told, a line each. Raises
+    ConfigError or DataError, naming the field and the fix.
     """
     path = config.model.path
     opened = open_model("model.path", path)
-    notes = [*opened.notes, *check_policy(opened.config, config.model.lora)]
+    attention, said = choose_attention(opened.config, config.model, config.data.max_length)
+    notes = [*opened.notes, *said]
     chat = ChatFormat.load(path, config.model.template)
     check_sizes(config, opened.config.get_text_config(), len(chat.tokenizer))
     notes += [*chat.notes(), *check_data(config, chat)]
@@ -47,14 +47,7 @@ def check(config: RunConfig) -> list[str]:
         tool_arguments(config.serve.tools, chat)
     check_trackers(config)
     check_keys_file(config.serve.keys_file)
-    return notes
-
-
-def check_policy(model: PretrainedConfig, lora: LoraConfig | None) -> list[str]:
-    """ConfigError for a model that cannot be trained; else what the user is told of its adapters."""
-    shape = on_meta(model, lora)
-    check_architecture(shape)
-    return notes_on(shape, lora) if lora else []
+    return config.model_copy(update={"model": config.model.model_copy(update={"attention": attention})}), notes
 
 
 def check_data(config: RunConfig, chat: ChatFormat) -> list[str]:
@@ -104,23 +97,10 @@ def check_sizes(config: RunConfig, model: PretrainedConfig, tokens: int) -> None
             f"data.max_length={config.data.max_length} is more than the {positions} positions of "
             f"{config.model.path!r}; make it smaller"
         )
-    check_rope(model, config.data.max_length)
     if tokens > model.vocab_size:
         raise ConfigError(
             f"model.path={config.model.path!r}: the tokenizer has {tokens} tokens, the model {model.vocab_size}; "
             "they do not belong together"
-        )
-
-
-def check_rope(model: PretrainedConfig, max_length: int) -> None:
-    """ConfigError where rotary frequencies would depend on other pairs: `longrope` goes by a row's largest position."""
-    settings = getattr(model, "rope_parameters", None) or {}
-    name = "original_max_position_embeddings"
-    trained = int(settings.get(name) or getattr(model, name, None) or 0)
-    if settings.get("rope_type") == "longrope" and max_length > trained:
-        raise ConfigError(
-            f"data.max_length={max_length} is more than the {trained} positions up to which longrope is one model; "
-            "make it smaller"
         )
 
 

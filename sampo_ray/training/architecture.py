@@ -22,10 +22,27 @@ IMPLEMENTATIONS: dict[Attention, str | None] = {"segments": attention.NAME, "fle
 """What transformers is told to compute attention with; None: what it chooses for the model."""
 
 
-BIDIRECTIONAL = frozenset({"xlm", "xlnet"})
-"""Types of models that see later tokens without a field that says so."""
+ENCODERS = frozenset(
+    {
+        *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"),
+        *(
+            "rembert",
+            "roberta",
+            "roberta-prelayernorm",
+            "roc_bert",
+            "roformer",
+            "xlm-roberta",
+            "xlm-roberta-xl",
+            "xmod",
+        ),
+    }
+)
+"""Types of models that see later tokens unless their `is_decoder` is true."""
 
-ROW_LAYERS = frozenset({"full_attention"})
+BIDIRECTIONAL = frozenset({"xlm", "xlnet"})
+"""Types of models that see later tokens."""
+
+ROW_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """Kinds of layers, as configurations name them, whose attention is computed in rows of pairs."""
 
 
@@ -33,25 +50,21 @@ def check_architecture(model: PreTrainedModel, kind: Attention = "segments") -> 
     """ConfigError for a model whose head or attention would be computed wrongly; it may be on the meta device."""
     name, config = type(model).__name__, model.config.get_text_config()
     head_of(model)
-    if getattr(config, "is_decoder", True) is False or config.model_type in BIDIRECTIONAL:
-        raise ConfigError(f"model.path: {name} sees tokens before they are written (is_decoder=False); choose another")
+    encoder = config.model_type in ENCODERS and not config.is_decoder
+    if encoder or config.model_type in BIDIRECTIONAL:
+        fix = "set is_decoder to true in its config.json" if encoder else "choose another model"
+        raise ConfigError(f"model.path: {name} sees tokens before they are written; {fix}")
     if kind != "own" and (reason := not_in_rows(model)):
-        raise ConfigError(f"model.attention={kind!r} is not exact for {name}: {reason}; use own")
+        raise ConfigError(f"model.attention={kind!r} is not exact for {name}: {reason}; use model.attention=own")
 
 
 def not_in_rows(model: PreTrainedModel) -> str | None:
-    """What of a model's attention cannot be computed in rows of pairs, as far as its configuration says; None if all
-    can.
-    """
-    config = model.config.get_text_config()
+    """What of a model's attention cannot be computed in rows of pairs, as far as its configuration says; or None."""
     if not model.is_backend_compatible():
         return "it has an attention of its own"
-    window = getattr(config, "sliding_window", None)
-    layers = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
+    layers = getattr(model.config.get_text_config(), "layer_types", None) or ()
     if kinds := set(layers) - ROW_LAYERS:
         return f"it has layers of {' and '.join(sorted(kinds))}"
-    if getattr(config, "attn_logit_softcapping", None):
-        return "it has soft-capped attention"
     return None
 
 

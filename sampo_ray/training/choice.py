@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from sampo_ray.config.rows import Attention
@@ -12,6 +15,7 @@ from sampo_ray.errors import ConfigError, described
 from sampo_ray.internals.torch import made_up_values
 from sampo_ray.training.architecture import longrope_boundary, not_in_rows, on_meta
 from sampo_ray.training.batching import Pair, assemble
+from sampo_ray.training.lora import notes_on
 from sampo_ray.training.noise import noise_in
 from sampo_ray.training.policy import Policy, every_token, pair_logprobs
 
@@ -40,12 +44,15 @@ def choose_attention(config: PretrainedConfig, model: ModelConfig, max_length: i
     """
     plain = on_meta(config, model.lora)
     name, notes = type(plain).__name__, list[str]()
+    if model.lora is not None:
+        notes += notes_on(plain, model.lora)
     if noise := noise_in(config):
         values = ", ".join(f"{field}={value:g}" for field, value in noise.items())
         notes.append(f"model.path: {name} is trained without the noise of its config.json ({values})")
     reason = _why_not_rows(plain, max_length)
+    asked, fix = f"model.attention={model.attention!r}", "use model.attention=own"
     if model.attention not in (None, "own") and reason:
-        raise ConfigError(f"model.attention={model.attention!r} is not exact for {name}: {reason}; use own")
+        raise ConfigError(f"{asked} is not exact for {name}: {reason}; {fix}")
     kind: Attention = model.attention or ("own" if reason else "segments")
     if kind != "own":
         in_rows = on_meta(config, model.lora, kind)
@@ -53,7 +60,7 @@ def choose_attention(config: PretrainedConfig, model: ModelConfig, max_length: i
         if trouble is None:
             return kind, notes
         if model.attention is not None:
-            raise ConfigError(f"model.attention={kind!r} does not work for {name}: {trouble}; use own")
+            raise ConfigError(f"{asked} does not work for {name}: {trouble}; {fix}")
         kind, reason = "own", trouble
     if trouble := trouble_of(plain, "own"):
         raise ConfigError(f"model.path: {name} cannot be trained: {trouble}; choose another model")
@@ -85,11 +92,46 @@ def trouble_of(model: PreTrainedModel, kind: Attention) -> str | None:
     """
     pairs = [Pair("", *(np.zeros(tokens, np.int32) for tokens in lengths)) for lengths in ((3, 2, 4), (3, 5, 2))]
     policy, row = Policy(model, kind).train(), assemble(pairs).to("meta")
-    try:
-        with made_up_values():
-            pair_logprobs(policy, row, every_token(pairs))
-    except NotImplementedError:  # an operation that the meta device lacks
+
+    def trouble() -> str | None:
+        try:
+            with made_up_values():
+                pair_logprobs(policy, row, every_token(pairs))
+        except NotImplementedError:  # an operation that the meta device lacks
+            return None
+        except Exception as error:  # of a model's code, which may be any
+            return described(error)
         return None
-    except Exception as error:  # of a model's code, which may be any
-        return described(error)
-    return None
+
+    with first_layers(model):
+        if trouble() is None:
+            return None
+    return trouble()  # some models count on having all
+
+
+@contextmanager
+def first_layers(model: PreTrainedModel) -> Iterator[None]:
+    """Within, a deep model has only its first layers, among them one of each kind. Its passes take seconds else."""
+    config = model.config.get_text_config()
+    count, kinds = config.num_hidden_layers, getattr(config, "layer_types", None)
+    stacks = [
+        (module, name, layers)
+        for module in model.modules()
+        for name, layers in module.named_children()
+        if isinstance(layers, nn.ModuleList) and len(layers) == count
+    ]
+    firsts = dict[object, int]()
+    for _, _, layers in stacks:
+        for index, layer in enumerate(layers):
+            parts = tuple((name, type(part)) for name, part in layer.named_modules())
+            firsts.setdefault((parts, kinds and kinds[index]), index)
+    kept = max([1, *firsts.values()]) + 1
+    try:
+        for module, name, layers in stacks:
+            setattr(module, name, nn.ModuleList(list(layers)[:kept]))
+        config.num_hidden_layers = min(kept, count)
+        yield
+    finally:
+        config.num_hidden_layers = count
+        for module, name, layers in stacks:
+            setattr(module, name, layers)

@@ -68,6 +68,10 @@ class Policy(nn.Module):
         model.set_output_embeddings(TiledHead(model))
         self.model, self.attention = model, kind
         self._boundary = longrope_boundary(model.config.get_text_config())
+        soft_capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+        how = IMPLEMENTATIONS[kind] or ("eager" if soft_capped else None)  # transformers' SDPA leaves soft-capping out
+        if how is not None:
+            model.set_attn_implementation(how)
 
     def train(self, mode: bool = True) -> Policy:
         """Only what is computed again in the backward pass is told that it is trained: all else that models do in

@@ -60,7 +60,7 @@ class Masks:
         return mask
 
     def _make(self, queries: int, keys: int, window: int | None) -> Tensor:
-        if window is None and self.device.type != "cpu":
+        if window is None and self.device.type == "cuda":
             return causal_lower_right(queries, keys)
         # On CPUs SDPA would make the same one in each call.
         return _visible(queries, keys, window, self.device)
