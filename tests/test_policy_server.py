@@ -13,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pyarrow as pa
 import pytest
 import ray
@@ -450,24 +449,3 @@ def test_an_answer_that_takes_long_tells_how_many_tokens_it_has(policy: Policy) 
     tokens = [each.tokens for each in progress]
     assert tokens == sorted(tokens) and tokens[-1] > 8
     assert tokens[-1] <= answer.response.usage.completion_tokens == 8 * 320
-
-
-@pytest.mark.slow
-def test_a_replica_whose_engine_died_is_replaced_by_one_that_is_ready_on_current_weights(policy: Policy) -> None:
-    policy.publish(seed=3)
-    answers = policy.generate()
-    processes = psutil.Process().children(recursive=True)
-    (engine,) = [process for process in processes if process.name() == "VLLM::EngineCore"]
-    (replica,) = [process for process in processes if process.pid == engine.ppid()]
-    engine.kill()
-    psutil.wait_procs([replica], timeout=scaled(30))
-    assert not replica.is_running()
-    held = policy.handle.weights.remote().result(timeout_s=scaled(240))
-    assert held == {
-        "run": "run",
-        "version": policy.version,
-        "round": 0,
-        "step": policy.version,
-        "state": "ready",
-    }
-    assert policy.generate()["completion"].to_pylist() == answers["completion"].to_pylist()

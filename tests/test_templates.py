@@ -52,7 +52,6 @@ def load(tmp_path):
         tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
         tokenizer.add_tokens(["<think>", "</think>"])
         tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template = "<|begin_of_text|>", eos, template
-        tiny_llama(tokenizer).save_pretrained(tmp_path)
         tokenizer.save_pretrained(tmp_path)
         return ChatFormat.load(tmp_path, "tokenizer")
 
@@ -246,7 +245,7 @@ def test_of_named_templates_the_default_is_the_format_and_all_are_kept(load, tmp
 
 
 def test_the_validation_says_what_a_template_does_and_refuses_pairs_that_it_leaves_open(load, tmp_path):
-    load(chatml(STRIPS, OPENS))
+    tiny_llama(load(chatml(STRIPS, OPENS)).tokenizer).save_pretrained(tmp_path)
     data = tmp_path / "pairs.jsonl"
     recipe = {"model": {"path": str(tmp_path), "template": "tokenizer"}, "data": {"train": str(data), "max_length": 64}}
     recipe["run"] = {"dir": str(tmp_path / "run")}

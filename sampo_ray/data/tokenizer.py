@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.utils import cached_file
 
 from sampo_ray.errors import ConfigError, first_line
 
@@ -49,7 +49,7 @@ def exact_tokenizer(path: str | Path, **settings: Any) -> PreTrainedTokenizerBas
     Raises ValueError if it cannot be had with those ids, and what AutoTokenizer raises.
     """
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **settings)
-    file = cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+    file = _file_of(path)
     if file is None or not _differs(tokenizer, own := Tokenizer.from_file(file)):
         return tokenizer
     # The class that the folder names builds its own normalizer and splitting around the file's vocabulary.
@@ -94,6 +94,15 @@ def changed_text(tokenizer: PreTrainedTokenizerBase, plain: Tokenizer) -> tuple[
         if back.strip(" ") != probe.strip(" "):
             return probe, back
     return None
+
+
+def _file_of(path: str | Path) -> str | None:
+    """The `tokenizer.json` of a folder, or of a hub name that was loaded."""
+    if Path(path).is_dir():
+        file = Path(path) / "tokenizer.json"
+        return str(file) if file.exists() else None
+    cached = try_to_load_from_cache(str(path), "tokenizer.json")
+    return cached if isinstance(cached, str) else None
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, plain: Tokenizer, text: str) -> str:
