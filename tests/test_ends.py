@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +58,12 @@ import os, sys
 from sampo_ray.internals.processes import end_with
 end_with(int(sys.argv[1]))
 print("goes on", flush=True)
+"""
+SMALL = """
+import functools
+from sampo_ray.console import demo, main
+demo.make_demo = functools.partial(demo.make_demo, sft_steps=1)
+main.main()
 """
 DRIVER = """
 import os, sys, time
@@ -154,11 +160,10 @@ class Command:
 
 
 @contextlib.contextmanager
-def running(out: Path, *arguments: str) -> Iterator[Command]:
+def running(out: Path, *arguments: str, program: Sequence[str] = ("-m", "sampo_ray")) -> Iterator[Command]:
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with out.open("w") as file:
-        program = [sys.executable, "-m", "sampo_ray", *arguments]
-        process = psutil.Popen(program, stdout=file, stderr=subprocess.STDOUT, env=env)
+        process = psutil.Popen([sys.executable, *program, *arguments], stdout=file, stderr=subprocess.STDOUT, env=env)
     command = Command(process, out)
     try:
         yield command
@@ -224,8 +229,8 @@ def test_nothing_of_sampo_train_outlives_it_when_it_is_killed(tiny_model: Path, 
 
 
 @pytest.mark.slow
-def test_nothing_of_a_command_outlives_rays_own_process(served: Path, tmp_path: Path) -> None:
-    with running(tmp_path / "out", "serve", str(served)) as command:
+def test_nothing_of_sampo_demo_outlives_rays_own_process(tmp_path: Path) -> None:
+    with running(tmp_path / "out", "demo", "--dir", str(tmp_path), program=("-c", SMALL)) as command:
         command.wait(lambda: command.engines(SPAWNED))
         everything, memory = command.all(), shared_memory(command.all())
         (raylet,) = [each for each in everything if each.name() == "raylet"]

@@ -59,7 +59,7 @@ _LLAMA3 = r"""
 class ChatFormat:
     """A tokenizer with the chat template of a run.
 
-    The `llama3*` templates turn special tokens that a user types into plain text, by putting a space into them
+    The `llama3*` templates turn special tokens that a message holds into plain text, by putting a space into them
     (`<|eot_id|>` becomes `< |eot_id|>`). The template does this, so the endpoint does it too. The `tokenizer` template
     is the model's: there typed special tokens become special ids, in training as at the endpoint. If it writes the date
     (`dated`), that is the day on which it was loaded from the model. Responses are encoded as plain text with every
