@@ -21,9 +21,11 @@ from transformers import (
     PreTrainedModel,
 )
 
+from sampo_ray.config.sections import LoraConfig
 from sampo_ray.training import attention
 from sampo_ray.training.attention import RowLayout, RowMask, block_mask, over_row, segment_attention
 from sampo_ray.training.batching import Row, assemble
+from sampo_ray.training.lora import add_adapters
 from sampo_ray.training.sequence_attention import Scores, Sees
 from tests.conftest import random_pairs
 
@@ -171,25 +173,30 @@ FAMILIES = {
     ),
     "window of some layers and sinks": GptOssConfig(**SIZES, **EXPERTS, sliding_window=24),
     "chunks of some layers": Llama4TextConfig(
-        **SIZES, **EXPERTS, intermediate_size_mlp=48, attention_chunk_size=24, no_rope_layers=[1, 1, 0, 1]
+        **SIZES,
+        **EXPERTS,
+        intermediate_size_mlp=48,
+        attention_chunk_size=24,
+        no_rope_layers=[1, 1, 0, 1],
+        attn_temperature_tuning=False,
     ),
 }
 
 
 def built(config: PreTrainedConfig, attention: str) -> PreTrainedModel:
-    """The decoder with random weights, the same for each attention, and scores that are large enough to matter."""
+    """A model with random weights, the same for each attention, and scores that are large enough to matter."""
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():
             weight.copy_(torch.randn(weight.shape, generator=generator) * (1.3 * weight.shape[-1] ** -0.5))
-    return model.get_submodule("model").train()
+    return model.train()
 
 
 def in_row(model: PreTrainedModel, row: Row) -> Tensor:
     with over_row(row.segments, CPU):
         inputs = {"input_ids": row.tokens[None], "attention_mask": torch.ones_like(row.tokens[None])}
-        return model(**inputs, position_ids=row.positions[None], use_cache=False).last_hidden_state[0]
+        return model.model(**inputs, position_ids=row.positions[None], use_cache=False).last_hidden_state[0]
 
 
 def in_sequences(row: Row, hidden: Tensor) -> list[Tensor]:
@@ -212,7 +219,7 @@ def test_a_model_computes_what_transformers_does_with_each_sequence_alone(family
     for pair in pairs:
         for answer in (pair.chosen, pair.rejected):
             ids = torch.from_numpy(np.concatenate([pair.prompt, answer]))[None].long()
-            expected.append(plain(input_ids=ids, use_cache=False).last_hidden_state[0, len(pair.prompt) - 1 :])
+            expected.append(plain.model(input_ids=ids, use_cache=False).last_hidden_state[0, len(pair.prompt) - 1 :])
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(each.shape, generator=generator) for each in expected]
     sum((each * weight).sum() for each, weight in zip(expected, weights, strict=True)).backward()
@@ -235,16 +242,19 @@ def test_flex_attention_computes_what_the_calls_for_each_pair_do(family):
     torch.testing.assert_close(*(in_sequences(row, each) for each in both), atol=1e-5, rtol=1e-5)
 
 
-def test_masks_reach_the_layers_that_gradient_checkpointing_computes_again():
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
+def test_masks_reach_the_layers_that_gradient_checkpointing_computes_again(lora):
     row = assemble(random_pairs(2, seed=5, longest=90))
     grads = []
     for checkpointing in (False, True):
         model = built(FAMILIES["window of some layers and soft-capping"], attention.NAME)
+        if lora is not None:
+            add_adapters(model, lora, seed=0)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         in_row(model, row).square().mean().backward()
-        grads.append([weight.grad for weight in model.parameters()])
-    assert all(torch.equal(*both) for both in zip(*grads, strict=True))
+        grads.append([weight.grad for weight in model.parameters() if weight.requires_grad])
+    assert all(torch.equal(*both) for both in zip(*grads, strict=True)) and any(each.any() for each in grads[0])
 
 
 @pytest.mark.parametrize("kind", [attention.NAME, attention.FLEX])
