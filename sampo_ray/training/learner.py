@@ -206,14 +206,14 @@ class Learner:
         return tensors if self.rank else self._saved.converted(tensors)
 
     def adapters(self) -> Iterator[tuple[str, list[Tensor]]]:
-        """The bf16 adapters: the checkpoint's name of each adapted weight, with A [rank, in] and B [out, rank]; none
-        where `adapter_names` is None."""
+        """The adapters as they are computed with: the checkpoint's name of each adapted weight, with A [rank, in] and
+        B [out, rank]; none where `adapter_names` is None."""
         names = self.adapter_names or {}
         for name, weight in named_weights(self.policy.model):
             if name in names:
                 _, *parts = weight.parts
                 with self._gathered(parts):
-                    yield names[name], [part.data.bfloat16() for part in parts]
+                    yield names[name], [part.data for part in parts]
 
     def masters(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
         """The tensors of a checkpoint from the fp32 masters, in `dtype`; see `weights`. In the end an
