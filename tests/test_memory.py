@@ -79,3 +79,11 @@ def test_a_reference_beside_the_policy_is_a_copy_of_the_weights():
     assert beside.states - alone.states == 2 * LLAMA_8B.parameters
     with pytest.raises(ConfigError, match=r"40\.0 GiB; use more trainer\.workers, or model\.lora, whose base"):
         check_memory(LLAMA_8B, trainer, 2048, "cuda", 40 << 30, resident=True)
+
+
+def test_of_widths_that_differ_between_layers_the_widest_counts():
+    config = transformers.LlamaConfig(**SMALL)
+    model = on_meta(config)
+    plain = Shape.of(model)
+    model.config.__dict__["intermediate_size"] = [64, 4 * plain.intermediate]
+    assert Shape.of(model).intermediate == 4 * plain.intermediate

@@ -34,6 +34,8 @@ class Shape:
         config: PretrainedConfig = model.config.get_text_config()
         hidden = config.hidden_size
         intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
+        if not isinstance(intermediate, int):  # one for each layer, in Gemma-3n
+            intermediate = max(intermediate)
         parameters = sum(p.numel() for p in model.parameters())  # tied ones once
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return cls(parameters, trained, config.num_hidden_layers, hidden, intermediate, config.vocab_size)
