@@ -7,7 +7,7 @@ from transformers import PretrainedConfig
 from sampo_ray.config.sections import LoraConfig, ModelConfig
 from sampo_ray.errors import ConfigError
 from sampo_ray.training.architecture import on_meta
-from sampo_ray.training.choice import choose_attention, first_layers, trouble_of
+from sampo_ray.training.choice import EXACT, choose_attention, first_layers, trouble_of
 
 SMALL = {
     **{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
@@ -21,11 +21,18 @@ def small(kind: str, **fields: object) -> PretrainedConfig:
     return config
 
 
+KINDS = ["Llama", "Mistral", "Gemma2", "Qwen3Moe", "GPTNeoX", "GptOss", "Olmo3", "Gemma4Text"]
+
+
 def choose(config: PretrainedConfig, attention: str | None = None, lora: LoraConfig | None = None, longest: int = 512):
     return choose_attention(config, ModelConfig(path="model", attention=attention, lora=lora), longest)
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Gemma2", "Qwen3Moe", "GPTNeoX"])
+def test_types_are_those_of_transformers():
+    assert all(kind in transformers.CONFIG_MAPPING for kind in EXACT)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_models_that_are_exact_in_rows_of_pairs_are_computed_so(kind):
     assert choose(small(kind)) == ("segments", [])
 
@@ -60,6 +67,7 @@ def test_longrope_is_computed_in_rows_up_to_where_its_frequencies_change():
     ("kind", "fields", "words"),
     [
         ("Bert", {}, "BertLMHeadModel sees tokens before they are written; set is_decoder to true"),
+        ("Gemma3Text", {"use_bidirectional_attention": True}, "sees tokens before they are written; choose another"),
         ("T5", {}, "not a causal language model"),
         ("GPTJ", {"rotary_dim": 64, "n_embd": 64, "n_head": 4}, "GPTJForCausalLM cannot be trained: RuntimeError"),
         ("Llama", {"pad_token_id": 999}, "no llama can be made of its config.json: AssertionError"),
@@ -76,6 +84,11 @@ def test_dropout_and_jitter_as_shipped_are_not_trained_with_which_is_said():
     experts = {"num_local_experts": 4, "router_jitter_noise": 0.01}
     [note] = choose(small("Phimoe", **experts))[1]
     assert "router_jitter_noise=0.01" in note
+
+
+def test_a_model_without_gradient_checkpointing_is_said_to_keep_everything():
+    notes = choose(small("CTRL", n_embd=64, n_head=4, n_layer=2, dff=64))[1]
+    assert any("trainer.gradient_checkpointing: CTRLLMHeadModel has none" in note for note in notes)
 
 
 def test_a_trial_finds_what_the_first_row_would_raise():

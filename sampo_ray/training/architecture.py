@@ -51,7 +51,8 @@ def check_architecture(model: PreTrainedModel, kind: Attention = "segments") -> 
     name, config = type(model).__name__, model.config.get_text_config()
     head_of(model)
     encoder = config.model_type in ENCODERS and not config.is_decoder
-    if encoder or config.model_type in BIDIRECTIONAL:
+    both_ways = getattr(config, "use_bidirectional_attention", None) in (True, "all")
+    if encoder or both_ways or config.model_type in BIDIRECTIONAL:
         fix = "set is_decoder to true in its config.json" if encoder else "choose another model"
         raise ConfigError(f"model.path: {name} sees tokens before they are written; {fix}")
     if kind != "own" and (reason := not_in_rows(model)):

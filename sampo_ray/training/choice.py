@@ -24,13 +24,17 @@ if TYPE_CHECKING:
 
 EXACT = frozenset(
     {
-        *("apertus", "axk1", "bitnet", "cohere", "dbrx", "deepseek_v2", "deepseek_v3", "diffllama", "dots1"),
-        *("ernie4_5", "ernie4_5_moe", "flex_olmo", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe"),
-        *("glm4_moe_lite", "gpt2", "gpt_neox", "granite", "granitemoe", "granitemoehybrid", "granitemoeshared"),
-        *("helium", "hrm_text", "hunyuan_v1_dense", "hy_v3", "hyperclovax", "jais2", "laguna", "llama"),
-        *("longcat_flash", "mellum", "minimax_m2", "minimax_m3_vl_text", "ministral", "ministral3", "mistral"),
-        *("mixtral", "olmo", "olmo2", "olmoe", "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe"),
-        *("qwen3", "qwen3_moe", "seed_oss", "solar_open", "starcoder2", "youtu"),
+        *("afmoe", "apertus", "arcee", "aria_text", "axk1", "bitnet", "cohere", "cohere2", "cohere2_moe", "ctrl"),
+        *("cwm", "dbrx", "deepseek_v2", "deepseek_v3", "diffllama", "dots1", "emu3_text_model", "ernie4_5"),
+        *("ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma2", "gemma3_text", "gemma3n_text"),
+        *("gemma4_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss"),
+        *("granite", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared"),
+        *("helium", "hrm_text", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "jais2", "jetmoe"),
+        *("laguna", "llama", "llama4_text", "longcat_flash", "mellum", "mimo_v2_flash", "minicpm3", "minimax_m2"),
+        *("minimax_m3_vl_text", "ministral", "ministral3", "mistral", "mixtral", "modernbert-decoder", "nanochat"),
+        *("nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2"),
+        *("qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "solar_open", "starcoder2"),
+        *("vaultgemma", "youtu"),
     }
 )
 """Types of models whose log-probs and gradients in rows of pairs are those of plain transformers, by tests/families."""
@@ -49,6 +53,8 @@ def choose_attention(config: PretrainedConfig, model: ModelConfig, max_length: i
     if noise := noise_in(config):
         values = ", ".join(f"{field}={value:g}" for field, value in noise.items())
         notes.append(f"model.path: {name} is trained without the noise of its config.json ({values})")
+    if not plain.supports_gradient_checkpointing:
+        notes.append(f"trainer.gradient_checkpointing: {name} has none, so what its layers compute is kept")
     reason = _why_not_rows(plain, max_length)
     asked, fix = f"model.attention={model.attention!r}", "use model.attention=own"
     if model.attention not in (None, "own") and reason:
