@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 BLOCK = 64
 """The fewest queries that are computed together."""
 
-PART_SCORES = 2**22
-"""The most scores of all heads that are held at once, unless BLOCK queries have more."""
+PART_SCORES = 2**20
+"""The most scores of all heads that are held at once, unless BLOCK queries have more: what stays in a CPU's cache."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class _Explicit(torch.autograd.Function):
         output = query.new_empty(*query.shape[:3], value.shape[3])
         log_sums = query.new_empty(query.shape[:3], dtype=_exact(query))
         for rows, columns in _parts(query, key, settings[2]):
-            scores, _ = _scores(query, key, rows, columns, settings)
+            scores = _hide_unseen(_scores(query, key, rows, columns, settings), settings[2])
             log_sum = torch.logaddexp(scores.logsumexp(3), sinks.to(scores.dtype)[:, None])
             log_sums[:, :, rows] = log_sum
             probabilities = scores.sub_(log_sum[..., None]).exp_().to(value.dtype)
@@ -174,19 +174,17 @@ class _Explicit(torch.autograd.Function):
     @staticmethod
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, sinks, output, log_sums = ctx.saved_tensors
-        scale, _, window = ctx.settings
+        scale, cap, window = ctx.settings
         of_query, kind = torch.empty_like(query), log_sums.dtype
         of_key, of_value = torch.zeros_like(key, dtype=kind), torch.zeros_like(value, dtype=kind)
         means = (grad.to(kind) * output.to(kind)).sum(3)  # of the gradients of a softmax's values, by its probabilities
         for rows, columns in _parts(query, key, window):
-            scores, slope = _scores(query, key, rows, columns, ctx.settings)
-            probabilities = scores.sub_(log_sums[:, :, rows, None]).exp_()
+            scores = _scores(query, key, rows, columns, ctx.settings)
+            slope = scale if cap is None else scores.square().mul_(-scale / cap**2).add_(scale)
+            probabilities = _hide_unseen(scores, window).sub_(log_sums[:, :, rows, None]).exp_()
             of_value[:, :, columns] += probabilities.to(value.dtype).mT @ grad[:, :, rows]
             of_scores = (grad[:, :, rows] @ value[:, :, columns].mT).to(kind).sub_(means[:, :, rows, None])
-            of_scores.mul_(probabilities).mul_(scale)
-            if slope is not None:
-                of_scores.mul_(slope)
-            of_scores = of_scores.to(query.dtype)
+            of_scores = of_scores.mul_(probabilities).mul_(slope).to(query.dtype)
             of_query[:, :, rows] = of_scores @ key[:, :, columns]
             of_key[:, :, columns] += of_scores.mT @ query[:, :, rows]
         of_sinks = -(torch.exp(sinks.to(kind)[:, None] - log_sums) * means).sum((0, 2))
@@ -212,15 +210,14 @@ def _parts(query: Tensor, key: Tensor, window: int | None) -> Iterator[tuple[sli
 
 def _scores(
     query: Tensor, key: Tensor, rows: slice, columns: slice, settings: tuple[float, float | None, int | None]
-) -> tuple[Float[Tensor, "1 heads rows columns"], Float[Tensor, "1 heads rows columns"] | None]:
-    """Scores of some queries over some keys, fp32, -inf where a query does not see a key; and by how much they grow
-    with the scores before capping, where these are capped.
-    """
-    scale, cap, window = settings
-    scores, slope = (query[:, :, rows] @ key[:, :, columns].mT).to(_exact(query)).mul_(scale), None
-    if cap is not None:
-        scores = scores.div_(cap).tanh_()
-        slope = 1 - scores.square()
-        scores = scores.mul_(cap)
-    visible = _visible(rows.stop - rows.start, columns.stop - columns.start, window, query.device)
-    return scores.masked_fill_(~visible, float("-inf")), slope
+) -> Float[Tensor, "1 heads rows columns"]:
+    """Scores of some queries over some keys, whether they see them or not."""
+    scale, cap, _ = settings
+    scores = (query[:, :, rows] @ key[:, :, columns].mT).to(_exact(query)).mul_(scale)
+    return scores if cap is None else scores.div_(cap).tanh_().mul_(cap)
+
+
+def _hide_unseen(scores: Tensor, window: int | None) -> Tensor:
+    """-inf where a query does not see a key; the last query's own key is the last one."""
+    visible = _visible(scores.shape[2], scores.shape[3], window, scores.device)
+    return scores.masked_fill_(~visible, float("-inf"))
