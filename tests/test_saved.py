@@ -52,9 +52,9 @@ KINDS: dict[str, dict[str, object]] = {
 """Families by kind of conversion: none, names, tied heads, experts, fused projections, buffers, parts kept in fp32."""
 
 
-def small_files(kind: str, folder: Path, **changes: object) -> Path:
+def small_files(kind: str, folder: Path, seed: int = 0, **changes: object) -> Path:
     """The folder, with a random model; what is one number everywhere, as biases are, gets other values."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**{**SIZES, **KINDS.get(kind, {}), **changes}))
     with torch.no_grad():
         for tensor in model.state_dict().values():

@@ -39,7 +39,7 @@ from sampo_ray.actors.transfer.spare_weights import SpareWeights
 from sampo_ray.actors.transfer.transport import BroadcastReceiver, IpcReceiver, TransportReceiver, side_stream
 from sampo_ray.actors.weights.client import Weights, throttle
 from sampo_ray.internals.torch import init_amx
-from sampo_ray.internals.vllm import base_is_kept, keep_base_beside_adapters, pack_heads
+from sampo_ray.internals.vllm import base_is_kept, keep_base_beside_adapters, pack_again
 from sampo_ray.run.buckets import Bucket, TensorSpec, joined, verify, views
 
 logger = logging.getLogger("ray.serve")
@@ -212,7 +212,7 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInit, HostUpdate]):
         if self._spare is None:
             finalize_layerwise_reload(self.model, self.model_config)
             if self.device.type == "cpu":
-                pack_heads(self.model)
+                pack_again(self.model)
 
     def shutdown(self) -> None:
         if self._receiver is not None:

@@ -42,7 +42,8 @@ class SpareWeights:
         unprocessed = {name: module for name, module in self._model.named_modules() if quant_method(module)}
         for group in layerwise_groups(list(checkpoint)):
             with self._active():  # loads into tensors without data, only to learn which parameters the group fills
-                filled = self._model.load_weights([(name, checkpoint[name]) for name in group])
+                taken = self._model.load_weights([(name, checkpoint[name]) for name in group])
+                filled = {place_of(self._model, name) for name in taken}
                 new = self._allocate(filled)
             for tensor in new:
                 yield from touched(tensor)
@@ -72,7 +73,7 @@ class SpareWeights:
         new = []
         for path, _, name in (name.rpartition(".") for name in names):
             parameters = parameters_of(self._model.get_submodule(path))
-            meta = parameters[name]
+            meta = parameters.get(name)  # None: a buffer, which has memory
             if meta is not None and meta.is_meta:
                 parameters[name] = tensor = allocated(meta)
                 new.append(tensor)
@@ -132,6 +133,16 @@ def empty_state(module: nn.Module) -> ModuleState:
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """The parameters by name, a shared one under each of its names."""
     return model.named_parameters(remove_duplicate=False)
+
+
+def place_of(model: nn.Module, name: str) -> str:
+    """The name of a tensor that vLLM's loaders call so: for experts they leave out the module that holds them."""
+    path, _, attribute = name.rpartition(".")
+    held = model.get_submodule(path)
+    if hasattr(held, attribute):
+        return name
+    (within,) = {each for each, _ in held.named_parameters() if each.rpartition(".")[2] == attribute}
+    return f"{path}.{within}"
 
 
 def touched(tensor: torch.Tensor) -> Iterator[None]:

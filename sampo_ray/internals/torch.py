@@ -25,9 +25,12 @@ def parameters_of(module: nn.Module) -> dict[str, Tensor | None]:
 
 
 def copied_state(module: nn.Module, parameters: Mapping[str, Tensor | None]) -> ModuleState:
-    """The module's state with other parameters; setting an attribute in one state leaves the other as it is."""
-    buffers = {"_buffers": dict(module._buffers), "_non_persistent_buffers_set": {*module._non_persistent_buffers_set}}
-    return {**vars(module), "_parameters": dict(parameters), **buffers}
+    """The module's state with other parameters, and copies of the buffers that checkpoints have; setting an attribute
+    in one state leaves the other as it is."""
+    own = {*module._non_persistent_buffers_set}
+    buffers = {name: each if each is None or name in own else each.clone() for name, each in module._buffers.items()}
+    state = {"_parameters": dict(parameters), "_buffers": buffers, "_non_persistent_buffers_set": own}
+    return {**vars(module), **state}
 
 
 def set_state(module: nn.Module, state: ModuleState) -> None:

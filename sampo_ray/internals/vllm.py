@@ -107,6 +107,7 @@ def process_weights(module: nn.Module) -> None:
     """Does what vLLM does with a module that has a `quant_method` after loading its weights."""
     method = quant_method(module)
     assert method is not None
+    forget_kernel(method)
     method.process_weights_after_loading(module)
     if callable(update := getattr(module, "update_param_tp_status", None)):
         update()
@@ -122,11 +123,20 @@ def skip_packing(module: nn.Module, model: nn.Module) -> bool:
     return skipped
 
 
-def pack_heads(model: nn.Module) -> None:
-    """Packs the heads of a model on a CPU again: at a reload, vLLM 0.29 leaves the packed copy of a tied head old."""
+def forget_kernel(method: QuantizeMethodBase) -> None:
+    """Has experts on a CPU packed again: vLLM 0.29 packs them only when it makes their kernel (`moe_kernel`), so that
+    after a reload the kernel would take weights that are not packed for packed ones.
+    """
+    if current_platform.is_cpu() and getattr(method, "moe_kernel", None) is not None:
+        method.moe_kernel = None
+
+
+def pack_again(model: nn.Module) -> None:
+    """Packs what a reload leaves as it is on a CPU, in vLLM 0.29: experts, and the packed copy of a tied head."""
     for module in model.modules():
-        if isinstance(module, ParallelLMHead):
-            module.quant_method.process_weights_after_loading(module)
+        method = quant_method(module)
+        if isinstance(module, ParallelLMHead) or getattr(method, "moe_kernel", None) is not None:
+            process_weights(module)
 
 
 class AdaptersBesideBase(LRUCacheLoRAModelManager):
