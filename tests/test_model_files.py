@@ -126,8 +126,9 @@ def split(folder: Path) -> None:
 
 
 def as_bin(folder: Path) -> None:
-    torch.save(weights_of(folder), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
+    torch.save(AutoModelForCausalLM.from_pretrained(folder).state_dict(), folder / "pytorch_model.bin")
+    for file in folder.glob("model*.safetensors*"):
+        file.unlink()
 
 
 def cut(folder: Path) -> None:
@@ -420,11 +421,18 @@ def test_a_name_of_the_hubs_cache_is_checked_like_a_folder(
     (repository / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     assert open_model("model.path", "someone/tiny").notes == []
+    split(repository / "snapshots" / ("0" * 40))
+    monkeypatch.setattr(model_files, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(model_files.HfApi, "list_repo_files", None)  # need not be asked
+    assert open_model("model.path", "someone/tiny").notes == []
+    monkeypatch.setattr(model_files, "is_offline_mode", lambda: True)
     as_bin(repository / "snapshots" / ("0" * 40))
     with pytest.raises(ConfigError, match="model.path='someone/tiny': its weights are in pytorch_model.bin"):
         open_model("model.path", "someone/tiny")
     with pytest.raises(ConfigError, match=r"model.path='someone/other': no model can be opened there \("):
         open_model("model.path", "someone/other")
+    with pytest.raises(ConfigError, match=r"no model can be opened there \(no such folder, nor a possible name"):
+        open_model("model.path", "./no/such/folder")
 
 
 def test_a_folder_of_70_billion_parameters_is_checked_by_its_headers(tmp_path: Path) -> None:
@@ -464,8 +472,8 @@ def reward_folder(folder: Path) -> Path:
     return folder
 
 
-def test_a_reward_model_may_have_the_head_of_the_language_model_that_it_was(reward_folder: Path) -> None:
-    set_weights(reward_folder, **{"lm_head.weight": torch.zeros(4, 64)})
+def test_a_reward_model_may_have_heads_of_the_model_that_it_was(reward_folder: Path) -> None:
+    set_weights(reward_folder, **{"lm_head.weight": torch.zeros(4, 64), "model.pooler.dense.bias": torch.zeros(4)})
     assert open_model("reward.model", str(reward_folder)).notes == []
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub import HfApi, hf_hub_download, is_offline_mode, snapshot_download
-from huggingface_hub.errors import SafetensorsParsingError
+from huggingface_hub.errors import HFValidationError, HTTPError, SafetensorsParsingError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -58,13 +58,14 @@ class ModelFiles:
             if (folder := Path(path)).is_dir():
                 return cls(field, path, folder, frozenset(os.listdir(folder)))
             folder = Path(snapshot_download(path, allow_patterns=["*.json", "*.jinja"]))
-            names = os.listdir(folder)
-            if WEIGHTS not in names and not is_offline_mode():
-                names = HfApi().list_repo_files(path)
-        except (OSError, ValueError) as error:
+            names = set(os.listdir(folder))
+            if not is_offline_mode() and not has_weights(folder):
+                names |= set(HfApi().list_repo_files(path))
+        except (OSError, ValueError, HTTPError) as error:
+            no_name = isinstance(error, HFValidationError)
+            reason = "no such folder, nor a possible name on the hub" if no_name else first_line(error)
             raise ConfigError(
-                f"{field}={path!r}: no model can be opened there ({first_line(error)}); "
-                "name a Hugging Face folder or hub name"
+                f"{field}={path!r}: no model can be opened there ({reason}); name a Hugging Face folder or hub name"
             ) from None
         return cls(field, path, folder, frozenset(names))
 
@@ -179,7 +180,7 @@ class ModelFiles:
             with safe_open(self.folder / file, "np") as opened:  # torch would reserve memory for all of it
                 slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
                 return {name: Weight(file, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
-        except (OSError, SafetensorError, SafetensorsParsingError) as error:
+        except (OSError, HTTPError, SafetensorError, SafetensorsParsingError) as error:
             raise self.error(f"its {file} is damaged ({self._damage(file, error)}); download it again") from None
 
     def _damage(self, file: str, error: Exception) -> str:
@@ -194,3 +195,11 @@ class ModelFiles:
         with safe_open(path if path.exists() else hf_hub_download(self.path, weight.file), "pt") as opened:
             tensor: Tensor = opened.get_tensor(name)
         return tensor
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder of the hub's cache has all files of weights, so that the hub need not be asked."""
+    if not (folder / INDEX).exists():
+        return (folder / WEIGHTS).exists()
+    shards = json.loads((folder / INDEX).read_bytes()).get("weight_map", {}).values()
+    return all((folder / file).exists() for file in shards)

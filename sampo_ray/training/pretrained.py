@@ -56,6 +56,8 @@ OLD_BUFFERS = re.compile(
 """Names of masks and tables of positions that older releases saved, which a model computes by itself."""
 FURTHER_PREDICTION = re.compile(r"(^|\.)mtp[._]")
 """Names of layers that predict further tokens, for speculative decoding, and are no part of the model proper."""
+OTHER_HEADS = re.compile(r"^(lm_head|cls)\.|(^|\.)pooler\.")
+"""Names of heads that a sequence classifier may have from the model that it was made of, and does not use."""
 
 
 @dataclass(frozen=True)
@@ -222,8 +224,8 @@ def is_harmless(field: Field, config: PretrainedConfig, name: str) -> bool:
     layer = re.search(r"\blayers\.(\d+)\.", name)
     if layer and int(layer[1]) >= config.num_hidden_layers and getattr(config, "num_nextn_predict_layers", 0):
         return True
-    head = field == "reward.model" and name.startswith("lm_head.")  # of the language model that it was
-    return head or bool(OLD_BUFFERS.search(name) or FURTHER_PREDICTION.search(name))
+    known = [OLD_BUFFERS, FURTHER_PREDICTION, *([OTHER_HEADS] if field == "reward.model" else [])]
+    return any(each.search(name) for each in known)
 
 
 def is_part(config: PretrainedConfig, model: PreTrainedModel, found: Mapping[str, Weight]) -> bool:
