@@ -7,6 +7,7 @@ YARN = rope("yarn", factor=4.0, original_max_position_embeddings=32, mscale=0.7,
 
 PLAIN: tuple[Spec, ...] = (
     spec("Mixtral", "mixtral"),
+    spec("Mixtral, asked for router logits", "mixtral", output_router_logits=True),
     spec("Mixtral, window", "mixtral", sliding_window=16),
     spec("Mixtral, jitter as some train it", "mixtral", router_jitter_noise=0.1),
     spec("Qwen2 MoE", "qwen2_moe"),

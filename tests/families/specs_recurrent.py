@@ -20,6 +20,7 @@ QWEN4 = {
 
 RECURRENT: tuple[Spec, ...] = (
     spec("Mamba", "mamba", num_hidden_layers=2),
+    spec("Mamba, parallel scan", "mamba", use_mambapy=True),
     spec("Mamba, biases, untied", "mamba", use_bias=True, use_conv_bias=False, tie_word_embeddings=False),
     spec("Mamba 2", "mamba2", num_heads=8, head_dim=16, n_groups=2),
     spec(
