@@ -100,6 +100,11 @@ def largest_difference(ours: Sequence[Tensor], truth: Sequence[Tensor]) -> float
     return float(difference) if difference.isfinite() else math.inf
 
 
+def mean_difference(ours: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
+    """Over all tokens, of the absolute difference."""
+    return float((torch.cat(list(ours)).float() - torch.cat(list(truth)).float()).abs().mean())
+
+
 def largest_gradient_error(ours: dict[str, Tensor | None], truth: dict[str, Tensor | None]) -> tuple[float, str]:
     """Of |ours - truth| / |truth|, and its parameter; inf where one side has a gradient and the other has none.
 

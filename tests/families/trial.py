@@ -39,6 +39,7 @@ from tests.families.models import (
     is_causal,
     largest_difference,
     largest_gradient_error,
+    mean_difference,
     pairs,
     sequences,
     truth_of,
@@ -132,12 +133,7 @@ def try_model(result: Result, model: PreTrainedModel, folder: Path) -> None:
         if not result.lora:
             try_adapters(result, model, folder, data)
     with result.step("bf16"):
-        policy = load_policy(folder, gradient_checkpointing=True)
-        policy.train()
-        values = answers_of(policy, data)
-        weighted_sum(values).backward()
-        if not all(each.isfinite().all() for each in values):
-            result.faults.append("bf16: a log-prob is not finite")
+        try_bf16(result, folder, data, truth)
 
 
 def run_config(folder: Path, lora: LoraConfig | None = None) -> RunConfig:
@@ -194,6 +190,20 @@ def try_training(result: Result, folder: Path, data: list[Pair], truth: Truth) -
     result.gradients, worst = largest_gradient_error(gradients, truth.gradients)
     result.limit("log-probs", result.logprobs)
     result.limit(f"gradient of {worst}", result.gradients)
+
+
+def try_bf16(result: Result, folder: Path, data: list[Pair], truth: Truth) -> None:
+    """As a run loads it: no further from the fp32 truth than transformers' bf16 is."""
+    policy = load_policy(folder, gradient_checkpointing=True)
+    policy.train()
+    values = answers_of(policy, data)
+    weighted_sum(values).backward()
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        theirs = [answer_logprobs(plain, *each) for each in sequences(data)]
+    ours, allowed = (mean_difference(each, truth.logprobs) for each in (values, theirs))
+    if not ours <= 1.5 * allowed + 0.02:
+        result.faults.append(f"bf16: log-probs are {ours:.2f} from those in fp32, transformers' {allowed:.2f}")
 
 
 def weights_of(policy: Policy) -> Iterator[tuple[str, Tensor]]:
