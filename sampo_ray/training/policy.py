@@ -158,6 +158,17 @@ def load_policy(
     """
     model = load_model(path, IMPLEMENTATIONS[attention], tensors, change=without_noise)
     in_training_dtype(model)
+    return policy_on(model, gradient_checkpointing, lora, seed, attention).to(device)
+
+
+def policy_on(
+    model: PreTrainedModel,
+    gradient_checkpointing: bool | Literal["selective"] = False,
+    lora: LoraConfig | None = None,
+    seed: int = 0,
+    attention: Attention = "segments",
+) -> Policy:
+    """`load_policy` of a model that is loaded already, without noise and for this attention."""
     if attention == "flex":  # for rows, scoring and adapters; without a compiled kernel it makes matrices of all scores
         limit_recompilations(32)
     if gradient_checkpointing and model.supports_gradient_checkpointing:
@@ -169,7 +180,7 @@ def load_policy(
     if lora is not None:
         add_adapters(model, lora, seed)
     silence(model)
-    return Policy(model, attention).to(device)
+    return Policy(model, attention)
 
 
 def _checkpoint_policy(width: int, _: object, op: object, *operands: Tensor, **__: object) -> CheckpointPolicy:

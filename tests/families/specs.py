@@ -36,7 +36,7 @@ SIZES: Fields = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
     "index_head_dim": 16,
-    "index_n_heads": 2,
+    "index_n_heads": 16,
     "index_topk": 8,
     # linear attention and state spaces
     "linear_key_head_dim": 16,

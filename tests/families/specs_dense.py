@@ -73,7 +73,7 @@ LLAMA_LIKE: tuple[Spec, ...] = (
     spec("Mistral 0.2", "mistral", sliding_window=None),
     spec("Mistral 0.1", "mistral", sliding_window=16),
     spec("Mistral 0.1, window that nothing reaches", "mistral", sliding_window=128),
-    spec("Mistral, window of one token", "mistral", sliding_window=1),
+    spec("Mistral, window of two tokens", "mistral", sliding_window=2),
     spec("Mistral Nemo, head dimension", "mistral", sliding_window=None, head_dim=24, rope_parameters=rope(theta=1e6)),
     spec("Ministral", "ministral", sliding_window=16, layer_types=[LOCAL, FULL]),
     spec("Ministral, full", "ministral", layer_types=[FULL, FULL]),
