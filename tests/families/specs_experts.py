@@ -71,6 +71,7 @@ PLAIN: tuple[Spec, ...] = (
     spec(
         "MiniMax M3 text",
         "minimax_m3_vl_text",
+        index_n_heads=2,
         dense_intermediate_size=96,
         mlp_layer_types=["dense", "sparse"],
         index_block_size=8,
@@ -80,6 +81,7 @@ PLAIN: tuple[Spec, ...] = (
     spec(
         "MiniMax M3 text, sparse attention",
         "minimax_m3_vl_text",
+        index_n_heads=2,
         layer_types=[FULL, "minimax_m3_sparse"],
         dense_intermediate_size=96,
         mlp_layer_types=["dense", "sparse"],
