@@ -177,6 +177,7 @@ def policy_on(
             width = model.config.get_text_config().hidden_size
             settings["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_checkpoint_policy, width))
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+        model.disable_input_require_grads()  # not needed so, and some models add to their embeddings in place
     if lora is not None:
         add_adapters(model, lora, seed)
     silence(model)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGES
@@ -48,6 +49,30 @@ def randomise(model: PreTrainedModel) -> None:
     for name, buffer in model.named_buffers():
         if name in saved and buffer.is_floating_point():
             buffer.add_(torch.randn_like(buffer), alpha=0.2)
+
+
+@torch.no_grad()
+def plain_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Plain transformers' model of a folder, with the weights that are there: it sets some to others as it loads them
+    (Youtu's embedding of the padding token, a bias of Zaya's router).
+    """
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    files = tensors_in(folder)
+    for name, each in model.state_dict().items():
+        if name in files and files[name].shape == each.shape:
+            each.copy_(files[name])
+    return model
+
+
+def invented(folder: Path) -> set[str]:
+    """Weights that the model has and its files have not."""
+    _, found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    return set(found["missing_keys"])
+
+
+def tensors_in(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's safetensors."""
+    return {name: each for file in sorted(folder.glob("*.safetensors")) for name, each in load_file(file).items()}
 
 
 def pairs() -> list[Pair]:

@@ -143,6 +143,7 @@ LLAMA_LIKE: tuple[Spec, ...] = (
     spec("BitNet", "bitnet"),
     spec("DiffLlama", "diffllama", attention_bias=True),
     spec("Youtu", "youtu", tie_word_embeddings=True),
+    spec("Youtu, a padding token", "youtu", pad_token_id=0),
     spec("Youtu, untied", "youtu", tie_word_embeddings=False, attention_bias=True),
     spec("Nemotron", "nemotron", rope_parameters=rope(partial_rotary_factor=0.5)),
     spec("Nemotron, biases", "nemotron", attention_bias=True, mlp_bias=True),
