@@ -6,14 +6,32 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from tests.families.families import LEFT_OUT, SPECS, named
 from tests.families.trial import try_family
 
-ONE_OF_EACH_KIND = ("Llama 3.1", "Qwen2, tied", "Gemma", "OLMo 2", "GLM 4")
+ONE_OF_EACH_KIND = {
+    "Llama 3.1": "segments",
+    "Mistral 0.1": "segments",
+    "Gemma 2": "segments",
+    "gpt-oss": "segments",
+    "Llama 4 text": "segments",
+    "Cohere 2": "segments",
+    "Phi": "segments",
+    "Pythia": "segments",
+    "DeepSeek V3": "segments",
+    "Mixtral": "segments",
+    "GPT-2": "segments",
+    "Qwen3.5": "own",
+    "Mamba 2": "own",
+    "Falcon RW": "own",
+}
+"""Families and how their attention is computed: rotary, windows, caps, sinks, chunks, a scale and a bias of the head,
+another name of it, latent keys and buffers, experts, learned positions, linear attention, a state space, ALiBi.
+"""
 
 
-@pytest.mark.parametrize("family", ONE_OF_EACH_KIND)
-def test_a_family_trains_exports_and_adapts_as_transformers_computes_it(family: str) -> None:
-    (spec,) = named([family])
+@pytest.mark.parametrize(("family", "way"), ONE_OF_EACH_KIND.items())
+def test_a_family_trains_exports_and_adapts_as_transformers_computes_it(family: str, way: str) -> None:
+    (spec,) = (spec for spec in named([family]) if spec.family == family)
     result = try_family(spec)
-    assert (result.verdict, result.faults, result.refusal) == ("exact", [], "")
+    assert (result.faults, result.refusal, result.way) == ([], "", way)
 
 
 def test_every_type_that_generates_text_is_tried_or_left_out_with_a_reason() -> None:

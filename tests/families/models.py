@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGES
 
 from sampo_ray.training.batching import Pair
@@ -48,15 +48,18 @@ def randomise(model: PreTrainedModel) -> None:
     saved = model.state_dict().keys()
     for name, buffer in model.named_buffers():
         if name in saved and buffer.is_floating_point():
-            buffer.add_(torch.randn_like(buffer), alpha=0.2)
+            noise = torch.randn_like(buffer)
+            buffer.add_(noise * buffer if buffer.any() else noise, alpha=0.2)  # zeros may stand for what is not seen
 
 
 @torch.no_grad()
 def plain_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Plain transformers' model of a folder, with the weights that are there: it sets some to others as it loads them
-    (Youtu's embedding of the padding token, a bias of Zaya's router).
+    (Youtu's embedding of the padding token, a bias of Zaya's router). Scores are capped, which its default leaves out.
     """
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    text = AutoConfig.from_pretrained(folder).get_text_config()
+    settings = {"attn_implementation": "eager"} if getattr(text, "attn_logit_softcapping", None) else {}
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **settings)
     files = tensors_in(folder)
     for name, each in model.state_dict().items():
         if name in files and files[name].shape == each.shape:

@@ -92,11 +92,8 @@ class Result:
             self.faults.append(f"{name}: {error:.1e}")
 
 
-def try_family(spec: Spec, way: Attention | None = None) -> Result:
-    """Its trial, in a folder that is gone afterwards; `way`: as if a user asked for that attention.
-
-    Raises only where the specification itself is wrong.
-    """
+def try_family(spec: Spec) -> Result:
+    """Its trial, in a folder that is gone afterwards. Raises only where the specification itself is wrong."""
     result = Result(spec)
     with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -106,14 +103,13 @@ def try_family(spec: Spec, way: Attention | None = None) -> Result:
         model, missing = plain_model(folder), invented(folder)
         result.architecture = type(model).__name__
         with result.step("validation"):
-            result.refusal = refusal_of(run_config(folder, way), folder)
-        if not result.refusal and not result.faults:
-            if missing:
+            config = validated(result, folder)
+            if config and missing:
                 result.faults.append(f"accepted, though transformers invents {len(missing)} tensors, as {min(missing)}")
-            elif not is_causal(model):
+            elif config and not is_causal(model):
                 result.faults.append("accepted, though its tokens see those after them")
-            else:
-                Trial(result, model, folder, way).run()
+            elif config:
+                Trial(result, model, folder, config.model.computed).run()
         del model
     gc.collect()
     return result
@@ -133,29 +129,38 @@ def run_config(folder: Path, way: Attention | None = None, lora: LoraConfig | No
     return RunConfig.model_validate(tree)
 
 
-def refusal_of(config: RunConfig, folder: Path) -> str:
-    """The message with which validation refuses the model; empty if it does not."""
+def validated(result: Result, folder: Path) -> RunConfig | None:
+    """What validation makes of a run's configuration; None, and the message in the result, if it refuses the model."""
+    try:
+        return check(run_config(folder))[0]
+    except ConfigError as error:
+        result.refusal = str(error).replace(str(folder), "...")
+        return None
+
+
+def is_refused(config: RunConfig) -> bool:
+    """Whether validation refuses it."""
     try:
         check(config)
-    except ConfigError as error:
-        return str(error).replace(str(folder), "...")
-    return ""
+    except ConfigError:
+        return True
+    return False
 
 
 class Trial:
     """The trial of an accepted model: what plain transformers computes with it, and what the product does."""
 
-    def __init__(self, result: Result, model: PreTrainedModel, folder: Path, way: Attention | None) -> None:
-        self.result, self.model, self.folder = result, model, folder
-        self.config = run_config(folder, way)
+    def __init__(self, result: Result, model: PreTrainedModel, folder: Path, way: Attention) -> None:
+        self.result, self.model, self.folder, self.way = result, model, folder, way
         self.pairs, self.answers = pairs(), sequences(pairs())
         self.truth = truth_of(model, self.pairs)
 
     def run(self) -> None:
         """All of it; what is raised in one part leaves the others."""
-        self.result.way = self.config.model.computed
+        self.result.way = self.way
         for name, part in (
             ("training", self.training),
+            ("the other attention", self.other_way),
             ("bf16", self.bf16),
             ("export", self.export),
             ("LoRA", self.adapters),
@@ -165,10 +170,9 @@ class Trial:
 
     def policy(self, dtype: torch.dtype = torch.float32, lora: LoraConfig | None = None) -> Policy:
         """The product's policy, with gradient checkpointing."""
-        way = self.config.model.computed
-        model = load_model(self.folder, IMPLEMENTATIONS[way], dtype=dtype, change=without_noise)
+        model = load_model(self.folder, IMPLEMENTATIONS[self.way], dtype=dtype, change=without_noise)
         in_training_dtype(model, dtype)
-        return policy_on(model, True, lora, seed=1, attention=way)
+        return policy_on(model, True, lora, seed=1, attention=self.way)
 
     def trained(self, policy: Policy) -> list[Tensor]:
         """Log-probs of each answer's tokens, all pairs in one row; their gradients are in the policy afterwards."""
@@ -179,16 +183,28 @@ class Trial:
         return [each.detach() for each in values]
 
     def training(self) -> None:
-        """Log-probs of planned rows, without gradients, and of one row of all pairs, with them, against the truth."""
-        policy, result = self.policy(), self.result
-        scored = score_pairs(policy.eval(), self.pairs, self.config.row_budget)
+        """Training as the product chooses by itself."""
+        self.result.logprobs, self.result.gradients = self.errors()
+
+    def other_way(self) -> None:
+        """Training with the attention that it does not choose, if it is accepted when asked for by name."""
+        chosen, self.way = self.way, "segments" if self.way == "own" else "own"
+        if not is_refused(run_config(self.folder, self.way)):
+            self.errors()
+        self.way = chosen
+
+    def errors(self) -> tuple[float, float]:
+        """Of log-probs and gradients: planned rows without gradients, and one row of all pairs, against the truth."""
+        policy, budget = self.policy(), run_config(self.folder, self.way).row_budget
+        scored = score_pairs(policy.eval(), self.pairs, budget)
         planned = [torch.from_numpy(each) for pair in scored for each in (pair.chosen_ref, pair.rejected_ref)]
         values = self.trained(policy)
-        result.logprobs = max(largest_difference(each, self.truth.logprobs) for each in (planned, values))
+        logprobs = max(largest_difference(each, self.truth.logprobs) for each in (planned, values))
         gradients = {name: each.grad for name, each in policy.model.named_parameters()}
-        result.gradients, worst = largest_gradient_error(gradients, self.truth.gradients)
-        result.limit("log-probs", result.logprobs)
-        result.limit(f"gradient of {worst}", result.gradients)
+        error, worst = largest_gradient_error(gradients, self.truth.gradients)
+        self.result.limit(f"{self.way}: log-probs", logprobs)
+        self.result.limit(f"{self.way}: gradient of {worst}", error)
+        return logprobs, error
 
     def bf16(self) -> None:
         """As a run loads it: no further from the fp32 truth than transformers' bf16 is, if that works."""
@@ -228,8 +244,8 @@ class Trial:
     def adapters(self) -> None:
         """All-linear adapters: each has a gradient, and the model that they are merged into is the adapted one."""
         result = self.result
-        if refused := refusal_of(run_config(self.folder, self.config.model.attention, LORA), self.folder):
-            result.lora = f"refused: {refused}"
+        if is_refused(run_config(self.folder, lora=LORA)):
+            result.lora = "refused"
             return
         policy = self.policy(lora=LORA)
         adapters = {name: each for name, each in policy.named_parameters() if each.requires_grad}
