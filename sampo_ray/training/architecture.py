@@ -39,7 +39,7 @@ ENCODERS = frozenset(
 )
 """Types of models that see later tokens unless their `is_decoder` is true."""
 
-BIDIRECTIONAL = frozenset({"xlm", "xlnet"})
+BIDIRECTIONAL = frozenset({"cpmant", "reformer", "xlm", "xlnet"})
 """Types of models that see later tokens."""
 
 ROW_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig
 
-NOISE = ("drop", "jitter")
+DROPOUT = ("drop",)
+NOISE = (*DROPOUT, "jitter")
 """What names of probabilities and amplitudes of noise hold, in configurations as in modules."""
 OTHER_HEADS = ("classifier_", "summary_")
 """How names begin that belong to heads which a causal language model does not have."""
@@ -25,10 +26,14 @@ def noise_in(config: PretrainedConfig) -> dict[str, float]:
 
 
 def without_noise(config: PretrainedConfig) -> PretrainedConfig:
-    """A copy with all dropout and jitter at 0, for a model that gives the same result in training as else."""
+    """A copy with all dropout at 0, for a model that gives the same result in training as else.
+
+    Jitter stays: modules add it only if they are told that they are trained, which `Policy.train` does not do, and
+    PhiMoE's router compares scores with it at all times.
+    """
     config = copy.deepcopy(config)
     for _, section in _sections(config):
-        for name in _noisy(section if isinstance(section, dict) else vars(section)):
+        for name in _noisy(section if isinstance(section, dict) else vars(section), DROPOUT):
             if isinstance(section, dict):
                 section[name] = 0.0
             else:
@@ -39,9 +44,9 @@ def without_noise(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def silence(model: nn.Module) -> None:
-    """Sets to 0 what of its noise a model's modules hold by other names than their configuration does."""
+    """Sets to 0 what dropout a model's modules hold by other names than their configuration does."""
     for module in model.modules():
-        for name in _noisy(vars(module)):
+        for name in _noisy(vars(module), DROPOUT):
             setattr(module, name, 0.0)
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -57,10 +62,10 @@ def _sections(config: PretrainedConfig) -> Iterator[tuple[str, PretrainedConfig 
             yield f"{name}.", value
 
 
-def _noisy(values: dict[str, Any]) -> list[str]:
+def _noisy(values: dict[str, Any], kinds: tuple[str, ...] = NOISE) -> list[str]:
     return [
         name
         for name, value in values.items()
         if isinstance(value, float) and value > 0
-        if any(each in name for each in NOISE) and not name.startswith(OTHER_HEADS)
+        if any(each in name for each in kinds) and not name.startswith(OTHER_HEADS)
     ]

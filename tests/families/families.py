@@ -30,6 +30,8 @@ LEFT_OUT: dict[str, str] = {
 
 
 def named(names: Iterable[str]) -> tuple[Spec, ...]:
-    """The variants of these families or types; all for none."""
+    """The variants with these names or of these types; all for none."""
     wanted = set(names)
-    return tuple(spec for spec in SPECS if not wanted or wanted & {spec.family, spec.model_type})
+    found = tuple(spec for spec in SPECS if not wanted or spec.family in wanted)
+    types = wanted - {spec.family for spec in found}
+    return tuple(spec for spec in SPECS if spec in found or spec.model_type in types)
