@@ -44,6 +44,7 @@ def test_models_that_are_exact_in_rows_of_pairs_are_computed_so(kind):
         ("Bloom", {}, "BloomForCausalLM is not computed in rows of pairs"),
         ("Lfm2", {"layer_types": ["conv", "full_attention"]}, "it has layers of conv"),
         ("Doge", {}, "doge models were not compared"),
+        ("Llama4Text", {"num_local_experts": 4}, "attn_temperature_tuning counts a row's tokens"),
     ],
 )
 def test_others_are_computed_as_transformers_does_which_is_said(kind, fields, reason):

@@ -63,9 +63,12 @@ def not_in_rows(model: PreTrainedModel) -> str | None:
     """What of a model's attention cannot be computed in rows of pairs, as far as its configuration says; or None."""
     if not model.is_backend_compatible():
         return "it has an attention of its own"
-    layers = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    config = model.config.get_text_config()
+    layers = getattr(config, "layer_types", None) or ()
     if kinds := set(layers) - ROW_LAYERS:
         return f"it has layers of {' and '.join(sorted(kinds))}"
+    if getattr(config, "attn_temperature_tuning", False):  # Llama-4's
+        return "attn_temperature_tuning counts a row's tokens, not those of a sequence"
     return None
 
 
