@@ -26,7 +26,7 @@ class LoraConfig(Section):
 
 class ModelConfig(Section):
     path: str
-    """Hugging Face folder or hub name of the model to start from."""
+    """Hugging Face folder or hub name of the model to start from: safetensors, not quantised."""
     template: Literal["llama3-sampo", "llama3", "tokenizer"] = "llama3-sampo"
     """Prompt format: the card's, Meta's, or the one the tokenizer brings."""
     lora: LoraConfig | None = None
