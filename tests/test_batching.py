@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sampo_ray.config.rows import RowBudget
-from sampo_ray.training.batching import ROW_MULTIPLE, assemble, lengths_of, plan_round, plan_rows, steps_in_round
+from sampo_ray.training.batching import (
+    ROW_MULTIPLE,
+    assemble,
+    lengths_of,
+    plan_round,
+    plan_rows,
+    predecessors,
+    steps_in_round,
+)
 from tests.conftest import random_pairs
 
 budgets = st.builds(RowBudget, st.integers(1, 16), st.integers(16, 400), st.integers(1, 4))
@@ -74,6 +82,7 @@ def test_a_row_lays_pairs_end_to_end_each_prompt_once_and_each_token_where_its_t
     pairs = random_pairs(count, seed, prompts=prompts)
     row = assemble(pairs)
     tokens, positions = row.tokens.tolist(), row.positions.tolist()
+    before = predecessors(row.segments, len(tokens)).tolist()
     assert len(tokens) % ROW_MULTIPLE == 0
     assert lengths_of(pairs).tolist() == [[s.prompt, s.chosen, s.rejected] for s in row.segments]
     used = 0
@@ -83,12 +92,9 @@ def test_a_row_lays_pairs_end_to_end_each_prompt_once_and_each_token_where_its_t
         prompt = slice(at.prompt_start, at.prompt_start + at.prompt)
         assert (tokens[prompt], positions[prompt]) == (pair.prompt.tolist(), list(range(at.prompt)))
         assert tokens[at.chosen_start : at.end] == [*pair.chosen, *pair.rejected]
-        for start, length, states in (
-            (at.chosen_start, at.chosen, at.chosen_states),
-            (at.rejected_start, at.rejected, at.rejected_states),
-        ):
+        for start, length in ((at.chosen_start, at.chosen), (at.rejected_start, at.rejected)):
             assert positions[start : start + length] == list(range(at.prompt, at.prompt + length))
-            assert states(np.arange(length)).tolist() == [prompt.stop - 1, *range(start, start + length - 1)]
+            assert before[start : start + length] == [prompt.stop - 1, *range(start, start + length - 1)]
     assert used == row.segments[-1].end and not any(tokens[used:])
     distinct = {tuple(pair.prompt) for pair in pairs}
     assert sum(not at.shares_prompt for at in row.segments) == len(distinct)

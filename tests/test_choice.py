@@ -79,6 +79,11 @@ def test_what_cannot_be_trained_is_refused_with_what_fails(kind, fields, words):
         choose(small(kind, **fields))
 
 
+def test_a_configuration_without_a_language_models_sizes_is_refused():
+    with pytest.raises(ConfigError, match="model.path: BltForCausalLM has no hidden_size"):
+        choose(transformers.BltConfig())
+
+
 def test_dropout_and_jitter_as_shipped_are_not_trained_with_which_is_said():
     [note] = choose(small("GPT2", n_embd=64, n_head=4, n_layer=2))[1]
     assert "GPT2LMHeadModel is trained without the noise of its config.json" in note and "resid_pdrop=0.1" in note

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from sampo_ray.config.rows import RowBudget
-from sampo_ray.training.batching import Pair, assemble, padded_tokens, plan_rows, split
-from sampo_ray.training.noise import silence
+from sampo_ray.training.batching import Pair, assemble, padded_tokens, plan_rows, predecessors, split
+from sampo_ray.training.noise import noise_in, silence, without_noise
 from sampo_ray.training.policy import Policy, every_token, pair_logprobs
 from sampo_ray.training.sequences import Sequences
 
@@ -133,8 +133,9 @@ def test_each_answer_is_in_a_batch_once_behind_its_prompt(lengths):
     for whole in expected:
         assert any(line[: len(whole)] == whole and set(line[len(whole) :]) <= {whole[-1]} for line in found)
     flat = torch.cat([batch.flatten() for batch in sequences.batches])
-    used = row.segments[-1].end
-    assert torch.equal(flat[sequences.places[:used]], torch.arange(used))
+    answers = torch.cat([torch.arange(pair.chosen_start, pair.end) for pair in row.segments])
+    assert torch.equal(flat[sequences.before[answers]], predecessors(row.segments, len(row.tokens))[answers])
+    assert torch.equal(flat[sequences.before[answers] + 1], answers), "each from its own sequence"
 
 
 @given(lengths, st.integers(1, 3), st.integers(30, 200))
@@ -149,3 +150,43 @@ def test_rows_of_padded_answers_hold_each_pair_once_and_stay_within_their_tokens
 def test_frequencies_that_go_by_the_longest_sequence_are_those_of_each_alone():
     assert split(np.array([90, 80, 30, 20]), None) == 2
     assert split(np.array([90, 80, 79, 20]), 79) == 2
+    factors = {"long_factor": [4.0] * 8, "short_factor": [1.0] * 8, "original_max_position_embeddings": 32}
+    model = model_of("llama", rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0, **factors})
+    pairs = random_pairs(6, longest=40, seed=5)
+    assert {len(pair.prompt) + len(pair.chosen) > 32 for pair in pairs} == {False, True}
+    expected = by_sequence(model.eval(), pairs)
+    torch.testing.assert_close(by_rows(Policy(model, "own"), pairs), expected, rtol=0, atol=1e-4)
+
+
+NOISY: dict[str, dict[str, Any]] = {
+    "gpt2": {**GPT_SIZES, "resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5},
+    "opt": {"word_embed_proj_dim": 48, "ffn_dim": 64, "dropout": 0.5, "layerdrop": 0.5, "attention_dropout": 0.5},
+    "xglm": {**FAMILIES["xglm"], "dropout": 0.5, "activation_dropout": 0.5, "layerdrop": 0.5},
+    "seed_oss": {"attention_dropout": 0.5, "residual_dropout": 0.5},
+    "phimoe": {"num_local_experts": 4, "router_jitter_noise": 0.5, "input_jitter_noise": 0.5},
+    "mixtral": {"num_local_experts": 4, "router_jitter_noise": 0.5, "attention_dropout": 0.5},
+    "bloom": {**FAMILIES["bloom"], "hidden_dropout": 0.5, "attention_dropout": 0.5},
+    "gpt_neox": {"hidden_dropout": 0.5, "attention_dropout": 0.5},
+    "biogpt": {"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5, "layerdrop": 0.5},
+}
+
+
+@pytest.mark.parametrize("kind", NOISY)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_has_none_of_the_noise_that_a_model_comes_with(kind, checkpointing):
+    config, fields = CONFIG_MAPPING[kind], {**(GPT_SIZES if "n_embd" in NOISY[kind] else SIZES), **NOISY[kind]}
+    model = AutoModelForCausalLM.from_config(config(**fields), dtype=torch.float32)  # its noise is as it comes
+    pairs = random_pairs(3, longest=20)
+    expected = by_sequence(model.eval(), pairs)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    silence(model)
+    found = by_rows(Policy(model, "own").train(), pairs)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_the_noise_of_a_configuration_and_its_sections_is_found_and_left_out():
+    config = CONFIG_MAPPING["dbrx"](resid_pdrop=0.1, attn_config={"attn_pdrop": 0.2})
+    assert noise_in(config) == {"resid_pdrop": 0.1, "attn_config.attn_pdrop": 0.2}
+    assert noise_in(without_noise(config)) == {} and config.resid_pdrop == 0.1, "what is published keeps it"
+    assert without_noise(CONFIG_MAPPING["rwkv"]()).rescale_every == 0

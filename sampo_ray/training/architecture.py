@@ -42,6 +42,9 @@ ENCODERS = frozenset(
 BIDIRECTIONAL = frozenset({"cpmant", "reformer", "xlm", "xlnet"})
 """Types of models that see later tokens."""
 
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
+"""Fields of every configuration that is supported, by these names or others that transformers knows."""
+
 ROW_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """Kinds of layers, as configurations name them, whose attention is computed in rows of pairs."""
 
@@ -49,6 +52,8 @@ ROW_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attentio
 def check_architecture(model: PreTrainedModel, kind: Attention = "segments") -> None:
     """ConfigError for a model whose head or attention would be computed wrongly; it may be on the meta device."""
     name, config = type(model).__name__, model.config.get_text_config()
+    if missing := [field for field in SIZES if getattr(config, field, None) is None]:
+        raise ConfigError(f"model.path: {name} has no {missing[0]}, as language models have; choose another model")
     head_of(model)
     encoder = config.model_type in ENCODERS and not config.is_decoder
     both_ways = getattr(config, "use_bidirectional_attention", None) in (True, "all")

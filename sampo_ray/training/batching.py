@@ -182,18 +182,6 @@ class Segments:
     def end(self) -> int:
         return self.rejected_start + self.rejected
 
-    def chosen_states(self, tokens: Int64[np.ndarray, " kept"]) -> Int64[np.ndarray, " kept"]:
-        """Row positions of the hidden states that predict the given tokens of the chosen response."""
-        return self._states(self.chosen_start, tokens)
-
-    def rejected_states(self, tokens: Int64[np.ndarray, " kept"]) -> Int64[np.ndarray, " kept"]:
-        """As `chosen_states`, of the rejected response."""
-        return self._states(self.rejected_start, tokens)
-
-    def _states(self, start: int, tokens: Int64[np.ndarray, " kept"]) -> Int64[np.ndarray, " kept"]:
-        # The first token of both is predicted by the last one of the prompt.
-        return np.where(tokens == 0, self.prompt_start + self.prompt - 1, start - 1 + tokens)
-
 
 @dataclass(frozen=True)
 class Row:
@@ -234,3 +222,11 @@ def lengths_of(pairs: Sequence[Pair]) -> Lengths:
     """[pairs, 3] token counts."""
     counts = [(len(pair.prompt), len(pair.chosen), len(pair.rejected)) for pair in pairs]
     return np.array(counts, np.int64).reshape(-1, 3)
+
+
+def predecessors(segments: tuple[Segments, ...], tokens: int) -> Int64[Tensor, " tokens"]:
+    """Of each token of a row the position of the one before it in its text: of an answer's first, its prompt's last."""
+    before = np.arange(-1, tokens)
+    for pair in segments:
+        before[[pair.chosen_start, pair.rejected_start]] = pair.prompt_start + pair.prompt - 1
+    return torch.from_numpy(before[:tokens].clip(0))

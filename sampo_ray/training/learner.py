@@ -124,10 +124,10 @@ class Learner:
             gc.collect()  # frees the old one, which is in reference cycles, before the next is loaded
             self._reference = reference().distributions
 
-    def _without_adapters(self, row: Row, states: Tensor) -> Distributions:
+    def _without_adapters(self, row: Row, predicted: Tensor) -> Distributions:
         self._engine.eval()
         with without_adapters(self.policy.model):
-            distributions = self.policy.distributions(row, states)
+            distributions = self.policy.distributions(row, predicted)
         self._engine.train()
         return distributions
 

@@ -19,7 +19,7 @@ from sampo_ray.internals.torch import limit_recompilations
 from sampo_ray.training import cpu
 from sampo_ray.training.architecture import IMPLEMENTATIONS, check_architecture, longrope_boundary
 from sampo_ray.training.attention import over_row
-from sampo_ray.training.batching import Pair, Row, Segments, assemble, lengths_of, plan_rows
+from sampo_ray.training.batching import Pair, Row, Segments, assemble, lengths_of, plan_rows, predecessors
 from sampo_ray.training.head import TiledHead, decoder_of
 from sampo_ray.training.loading import in_training_dtype, load_model
 from sampo_ray.training.logprobs import Distributions
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 Reference: TypeAlias = "Callable[[Row, Tensor], Distributions]"
-"""A reference in the policy's process: from (row, [selected] positions of states) to its distributions there."""
+"""A reference in the policy's process: from (row, [selected] positions of tokens) to its distributions over them."""
 
 PairValues: TypeAlias = "tuple[list[Float[Tensor, ' kept_w']], list[Float[Tensor, ' kept_l']]]"
 """Values at the selected tokens of each pair of a row, chosen and rejected, fp32."""
@@ -92,15 +92,14 @@ class Policy(nn.Module):
         tokens: Int64[Tensor, " tokens"],
         positions: Int64[Tensor, " tokens"],
         segments: tuple[Segments, ...],
-        states: Int64[Tensor, " selected"],
-        targets: Int64[Tensor, " selected"],
+        predicted: Int64[Tensor, " selected"],
         reference: Distributions | None = None,
     ) -> Float[Tensor, " selected"] | Float[Tensor, "3 selected"]:
-        """Log-probabilities, fp32 nats, of `targets` given the hidden states at row positions `states`; with the
-        distributions of a `reference` there, its log-probabilities come second, and KL(reference || policy) third.
+        """Log-probabilities, fp32 nats, of the tokens at row positions `predicted`; with the distributions of a
+        `reference` over them, its log-probabilities come second, and KL(reference || policy) third.
         """
-        hidden = self.hidden(tokens, positions, segments, states)
-        logprobs: Tensor = self.head(hidden, targets, reference)
+        hidden = self.hidden(tokens, positions, segments, predicted)
+        logprobs: Tensor = self.head(hidden, tokens[predicted], reference)
         return logprobs
 
     def hidden(
@@ -108,11 +107,13 @@ class Policy(nn.Module):
         tokens: Int64[Tensor, " tokens"],
         positions: Int64[Tensor, " tokens"],
         segments: tuple[Segments, ...],
-        states: Int64[Tensor, " selected"],
+        predicted: Int64[Tensor, " selected"],
     ) -> Float[Tensor, "selected dim"]:
-        """What the head is given at row positions `states`: the last hidden states, for most models."""
+        """What the head predicts the tokens at row positions `predicted` from: the last hidden states of the tokens
+        before them, for most models.
+        """
         if self.attention == "own":
-            return self._hidden_of_sequences(tokens, segments, states)
+            return self._hidden_of_sequences(tokens, segments, predicted)
         decoder = decoder_of(self.model)
         with over_row(segments, tokens.device):
             output = decoder(
@@ -123,9 +124,10 @@ class Policy(nn.Module):
                 use_cache=False,
             )
         hidden: Tensor = output.last_hidden_state[0]
-        return self.head.inputs(hidden[states])
+        before = predecessors(segments, len(tokens)).to(tokens.device)
+        return self.head.inputs(hidden[before[predicted]])
 
-    def _hidden_of_sequences(self, tokens: Tensor, segments: tuple[Segments, ...], states: Tensor) -> Tensor:
+    def _hidden_of_sequences(self, tokens: Tensor, segments: tuple[Segments, ...], predicted: Tensor) -> Tensor:
         """`hidden`, computed by the model's own attention. It needs no mask: a causal model does not see the padding
         on the right.
         """
@@ -133,12 +135,12 @@ class Policy(nn.Module):
         decoder = decoder_of(self.model)
         outputs = [decoder(input_ids=tokens[batch], use_cache=False) for batch in sequences.batches]
         hidden = torch.cat([output.last_hidden_state.flatten(0, 1) for output in outputs])
-        return self.head.inputs(hidden[sequences.places[states]])
+        return self.head.inputs(hidden[sequences.before[predicted]])
 
     @torch.no_grad()
-    def distributions(self, row: Row, states: Int64[Tensor, " selected"]) -> Distributions:
-        """This policy's distributions over the next token at positions `states` of a row (a `Reference`)."""
-        return self.head.distributions(self.hidden(row.tokens, row.positions, row.segments, states))
+    def distributions(self, row: Row, predicted: Int64[Tensor, " selected"]) -> Distributions:
+        """This policy's distributions over the tokens at positions `predicted` of a row (a `Reference`)."""
+        return self.head.distributions(self.hidden(row.tokens, row.positions, row.segments, predicted))
 
 
 def load_policy(
@@ -198,29 +200,27 @@ def pair_logprobs(policy: nn.Module, row: Row, positions: list[Positions]) -> Pa
 def _selected_logprobs(
     policy: nn.Module, row: Row, positions: list[Positions]
 ) -> tuple[Float[Tensor, " selected"], list[int]]:
-    states, targets, counts = _states_and_targets(row, positions)
-    return policy(row.tokens, row.positions, row.segments, states, targets), counts
+    predicted, counts = _predicted(row, positions)
+    return policy(row.tokens, row.positions, row.segments, predicted), counts
 
 
 def pair_divergences(
     policy: nn.Module, reference: Reference, row: Row, positions: list[Positions]
 ) -> tuple[PairValues, PairValues, PairValues]:
     """Log-probabilities under the policy and under the reference, and KL(reference || policy); see `pair_logprobs`."""
-    states, targets, counts = _states_and_targets(row, positions)
-    compared = policy(row.tokens, row.positions, row.segments, states, targets, reference(row, states))
+    predicted, counts = _predicted(row, positions)
+    compared = policy(row.tokens, row.positions, row.segments, predicted, reference(row, predicted))
     logprobs, reference_logprobs, divergences = (_by_pair(values, counts) for values in compared)
     return logprobs, reference_logprobs, divergences
 
 
-def _states_and_targets(row: Row, positions: list[Positions]) -> tuple[Tensor, Tensor, list[int]]:
-    """Row positions of the states that predict the selected tokens, those tokens, and how many each response has."""
-    states, tokens, counts = [], [], []
+def _predicted(row: Row, positions: list[Positions]) -> tuple[Int64[Tensor, " selected"], list[int]]:
+    """Row positions of the selected tokens, and how many each response has."""
+    tokens, counts = [], []
     for pair, selected in zip(row.segments, positions, strict=True):
-        states += [pair.chosen_states(selected.chosen), pair.rejected_states(selected.rejected)]
         tokens += [pair.chosen_start + selected.chosen, pair.rejected_start + selected.rejected]
         counts += [len(selected.chosen), len(selected.rejected)]
-    where, what = (torch.from_numpy(np.concatenate(x)).to(row.tokens.device) for x in (states, tokens))
-    return where, row.tokens[what], counts
+    return torch.from_numpy(np.concatenate(tokens)).to(row.tokens.device), counts
 
 
 def _by_pair(values: Tensor, counts: list[int]) -> PairValues:

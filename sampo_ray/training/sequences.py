@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 class Sequences:
     """Each answer of a row behind its prompt, as row positions, in two batches padded on the right.
 
-    `places`: of each row position its first copy in the batches, as if these were one list of tokens; 0 for the row's
-    own padding. A causal model computes the same at all copies.
+    `before`: of each row position the place of the token before it, in the batches as one list of tokens: of an answer,
+    in its own sequence; of a prompt, in the first that has it.
     """
 
     batches: tuple[Int64[Tensor, "longer longest"], Int64[Tensor, "shorter longest"]]
-    places: Int64[Tensor, " tokens"]
+    before: Int64[Tensor, " tokens"]
 
     @classmethod
     def of(cls, segments: tuple[Segments, ...], tokens: int, boundary: int | None = None) -> Sequences:
@@ -37,21 +37,21 @@ class Sequences:
         answers = [_positions(pair, *answer) for pair in segments for answer in _answers(pair)]
         answers.sort(key=len, reverse=True)
         at = split(np.array([len(answer) for answer in answers]), boundary)
-        places, batches, start = np.full(tokens, -1), list[Tensor](), 0
+        before, batches, start = np.full(tokens, -1), list[Tensor](), 0
         for part in (answers[:at], answers[at:]):
             longest = len(part[0])
             # Filled with a token of its own: a padding token might mean something to the model.
             batch = np.stack([np.pad(answer, (0, longest - len(answer)), mode="edge") for answer in part])
             for index, answer in enumerate(part):
-                new = answer[places[answer] < 0]
-                places[new] = start + index * longest + np.flatnonzero(places[answer] < 0)
+                new = before[answer] < 0
+                before[answer[new]] = start + index * longest + (np.flatnonzero(new) - 1).clip(0)
             start += batch.size
             batches.append(torch.from_numpy(batch))
-        return cls((batches[0], batches[1]), torch.from_numpy(np.maximum(places, 0)))
+        return cls((batches[0], batches[1]), torch.from_numpy(before.clip(0)))
 
     def to(self, device: torch.device | str) -> Sequences:
         longer, shorter = self.batches
-        return Sequences((longer.to(device), shorter.to(device)), self.places.to(device))
+        return Sequences((longer.to(device), shorter.to(device)), self.before.to(device))
 
 
 def _answers(pair: Segments) -> tuple[tuple[int, int], tuple[int, int]]:
