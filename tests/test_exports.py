@@ -16,9 +16,11 @@ from torch import Tensor
 
 from sampo_ray.actors.ranks.exchange import RoundSpec
 from sampo_ray.actors.ranks.trainer import Rank
+from sampo_ray.actors.weights.publish import NewVersion
 from sampo_ray.config.run import RunConfig, load_config
-from sampo_ray.errors import TrainingError
+from sampo_ray.errors import OverflowingWeightsError, TrainingError
 from sampo_ray.loop import stages
+from sampo_ray.loop.fleet import _publish_base
 from sampo_ray.loop.rounds import Round
 from sampo_ray.loop.validate import decided
 from sampo_ray.run.directory import Run, create_run, open_run
@@ -99,3 +101,13 @@ def test_exports_are_in_bfloat16_where_the_models_files_are_and_nothing_else_is_
     assert decided(config).run.export_dtype == meant
     for dtype in ("float16", "bfloat16"):
         assert decided(in_dtype(config, dtype)).run.export_dtype == dtype
+
+
+def test_a_run_whose_model_does_not_fit_into_float16_ends_at_its_start(run: Run, tmp_path: Path) -> None:
+    model = small_model("llama", tmp_path / "large")
+    model.lm_head.weight.data[1, 2] = 7e4
+    model.save_pretrained(tmp_path / "large")
+    publish = _publish_base._function  # without Ray
+    new = NewVersion(run.id, run.versions, VersionInfo(version=0, round=0, step=0))
+    with pytest.raises(OverflowingWeightsError, match=r"float16 cannot hold 1 of .* in model\.embed_tokens\.weight\)"):
+        publish(str(tmp_path / "large"), run.place.at("tokenizer"), None, new, "float16")

@@ -441,6 +441,27 @@ def test_transformers_turns_conversions_back_by_the_names_and_functions_that_are
     assert uses == inspect.getsource(core_model_loading).count('kwargs["model"].get_parameter(') == 1, theirs
 
 
+def test_transformers_initialises_module_by_module_and_plans_data_types_by_name() -> None:
+    from transformers import PreTrainedModel, core_model_loading
+
+    theirs = found("transformers", "5.19.0")
+    initialise = inspect.signature(PreTrainedModel._initialize_weights)
+    assert list(initialise.parameters) == ["self", "module", "is_custom_code"], theirs
+    assert "param_value._is_hf_initialized = True" in inspect.getsource(core_model_loading.set_param_for_module), theirs
+    assert "self._initialize_weights" in inspect.getsource(PreTrainedModel.initialize_weights), theirs
+    assert list(inspect.signature(PreTrainedModel._get_dtype_plan).parameters) == ["self", "dtype"], theirs
+    load = inspect.getsource(core_model_loading.convert_and_load_state_dict_in_model)
+    assert "build_glob_alternation(list(dtype_plan.keys()))" in load and ".search(renamed_key)" in load, theirs
+
+
+def test_vllm_packs_experts_on_cpus_only_with_the_kernel_that_it_makes_once() -> None:
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    setup = inspect.getsource(UnquantizedFusedMoEMethod._setup_kernel)
+    assert "is_weight_update = self.moe_kernel is not None" in setup, vllm()
+    assert setup.index("if not is_weight_update:") < setup.index("fused_experts.process_weights_after_loading("), vllm()
+
+
 def test_transformers_names_weights_in_memory_as_its_loading_does() -> None:
     from transformers import AutoModelForCausalLM, GPTNeoXConfig, MixtralConfig, core_model_loading
 

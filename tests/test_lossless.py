@@ -16,10 +16,11 @@ import pytest
 import ray
 import torch
 from ray import serve
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
 
 from sampo_ray.config.sections import GeneratorsConfig
 from sampo_ray.config.serving import ServeConfig
+from sampo_ray.internals.transformers import saved_tensors
 from tests.waiting import scaled, wait_until
 
 logger = logging.getLogger(__name__)
@@ -38,14 +39,20 @@ class Live:
     model: Path
     newest: int = 0
 
-    def publish(self) -> int:
+    def publish(self, always: int | None = None) -> int:
+        """A version near the model or, if that is given, one that `always` says this token."""
         from sampo_ray.actors.weights.publish import NewVersion, publish_version
         from sampo_ray.run.storage import Place
         from sampo_ray.run.versions import VersionInfo
 
         self.newest += 1
         model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.bfloat16)
-        noise = {name: tensor + torch.randn_like(tensor) * 0.02 for name, tensor in model.state_dict().items()}
+        noise = {name: tensor + torch.randn_like(tensor) * 0.02 for name, tensor in saved_tensors(model)}
+        if always is not None:
+            for name, value in (("gpt_neox.final_layer_norm.weight", 0.0), ("gpt_neox.final_layer_norm.bias", 1.0)):
+                noise[name] = torch.full_like(noise[name], value)
+            noise["embed_out.weight"] = torch.full_like(noise["embed_out.weight"], -1.0)
+            noise["embed_out.weight"][always] = 1.0
         info = VersionInfo(version=self.newest, round=0, step=self.newest)
         base = f"{self.versions}/000000"
         publish_version(self.store, NewVersion("run-a", Place(self.versions), info), noise.items(), base)
@@ -106,7 +113,18 @@ class Client(threading.Thread):
 
 
 @pytest.fixture(scope="module")
-def live(own_serve: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+def pythia(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random model whose weights have other names in its checkpoint than in memory."""
+    folder, tokenizer = tmp_path_factory.mktemp("pythia"), AutoTokenizer.from_pretrained(tiny_model)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = GPTNeoXConfig(vocab_size=len(tokenizer), max_position_embeddings=1024, **sizes)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def live(own_serve: None, pythia: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     from sampo_ray.actors.policy.deployment import policy_deployment
     from sampo_ray.actors.policy.replica_weights import WeightsSource
     from sampo_ray.actors.weights.store import start_weight_store
@@ -116,9 +134,9 @@ def live(own_serve: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFac
     from sampo_ray.serve.endpoint import await_endpoint, deploy_endpoint, free_port, start_serve, stop_endpoint
 
     run = tmp_path_factory.mktemp("lossless")
-    ChatFormat.load(tiny_model, "llama3-sampo").save(run / "tokenizer")
-    state = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).state_dict()
-    write_version(f"{run}/versions/000000", state.items(), str(tiny_model), VersionInfo(version=0, round=0, step=0))
+    ChatFormat.load(pythia, "llama3-sampo").save(run / "tokenizer")
+    base = saved_tensors(AutoModelForCausalLM.from_pretrained(pythia, dtype=torch.bfloat16))
+    write_version(f"{run}/versions/000000", base, str(pythia), VersionInfo(version=0, round=0, step=0))
     config = ServeConfig(port=free_port("127.0.0.1"), api_keys=())
     start_serve(config)
     store = start_weight_store("lossless", f"{run}/store.json")
@@ -138,10 +156,23 @@ def live(own_serve: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFac
     serve.run(policy, name="lossless-policy", route_prefix=None)
     deploy_endpoint("lossless-endpoint", "lossless-policy", "lossless", config)
     url = await_endpoint("lossless-endpoint")
-    yield Live(url, store, f"{run}/versions", tiny_model)
+    yield Live(url, store, f"{run}/versions", pythia)
     stop_endpoint("lossless-endpoint")
     serve.delete("lossless-policy")
     ray.kill(store)
+
+
+def test_answers_are_those_of_the_weights_that_were_swapped_in(live: Live) -> None:
+    tokenizer, body = AutoTokenizer.from_pretrained(live.model), {"messages": HI, "max_tokens": 3, "temperature": 0}
+
+    def answer() -> httpx.Response:
+        return httpx.post(f"{live.url}/v1/chat/completions", json=body, timeout=scaled(180))
+
+    for word in ("two", "three"):
+        token = tokenizer.encode(word, add_special_tokens=False)[0]
+        given, version = tokenizer.decode([token] * 3), str(live.publish(always=token))
+        wait_until(lambda version=version: answer().headers["x-policy-version"] == version, "answer of that version")
+        assert answer().json()["choices"][0]["message"]["content"] == given
 
 
 def test_no_request_is_lost_and_versions_never_go_backwards_but_by_a_rollback(live: Live) -> None:
