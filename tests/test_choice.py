@@ -108,3 +108,10 @@ def test_a_deep_model_is_tried_by_one_layer_of_each_kind():
     with first_layers(model):
         assert len(model.model.layers) == model.config.num_hidden_layers == 6
     assert len(model.model.layers) == model.config.num_hidden_layers == 24
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Gemma2"])
+def test_flex_attention_is_taken_where_it_is_asked_for(kind):
+    assert choose(small(kind), "flex") == ("flex", [])
+    with pytest.raises(ConfigError, match="model.attention='flex' is not exact for BloomForCausalLM"):
+        choose(small("Bloom"), "flex")

@@ -250,7 +250,9 @@ def test_the_validation_says_what_a_template_does_and_refuses_pairs_that_it_leav
     recipe = {"model": {"path": str(tmp_path), "template": "tokenizer"}, "data": {"train": str(data), "max_length": 64}}
     recipe["run"] = {"dir": str(tmp_path / "run")}
     data.write_text(json.dumps({"prompt": "a", "chosen": THOUGHT, "rejected": "No.</think>Five."}))
-    assert [note for note in check(load_config(recipe))[1] if "ends a prompt with <think>" in note]
+    checked, notes = check(load_config(recipe))
+    assert [note for note in notes if "ends a prompt with <think>" in note]
+    assert checked.model.attention == "segments", "what is chosen is recorded"
     data.write_text(json.dumps({"prompt": "a", "chosen": PLAIN, "rejected": "Five."}))
     with pytest.raises(ConfigError, match=r"data\.train: .*the answer leaves open .*write its thinking"):
         check(load_config(recipe))

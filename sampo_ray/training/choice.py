@@ -61,8 +61,8 @@ def choose_attention(config: PretrainedConfig, model: ModelConfig, max_length: i
         raise ConfigError(f"{asked} is not exact for {name}: {reason}; {fix}")
     kind: Attention = model.attention or ("own" if reason else "segments")
     if kind != "own":
-        in_rows = on_meta(config, model.lora, kind)
-        trouble = trouble_of(in_rows, kind)
+        # FlexAttention has no meta device; the rows that it takes are those of segments.
+        trouble = trouble_of(on_meta(config, model.lora, "segments"), "segments")
         if trouble is None:
             return kind, notes
         if model.attention is not None:
