@@ -296,12 +296,13 @@ def test_deepspeed_makes_universal_checkpoints_with_these_settings(monkeypatch: 
 
 
 def test_torch_knows_whether_the_cpu_has_bf16_products() -> None:
-    from sampo_ray.internals.torch import cpu_has_bf16
+    from sampo_ray.internals.torch import cpu_has_amx, cpu_has_bf16
 
     if not Path("/proc/cpuinfo").exists():
         pytest.skip("the flags of the CPU are read from /proc/cpuinfo")
     flags = Path("/proc/cpuinfo").read_text().split()
     assert cpu_has_bf16() == ("avx512_bf16" in flags or "amx_tile" in flags), found("torch", "2.13.0")
+    assert cpu_has_amx() == ("amx_tile" in flags), found("torch", "2.13.0")
 
 
 def test_torch_limits_recompilations(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -259,7 +259,7 @@ def test_checkpointing_computes_again_what_it_should(tiny_model, how, again, bf1
     Through fp32 kernels the last one is computed again, too: torch saves the tensors of a product of our own, which the
     backward pass needs, once it is done.
     """
-    monkeypatch.setattr(cpu, "cpu_has_bf16", lambda: bf16)
+    monkeypatch.setattr(cpu, "fast_bf16", lambda: bf16)
     products = again[1] + (how is not False and not bf16)
     policy, pairs = load_policy(tiny_model, how).train(), random_pairs(1, longest=30)
     row, layers, counts = assemble(pairs), policy.model.config.num_hidden_layers, Counter()

@@ -44,6 +44,11 @@ def cpu_has_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def cpu_has_amx() -> bool:
+    """Whether this CPU has tiles for bf16 products; reads one of torch.cpu's private checks."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
 def limit_recompilations(kernels: int) -> None:
     """Lets torch.compile keep this many kernels of a function; one more is an error. Sets torch._dynamo.config."""
     torch._dynamo.config.recompile_limit = kernels
