@@ -479,3 +479,13 @@ def test_transformers_names_weights_in_memory_as_its_loading_does() -> None:
     assert memory_names(models[1], ["norm.weight"]) == {"norm.weight": "model.norm.weight"}, theirs
     load = inspect.getsource(core_model_loading.convert_and_load_state_dict_in_model)
     assert "original_key, renamings, converters, base_model_prefix, meta_model_state_dict" in load, theirs
+
+
+def test_torch_2_13_reads_made_up_values_from_tensors_on_the_meta_device():
+    from sampo_ray.internals.torch import made_up_values
+
+    nothing = torch.zeros(3, 4, device="meta")
+    with made_up_values():
+        assert bool(nothing[0, 0]) and nothing.long().max().item() == 1 and torch.equal(nothing, nothing + 1)
+        assert nothing.nonzero().shape == (1, 2)
+        assert torch.zeros(1).item() == 0, "only there"
