@@ -39,7 +39,8 @@ def test_a_family_trains_exports_and_adapts_as_transformers_computes_it(family: 
 def test_a_family_that_sees_tokens_before_they_are_written_is_refused(family: str) -> None:
     (spec,) = named([family])
     result = try_family(spec)
-    assert (result.faults, result.refusal[:11]) == ([], "model.path:")
+    assert result.refusal.startswith("model.path")
+    assert result.faults == []
 
 
 def test_every_type_that_generates_text_is_tried_or_left_out_with_a_reason() -> None:
