@@ -4,7 +4,8 @@ import pytest
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as TYPES
 
 from tests.families.families import LEFT_OUT, SPECS, named
-from tests.families.trial import try_family
+from tests.families.report import summary
+from tests.families.trial import Result, try_family
 
 ONE_OF_EACH_KIND = {
     "Llama 3.1": "segments",
@@ -41,6 +42,16 @@ def test_a_family_that_sees_tokens_before_they_are_written_is_refused(family: st
     result = try_family(spec)
     assert result.refusal.startswith("model.path")
     assert result.faults == []
+
+
+def test_the_last_line_counts_families_and_those_before_it_say_what_is_not_exact() -> None:
+    exact, refused, wrong = (Result(spec) for spec in SPECS[:3])
+    refused.refusal = "model.path: no"
+    wrong.limit("log-probs", 0.5)
+    *others, last = summary([wrong, exact, refused])
+    assert last == "1 of 3 families exact, 33.3 %"
+    assert [line.partition(" ")[0] for line in others] == ["refused", "wrong"]
+    assert "log-probs: 5.0e-01" in others[1]
 
 
 def test_every_type_that_generates_text_is_tried_or_left_out_with_a_reason() -> None:
