@@ -44,6 +44,16 @@ def test_a_family_that_sees_tokens_before_they_are_written_is_refused(family: st
     assert result.faults == []
 
 
+@pytest.mark.parametrize(
+    ("family", "said"), [("xLSTM", "cannot be trained"), ("Doge, keeps the best 16 keys", "16 keys")]
+)
+def test_a_family_that_would_fail_or_differ_at_long_sequences_is_refused(family: str, said: str) -> None:
+    (spec,) = named([family])
+    result = try_family(spec)
+    assert said in result.refusal
+    assert result.faults == []
+
+
 def test_the_last_line_counts_families_and_those_before_it_say_what_is_not_exact() -> None:
     exact, refused, wrong = (Result(spec) for spec in SPECS[:3])
     refused.refusal = "model.path: no"

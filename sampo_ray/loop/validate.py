@@ -97,6 +97,12 @@ def check_sizes(config: RunConfig, model: PretrainedConfig, tokens: int) -> None
             f"data.max_length={config.data.max_length} is more than the {positions} positions of "
             f"{config.model.path!r}; make it smaller"
         )
+    kept = getattr(model, "keep_window_size", None)  # Doge's: which of equal keys it keeps goes by a batch's length
+    if kept is not None and config.data.max_length > kept:
+        raise ConfigError(
+            f"data.max_length={config.data.max_length} is more than the {kept} keys that {config.model.path!r} keeps "
+            "(keep_window_size), and its choice among them depends on other sequences; make it smaller"
+        )
     if tokens > model.vocab_size:
         raise ConfigError(
             f"model.path={config.model.path!r}: the tokenizer has {tokens} tokens, the model {model.vocab_size}; "

@@ -60,6 +60,8 @@ def plain_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedM
     text = AutoConfig.from_pretrained(folder).get_text_config()
     settings = {"attn_implementation": "eager"} if getattr(text, "attn_logit_softcapping", None) else {}
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **settings)
+    if hasattr(model.config, "rescale_every"):  # when RWKV is evaluated it halves its weights, in place
+        model.config.rescale_every = 0
     files = tensors_in(folder)
     for name, each in model.state_dict().items():
         if name in files and files[name].shape == each.shape:
