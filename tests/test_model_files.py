@@ -271,8 +271,9 @@ WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
         ),
         r"is an encoder-decoder model \(t5\)",
     ),
-    "encoder": (of(BertConfig(**SIZES)), r"is an encoder \(bert\), which reads both ways"),
-    "not a decoder": (of(BertGenerationConfig(**SIZES)), r"is an encoder \(bert-generation\), which reads both ways"),
+    "encoder": (of(BertConfig(**SIZES)), r"reads both ways, as encoders do \(bert with is_decoder=False\)"),
+    "not a decoder": (of(BertGenerationConfig(**SIZES)), r"as encoders do \(bert-generation with is_decoder=False"),
+    "a switch": (config(is_causal=False), r"reads both ways, as encoders do \(is_causal=False\); name a causal"),
     "padding": (
         config(pad_token_id=5000),
         r"made of its config.json \(Padding_idx must be within .*\); correct it",

@@ -55,13 +55,24 @@ def check_architecture(model: PreTrainedModel, kind: Attention = "segments") -> 
     if missing := [field for field in SIZES if getattr(config, field, None) is None]:
         raise ConfigError(f"model.path: {name} has no {missing[0]}, as language models have; choose another model")
     head_of(model)
-    encoder = config.model_type in ENCODERS and not config.is_decoder
-    both_ways = getattr(config, "use_bidirectional_attention", None) in (True, "all")
-    if encoder or both_ways or config.model_type in BIDIRECTIONAL:
-        fix = "set is_decoder to true in its config.json" if encoder else "choose another model"
-        raise ConfigError(f"model.path: {name} sees tokens before they are written; {fix}")
+    if reason := reads_ahead(model.config):
+        raise ConfigError(f"model.path: {name} sees tokens before they are written ({reason}); choose another model")
     if kind != "own" and (reason := not_in_rows(model)):
         raise ConfigError(f"model.attention={kind!r} is not exact for {name}: {reason}; use model.attention=own")
+
+
+def reads_ahead(config: PretrainedConfig) -> str | None:
+    """What of a configuration makes its model see the tokens that follow; None for a model that does not."""
+    for part in (config, config.get_text_config()):
+        if part.model_type in BIDIRECTIONAL:
+            return f"model_type={part.model_type}"
+        if part.model_type in ENCODERS and not part.is_decoder:
+            return f"{part.model_type} with is_decoder=False"
+        if (said := getattr(part, "use_bidirectional_attention", None)) in (True, "all"):
+            return f"use_bidirectional_attention={said}"
+        if not getattr(part, "is_causal", True):  # transformers then makes other masks, for any model
+            return f"is_causal={part.is_causal}"
+    return None
 
 
 def not_in_rows(model: PreTrainedModel) -> str | None:

@@ -19,7 +19,6 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,6 +29,7 @@ from transformers import (
 )
 
 from sampo_ray.internals.transformers import memory_names, written_names
+from sampo_ray.training.architecture import reads_ahead
 from sampo_ray.training.model_files import Field, ModelFiles, Weight
 
 KINDS = {
@@ -133,9 +133,8 @@ def check_language_model(files: ModelFiles, config: PretrainedConfig) -> None:
         raise files.error(f"is an encoder-decoder model ({config.model_type}); name a causal language model")
     if OTHER_TASKS.search(named):
         raise files.error(f"was saved as {named}, which is no causal language model; name one that was saved as such")
-    both_ways = type(config) in MODEL_FOR_MASKED_LM_MAPPING or config.model_type in ("bert-generation", "xlnet")
-    if both_ways and not getattr(config, "is_decoder", False):
-        raise files.error(f"is an encoder ({config.model_type}), which reads both ways; name a causal language model")
+    if reason := reads_ahead(config):
+        raise files.error(f"reads both ways, as encoders do ({reason}); name a causal language model")
 
 
 def made_of(files: ModelFiles, config: PretrainedConfig) -> PreTrainedModel:
