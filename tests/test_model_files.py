@@ -412,6 +412,17 @@ def test_of_a_multimodal_model_the_language_model_is_used_which_is_said(folder: 
         open_model("model.path", str(folder))
 
 
+def test_a_layer_too_many_of_a_model_that_is_trained_with_its_vision_tower_is_refused(folder: Path) -> None:
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    whole = AutoConfig.for_model(
+        "gemma3", text_config=SIZES | {"head_dim": 16}, vision_config=vision | {"image_size": 28, "patch_size": 14}
+    )
+    of(whole, transformers.AutoModelForImageTextToText)(folder)
+    set_weights(folder, **{"model.language_model.layers.9.mlp.bias": EMPTY})
+    with pytest.raises(ConfigError, match="weights that Gemma3ForConditionalGeneration lacks.*layers.9.mlp.bias;"):
+        open_model("model.path", str(folder))
+
+
 def test_a_name_of_the_hubs_cache_is_checked_like_a_folder(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -508,6 +519,8 @@ def test_positions_and_vocabulary_of_a_multimodal_model_are_its_language_models(
     model.max_position_embeddings = 100
     with pytest.raises(ConfigError, match=r"data\.max_length=128 is more than the 100 positions"):
         check_sizes(run, model, tokens=320)
+    with pytest.raises(ConfigError, match=r"data\.max_length=128 is more than the 64 positions"):
+        check_sizes(run, transformers.MptConfig(max_seq_len=64), tokens=320)
 
 
 def test_weights_that_are_on_the_hub_only_are_checked_by_headers_that_it_sends(

@@ -4,6 +4,7 @@ import contextlib
 import os
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ from sampo_ray.run.storage import Place
 from sampo_ray.run.versions import VersionInfo, WeightsId
 from sampo_ray.serve.endpoint import await_endpoint, deploy_endpoint, start_serve, stop_endpoint
 from sampo_ray.training.loading import load_model
-from sampo_ray.training.saving import Cast
+from sampo_ray.training.saving import Cast, SavedModel
 
 if TYPE_CHECKING:
     from sampo_ray.actors.ranks.trainer import Trainer
@@ -230,8 +231,7 @@ def _publish_base(path: str, tokenizer: Place, store: ActorHandle, new: NewVersi
     model = load_model(path)
     if export_dtype == "float16":  # at the end of the training it would be late
         cast = Cast(torch.float16)
-        for name, weight in model.named_parameters():
-            cast(name, weight)
+        deque(SavedModel(model).tensors(cast), maxlen=0)
         cast.check()
     with tokenizer.on_disk() as folder:
         chat = ChatFormat.load(folder, "tokenizer")

@@ -91,7 +91,7 @@ def check_reward(config: RunConfig, samples: Samples) -> None:
 
 def check_sizes(config: RunConfig, model: PretrainedConfig, tokens: int) -> None:
     """ConfigError where a language model has too few positions for the run, or too few `tokens` for its tokenizer."""
-    positions = getattr(model, "max_position_embeddings", None)
+    positions = getattr(model, "max_position_embeddings", None) or getattr(model, "max_seq_len", None)  # MPT's
     if positions is not None and config.data.max_length > positions:
         raise ConfigError(
             f"data.max_length={config.data.max_length} is more than the {positions} positions of "

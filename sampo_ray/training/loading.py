@@ -45,7 +45,9 @@ def load_model(
             settings["state_dict"] = dict(tensors)
             kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         with loaded_tensors_stay():
-            model, found = kind.from_pretrained(None if tensors else str(path), use_safetensors=True, **settings)
+            model, found = kind.from_pretrained(
+                str(path) if tensors is None else None, use_safetensors=True, **settings
+            )
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path={str(path)!r} cannot be loaded: {first_line(error)}") from error
     if missing := sorted(found["missing_keys"]):  # of a version of an earlier release, say, without its buffers

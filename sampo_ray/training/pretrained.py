@@ -210,7 +210,7 @@ def check_weights(
         )
     if compared.unfit:
         raise files.error(f"its weights cannot be converted into those of {name}; download or save the model again")
-    unused = [each for each in compared.unused if not is_harmless(files.field, model.config, each)]
+    unused = [each for each in compared.unused if not is_harmless(files.field, model.config.get_text_config(), each)]
     if unused and not is_part(config, model, found):
         raise files.error(
             f"has weights that {name} lacks, so that versions would lack them: {some(unused)}; name a model without "
@@ -219,7 +219,7 @@ def check_weights(
 
 
 def is_harmless(field: Field, config: PretrainedConfig, name: str) -> bool:
-    """Whether a model of this configuration is right without a weight of this name, which its class does not know."""
+    """Whether a model of this text configuration is right without a weight of this name, which its class lacks."""
     layer = re.search(r"\blayers\.(\d+)\.", name)
     if layer and int(layer[1]) >= config.num_hidden_layers and getattr(config, "num_nextn_predict_layers", 0):
         return True
