@@ -282,7 +282,7 @@ def adapted(adapter: str) -> str:
 
 def last_name(parameter: str) -> str:
     """What a layer, or a parameter that is none's weight, is called."""
-    return parameter.removesuffix(".weight").rpartition(".")[2]
+    return next(part for part in reversed(parameter.removesuffix(".weight").split(".")) if not part.isdecimal())
 
 
 def weights_of(policy: Policy) -> Iterator[tuple[str, Tensor]]:
