@@ -6,8 +6,9 @@ from transformers import PretrainedConfig
 
 from sampo_ray.config.sections import LoraConfig, ModelConfig
 from sampo_ray.errors import ConfigError
-from sampo_ray.training.architecture import on_meta
-from sampo_ray.training.choice import EXACT, choose_attention, first_layers, trouble_of
+from sampo_ray.training.architecture import EXACT, on_meta
+from sampo_ray.training.choice import choose_attention, first_layers, trouble_of
+from sampo_ray.training.policy import load_policy
 
 SMALL = {
     **{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
@@ -54,6 +55,14 @@ def test_others_are_computed_as_transformers_does_which_is_said(kind, fields, re
     assert choose(small(kind, **fields), "own") == ("own", []), "it was asked for"
     with pytest.raises(ConfigError, match="model.attention='segments' is not exact for .*; use model.attention=own"):
         choose(small(kind, **fields), "segments")
+
+
+def test_a_type_that_was_not_compared_is_not_loaded_for_rows_of_pairs(tmp_path):
+    fields = {"is_decoder": True, "intermediate_size": 64}  # its positions begin at 2
+    transformers.AutoModelForCausalLM.from_config(small("Roberta", **fields)).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="not exact for RobertaForCausalLM: roberta models were not compared"):
+        load_policy(tmp_path)
+    assert load_policy(tmp_path, attention="own").attention == "own"
 
 
 def test_longrope_is_computed_in_rows_up_to_where_its_frequencies_change():

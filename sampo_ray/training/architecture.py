@@ -49,6 +49,24 @@ ROW_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attentio
 """Kinds of layers, as configurations name them, whose attention is computed in rows of pairs."""
 
 
+EXACT = frozenset(
+    {
+        *("afmoe", "apertus", "arcee", "aria_text", "axk1", "bitnet", "cohere", "cohere2", "cohere2_moe"),
+        *("cohere_compass_text", "ctrl", "cwm", "dbrx", "deepseek_v2", "deepseek_v3", "diffllama", "dots1"),
+        *("emu3_text_model", "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma2"),
+        *("gemma3_text", "gemma3n_text", "gemma4_text", "gemma4_unified_text", "glm", "glm4", "glm4_moe"),
+        *("glm4_moe_lite", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "granite", "granite_swa", "granitemoe"),
+        *("granitemoe_swa", "granitemoehybrid", "granitemoeshared", "helium", "hrm_text", "hunyuan_v1_dense"),
+        *("hunyuan_v1_moe", "hy_v3", "hyperclovax", "jais2", "jetmoe", "laguna", "llama", "longcat_flash", "mellum"),
+        *("mimo_v2_flash", "minicpm3", "minimax_m2", "minimax_m3_vl_text", "ministral", "ministral3", "mistral"),
+        *("mixtral", "modernbert-decoder", "moshi", "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "olmoe"),
+        *("opt", "persimmon", "phi", "phi3", "phi4_multimodal", "phimoe", "qwen2", "qwen2_moe", "qwen3"),
+        *("qwen3_moe", "seed_oss", "smollm3", "solar_open", "starcoder2", "vaultgemma", "youtu"),
+    }
+)
+"""Types of models whose log-probs and gradients in rows of pairs are those of plain transformers, by tests/families."""
+
+
 def check_architecture(model: PreTrainedModel, kind: Attention = "segments") -> None:
     """ConfigError for a model whose head or attention would be computed wrongly; it may be on the meta device."""
     name, config = type(model).__name__, model.config.get_text_config()
@@ -58,7 +76,7 @@ def check_architecture(model: PreTrainedModel, kind: Attention = "segments") -> 
     if reason := reads_ahead(model.config):
         raise ConfigError(f"model.path: {name} sees tokens before they are written ({reason}); choose another model")
     if kind != "own" and (reason := not_in_rows(model)):
-        raise ConfigError(f"model.attention={kind!r} is not exact for {name}: {reason}; use model.attention=own")
+        raise inexact(model, kind, reason)
 
 
 def reads_ahead(config: PretrainedConfig) -> str | None:
@@ -86,6 +104,20 @@ def not_in_rows(model: PreTrainedModel) -> str | None:
     if getattr(config, "attn_temperature_tuning", False):  # Llama-4's
         return "attn_temperature_tuning counts a row's tokens, not those of a sequence"
     return None
+
+
+def not_exact(model: PreTrainedModel) -> str | None:
+    """Why a model's attention may not be computed in rows of pairs of any length; or None."""
+    if reason := not_in_rows(model):
+        return reason
+    kind = model.config.get_text_config().model_type
+    return None if kind in EXACT else f"{kind} models were not compared with transformers so"
+
+
+def inexact(model: PreTrainedModel, kind: Attention, reason: str) -> ConfigError:
+    """The error for a model whose attention is not to be computed so."""
+    name = type(model).__name__
+    return ConfigError(f"model.attention={kind!r} is not exact for {name}: {reason}; use model.attention=own")
 
 
 def longrope_boundary(config: PretrainedConfig) -> int | None:

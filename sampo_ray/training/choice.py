@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from sampo_ray.config.rows import Attention
 from sampo_ray.errors import ConfigError, described
 from sampo_ray.internals.torch import made_up_values
-from sampo_ray.training.architecture import longrope_boundary, not_in_rows, on_meta
+from sampo_ray.training.architecture import inexact, longrope_boundary, not_exact, on_meta
 from sampo_ray.training.batching import Pair, assemble
 from sampo_ray.training.lora import notes_on
 from sampo_ray.training.noise import noise_in
@@ -21,23 +21,6 @@ from sampo_ray.training.policy import Policy, every_token, pair_logprobs
 
 if TYPE_CHECKING:
     from sampo_ray.config.sections import ModelConfig
-
-EXACT = frozenset(
-    {
-        *("afmoe", "apertus", "arcee", "aria_text", "axk1", "bitnet", "cohere", "cohere2", "cohere2_moe"),
-        *("cohere_compass_text", "ctrl", "cwm", "dbrx", "deepseek_v2", "deepseek_v3", "diffllama", "dots1"),
-        *("emu3_text_model", "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma2"),
-        *("gemma3_text", "gemma3n_text", "gemma4_text", "gemma4_unified_text", "glm", "glm4", "glm4_moe"),
-        *("glm4_moe_lite", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "granite", "granite_swa", "granitemoe"),
-        *("granitemoe_swa", "granitemoehybrid", "granitemoeshared", "helium", "hrm_text", "hunyuan_v1_dense"),
-        *("hunyuan_v1_moe", "hy_v3", "hyperclovax", "jais2", "jetmoe", "laguna", "llama", "longcat_flash", "mellum"),
-        *("mimo_v2_flash", "minicpm3", "minimax_m2", "minimax_m3_vl_text", "ministral", "ministral3", "mistral"),
-        *("mixtral", "modernbert-decoder", "moshi", "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "olmoe"),
-        *("opt", "persimmon", "phi", "phi3", "phi4_multimodal", "phimoe", "qwen2", "qwen2_moe", "qwen3"),
-        *("qwen3_moe", "seed_oss", "smollm3", "solar_open", "starcoder2", "vaultgemma", "youtu"),
-    }
-)
-"""Types of models whose log-probs and gradients in rows of pairs are those of plain transformers, by tests/families."""
 
 
 def choose_attention(config: PretrainedConfig, model: ModelConfig, max_length: int) -> tuple[Attention, list[str]]:
@@ -56,9 +39,8 @@ def choose_attention(config: PretrainedConfig, model: ModelConfig, max_length: i
     if not plain.supports_gradient_checkpointing:
         notes.append(f"trainer.gradient_checkpointing: {name} has none, so what its layers compute is kept")
     reason = _why_not_rows(plain, max_length)
-    asked, fix = f"model.attention={model.attention!r}", "use model.attention=own"
     if model.attention not in (None, "own") and reason:
-        raise ConfigError(f"{asked} is not exact for {name}: {reason}; {fix}")
+        raise inexact(plain, model.attention, reason)
     kind: Attention = model.attention or ("own" if reason else "segments")
     if kind != "own":
         # FlexAttention has no meta device; the rows that it takes are those of segments.
@@ -66,7 +48,8 @@ def choose_attention(config: PretrainedConfig, model: ModelConfig, max_length: i
         if trouble is None:
             return kind, notes
         if model.attention is not None:
-            raise ConfigError(f"{asked} does not work for {name}: {trouble}; {fix}")
+            asked = f"model.attention={model.attention!r}"
+            raise ConfigError(f"{asked} does not work for {name}: {trouble}; use model.attention=own")
         kind, reason = "own", trouble
     if trouble := trouble_of(plain, "own"):
         raise ConfigError(f"model.path: {name} cannot be trained: {trouble}; choose another model")
@@ -80,12 +63,9 @@ def choose_attention(config: PretrainedConfig, model: ModelConfig, max_length: i
 
 def _why_not_rows(model: PreTrainedModel, max_length: int) -> str | None:
     """Why segments would not be exact for a model, as far as its type and configuration say."""
-    config = model.config.get_text_config()
-    if reason := not_in_rows(model):
+    if reason := not_exact(model):
         return reason
-    if config.model_type not in EXACT:
-        return f"{config.model_type} models were not compared with transformers so"
-    boundary = longrope_boundary(config)
+    boundary = longrope_boundary(model.config.get_text_config())
     if boundary is not None and max_length > boundary:
         return f"beyond {boundary} tokens longrope goes by a row's largest position"
     return None

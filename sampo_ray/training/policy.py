@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from sampo_ray.config.rows import Attention, RowBudget
 from sampo_ray.internals.torch import limit_recompilations
 from sampo_ray.training import cpu
-from sampo_ray.training.architecture import IMPLEMENTATIONS, check_architecture, longrope_boundary
+from sampo_ray.training.architecture import IMPLEMENTATIONS, check_architecture, inexact, longrope_boundary, not_exact
 from sampo_ray.training.attention import over_row
 from sampo_ray.training.batching import Pair, Row, Segments, assemble, lengths_of, plan_rows, predecessors
 from sampo_ray.training.head import TiledHead, decoder_of
@@ -156,9 +156,11 @@ def load_policy(
 
     With `lora` the model is frozen and gets new adapters, random by `seed`; `attention`: see ModelConfig. `tensors`, by
     a checkpoint's names, take the place of those in its files, and are shared. ConfigError, naming `model.path`, when
-    it cannot be opened or its head is not a plain matrix.
+    it cannot be opened or its head is not a plain matrix; naming `model.attention` if that is not exact for its type.
     """
     model = load_model(path, IMPLEMENTATIONS[attention], tensors, change=without_noise)
+    if attention != "own" and (reason := not_exact(model)):
+        raise inexact(model, attention, reason)
     in_training_dtype(model)
     return policy_on(model, gradient_checkpointing, lora, seed, attention).to(device)
 
