@@ -521,6 +521,11 @@ def test_positions_and_vocabulary_of_a_multimodal_model_are_its_language_models(
         check_sizes(run, model, tokens=320)
     with pytest.raises(ConfigError, match=r"data\.max_length=128 is more than the 64 positions"):
         check_sizes(run, transformers.MptConfig(max_seq_len=64), tokens=320)
+    sharded = run.model_copy(update={"trainer": run.trainer.model_copy(update={"zero_stage": 3})})
+    picking = transformers.DeepseekV32Config(vocab_size=320, index_topk=64, max_position_embeddings=128)
+    check_sizes(run, picking, tokens=320)
+    with pytest.raises(ConfigError, match=r"data\.max_length=128 is more than the 64 keys .* trainer\.zero_stage=2"):
+        check_sizes(sharded, picking, tokens=320)
 
 
 def test_weights_that_are_on_the_hub_only_are_checked_by_headers_that_it_sends(

@@ -54,7 +54,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 6, "n_groups": 2, "state_size": 16, "chunk_size": 16},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_state": 16, "mamba_chunk_size": 16},
     "rwkv": {"attention_hidden_size": 48, "context_length": 128},
-    "deepseek_v32": {"num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32, "index_topk": 8},
+    "deepseek_v32": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "index_topk": 8,
+        "index_n_heads": 2,
+    },
 }
 """Small models whose attention is not full causal attention alone, and three that others are compared with."""
 
@@ -122,11 +128,13 @@ def test_what_is_computed_again_in_training_is_the_same(kind):
 lengths = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=12)
 
 
-@given(lengths)
-def test_each_answer_is_in_a_batch_once_behind_its_prompt(lengths):
+@given(lengths, st.none() | st.integers(1, 60))
+def test_each_answer_is_in_a_batch_once_behind_its_prompt(lengths, picked):
     made = [Pair(str(i), *(np.full(n, i * 3 + k, np.int32) for k, n in enumerate(of))) for i, of in enumerate(lengths)]
     row = assemble(made)
-    sequences = Sequences.of(row.segments, len(row.tokens))
+    sequences = Sequences.of(row.segments, len(row.tokens), picked=picked)
+    alone = [len(batch) for batch in sequences.batches if picked is not None and batch.shape[1] > picked]
+    assert set(alone) <= {1} and len(sequences.batches) <= len(alone) + 2
     found = [line.tolist() for batch in sequences.batches for line in row.tokens[batch]]
     expected = [[*pair.prompt, *answer] for pair in made for answer in (pair.chosen, pair.rejected)]
     assert len(found) == len(expected)

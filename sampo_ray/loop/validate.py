@@ -18,6 +18,7 @@ from sampo_ray.data.tools import tool_arguments
 from sampo_ray.errors import ConfigError, KeysError
 from sampo_ray.run.storage import Place, absolute
 from sampo_ray.run.trackers import check_trackers
+from sampo_ray.training.architecture import keys_picked
 from sampo_ray.training.choice import choose_attention
 from sampo_ray.training.memory import check_device
 from sampo_ray.training.model_files import ModelFiles
@@ -102,6 +103,13 @@ def check_sizes(config: RunConfig, model: PretrainedConfig, tokens: int) -> None
         raise ConfigError(
             f"data.max_length={config.data.max_length} is more than the {kept} keys that {config.model.path!r} keeps "
             "(keep_window_size), and its choice among them depends on other sequences; make it smaller"
+        )
+    picked = keys_picked(model)
+    if picked is not None and config.data.max_length > picked and config.trainer.zero_stage == 3:
+        raise ConfigError(
+            f"data.max_length={config.data.max_length} is more than the {picked} keys that {config.model.path!r} picks "
+            "(index_topk), and longer answers are computed one by one, which trainer.zero_stage=3 does not allow; make "
+            "it smaller, or use trainer.zero_stage=2"
         )
     if tokens > model.vocab_size:
         raise ConfigError(

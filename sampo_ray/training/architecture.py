@@ -130,6 +130,12 @@ def longrope_boundary(config: PretrainedConfig) -> int | None:
     return None
 
 
+def keys_picked(config: PretrainedConfig) -> int | None:
+    """Tokens up to which a model whose indexer picks keys picks all of them; None for models without one."""
+    picked = getattr(config.get_text_config(), "index_topk", None)
+    return int(picked) if picked else None
+
+
 def on_meta(config: PretrainedConfig, lora: LoraConfig | None = None, kind: Attention = "own") -> PreTrainedModel:
     """The bf16 model of a configuration on the meta device, without weights; with adapters if `lora` is given.
 

@@ -17,7 +17,14 @@ from transformers import PreTrainedModel
 from sampo_ray.config.rows import Attention, RowBudget
 from sampo_ray.internals.torch import limit_recompilations
 from sampo_ray.training import cpu
-from sampo_ray.training.architecture import IMPLEMENTATIONS, check_architecture, inexact, longrope_boundary, not_exact
+from sampo_ray.training.architecture import (
+    IMPLEMENTATIONS,
+    check_architecture,
+    inexact,
+    keys_picked,
+    longrope_boundary,
+    not_exact,
+)
 from sampo_ray.training.attention import over_row
 from sampo_ray.training.batching import Pair, Row, Segments, assemble, lengths_of, plan_rows, predecessors
 from sampo_ray.training.head import TiledHead, decoder_of
@@ -67,7 +74,7 @@ class Policy(nn.Module):
         cpu.use_fp32_kernels(model)
         model.set_output_embeddings(TiledHead(model))
         self.model, self.attention = model, kind
-        self._boundary = longrope_boundary(model.config.get_text_config())
+        self._boundary, self._picked = longrope_boundary(model.config.get_text_config()), keys_picked(model.config)
         soft_capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
         how = IMPLEMENTATIONS[kind] or ("eager" if soft_capped else None)  # transformers' SDPA leaves soft-capping out
         if how is not None:
@@ -131,7 +138,7 @@ class Policy(nn.Module):
         """`hidden`, computed by the model's own attention. It needs no mask: a causal model does not see the padding
         on the right.
         """
-        sequences = Sequences.of(segments, len(tokens), self._boundary).to(tokens.device)
+        sequences = Sequences.of(segments, len(tokens), self._boundary, self._picked).to(tokens.device)
         decoder = decoder_of(self.model)
         outputs = [decoder(input_ids=tokens[batch], use_cache=False) for batch in sequences.batches]
         hidden = torch.cat([output.last_hidden_state.flatten(0, 1) for output in outputs])

@@ -3,6 +3,9 @@
 Two, whatever is in the row, since under ZeRO-3 each pass through the model is collective, and ranks with different
 numbers of passes would wait for each other for ever. With the shorter answers apart from the longer ones, a pair alone
 has no padding, and the rows of a batch that are planned by `padded_tokens` have little.
+
+Where a model picks the best of a sequence's keys, as DeepSeek-V3.2's indexer does, which of equal ones it picks goes by
+the length of the batch. Answers with more tokens than it picks are then passes of their own.
 """
 
 from __future__ import annotations
@@ -22,23 +25,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Sequences:
-    """Each answer of a row behind its prompt, as row positions, in two batches padded on the right.
+    """Each answer of a row behind its prompt, as row positions, in batches padded on the right.
 
     `before`: of each row position the place of the token before it, in the batches as one list of tokens: of an answer,
     in its own sequence; of a prompt, in the first that has it.
     """
 
-    batches: tuple[Int64[Tensor, "longer longest"], Int64[Tensor, "shorter longest"]]
+    batches: tuple[Int64[Tensor, "answers longest"], ...]
     before: Int64[Tensor, " tokens"]
 
     @classmethod
-    def of(cls, segments: tuple[Segments, ...], tokens: int, boundary: int | None = None) -> Sequences:
-        """Those of a row of `tokens`; `boundary`: see `split`."""
+    def of(
+        cls, segments: tuple[Segments, ...], tokens: int, boundary: int | None = None, picked: int | None = None
+    ) -> Sequences:
+        """Those of a row of `tokens`; `boundary`: see `split`. Answers of more than `picked` tokens are alone."""
         answers = [_positions(pair, *answer) for pair in segments for answer in _answers(pair)]
         answers.sort(key=len, reverse=True)
-        at = split(np.array([len(answer) for answer in answers]), boundary)
+        alone = 0 if picked is None else sum(len(answer) > picked for answer in answers)
+        others = answers[alone:]
+        at = split(np.array([len(answer) for answer in others]), boundary) if len(others) > 1 else 0
+        parts = [*([answer] for answer in answers[:alone]), others[:at], others[at:]]
         before, batches, start = np.full(tokens, -1), list[Tensor](), 0
-        for part in (answers[:at], answers[at:]):
+        for part in filter(None, parts):
             longest = len(part[0])
             # Filled with a token of its own: a padding token might mean something to the model.
             batch = np.stack([np.pad(answer, (0, longest - len(answer)), mode="edge") for answer in part])
@@ -47,11 +55,10 @@ class Sequences:
                 before[answer[new]] = start + index * longest + (np.flatnonzero(new) - 1).clip(0)
             start += batch.size
             batches.append(torch.from_numpy(batch))
-        return cls((batches[0], batches[1]), torch.from_numpy(before.clip(0)))
+        return cls(tuple(batches), torch.from_numpy(before.clip(0)))
 
     def to(self, device: torch.device | str) -> Sequences:
-        longer, shorter = self.batches
-        return Sequences((longer.to(device), shorter.to(device)), self.before.to(device))
+        return Sequences(tuple(batch.to(device) for batch in self.batches), self.before.to(device))
 
 
 def _answers(pair: Segments) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -256,6 +256,7 @@ LATENT: tuple[Spec, ...] = (
     ),
     spec("Moonlight", "deepseek_v3", first_k_dense_replace=1, n_group=1, topk_group=1, q_lora_rank=None),
     spec("DeepSeek V3.2", "deepseek_v32", n_group=2, topk_group=1, first_k_dense_replace=1, head_dim=8),
+    spec("DeepSeek V3.2, keys alike", "deepseek_v32", n_group=2, topk_group=1, head_dim=8, index_n_heads=1),
     spec(
         "DeepSeek V4",
         "deepseek_v4",
@@ -271,6 +272,7 @@ LATENT: tuple[Spec, ...] = (
     ),
     spec("GLM 4.7 Flash", "glm4_moe_lite", mlp_layer_types=["dense", "sparse"]),
     spec("GLM 5", "glm_moe_dsa", mlp_layer_types=["dense", "sparse"], head_dim=8),
+    spec("GLM 5, keys alike", "glm_moe_dsa", mlp_layer_types=["dense", "sparse"], head_dim=8, index_n_heads=1),
     spec("A.X K1", "axk1", first_k_dense_replace=1, n_group=2, topk_group=1),
     spec("A.X K2", "axk2", mlp_layer_types=["dense", "sparse"], head_dim=8, gated_norm_rank=8, num_key_value_heads=4),
     spec(
@@ -283,6 +285,15 @@ LATENT: tuple[Spec, ...] = (
         moe_topk=2,
         head_dim=8,
         num_key_value_heads=4,
+    ),
+    spec(
+        "HY 4, keys alike",
+        "hy_v4",
+        mlp_layer_types=["dense", "sparse"],
+        num_key_value_heads=4,
+        hc_mult=2,
+        head_dim=24,
+        index_n_heads=1,
     ),
     spec("HY 4", "hy_v4", mlp_layer_types=["dense", "sparse"], num_key_value_heads=4, hc_mult=2, head_dim=24),
 )
