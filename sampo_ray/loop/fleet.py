@@ -35,6 +35,7 @@ from sampo_ray.run.storage import Place
 from sampo_ray.run.versions import VersionInfo, WeightsId
 from sampo_ray.serve.endpoint import await_endpoint, deploy_endpoint, start_serve, stop_endpoint
 from sampo_ray.training.loading import load_model
+from sampo_ray.training.pretrained import is_tied
 from sampo_ray.training.saving import Cast, SavedModel
 
 if TYPE_CHECKING:
@@ -255,9 +256,3 @@ def write_shell(model: PreTrainedModel, chat: ChatFormat, folder: Path) -> None:
     model.generation_config.eos_token_id = [chat.end_of_turn_id, *others]
     model.generation_config.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
     chat.save(folder)
-
-
-def is_tied(model: PreTrainedModel) -> bool:
-    """Whether a model's head has the weights of its embeddings."""
-    head = model.get_output_embeddings()
-    return head is not None and head.weight is model.get_input_embeddings().weight

@@ -238,16 +238,22 @@ def is_part(config: PretrainedConfig, model: PreTrainedModel, found: Mapping[str
 
 def other_head(files: ModelFiles, model: PreTrainedModel, found: Mapping[str, Weight]) -> str | None:
     """The name of a head in the files that is not the embeddings, where the configuration ties the two."""
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or head.weight is not embeddings.weight:
+    if not is_tied(model):
         return None
-    same_shape = [name for name, weight in found.items() if weight.shape == head.weight.shape]
+    shape = model.get_output_embeddings().weight.shape
+    same_shape = [name for name, weight in found.items() if weight.shape == shape]
     stored = {memory: name for name, memory in memory_names(model, same_shape).items()}
     pairs = [(stored.get(tied), stored.get(source)) for tied, source in model.all_tied_weights_keys.items()]
     for tied, source in pairs:
         if tied and source and not torch.equal(files.read(tied, found[tied]), files.read(source, found[source])):
             return tied
     return None
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether a model's head has the weights of its embeddings."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def head_name(model: PreTrainedModel) -> str | None:
