@@ -265,6 +265,10 @@ WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
         also("generation_config.json", '{"max_new_tokens": 0}'),
         r"its generation_config.json cannot be used \(`max_new_tokens` must be.*\); correct or remove it",
     ),
+    "an end that is text": (
+        also("generation_config.json", '{"eos_token_id": ["</s>"]}'),
+        r"its generation_config.json cannot be used \(eos_token_id=\['</s>'\] is no token id.*\); correct or remove it",
+    ),
     "encoder-decoder": (
         of(
             T5Config(vocab_size=320, d_model=32, d_ff=48, num_layers=1, num_heads=2), transformers.AutoModelForSeq2SeqLM

@@ -117,7 +117,9 @@ def open_config(files: ModelFiles, settings: Mapping[str, Any]) -> PretrainedCon
         raise files.error(f"its config.json cannot be used ({on_one_line(error)}); correct it") from None
     if "generation_config.json" in files.names and files.field == "model.path":
         try:
-            GenerationConfig(**files.settings("generation_config.json"))
+            ends = GenerationConfig(**files.settings("generation_config.json")).eos_token_id
+            if not all(isinstance(end, int | None) for end in (ends if isinstance(ends, list) else [ends])):
+                raise ValueError(f"eos_token_id={ends!r} is no token id, nor a list of them")
         except (ValueError, TypeError, AttributeError) as error:
             reason = on_one_line(error)
             raise files.error(f"its generation_config.json cannot be used ({reason}); correct or remove it") from None
