@@ -111,8 +111,8 @@ def test_a_run_directory_holds_settings_metrics_versions_checkpoints_and_exports
 
 def test_an_export_loads_as_any_model_does(undisturbed, tiny_model):
     export = AutoModelForCausalLM.from_pretrained(undisturbed / "exports" / "round-2", dtype="auto")
-    assert export.dtype == torch.float16
-    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto")
+    assert export.dtype == base.dtype == torch.bfloat16
     moved = [not torch.equal(a.float(), b.float()) for a, b in zip(export.parameters(), base.parameters(), strict=True)]
     assert any(moved)
 
