@@ -79,6 +79,7 @@ def test_longrope_is_computed_in_rows_up_to_where_its_frequencies_change():
         ("Bert", {}, "BertLMHeadModel sees tokens before they are written .bert with is_decoder=False.;"),
         ("Gemma3Text", {"use_bidirectional_attention": True}, "are written .use_bidirectional_attention=True.; choose"),
         ("Llama", {"is_causal": False}, r"are written \(is_causal=False\); choose another"),
+        ("Doge", {"is_moe": True}, r"are written \(is_moe=True\); choose another"),
         ("T5", {}, "not a causal language model"),
         ("GPTJ", {"rotary_dim": 64, "n_embd": 64, "n_head": 4}, "GPTJForCausalLM cannot be trained: RuntimeError"),
         ("Llama", {"pad_token_id": 999}, "no llama can be made of its config.json: AssertionError"),

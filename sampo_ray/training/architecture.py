@@ -90,6 +90,8 @@ def reads_ahead(config: PretrainedConfig) -> str | None:
             return f"use_bidirectional_attention={said}"
         if not getattr(part, "is_causal", True):  # transformers then makes other masks, for any model
             return f"is_causal={part.is_causal}"
+        if part.model_type == "doge" and part.is_moe:  # tokens are routed by the scores of others
+            return f"is_moe={part.is_moe}"
     return None
 
 

@@ -328,5 +328,6 @@ OTHERS: tuple[Spec, ...] = (
     ),
     spec("Doge", "doge", keep_window_size=256),
     spec("Doge, keeps the best 16 keys", "doge", keep_window_size=16),
+    spec("Doge, experts", "doge", keep_window_size=256, is_moe=True, num_experts=16),
     spec("Doge, window", "doge", keep_window_size=256, sliding_window=16, attention_bias=True, mlp_bias=True),
 )
