@@ -100,14 +100,15 @@ def gradients(model: PreTrainedModel, logprobs: Tensor) -> Tensor:
     return torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
 
 
+@pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_it_is_what_transformers_computes_for_each_sequence_alone(kind):
+def test_it_is_what_transformers_computes_for_each_sequence_alone(kind, batched):
     model, pairs = model_of(kind), random_pairs(5, longest=40, prompts=3)
     model.eval()
     expected = by_sequence(model, pairs)
     wanted = gradients(model, expected)
     assert expected.std() > 0.2
-    found = by_rows(Policy(model, "own").train(), pairs)
+    found = by_rows(Policy(model, "own").in_batches(batched).train(), pairs)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert (gradients(model, found) - wanted).norm() <= 1e-4 * wanted.norm()
 
@@ -163,7 +164,7 @@ def test_frequencies_that_go_by_the_longest_sequence_are_those_of_each_alone():
     pairs = random_pairs(6, longest=40, seed=5)
     assert {len(pair.prompt) + len(pair.chosen) > 32 for pair in pairs} == {False, True}
     expected = by_sequence(model.eval(), pairs)
-    torch.testing.assert_close(by_rows(Policy(model, "own"), pairs), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(by_rows(Policy(model, "own").in_batches(True), pairs), expected, rtol=0, atol=1e-4)
 
 
 NOISY: dict[str, dict[str, Any]] = {

@@ -244,7 +244,7 @@ class Rank:
             seed, kind = adapter_seed(self.config.run.seed, spec.round), self.config.model.computed
             checkpointing = self.config.trainer.gradient_checkpointing
             policy = load_policy(base, checkpointing, lora=lora, seed=seed, attention=kind)
-        learner = Learner(policy, self.config, self.device)
+        learner = Learner(policy.in_batches(self.config.batches_answers), self.config, self.device)
         learner.begin_round(spec.round, lambda: self._reference(spec))
         return learner
 
@@ -252,7 +252,7 @@ class Rank:
         """The policy that the round starts from, frozen."""
         with Place(version_folder(self.place.at("versions").url, spec.start_version)).on_disk() as folder:
             policy = load_policy(folder, device=str(self.device), attention=self.config.model.computed)
-        return policy.requires_grad_(False)
+        return policy.in_batches(self.config.batches_answers).requires_grad_(False)
 
     def train(self, spec: RoundSpec) -> Iterator[StepResult]:
         """Trains the remaining steps of a round and yields their results, published and checkpointed as configured."""

@@ -53,6 +53,7 @@ class ReferenceWorker:
         with self._computing:
             policy = self._load(WeightsId(run, version), versions_url, config.model.computed)
             select = reference_positions(config, round)
+            policy = policy.in_batches(config.batches_answers)
             scored = with_reference(pairs, score_pairs(policy, pairs_of(pairs), config.row_budget, select))
         Place(out).write_table(scored)
         return scored

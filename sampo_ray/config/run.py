@@ -49,6 +49,12 @@ class RunConfig(Section):
         return RowBudget(self.optim.batch_size, tokens, self.trainer.workers or 1, shared)
 
     @property
+    def batches_answers(self) -> bool:
+        """Whether a model's own attention takes answers in padded batches: on GPUs, where they are faster, and under
+        ZeRO-3, where ranks make the same number of passes."""
+        return bool(self.trainer.num_gpus) or self.trainer.zero_stage == 3
+
+    @property
     def reference_workers(self) -> bool:
         """Whether workers of their own compute the reference's log-probs."""
         return self.method.needs_reference and self.reference.where == "workers"

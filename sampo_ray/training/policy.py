@@ -74,11 +74,17 @@ class Policy(nn.Module):
         cpu.use_fp32_kernels(model)
         model.set_output_embeddings(TiledHead(model))
         self.model, self.attention = model, kind
+        self._batched = False
         self._boundary, self._picked = longrope_boundary(model.config.get_text_config()), keys_picked(model.config)
         soft_capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
         how = IMPLEMENTATIONS[kind] or ("eager" if soft_capped else None)  # transformers' SDPA leaves soft-capping out
         if how is not None:
             model.set_attn_implementation(how)
+
+    def in_batches(self, batched: bool) -> Policy:
+        """Has the model's own attention take the answers of a row in two padded batches, or each alone."""
+        self._batched = batched
+        return self
 
     def train(self, mode: bool = True) -> Policy:
         """Only what is computed again in the backward pass is told that it is trained: all else that models do in
@@ -138,7 +144,8 @@ class Policy(nn.Module):
         """`hidden`, computed by the model's own attention. It needs no mask: a causal model does not see the padding
         on the right.
         """
-        sequences = Sequences.of(segments, len(tokens), self._boundary, self._picked).to(tokens.device)
+        picked = self._picked if self._batched else 0
+        sequences = Sequences.of(segments, len(tokens), self._boundary, picked).to(tokens.device)
         decoder = decoder_of(self.model)
         outputs = [decoder(input_ids=tokens[batch], use_cache=False) for batch in sequences.batches]
         hidden = torch.cat([output.last_hidden_state.flatten(0, 1) for output in outputs])

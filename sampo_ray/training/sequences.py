@@ -1,11 +1,13 @@
-"""A row for a model's own attention: each answer behind a copy of its prompt, in two batches by length.
+"""A row for a model's own attention: each answer behind a copy of its prompt, alone or in two batches by length.
 
-Two, whatever is in the row, since under ZeRO-3 each pass through the model is collective, and ranks with different
-numbers of passes would wait for each other for ever. With the shorter answers apart from the longer ones, a pair alone
-has no padding, and the rows of a batch that are planned by `padded_tokens` have little.
+Alone, an answer takes the very operations of a plain forward pass, so its bits do not depend on what else is in the
+row. On CPUs that costs nothing. GPUs are faster with batches, and ZeRO-3 needs them, two whatever is in the row: each
+pass through the model is collective there, and ranks with different numbers of passes would wait for each other for
+ever. With the shorter answers apart from the longer ones, a pair alone has no padding, and the rows of a batch that are
+planned by `padded_tokens` have little.
 
 Where a model picks the best of a sequence's keys, as DeepSeek-V3.2's indexer does, which of equal ones it picks goes by
-the length of the batch. Answers with more tokens than it picks are then passes of their own.
+the length of the batch. Answers with more tokens than it picks are then alone in any case.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ class Sequences:
     def of(
         cls, segments: tuple[Segments, ...], tokens: int, boundary: int | None = None, picked: int | None = None
     ) -> Sequences:
-        """Those of a row of `tokens`; `boundary`: see `split`. Answers of more than `picked` tokens are alone."""
+        """Those of a row of `tokens`; `boundary`: see `split`. Answers of more than `picked` tokens are alone: with 0,
+        all are.
+        """
         answers = [_positions(pair, *answer) for pair in segments for answer in _answers(pair)]
         answers.sort(key=len, reverse=True)
         alone = 0 if picked is None else sum(len(answer) > picked for answer in answers)
