@@ -15,7 +15,6 @@ import torch
 from ray import serve
 
 from sampo_ray.actors.weights.client import fetch, find_weight_store
-from sampo_ray.config.rows import Attention
 from sampo_ray.config.run import RunConfig
 from sampo_ray.config.sections import FleetConfig, RewardConfig
 from sampo_ray.data.preferences import SCORES, pairs_of, with_reference
@@ -51,14 +50,13 @@ class ReferenceWorker:
     ) -> pa.Table:
         """Scores a PAIRS block of a round with `version` of `run`; writes and returns a REFERENCE block."""
         with self._computing:
-            policy = self._load(WeightsId(run, version), versions_url, config.model.computed)
+            policy = self._load(WeightsId(run, version), versions_url, config)
             select = reference_positions(config, round)
-            policy = policy.in_batches(config.batches_answers)
             scored = with_reference(pairs, score_pairs(policy, pairs_of(pairs), config.row_budget, select))
         Place(out).write_table(scored)
         return scored
 
-    def _load(self, wanted: WeightsId, versions_url: str, kind: Attention) -> Policy:
+    def _load(self, wanted: WeightsId, versions_url: str, config: RunConfig) -> Policy:
         if self._loaded == wanted and self._policy is not None:
             return self._policy
         started = time.monotonic()
@@ -66,8 +64,8 @@ class ReferenceWorker:
         weights = ray.get(self._store.get.remote(wanted.run, wanted.version), timeout=WEIGHTS_S)
         tensors = {name: each.clone() for part in weights.buckets for name, each in unpack(fetch(part, WEIGHTS_S))}
         with Place(versions_url).at("000000").on_disk() as base:
-            policy = load_policy(base, device=_device(), attention=kind, tensors=tensors)
-        self._policy = policy.eval().requires_grad_(False)
+            policy = load_policy(base, device=_device(), attention=config.model.computed, tensors=tensors)
+        self._policy = policy.in_batches(config.batches_answers).eval().requires_grad_(False)
         self._loaded = wanted
         logger.info("reference %s loaded in %.2f s", wanted, time.monotonic() - started)
         return self._policy
