@@ -25,16 +25,8 @@ IMPLEMENTATIONS: dict[Attention, str | None] = {"segments": attention.NAME, "fle
 ENCODERS = frozenset(
     {
         *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"),
-        *(
-            "rembert",
-            "roberta",
-            "roberta-prelayernorm",
-            "roc_bert",
-            "roformer",
-            "xlm-roberta",
-            "xlm-roberta-xl",
-            "xmod",
-        ),
+        *("rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl"),
+        "xmod",
     }
 )
 """Types of models that see later tokens unless their `is_decoder` is true."""

@@ -18,7 +18,7 @@ from transformers import (
 
 from sampo_ray.errors import ConfigError, first_line
 from sampo_ray.internals.transformers import loaded_tensors_stay
-from sampo_ray.training.pretrained import some
+from sampo_ray.training.pretrained import lacks
 
 
 def load_model(
@@ -51,10 +51,7 @@ def load_model(
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path={str(path)!r} cannot be loaded: {first_line(error)}") from error
     if missing := sorted(found["missing_keys"]):  # of a version of an earlier release, say, without its buffers
-        raise ConfigError(
-            f"model.path={str(path)!r}: has no weights for {some(missing)}, which would be random; use a model that "
-            f"was saved as {type(model).__name__}"
-        )
+        raise ConfigError(f"model.path={str(path)!r}: {lacks(missing, model)}")
     loaded: PreTrainedModel = model
     return loaded
 

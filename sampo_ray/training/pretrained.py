@@ -207,9 +207,7 @@ def check_weights(
             "to true if the head has the weights of the embeddings, else save the whole model again"
         )
     if compared.missing:
-        raise files.error(
-            f"has no weights for {some(compared.missing)}, which would be random; use a model that was saved as {name}"
-        )
+        raise files.error(lacks(compared.missing, model))
     if compared.unfit:
         raise files.error(f"its weights cannot be converted into those of {name}; download or save the model again")
     unused = [each for each in compared.unused if not is_harmless(files.field, model.config.get_text_config(), each)]
@@ -262,6 +260,12 @@ def head_name(model: PreTrainedModel) -> str | None:
     """The name of the weights of a model's head, if it has one."""
     head = model.get_output_embeddings()
     return next((name for name, each in model.named_parameters() if head and each is head.weight), None)
+
+
+def lacks(missing: Sequence[str], model: PreTrainedModel) -> str:
+    """What is said of files without these weights of a model."""
+    name = type(model).__name__
+    return f"has no weights for {some(missing)}, which would be random; use a model that was saved as {name}"
 
 
 def some(names: Sequence[str]) -> str:
