@@ -147,10 +147,10 @@ def texts_of(args: Namespace) -> Iterator[dict[str, Any]]:
         for pair in made_up(args.requests, args.max_length / 512):
             yield {**pair, "prompt": [{"role": "user", "content": pair["prompt"]}]}
         return
-    from sampo_ray.data.sources import Counts, read_rows
+    from sampo_ray.sources.rows import Counts, read_rows
 
     for row in itertools.islice(read_rows(str(args.data), "pairs", Counts()), args.requests):
-        yield {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
+        yield {"prompt": row.prompt, "chosen": row.chosen["content"], "rejected": row.rejected["content"]}
 
 
 def tokens_of(args: Namespace) -> list[Any]:
@@ -164,7 +164,7 @@ def tokens_of(args: Namespace) -> list[Any]:
     if args.data is not None:
         from sampo_ray.config.sections import DataConfig
         from sampo_ray.data.preferences import pairs_of, tokenized_pairs
-        from sampo_ray.data.sources import Counts
+        from sampo_ray.sources.rows import Counts
 
         blocks = tokenized_pairs(str(args.data), chat, DataConfig(max_length=longest), Counts())
         return list(itertools.islice((pair for block in blocks for pair in pairs_of(block)), args.requests))

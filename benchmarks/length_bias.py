@@ -180,7 +180,7 @@ class Group:
 def tokenized(path: Path, config: Any) -> list[Any]:
     from sampo_ray.data.chat import ChatFormat
     from sampo_ray.data.preferences import pairs_of, tokenized_pairs
-    from sampo_ray.data.sources import Counts
+    from sampo_ray.sources.rows import Counts
 
     chat = ChatFormat.load(str(config.model.path), "tokenizer")
     return [pair for block in tokenized_pairs(str(path), chat, config.data, Counts()) for pair in pairs_of(block)]

@@ -23,9 +23,9 @@ from rich.console import Console
 
 import sampo_ray
 from sampo_ray.config.run import RunConfig, load_config
-from sampo_ray.data.records import is_here
 from sampo_ray.errors import ConfigError, SubmitError
 from sampo_ray.internals.ray import LimitedJobClient
+from sampo_ray.sources.records import is_here
 
 REQUEST_SECONDS = 30.0
 """Limit of one call to the cluster's job server."""

@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 
 from sampo_ray.config.serving import FeedbackConfig
 from sampo_ray.console.main import app as cli
-from sampo_ray.data.sources import read_rows
 from sampo_ray.errors import FeedbackError
 from sampo_ray.run.feedback import Answer, Judgement, Vote, make_vote, pairs_from, read_votes, votes_journal
 from sampo_ray.run.storage import Place
@@ -25,6 +24,7 @@ from sampo_ray.serve import errors
 from sampo_ray.serve.errors import ApiError
 from sampo_ray.serve.requests.openai import ChatCompletionRequest, validated
 from sampo_ray.serve.routes.feedback import FeedbackRoutes, FeedbackStore, PendingAnswer, pending_answer
+from sampo_ray.sources.rows import read_rows
 
 ASK = [{"role": "user", "content": "Is it?"}]
 OTHER = [{"role": "user", "content": "Why?"}]
@@ -413,7 +413,7 @@ def test_votes_are_exported_as_preference_data(tmp_path):
         result.exit_code == 0 and "1 pairs from 2 votes (without: 1 a thumb without its counterpart)" in result.output
     )
     [row] = read_rows(str(out), "pairs")
-    assert (row.prompt, row.chosen, row.rejected) == (ASK, "a", "b")
+    assert (row.prompt, row.chosen["content"], row.rejected["content"]) == (ASK, "a", "b")
     assert row.id.startswith("feedback-") and row.columns["feedback"]["for"] == 1
 
 

@@ -22,9 +22,9 @@ from sampo_ray.data.preferences import (
     tokenized_pairs,
     tokenized_prompts,
 )
-from sampo_ray.data.records import fingerprint
-from sampo_ray.data.sources import Counts, first_rows, read_rows
 from sampo_ray.errors import DataError
+from sampo_ray.sources.records import fingerprint
+from sampo_ray.sources.rows import Counts, first_rows, read_rows
 from tests.conftest import random_pairs
 
 ASK = [{"role": "user", "content": "Is it?"}]
@@ -63,7 +63,7 @@ def one_row(tmp_path, values, kind="pairs"):
 )
 def test_every_layout_of_a_pair_gives_the_same_row(tmp_path, values):
     row = one_row(tmp_path, values)
-    assert (row.prompt, row.chosen, row.rejected) == (ASK, "yes", "no")
+    assert (row.prompt, row.chosen["content"], row.rejected["content"]) == (ASK, "yes", "no")
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_url_is_read_like_a_file(tmp_path):
 
     with fsspec.open("memory://bucket/a.jsonl", "w") as file:
         file.write(json.dumps(PLAIN) + "\n")
-    assert first_rows("memory://bucket/a.jsonl", "pairs", 1)[0].chosen == "yes"
+    assert first_rows("memory://bucket/a.jsonl", "pairs", 1)[0].chosen["content"] == "yes"
     assert fingerprint("memory://bucket/a.jsonl") == fingerprint(write(tmp_path / "a.jsonl", [PLAIN]))
 
 

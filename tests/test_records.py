@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sampo_ray.data import files
-from sampo_ray.data.records import fingerprint, read_records
 from sampo_ray.errors import DataError
+from sampo_ray.sources import files
+from sampo_ray.sources.records import fingerprint, read_records
 
 ANSWERS = [
     "42",

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sampo_ray.config.run import load_config
-from sampo_ray.data.records import is_here
 from sampo_ray.errors import ConfigError, DataError, RunLostError
 from sampo_ray.run import lock
 from sampo_ray.run.directory import create_run, open_run
@@ -29,6 +28,7 @@ from sampo_ray.run.manifest import (
     parse_metrics,
 )
 from sampo_ray.run.storage import Place
+from sampo_ray.sources.records import is_here
 from tests.waiting import scaled, wait_until
 
 

@@ -9,6 +9,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("sampo_ray.errors", "sampo_ray.internals"),
     ("sampo_ray.config",),
     ("sampo_ray.training",),
+    ("sampo_ray.sources",),
     ("sampo_ray.data",),
     ("sampo_ray.run",),
     ("sampo_ray.actors",),

@@ -10,9 +10,10 @@ from sampo_ray.config.sections import DataConfig
 from sampo_ray.console.demo_task import tiny_llama, tiny_tokenizer
 from sampo_ray.data.chat import ChatFormat
 from sampo_ray.data.preferences import tokenized_pairs, try_format
-from sampo_ray.data.sources import Counts, Row, Unusable
 from sampo_ray.errors import ConfigError
 from sampo_ray.loop.validate import check
+from sampo_ray.sources.messages import Unusable
+from sampo_ray.sources.rows import Counts, Row
 
 SPECIAL = [
     "<|im_start|>",
@@ -107,7 +108,10 @@ def test_an_answer_is_not_trained_inside_a_block_that_its_prompt_opens(load, tur
     assert any("ends a prompt with <think>" in note for note in chat.notes())
     with pytest.raises(Unusable, match="the prompt opens and the answer leaves open"):
         chat.response(ASKED, chat.render(ASKED), PLAIN)
-    rows = [Row(f"{i}", f"file:{i}", ASKED, PLAIN, "Five.", {}) for i in range(2)]
+    rows = [
+        Row(f"{i}", f"file:{i}", ASKED, *({"role": "assistant", "content": text} for text in (PLAIN, "Five.")), {})
+        for i in range(2)
+    ]
     with pytest.raises(
         ConfigError, match=r"data\.train: no row of the first 2 .* leaves open \(first at file:0\); write"
     ):

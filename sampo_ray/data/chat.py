@@ -14,7 +14,6 @@ from typing import Literal
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from sampo_ray.data.sources import Message
 from sampo_ray.data.template import (
     Turn,
     answer_text,
@@ -27,6 +26,7 @@ from sampo_ray.data.template import (
 )
 from sampo_ray.data.tokenizer import changed_text, load_tokenizer, lost_text, plain_tokenizer
 from sampo_ray.errors import ConfigError
+from sampo_ray.sources.messages import Message
 
 TemplateName = Literal["llama3-sampo", "llama3", "tokenizer"]
 

@@ -8,16 +8,16 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from sampo_ray.config.sections import DataConfig
-from sampo_ray.data.sources import Counts, Kind, Row, Unusable, read_rows
 from sampo_ray.data.template import ADVICE, REFUSED
 from sampo_ray.errors import ConfigError
+from sampo_ray.sources.messages import Unusable
+from sampo_ray.sources.rows import Counts, Kind, Row, read_rows
 from sampo_ray.training.batching import Pair
 
 if TYPE_CHECKING:
@@ -67,13 +67,12 @@ def tokenized_pairs(
     prompt plus response have at most `data.max_length` tokens. A response that is cut has no end-of-turn token.
     """
     for block in _blocks(read_rows(source, "pairs", counts), block_rows):
-        asked = _with_responses(_rendered(block, chat, counts), chat, counts)
-        rows = [row for row, _ in asked]
-        prompts = _encode_prompts([prompt for _, prompt in asked], chat, data.prompt_limit, counts)
-        chosen = chat.encode_responses([row.chosen or "" for row in rows])
-        rejected = chat.encode_responses([row.rejected or "" for row in rows])
+        texts = _with_responses(_rendered(block, chat, counts), chat, counts)
+        prompts = _encode_prompts([each.prompt for each in texts], chat, data.prompt_limit, counts)
+        chosen = chat.encode_responses([each.chosen for each in texts])
+        rejected = chat.encode_responses([each.rejected for each in texts])
         kept = []
-        for row, prompt, best, worst in zip(rows, prompts, chosen, rejected, strict=True):
+        for (row, *_), prompt, best, worst in zip(texts, prompts, chosen, rejected, strict=True):
             limit = data.max_length - len(prompt)
             if len(best) < 2 or len(worst) < 2:  # only the end-of-turn token
                 counts.drop("response of zero tokens", row.where)
@@ -110,7 +109,7 @@ def try_format(rows: Sequence[Row], kind: Kind, chat: "ChatFormat", field: str) 
     """
     counts = Counts(rows=len(rows))
     asked = _rendered(rows, chat, counts)
-    usable = _with_responses(asked, chat, counts) if kind == "pairs" else asked
+    usable: Sequence[object] = _with_responses(asked, chat, counts) if kind == "pairs" else asked
     if not usable:
         (reason, _), *_ = counts.dropped.most_common(1)
         raise ConfigError(
@@ -220,13 +219,23 @@ def _rendered(rows: Sequence[Row], chat: "ChatFormat", counts: Counts) -> list[t
     return kept
 
 
-def _with_responses(asked: Iterable[tuple[Row, str]], chat: "ChatFormat", counts: Counts) -> list[tuple[Row, str]]:
+class _Texts(NamedTuple):
+    """A pair as the chat template writes it."""
+
+    row: Row
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+def _with_responses(asked: Iterable[tuple[Row, str]], chat: "ChatFormat", counts: Counts) -> list[_Texts]:
     """Rows and the texts of their prompts, with the answers as the chat template writes them."""
     kept = []
     for row, prompt in asked:
+        assert row.chosen is not None and row.rejected is not None, "read as pairs"
         try:
-            chosen, rejected = (chat.response(row.prompt, prompt, text or "") for text in (row.chosen, row.rejected))
-            kept.append((replace(row, chosen=chosen, rejected=rejected), prompt))
+            chosen, rejected = (chat.response(row.prompt, prompt, a["content"]) for a in (row.chosen, row.rejected))
+            kept.append(_Texts(row, prompt, chosen, rejected))
         except Unusable as reason:
             counts.drop(str(reason), row.where)
     return kept

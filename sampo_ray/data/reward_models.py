@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from sampo_ray.data.preferences import cut_prompt
 from sampo_ray.data.rewards import Rewards, Samples
-from sampo_ray.data.sources import Message
 from sampo_ray.data.tokenizer import exact_tokenizer
 from sampo_ray.errors import ConfigError, RewardError, first_line
+from sampo_ray.sources.messages import Message
 from sampo_ray.training.pretrained import open_model
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from typing import SupportsFloat, cast
 
 import pyarrow as pa
 
-from sampo_ray.data.sources import Message
 from sampo_ray.errors import RewardError
+from sampo_ray.sources.messages import Message
 
 Rewards = list[float | None]
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import jinja2
 
-from sampo_ray.data.sources import Message, Unusable
 from sampo_ray.errors import ConfigError
+from sampo_ray.sources.messages import Message, Unusable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

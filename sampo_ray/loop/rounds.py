@@ -11,7 +11,6 @@ import numpy as np
 
 from sampo_ray.actors.ranks.exchange import RoundSpec
 from sampo_ray.config.run import RunConfig
-from sampo_ray.data.records import fingerprint
 from sampo_ray.errors import StageError, TrainingError, VersionError
 from sampo_ray.loop import stages
 from sampo_ray.loop.blocks import STAGE_STALL_S, StageOutput
@@ -21,6 +20,7 @@ from sampo_ray.run.parts import Part, parts_of
 from sampo_ray.run.serving import read_serving
 from sampo_ray.run.storage import Place
 from sampo_ray.run.versions import complete_versions, export_folder, is_complete, version_folder
+from sampo_ray.sources.records import fingerprint
 from sampo_ray.training.batching import steps_in_round
 from sampo_ray.training.streams import Stream, rollout_seed
 

@@ -14,7 +14,6 @@ from sampo_ray.actors.policy.messages import RolloutRequest
 from sampo_ray.config.run import RunConfig
 from sampo_ray.config.sections import DataConfig, FleetConfig, RolloutConfig
 from sampo_ray.data.preferences import best_against_worst, pairs_of, tokenized_pairs, tokenized_prompts
-from sampo_ray.data.sources import Counts
 from sampo_ray.errors import DataError, StageError
 from sampo_ray.loop.blocks import NotTakenError, StageOutput, collect, is_lost, run_stage
 from sampo_ray.run.feedback import as_jsonl, pairs_from, read_votes
@@ -22,6 +21,7 @@ from sampo_ray.run.manifest import Age, StageRecord
 from sampo_ray.run.parts import LOST, Part, part_place
 from sampo_ray.run.storage import Place
 from sampo_ray.run.versions import WeightsId
+from sampo_ray.sources.rows import Counts
 from sampo_ray.training.batching import Lengths, lengths_of
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ from sampo_ray.data.preferences import columns_json, try_format
 from sampo_ray.data.reward_functions import check_function
 from sampo_ray.data.reward_models import check_model
 from sampo_ray.data.rewards import Samples
-from sampo_ray.data.sources import Row, first_rows
 from sampo_ray.data.tools import tool_arguments
 from sampo_ray.errors import ConfigError, KeysError
 from sampo_ray.run.storage import Place, absolute
 from sampo_ray.run.trackers import check_trackers
+from sampo_ray.sources.rows import Row, first_rows
 from sampo_ray.training.architecture import keys_picked
 from sampo_ray.training.choice import choose_attention
 from sampo_ray.training.memory import check_device

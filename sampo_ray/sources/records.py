@@ -20,8 +20,8 @@ from fsspec import AbstractFileSystem
 from fsspec.core import has_magic, url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from sampo_ray.data.files import as_data_error, json_rows, parquet_rows
 from sampo_ray.errors import DataError
+from sampo_ray.sources.files import as_data_error, json_rows, parquet_rows
 
 _PARQUET = re.compile(r"\.(parquet|pq)$")
 _FILE = re.compile(r"\.((jsonl|ndjson|json)(\.(gz|bz2|xz|zst))?|parquet|pq)$")

@@ -4,13 +4,11 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from sampo_ray.data.records import Record, read_records
 from sampo_ray.errors import DataError
-
-Message = dict[str, str]
-"""One turn: {"role": "system" | "user" | "assistant", "content": text}."""
+from sampo_ray.sources.messages import Message, Unusable, messages_of, unicode_of
+from sampo_ray.sources.records import Record, read_records
 
 Kind = Literal["pairs", "prompts"]
 
@@ -28,9 +26,10 @@ class Row:
     id: str
     where: str
     prompt: list[Message]
-    chosen: str | None
-    rejected: str | None
+    chosen: Message | None
+    rejected: Message | None
     columns: dict[str, object]
+    tools: list[dict[str, Any]] | None = None  # JSON schemas of the functions that the answers may call
 
 
 @dataclass
@@ -57,10 +56,6 @@ class Counts:
             return DataError(f"data source {source!r}: holds no rows; {_EXPECTED[kind]}")
         reasons = ", ".join(f"{why}: {n} (first at {self.first[why]})" for why, n in self.dropped.most_common())
         return DataError(f"data source {source!r}: no usable row among {self.rows} ({reasons}); {_EXPECTED[kind]}")
-
-
-class Unusable(Exception):
-    """A row or prompt that is dropped; the message is the reason it is counted under."""
 
 
 def read_rows(source: str, kind: Kind, counts: Counts | None = None, most_records: int | None = None) -> Iterator[Row]:
@@ -93,13 +88,13 @@ def first_rows(source: str, kind: Kind, most: int) -> list[Row]:
     return rows
 
 
-def _parse_pair(values: Mapping[str, object]) -> tuple[list[Message], str, str]:
+def _parse_pair(values: Mapping[str, object]) -> tuple[list[Message], Message, Message]:
     chosen_prompt, chosen = _response(values.get("chosen"))
     rejected_prompt, rejected = _response(values.get("rejected"))
     if chosen_prompt and rejected_prompt and chosen_prompt != rejected_prompt:
         raise Unusable("chosen and rejected answer different prompts")
     prompt = _whole_prompt(values.get("prompt"), chosen_prompt or rejected_prompt)
-    if not chosen.strip() or not rejected.strip():
+    if not chosen["content"].strip() or not rejected["content"].strip():
         raise Unusable("empty response")
     if chosen == rejected:
         raise Unusable("identical responses")
@@ -109,36 +104,36 @@ def _parse_pair(values: Mapping[str, object]) -> tuple[list[Message], str, str]:
 def _parse_prompt(values: Mapping[str, object]) -> tuple[list[Message], None, None]:
     prompt = values.get("prompt")
     if prompt is None and values.get("messages") is not None:
-        messages = _messages(values["messages"])
+        messages = messages_of(values["messages"])
         prompt = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
     if prompt is None and isinstance(values.get("chosen"), list):
         prompt, _ = _response(values["chosen"])
     return _whole_prompt(prompt, []), None, None
 
 
-def _response(value: object) -> tuple[list[Message], str]:
+def _response(value: object) -> tuple[list[Message], Message]:
     """A chosen or rejected column as the messages before the answer (none for a string) and the answer."""
     if value is None:
         raise Unusable("no chosen or no rejected")
     if isinstance(value, str):
-        return [], _unicode(value)
-    messages = _messages(value)
+        return [], {"role": "assistant", "content": unicode_of(value)}
+    messages = messages_of(value)
     if not messages:
         raise Unusable("empty response")
     if messages[-1]["role"] != "assistant":
         raise Unusable("wrong roles")
-    return messages[:-1], messages[-1]["content"]
+    return messages[:-1], messages[-1]
 
 
 def _whole_prompt(prompt: object, prefix: list[Message]) -> list[Message]:
     """The prompt column, or the messages that chosen and rejected begin with (`prefix`)."""
     if isinstance(prompt, str):
-        text = _unicode(prompt)
+        text = unicode_of(prompt)
         messages = prefix or [{"role": "user", "content": text}]
     elif prompt is None:
         messages = prefix
     else:
-        messages = _messages(prompt)
+        messages = messages_of(prompt)
         if prefix and messages[-len(prefix) :] != prefix:
             raise Unusable("chosen and rejected answer different prompts")
     if not messages:
@@ -150,34 +145,11 @@ def _whole_prompt(prompt: object, prefix: list[Message]) -> list[Message]:
     return messages
 
 
-def _messages(value: object) -> list[Message]:
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise Unusable("neither text nor a list of messages")
-    return [_message(message.get("role"), message.get("content")) for message in value]
-
-
-def _message(role: object, content: object) -> Message:
-    if not isinstance(role, str) or role not in ("system", "user", "assistant"):
-        raise Unusable("wrong roles")
-    if not isinstance(content, str):
-        raise Unusable("a message without text")
-    return {"role": role, "content": _unicode(content)}
-
-
-def _unicode(text: str) -> str:
-    """The text, unless it has a lone surrogate: JSON can spell those, tokenizers and Arrow strings cannot hold them."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise Unusable("not valid Unicode") from None
-    return text
-
-
 def _row_id(record: Record, seen: dict[str, int]) -> str:
     given = next((record.values[name] for name in ("id", "prompt_id") if record.values.get(name) is not None), None)
     if given is None:
         return record.position
-    name = original = _unicode(str(given))
+    name = original = unicode_of(str(given))
     while name in seen:
         seen[original] += 1
         name = f"{original}#{seen[original]}"
