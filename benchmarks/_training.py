@@ -164,9 +164,9 @@ def tokens_of(args: Namespace) -> list[Any]:
     if args.data is not None:
         from sampo_ray.config.sections import DataConfig
         from sampo_ray.data.preferences import pairs_of, tokenized_pairs
-        from sampo_ray.sources.rows import Counts
+        from sampo_ray.sources.rows import Counts, read_rows
 
-        blocks = tokenized_pairs(str(args.data), chat, DataConfig(max_length=longest), Counts())
+        blocks = tokenized_pairs(read_rows(str(args.data), "pairs"), chat, DataConfig(max_length=longest), Counts())
         return list(itertools.islice((pair for block in blocks for pair in pairs_of(block)), args.requests))
     for index, text in enumerate(texts_of(args)):
         prompt = chat.prompt_ids(text["prompt"])[-(longest * 3 // 4) :]

@@ -180,10 +180,11 @@ class Group:
 def tokenized(path: Path, config: Any) -> list[Any]:
     from sampo_ray.data.chat import ChatFormat
     from sampo_ray.data.preferences import pairs_of, tokenized_pairs
-    from sampo_ray.sources.rows import Counts
+    from sampo_ray.sources.rows import Counts, read_rows
 
     chat = ChatFormat.load(str(config.model.path), "tokenizer")
-    return [pair for block in tokenized_pairs(str(path), chat, config.data, Counts()) for pair in pairs_of(block)]
+    blocks = tokenized_pairs(read_rows(str(path), "pairs"), chat, config.data, Counts())
+    return [pair for block in blocks for pair in pairs_of(block)]
 
 
 def differences(pairs: list[Any]) -> np.ndarray:

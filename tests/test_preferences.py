@@ -45,6 +45,10 @@ def chat(tiny_model):
     return ChatFormat.load(tiny_model, "llama3-sampo")
 
 
+def pairs_in(path, chat, data, counts):
+    return list(tokenized_pairs(read_rows(path, "pairs", counts), chat, data, counts))
+
+
 def one_row(tmp_path, values, kind="pairs"):
     return next(read_rows(write(tmp_path / "one.jsonl", [values]), kind))
 
@@ -92,7 +96,7 @@ def test_a_system_turn_in_the_prompt_column_is_kept(tmp_path):
 
 def test_other_columns_are_kept_for_the_reward(tmp_path, chat):
     path = write(tmp_path / "a.jsonl", [{"prompt": "2+2?", "solution": 4, "tags": ["sum"], "chosen": "4"}])
-    [block] = tokenized_prompts(path, chat, 64, Counts())
+    [block] = tokenized_prompts(read_rows(path, "prompts"), chat, 64, Counts())
     assert json.loads(block["columns"][0].as_py()) == {"solution": 4, "tags": ["sum"]}
     assert json.loads(block["messages"][0].as_py()) == [{"role": "user", "content": "2+2?"}]
     assert block.schema == PROMPTS
@@ -159,7 +163,7 @@ def test_an_unusable_row_is_dropped_and_counted_by_reason(tmp_path, chat, reason
     if reason == "response of zero tokens":
         chat = without_zero_width_space(chat)
     counts = Counts()
-    blocks = list(tokenized_pairs(write(tmp_path / "a.jsonl", [PLAIN, values]), chat, DataConfig(), counts))
+    blocks = pairs_in(write(tmp_path / "a.jsonl", [PLAIN, values]), chat, DataConfig(), counts)
     assert sum(block.num_rows for block in blocks) == counts.usable == 1
     assert counts.dropped == {reason: 1}
     assert counts.first[reason].endswith("a.jsonl:2")
@@ -183,7 +187,7 @@ def test_a_prompt_that_the_template_refuses_is_counted(tmp_path, tiny_model):
     chat.tokenizer.chat_template = refusing + chat.tokenizer.chat_template
     counts = Counts()
     rows = [PLAIN, PLAIN | {"prompt": "bad"}]
-    list(tokenized_pairs(write(tmp_path / "a.jsonl", rows), chat, DataConfig(), counts))
+    pairs_in(write(tmp_path / "a.jsonl", rows), chat, DataConfig(), counts)
     assert counts.dropped == {"refused by the chat template": 1}
 
 
@@ -204,15 +208,13 @@ def test_a_truncated_file_is_an_error_that_names_it(tmp_path):
             list(read_rows(str(tmp_path / name), "pairs"))
 
 
-def test_a_source_without_a_usable_row_is_an_error_with_reasons_places_and_the_fix(tmp_path, chat):
+def test_a_source_without_a_usable_row_is_an_error_with_reasons_places_and_the_fix(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"question": "x"}] * 3)
     expected = r"a\.jsonl.*among 3 \(no chosen or no rejected: 3 \(first at .*a\.jsonl:1\)\); write prompt, chosen"
     with pytest.raises(DataError, match=expected):
         first_rows(path, "pairs", 1)
-    with pytest.raises(DataError, match=expected):
-        list(tokenized_pairs(path, chat, DataConfig(), Counts()))
     with pytest.raises(DataError, match="write prompt as a string"):
-        list(tokenized_prompts(path, chat, 8, Counts()))
+        first_rows(path, "prompts", 1)
 
 
 def test_an_empty_file_is_an_error(tmp_path):
@@ -275,7 +277,7 @@ def test_cutting_keeps_the_limits_and_as_much_as_they_allow(
     row = {"prompt": f"{prompt}?", "chosen": f"a{chosen}", "rejected": f"b{rejected}"}
     path = write(tmp_path_factory.mktemp("cut") / "a.jsonl", [row])
     counts = Counts()
-    [[pair]] = [block.to_pylist() for block in tokenized_pairs(path, chat, data, counts)]
+    [[pair]] = [block.to_pylist() for block in pairs_in(path, chat, data, counts)]
     whole = {"prompt": chat.prompt_ids([{"role": "user", "content": row["prompt"]}])}
     whole |= {side: chat.response_ids(row[side]) for side in ("chosen", "rejected")}
 
@@ -291,7 +293,7 @@ def test_cutting_keeps_the_limits_and_as_much_as_they_allow(
 def test_only_the_response_that_is_too_long_is_cut_and_both_cuts_are_counted(tmp_path, chat):
     row = {"prompt": "x" * 100, "chosen": "y" * 100, "rejected": "no"}
     counts = Counts()
-    [block] = tokenized_pairs(write(tmp_path / "a.jsonl", [row]), chat, DataConfig(max_length=64), counts)
+    [block] = pairs_in(write(tmp_path / "a.jsonl", [row]), chat, DataConfig(max_length=64), counts)
     [pair] = block.to_pylist()
     assert block.schema == PAIRS
     assert len(pair["prompt"]) == 48
@@ -304,15 +306,15 @@ def test_only_the_response_that_is_too_long_is_cut_and_both_cuts_are_counted(tmp
 def test_responses_that_only_differ_beyond_the_limit_are_dropped(tmp_path, chat):
     rows = [PLAIN, {"prompt": "x", "chosen": "y" * 100 + "a", "rejected": "y" * 100 + "b"}]
     counts = Counts()
-    list(tokenized_pairs(write(tmp_path / "a.jsonl", rows), chat, DataConfig(max_length=64), counts))
+    pairs_in(write(tmp_path / "a.jsonl", rows), chat, DataConfig(max_length=64), counts)
     assert counts.dropped == {"identical responses within max_length": 1}
 
 
 def test_blocks_have_the_given_number_of_rows_and_hold_the_same_rows_together(tmp_path, chat):
     path = write(tmp_path / "a.jsonl", [PLAIN | {"chosen": f"yes {i}"} for i in range(7)])
-    blocks = list(tokenized_pairs(path, chat, DataConfig(), Counts(), block_rows=3))
+    blocks = list(tokenized_pairs(read_rows(path, "pairs"), chat, DataConfig(), Counts(), block_rows=3))
     assert [block.num_rows for block in blocks] == [3, 3, 1]
-    [whole] = tokenized_pairs(path, chat, DataConfig(), Counts())
+    [whole] = tokenized_pairs(read_rows(path, "pairs"), chat, DataConfig(), Counts())
     assert pa.concat_tables(blocks).combine_chunks() == whole
 
 
@@ -427,7 +429,7 @@ def test_ultrafeedback_is_checked_quickly_and_read_to_its_end(shared, chat):
     first_rows(path, "pairs", 1)
     times.append(time.process_time())
     counts = Counts()
-    rows = sum(block.num_rows for block in tokenized_pairs(path, chat, DataConfig(), counts))
+    rows = sum(block.num_rows for block in pairs_in(path, chat, DataConfig(), counts))
     times.append(time.process_time())
     assert rows == counts.usable == counts.rows == 994
     checked, read = (end - start for start, end in itertools.pairwise(times))

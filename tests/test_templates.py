@@ -13,7 +13,7 @@ from sampo_ray.data.preferences import tokenized_pairs, try_format
 from sampo_ray.errors import ConfigError
 from sampo_ray.loop.validate import check
 from sampo_ray.sources.messages import Unusable
-from sampo_ray.sources.rows import Counts, Row
+from sampo_ray.sources.rows import Counts, Row, read_rows
 
 SPECIAL = [
     "<|im_start|>",
@@ -125,7 +125,7 @@ def test_pairs_that_cannot_be_trained_are_dropped_and_counted(load, tmp_path):
         {"prompt": "a", "chosen": "b", "rejected": "c"},
     ]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
-    [block] = tokenized_pairs(str(tmp_path / "pairs.jsonl"), chat, DataConfig(), counts)
+    [block] = tokenized_pairs(read_rows(str(tmp_path / "pairs.jsonl"), "pairs", counts), chat, DataConfig(), counts)
     [pair] = block.to_pylist()
     assert chat.tokenizer.decode(pair["prompt"] + pair["rejected"]).endswith("<think>\nNo.</think>Five.<|im_end|>")
     assert counts.dropped == {"thinking that the prompt opens and the answer leaves open": 1}

@@ -17,7 +17,7 @@ from sampo_ray.config.sections import DataConfig
 from sampo_ray.data.template import ADVICE, REFUSED
 from sampo_ray.errors import ConfigError
 from sampo_ray.sources.messages import Unusable
-from sampo_ray.sources.rows import Counts, Kind, Row, read_rows
+from sampo_ray.sources.rows import Counts, Kind, Row
 from sampo_ray.training.batching import Pair
 
 if TYPE_CHECKING:
@@ -59,14 +59,14 @@ REFERENCE = pa.schema([*PAIRS, *((name, _LOGPROBS) for name in _REFERENCES)])  #
 
 
 def tokenized_pairs(
-    source: str, chat: "ChatFormat", data: DataConfig, counts: Counts, block_rows: int = 512
+    rows: Iterable[Row], chat: "ChatFormat", data: DataConfig, counts: Counts, block_rows: int = 512
 ) -> Iterator[pa.Table]:
-    """Streams PAIRS blocks of at most `block_rows` pairs in the source's order, rewards null. Raises DataError.
+    """Streams PAIRS blocks of at most `block_rows` pairs in the order of `rows`, rewards null.
 
     Each prompt is cut on the left to `data.prompt_limit` tokens (BOS stays), then each response on the right, so that
     prompt plus response have at most `data.max_length` tokens. A response that is cut has no end-of-turn token.
     """
-    for block in _blocks(read_rows(source, "pairs", counts), block_rows):
+    for block in _blocks(rows, block_rows):
         texts = _with_responses(_rendered(block, chat, counts), chat, counts)
         prompts = _encode_prompts([each.prompt for each in texts], chat, data.prompt_limit, counts)
         chosen = chat.encode_responses([each.chosen for each in texts])
@@ -83,24 +83,20 @@ def tokenized_pairs(
                 kept.append((row.id, prompt, best[:limit], worst[:limit]))
         if kept:
             yield _table(PAIRS, [*zip(*kept, strict=True), [None] * len(kept), [None] * len(kept)])
-    if not counts.usable:
-        raise counts.nothing_usable(source, "pairs")
 
 
 def tokenized_prompts(
-    source: str, chat: "ChatFormat", prompt_limit: int, counts: Counts, block_rows: int = 512
+    rows: Iterable[Row], chat: "ChatFormat", prompt_limit: int, counts: Counts, block_rows: int = 512
 ) -> Iterator[pa.Table]:
     """Streams PROMPTS blocks of at most `block_rows` prompts, cut on the left to `prompt_limit` tokens (BOS stays)."""
-    for block in _blocks(read_rows(source, "prompts", counts), block_rows):
+    for block in _blocks(rows, block_rows):
         asked = _rendered(block, chat, counts)
-        rows = [row for row, _ in asked]
+        kept = [row for row, _ in asked]
         prompts = _encode_prompts([prompt for _, prompt in asked], chat, prompt_limit, counts)
-        if rows:
-            messages = [json.dumps(row.prompt, ensure_ascii=False) for row in rows]
-            columns = [columns_json(row) for row in rows]
-            yield _table(PROMPTS, [[row.id for row in rows], messages, columns, prompts])
-    if not counts.usable:
-        raise counts.nothing_usable(source, "prompts")
+        if kept:
+            messages = [json.dumps(row.prompt, ensure_ascii=False) for row in kept]
+            columns = [columns_json(row) for row in kept]
+            yield _table(PROMPTS, [[row.id for row in kept], messages, columns, prompts])
 
 
 def try_format(rows: Sequence[Row], kind: Kind, chat: "ChatFormat", field: str) -> list[str]:

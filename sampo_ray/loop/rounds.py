@@ -21,6 +21,7 @@ from sampo_ray.run.serving import read_serving
 from sampo_ray.run.storage import Place
 from sampo_ray.run.versions import complete_versions, export_folder, is_complete, version_folder
 from sampo_ray.sources.records import fingerprint
+from sampo_ray.sources.rows import Kind
 from sampo_ray.training.batching import steps_in_round
 from sampo_ray.training.streams import Stream, rollout_seed
 
@@ -62,7 +63,8 @@ class Reporter(Protocol):
 
 def tokenize(run: Run, reporter: Reporter) -> list[Part]:
     """The run's preference pairs (offline) or prompts (online) as parts of token ids, made once for all rounds."""
-    config, place, kind = run.config, run.place.at("data"), "prompts" if run.config.online else "pairs"
+    config, place = run.config, run.place.at("data")
+    kind: Kind = "prompts" if run.config.online else "pairs"
     if run.manifest.data.fingerprint is None:
         source = config.data.prompts if config.online else config.data.train
         assert source is not None, "validated with the configuration"

@@ -14,14 +14,14 @@ from sampo_ray.actors.policy.messages import RolloutRequest
 from sampo_ray.config.run import RunConfig
 from sampo_ray.config.sections import DataConfig, FleetConfig, RolloutConfig
 from sampo_ray.data.preferences import best_against_worst, pairs_of, tokenized_pairs, tokenized_prompts
-from sampo_ray.errors import DataError, StageError
+from sampo_ray.errors import StageError
 from sampo_ray.loop.blocks import NotTakenError, StageOutput, collect, is_lost, run_stage
 from sampo_ray.run.feedback import as_jsonl, pairs_from, read_votes
 from sampo_ray.run.manifest import Age, StageRecord
 from sampo_ray.run.parts import LOST, Part, part_place
 from sampo_ray.run.storage import Place
 from sampo_ray.run.versions import WeightsId
-from sampo_ray.sources.rows import Counts
+from sampo_ray.sources.rows import Counts, Kind, read_rows
 from sampo_ray.training.batching import Lengths, lengths_of
 
 if TYPE_CHECKING:
@@ -38,27 +38,26 @@ ASSIGN_S, SUMMARY_S, TOKENIZE_S = 900.0, 900.0, 24 * 3600.0
 
 
 def _tokenized(
-    out: Place, source: str, kind: str, tokenizer: Place, data: DataConfig, none_is_fine: bool = False
+    out: Place, source: str, kind: Kind, tokenizer: Place, data: DataConfig, none_is_fine: bool = False
 ) -> StageRecord:
     """Tokenizes a source into parts, from its start even if some exist already."""
     from sampo_ray.data.chat import ChatFormat  # takes seconds, which other stages' processes save
 
     counts = Counts()
+    source_rows = read_rows(source, kind, counts)
     with tokenizer.on_disk() as folder:
         chat = ChatFormat.load(folder, "tokenizer")
     blocks = (
-        tokenized_pairs(source, chat, data, counts, PART_PAIRS)
+        tokenized_pairs(source_rows, chat, data, counts, PART_PAIRS)
         if kind == "pairs"
-        else tokenized_prompts(source, chat, data.prompt_limit, counts, PART_PAIRS)
+        else tokenized_prompts(source_rows, chat, data.prompt_limit, counts, PART_PAIRS)
     )
     rows = []
-    try:
-        for index, block in enumerate(blocks):
-            part_place(out, index).write_table(block)
-            rows.append(block.num_rows)
-    except DataError:
-        if counts.usable or not none_is_fine:
-            raise
+    for index, block in enumerate(blocks):
+        part_place(out, index).write_table(block)
+        rows.append(block.num_rows)
+    if not counts.usable and not none_is_fine:
+        raise counts.nothing_usable(source, kind)
     return StageRecord(
         rows=rows,
         rows_read=counts.rows,
@@ -68,7 +67,7 @@ def _tokenized(
     )
 
 
-def tokenize(out: Place, source: str, kind: str, tokenizer: Place, data: DataConfig) -> StageRecord:
+def tokenize(out: Place, source: str, kind: Kind, tokenizer: Place, data: DataConfig) -> StageRecord:
     """Tokenizes a source of preference pairs or prompts (`kind`) into parts."""
     return ray.get(ray.remote(num_cpus=0.5)(_tokenized).remote(out, source, kind, tokenizer, data), timeout=TOKENIZE_S)
 
