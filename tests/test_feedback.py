@@ -414,7 +414,7 @@ def test_votes_are_exported_as_preference_data(tmp_path):
     )
     [row] = read_rows(str(out), "pairs")
     assert (row.prompt, row.chosen["content"], row.rejected["content"]) == (ASK, "a", "b")
-    assert row.id.startswith("feedback-") and row.columns["feedback"]["for"] == 1
+    assert row.columns["id"].startswith("feedback-") and row.columns["feedback"]["for"] == 1
 
 
 def test_a_round_uses_votes_that_no_earlier_round_used_and_the_same_again_after_an_interruption(tmp_path, tiny_model):

@@ -116,7 +116,7 @@ def test_all_containers_hold_the_same_rows(tmp_path):
     pq.write_table(pa.Table.from_pylist(rows[2:]), tmp_path / "parts/2.parquet")
 
     def content(source):
-        return [(row.id, row.prompt, row.chosen, row.rejected, row.columns) for row in read_rows(source, "pairs")]
+        return [(row.prompt, row.chosen, row.rejected, row.columns) for row in read_rows(source, "pairs")]
 
     expected = content(str(tmp_path / "a.jsonl"))
     assert len(expected) == 5
@@ -249,14 +249,13 @@ def test_a_folder_with_held_out_files_is_not_read_as_one(tmp_path):
     assert len(list(read_rows(f"{tmp_path}/train*", "pairs"))) == 1
 
 
-def test_ids_are_those_of_the_rows_or_their_positions_and_unique(tmp_path):
-    rows = [{"id": "a"}, {"id": "a"}, {"id": 7}, {"prompt_id": "p"}, {}, {"id": "a#2"}, {"id": "a"}]
-    path = write(tmp_path / "x.jsonl", [PLAIN | row for row in rows])
-    ids = [row.id for row in read_rows(path, "pairs")]
-    assert ids == ["a", "a#2", "7", "p", "x.jsonl:5", "a#2#2", "a#3"]
+def test_a_rows_id_is_its_position_and_its_own_ids_are_columns_for_rewards(tmp_path):
+    rows = [PLAIN | {"id": "a"}, PLAIN | {"id": "a", "prompt_id": 7}]
     (tmp_path / "elsewhere").mkdir()
-    again = write(tmp_path / "elsewhere/x.jsonl", [PLAIN | row for row in rows])
-    assert [row.id for row in read_rows(again, "pairs")] == ids
+    for path in (tmp_path / "x.jsonl", tmp_path / "elsewhere/x.jsonl"):
+        read = list(read_rows(write(path, rows), "pairs"))
+        assert [row.id for row in read] == ["x.jsonl:1", "x.jsonl:2"]
+        assert [row.columns for row in read] == [{"id": "a"}, {"id": "a", "prompt_id": 7}]
 
 
 def test_a_fingerprint_changes_with_a_byte_and_not_with_the_folder(tmp_path):

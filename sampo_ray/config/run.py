@@ -181,7 +181,7 @@ def _explain(errors: Sequence[ErrorDetails]) -> list[str]:
     expected: dict[str, list[str]] = {}
     for error in errors:
         field, inside = _split(error["loc"])
-        if inside and isinstance(inside[0], str) and error["type"] != "extra_forbidden":
+        if inside and isinstance(inside[0], str) and (len(inside) > 1 or error["type"] != "extra_forbidden"):
             if len(inside) == 1:
                 expected.setdefault(field, []).append(_expected(field, error))
                 lines[field] = f"{field}: input should be {' or '.join(expected[field])} (got {error['input']!r})"
@@ -232,8 +232,12 @@ def _split(loc: tuple[int | str, ...]) -> tuple[str, tuple[int | str, ...]]:
 
 def _section_at(section: type[BaseModel], name: str) -> type[BaseModel] | None:
     """The section that a field holds, which may be optional; None for a value."""
-    kind = section.model_fields[name].annotation
-    return next((t for t in (kind, *get_args(kind)) if isinstance(t, type) and issubclass(t, BaseModel)), None)
+    found = [section.model_fields[name].annotation] if name in section.model_fields else []
+    for kind in found:  # grows by what unions and annotations hold
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+        found += get_args(kind)
+    return None
 
 
 def _fields_at(path: list[str]) -> list[str]:

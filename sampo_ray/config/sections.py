@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from sampo_ray.config.columns import ColumnsOfSources
 from sampo_ray.config.losses import LOSSES, REDUCTIONS, PreferenceLoss, advice, find_loss
 from sampo_ray.config.rows import Attention
 from sampo_ray.config.section import Section
@@ -48,6 +49,9 @@ class DataConfig(Section):
     """Preference pairs (offline mode): JSON(.gz), Parquet, a folder, a hub name, any fsspec URL; NAME:SPLIT."""
     prompts: str | None = None
     """Prompts (online mode), in the same formats; a preference file works too, its answers are not read."""
+    columns: ColumnsOfSources | None = None
+    """What the columns of the rows are, as in {prompt: question, chosen: good}; the rest is found by probing the rows.
+    A list with one entry a source, where there are several."""
     max_length: int = Field(8192, ge=8)
     """Tokens of prompt plus response, at most."""
     max_prompt_length: int | None = Field(None, ge=1)

@@ -2,17 +2,18 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from sampo_ray.config.columns import Columns
 from sampo_ray.errors import DataError
 from sampo_ray.sources.messages import Message, Unusable, messages_of, unicode_of
 from sampo_ray.sources.records import Record, read_records
 
 Kind = Literal["pairs", "prompts"]
 
-_LAYOUT_COLUMNS = {"id", "prompt_id", "prompt", "messages", "chosen", "rejected"}
+_LAYOUT_COLUMNS = {"prompt", "messages", "chosen", "rejected"}
 _EXPECTED = {
     "pairs": "write prompt, chosen and rejected, as strings or as lists of messages that end in the answer",
     "prompts": "write prompt as a string, or prompt or messages as a list of messages that ends with the user",
@@ -58,31 +59,35 @@ class Counts:
         return DataError(f"data source {source!r}: no usable row among {self.rows} ({reasons}); {_EXPECTED[kind]}")
 
 
-def read_rows(source: str, kind: Kind, counts: Counts | None = None, most_records: int | None = None) -> Iterator[Row]:
-    """Streams the usable rows of `source`; counts the others by reason in `counts`.
+def read_rows(source: str, kind: Kind, counts: Counts | None = None, columns: Columns | None = None) -> Iterator[Row]:
+    """Streams the usable rows of `source`, read as `columns` says; counts the others by reason in `counts`.
 
-    A row's id is its `id` or `prompt_id` (a repeated one gets `#2`, `#3`, ...), else its position in the source. Only
-    the ids stay in memory. DataError for a source that cannot be read, and for a line that is not valid JSON.
+    DataError for a source that cannot be read, and for a line that is not valid JSON.
     """
     counts = Counts() if counts is None else counts
+    return rows_of(read_records(source), kind, columns or Columns(), counts)
+
+
+def rows_of(records: Iterable[Record], kind: Kind, columns: Columns, counts: Counts) -> Iterator[Row]:
+    """The usable ones of `records`, read as `columns` says; the others are counted by reason in `counts`. A row's id is
+    its position in the source.
+    """
     parse = _parse_pair if kind == "pairs" else _parse_prompt
-    seen: dict[str, int] = {}
-    for record in itertools.islice(read_records(source), most_records):
+    for record in records:
         counts.rows += 1
         try:
             prompt, chosen, rejected = parse(record.values)
-            row_id = _row_id(record, seen)
         except Unusable as reason:
             counts.drop(str(reason), record.where)
             continue
-        columns = {name: value for name, value in record.values.items() if name not in _LAYOUT_COLUMNS}
-        yield Row(row_id, record.where, prompt, chosen, rejected, columns)
+        others = {name: value for name, value in record.values.items() if name not in _LAYOUT_COLUMNS}
+        yield Row(record.position, record.where, prompt, chosen, rejected, others)
 
 
 def first_rows(source: str, kind: Kind, most: int) -> list[Row]:
     """Opens `source` and returns its first usable rows, 1 to `most`. DataError if there is none near its beginning."""
     counts = Counts()
-    rows = list(itertools.islice(read_rows(source, kind, counts, most_records=1000), most))
+    rows = list(itertools.islice(rows_of(itertools.islice(read_records(source), 1000), kind, Columns(), counts), most))
     if not rows:
         raise counts.nothing_usable(source, kind)
     return rows
@@ -143,15 +148,3 @@ def _whole_prompt(prompt: object, prefix: list[Message]) -> list[Message]:
     if not messages[-1]["content"].strip():
         raise Unusable("empty prompt")
     return messages
-
-
-def _row_id(record: Record, seen: dict[str, int]) -> str:
-    given = next((record.values[name] for name in ("id", "prompt_id") if record.values.get(name) is not None), None)
-    if given is None:
-        return record.position
-    name = original = unicode_of(str(given))
-    while name in seen:
-        seen[original] += 1
-        name = f"{original}#{seen[original]}"
-    seen[name] = 1
-    return name
