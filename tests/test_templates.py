@@ -9,8 +9,9 @@ from sampo_ray.config.run import load_config
 from sampo_ray.config.sections import DataConfig
 from sampo_ray.console.demo_task import tiny_llama, tiny_tokenizer
 from sampo_ray.data.chat import ChatFormat
-from sampo_ray.data.preferences import tokenized_pairs, try_format
+from sampo_ray.data.preferences import tokenized_pairs
 from sampo_ray.errors import ConfigError
+from sampo_ray.loop.data_check import try_format
 from sampo_ray.loop.validate import check
 from sampo_ray.sources.messages import Unusable
 from sampo_ray.sources.rows import Counts, Row, read_rows
@@ -115,7 +116,7 @@ def test_an_answer_is_not_trained_inside_a_block_that_its_prompt_opens(load, tur
     with pytest.raises(
         ConfigError, match=r"data\.train: no row of the first 2 .* leaves open \(first at file:0\); write"
     ):
-        try_format(rows, "pairs", chat, "data.train")
+        try_format(rows, "pairs", chat, DataConfig(), "data.train")
 
 
 def test_pairs_that_cannot_be_trained_are_dropped_and_counted(load, tmp_path):
@@ -254,9 +255,9 @@ def test_the_validation_says_what_a_template_does_and_refuses_pairs_that_it_leav
     recipe = {"model": {"path": str(tmp_path), "template": "tokenizer"}, "data": {"train": str(data), "max_length": 64}}
     recipe["run"] = {"dir": str(tmp_path / "run")}
     data.write_text(json.dumps({"prompt": "a", "chosen": THOUGHT, "rejected": "No.</think>Five."}))
-    checked, notes = check(load_config(recipe))
-    assert [note for note in notes if "ends a prompt with <think>" in note]
-    assert checked.model.attention == "segments", "what is chosen is recorded"
+    checked = check(load_config(recipe))
+    assert [note for note in checked.notes if "ends a prompt with <think>" in note]
+    assert checked.config.model.attention == "segments", "what is chosen is recorded"
     data.write_text(json.dumps({"prompt": "a", "chosen": PLAIN, "rejected": "Five."}))
     with pytest.raises(ConfigError, match=r"data\.train: .*the answer leaves open .*write its thinking"):
         check(load_config(recipe))

@@ -60,6 +60,14 @@ class RunConfig(Section):
         return self.method.needs_reference and self.reference.where == "workers"
 
     @property
+    def limits(self) -> sections.DataConfig:
+        """`data` with the lengths that a run cuts to: online, a completion of `max_tokens` fits behind any prompt."""
+        if not self.online:
+            return self.data
+        limit = min(self.data.prompt_limit, self.data.max_length - self.rollout.max_tokens)
+        return self.data.model_copy(update={"max_prompt_length": limit})
+
+    @property
     def online(self) -> bool:
         return self.rounds.mode == "online"
 

@@ -13,8 +13,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
@@ -25,9 +25,12 @@ from sampo_ray.config.serving import ServeConfig
 from sampo_ray.console.gpus import check_cluster, installed, usable_here
 from sampo_ray.errors import ConfigError
 from sampo_ray.loop.display import Display, open_display
-from sampo_ray.run.directory import create_run, dump_config, find_run, open_run
+from sampo_ray.run.directory import Run, create_run, dump_config, find_run, open_run
 from sampo_ray.run.lock import Check, exclusive
 from sampo_ray.run.storage import Place, absolute
+
+if TYPE_CHECKING:
+    from sampo_ray.loop.validate import Checked
 
 LOCAL_CPUS = 16
 """Logical CPUs of a Ray that is started for one command: more than cores, since its actors share those."""
@@ -55,15 +58,7 @@ def resume(directory: str, overrides: list[str], keep_serving: bool) -> None:
             _run(checked, directory, keep_serving, check)
 
 
-@dataclass(frozen=True)
-class Checked:
-    """A configuration that was checked against the files that it names, and what the user is told about these."""
-
-    config: RunConfig
-    notes: list[str]
-
-
-def _resumed(directory: str, overrides: list[str]) -> Checked | None:
+def _resumed(directory: str, overrides: list[str]) -> "Checked | None":
     """The checked configuration of the run in `directory`, which goes on; None for a finished run, which is said."""
     run = open_run(directory)
     if run.manifest.finished:
@@ -72,7 +67,7 @@ def _resumed(directory: str, overrides: list[str]) -> Checked | None:
     for override in overrides:
         if not override.startswith(CHANGEABLE):
             raise ConfigError(f"override {override!r}: a resumed run keeps its method, data and sizes; drop it")
-    return _checked(run.config.model_dump(), overrides)
+    return _checked(run.config.model_dump(), overrides, run)
 
 
 def show(recipe: Path | None, overrides: list[str], directory: str | None = None) -> None:
@@ -80,33 +75,34 @@ def show(recipe: Path | None, overrides: list[str], directory: str | None = None
     checked = _resumed(directory, overrides) if directory else _checked(recipe, overrides)
     if checked is None:
         return
+    from sampo_ray.console.comments import comment, first_row
     from sampo_ray.loop.validate import check_fit
 
     def note(text: str) -> None:
-        typer.echo(f"# {text}")
+        typer.echo(comment(text))
 
     with ray_cluster(note) if os.environ.get("RAY_ADDRESS") else contextlib.nullcontext(here(note)) as resources:
         resolved, notes = resolve(checked.config, resources, os.cpu_count() or 1)
     check_fit(resolved)
-    for each in (*checked.notes, *notes):
+    for each in (*checked.notes, *checked.details, *notes, *map(first_row, checked.firsts)):
         note(each)
     typer.echo(dump_config(resolved), nl=False)
 
 
-def _checked(recipe: Path | Mapping[str, object] | None, overrides: list[str]) -> Checked:
+def _checked(recipe: Path | Mapping[str, object] | None, overrides: list[str], run: Run | None = None) -> "Checked":
+    """A recipe, or the configuration of a `run` that goes on, checked against the files that it names."""
     if recipe is None:
         raise ConfigError("name a recipe, or a run to continue: --resume RUN_DIR")
     config = load_config(recipe, overrides)
     config.serve.check_keyed()
     config.method.check_loss()
     quiet_libraries()
-    from sampo_ray.loop.validate import check, decided
+    from sampo_ray.loop.validate import check
 
-    config, notes = check(config)
-    return Checked(decided(config), notes)
+    return check(config, run)
 
 
-def _run(checked: Checked, resumed: str | None, keep_serving: bool, check: Check) -> None:
+def _run(checked: "Checked", resumed: str | None, keep_serving: bool, check: Check) -> None:
     """Trains in a new run directory, or in the one of a run that is `resumed`; `check` is made before it is written."""
     from sampo_ray.iterate import iterate
     from sampo_ray.loop.fleet import open_fleet

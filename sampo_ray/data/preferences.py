@@ -14,10 +14,9 @@ import numpy as np
 import pyarrow as pa
 
 from sampo_ray.config.sections import DataConfig
-from sampo_ray.data.template import ADVICE, REFUSED
-from sampo_ray.errors import ConfigError
+from sampo_ray.data.template import REFUSED
 from sampo_ray.sources.messages import Unusable
-from sampo_ray.sources.rows import Counts, Kind, Row
+from sampo_ray.sources.rows import Counts, Row
 from sampo_ray.training.batching import Pair
 
 if TYPE_CHECKING:
@@ -97,22 +96,6 @@ def tokenized_prompts(
             messages = [json.dumps(row.prompt, ensure_ascii=False) for row in kept]
             columns = [columns_json(row) for row in kept]
             yield _table(PROMPTS, [[row.id for row in kept], messages, columns, prompts])
-
-
-def try_format(rows: Sequence[Row], kind: Kind, chat: "ChatFormat", field: str) -> list[str]:
-    """Tries a chat format on rows of the source that `field` names, in memory. Returns a note on each reason for which
-    some cannot be used; ConfigError if none can.
-    """
-    counts = Counts(rows=len(rows))
-    asked = _rendered(rows, chat, counts)
-    usable: Sequence[object] = _with_responses(asked, chat, counts) if kind == "pairs" else asked
-    if not usable:
-        (reason, _), *_ = counts.dropped.most_common(1)
-        raise ConfigError(
-            f"{field}: no row of the first {len(rows)} can be used: {reason} (first at {counts.first[reason]}); "
-            f"{ADVICE[reason]}"
-        )
-    return [f"{field}: {n} of the first {len(rows)} rows are dropped: {reason}" for reason, n in counts.dropped.items()]
 
 
 def columns_json(row: Row) -> str:

@@ -68,12 +68,8 @@ def tokenize(run: Run, reporter: Reporter) -> list[Part]:
     if run.manifest.data.fingerprint is None:
         source = config.data.prompts if config.online else config.data.train
         assert source is not None, "validated with the configuration"
-        data = config.data
-        if config.online:  # a completion of max_tokens must fit behind any prompt
-            limit = min(data.prompt_limit, data.max_length - config.rollout.max_tokens)
-            data = data.model_copy(update={"max_prompt_length": limit})
         with reporter.stage("tokenize", None, kind):
-            counts = stages.tokenize(place, source, kind, run.place.at("tokenizer"), data)
+            counts = stages.tokenize(place, source, kind, run.place.at("tokenizer"), config.limits)
         run.manifest.data = DataRecord(source=source, fingerprint=fingerprint(source), **counts.model_dump())
         run.save()
     found = run.manifest.data

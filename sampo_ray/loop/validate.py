@@ -1,63 +1,69 @@
 """Checks a configuration against the files that it names, in seconds, before Ray or an engine starts."""
 
-import json
 from collections import Counter
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 from transformers import AutoConfig, PretrainedConfig
 
 from sampo_ray.config.keys import is_json, parse
 from sampo_ray.config.run import RunConfig
 from sampo_ray.data.chat import ChatFormat
-from sampo_ray.data.preferences import columns_json, try_format
+from sampo_ray.data.first_row import FirstRow
 from sampo_ray.data.reward_functions import check_function
 from sampo_ray.data.reward_models import check_model
 from sampo_ray.data.rewards import Samples
 from sampo_ray.data.tools import tool_arguments
 from sampo_ray.errors import ConfigError, KeysError
+from sampo_ray.loop.data_check import check_source, made_up_samples, tokenized_rows
+from sampo_ray.run.directory import Run
 from sampo_ray.run.storage import Place, absolute
 from sampo_ray.run.trackers import check_trackers
-from sampo_ray.sources.rows import Row, first_rows
 from sampo_ray.training.architecture import keys_picked
 from sampo_ray.training.choice import choose_attention
 from sampo_ray.training.memory import check_device
 from sampo_ray.training.model_files import ModelFiles
 from sampo_ray.training.pretrained import open_model
 
-PROBED_ROWS = 1000
-"""Rows of the prompt file in which a column that a reward function names must be found."""
 
-TRIED_PAIRS = 100
-"""Rows of the pairs file, on which the chat template is tried."""
+@dataclass(frozen=True)
+class Checked:
+    """A configuration that was checked against the files that it names, with what these decide filled in.
+
+    `notes` are what the user is told, a line each; `details` are for a dry run, with the first row of each source.
+    """
+
+    config: RunConfig
+    notes: list[str]
+    details: list[str]
+    firsts: list[FirstRow]
 
 
-def check(config: RunConfig) -> tuple[RunConfig, list[str]]:
+def check(config: RunConfig, run: Run | None = None) -> Checked:
     """Opens the model's configuration and tokenizer, the data and the reward source, and tries the prompt format.
 
-    Returns the configuration with how attention is computed filled in, and what the user is told, a line each. Raises
-    ConfigError or DataError, naming the field and the fix.
+    Fills in how attention is computed and in which type models are exported. The data of a `run` that has tokenized
+    it is not opened again. Raises ConfigError or DataError, naming the field and the fix.
     """
     path = config.model.path
     opened = open_model("model.path", path)
     attention, said = choose_attention(opened.config, config.model, config.data.max_length)
-    notes = [*opened.notes, *said]
     chat = ChatFormat.load(path, config.model.template)
     check_sizes(config, opened.config.get_text_config(), len(chat.tokenizer))
-    notes += [*chat.notes(), *check_data(config, chat)]
+    tokenized = run if run is not None and run.manifest.data.fingerprint else None
+    sources = [] if tokenized else [check_source(config, chat)]
+    if config.online:
+        rows = tokenized_rows(tokenized) if tokenized else sources[0].rows
+        check_reward(config, made_up_samples(rows, chat))
     if config.serve.tools is not None:
         tool_arguments(config.serve.tools, chat)
     check_trackers(config)
     check_keys_file(config.serve.keys_file)
-    return config.model_copy(update={"model": config.model.model_copy(update={"attention": attention})}), notes
-
-
-def check_data(config: RunConfig, chat: ChatFormat) -> list[str]:
-    """Tries the prompt format and the reward on the first rows. Returns notes on what cannot be used of them."""
-    if not config.online:
-        return try_format(first_rows(str(config.data.train), "pairs", TRIED_PAIRS), "pairs", chat, "data.train")
-    rows = first_rows(str(config.data.prompts), "prompts", PROBED_ROWS)
-    check_reward(config, made_up_samples(rows, chat))
-    return try_format(rows, "prompts", chat, "data.prompts")
+    return Checked(
+        decided(config.model_copy(update={"model": config.model.model_copy(update={"attention": attention})})),
+        [*opened.notes, *said, *chat.notes(), *(note for source in sources for note in source.notes)],
+        [detail for source in sources for detail in source.details],
+        [source.first for source in sources],
+    )
 
 
 def decided(config: RunConfig) -> RunConfig:
@@ -68,18 +74,6 @@ def decided(config: RunConfig) -> RunConfig:
     types = Counter(weight.dtype for weight in files.weights(files.settings("config.json")).values())
     dtype = "bfloat16" if types.most_common()[0][0] == "BF16" else "float16"
     return config.model_copy(update={"run": config.run.model_copy(update={"export_dtype": dtype})})
-
-
-def made_up_samples(rows: Sequence[Row], chat: ChatFormat) -> Samples:
-    """Two made-up completions of the first row's prompt, one of them empty, with the columns that any of `rows` has."""
-    texts = ["I do not know.", ""]
-    columns = json.loads(columns_json(rows[0]))
-    return Samples(
-        [rows[0].prompt for _ in texts],
-        texts,
-        chat.encode_responses(texts),
-        {name: [columns.get(name) for _ in texts] for row in rows for name in row.columns},
-    )
 
 
 def check_reward(config: RunConfig, samples: Samples) -> None:

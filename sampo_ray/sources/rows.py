@@ -51,6 +51,14 @@ class Counts:
         self.dropped[reason] += 1
         self.first.setdefault(reason, where)
 
+    def add(self, others: "Counts") -> None:
+        """Counts the rows that `others` counts, too; they come after these."""
+        self.rows += others.rows
+        self.dropped += others.dropped
+        self.prompts_cut += others.prompts_cut
+        self.responses_cut += others.responses_cut
+        self.first = {**others.first, **self.first}
+
     def nothing_usable(self, source: str, kind: Kind) -> DataError:
         """The error for a source without a usable row."""
         if not self.rows:

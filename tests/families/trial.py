@@ -132,7 +132,7 @@ def run_config(folder: Path, way: Attention | None = None, lora: LoraConfig | No
 def validated(result: Result, folder: Path) -> RunConfig | None:
     """What validation makes of a run's configuration; None, and the message in the result, if it refuses the model."""
     try:
-        return check(run_config(folder))[0]
+        return check(run_config(folder)).config
     except ConfigError as error:
         result.refusal = str(error).replace(str(folder), "...")
         return None

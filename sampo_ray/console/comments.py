@@ -1,0 +1,65 @@
+"""What `--dry-run` prints in front of the configuration: comment lines of YAML, to be read on a terminal."""
+
+import unicodedata
+from collections.abc import Iterator
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
+
+from sampo_ray.data.first_row import FirstRow, Part
+
+WIDTH = 96
+"""Cells of a line, at most."""
+BEGINNING, END = (500, 8), (250, 4)
+"""Characters and lines that are shown of a longer text."""
+
+_JOINERS = "\u200c\u200d"  # which some scripts and emoji are written with
+_HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+
+
+def comment(text: str) -> str:
+    """Each line of `text` as a comment of YAML, whatever it quotes."""
+    return "\n".join(f"# {_printable(line)}".rstrip() for line in text.split("\n"))
+
+
+def first_row(first: FirstRow) -> str:
+    """A row as it was understood: the turns and answers with their tokens, and what of them is cut."""
+    lines = ["", f"first row ({first.where}) as it is read, with tokens:"]
+    for part in first.parts:
+        lines += _part(part)
+    lines += _wrapped("  ", first.size)
+    return "\n".join([*lines, ""])
+
+
+def _part(part: Part) -> Iterator[str]:
+    head = f"  {part.role:<9}{part.tokens:>6,}  "
+    *ended, last = _shortened(part.text).split("\n")
+    last += f" [{part.cut}]" if part.cut else ""
+    for line in [*(f"{each}↵" for each in ended), last]:
+        yield from _wrapped(head, line)
+        head = " " * len(head)
+
+
+def _wrapped(head: str, text: str) -> Iterator[str]:
+    """`text` behind `head`, on as many lines as it takes; those after the first are indented as far."""
+    width = WIDTH - len("# ") - cell_len(head)
+    for line in Text(_printable(text)).wrap(Console(width=WIDTH), width):
+        yield head + line.plain
+        head = " " * cell_len(head)
+
+
+def _shortened(text: str) -> str:
+    beginning = "\n".join(text[: BEGINNING[0]].split("\n")[: BEGINNING[1]])
+    end = "\n".join(text[-END[0] :].split("\n")[-END[1] :])
+    left = len(text) - len(beginning) - len(end)
+    return text if left < 50 else f"{beginning} [... {left:,} characters ...] {end}"
+
+
+def _printable(line: str) -> str:
+    """Characters that a terminal would not show, or would obey, written as Python does."""
+    return "".join(each if _shows(each) else each.encode("unicode_escape").decode() for each in line)
+
+
+def _shows(character: str) -> bool:
+    return character in _JOINERS or unicodedata.category(character) not in _HIDDEN
