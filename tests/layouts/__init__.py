@@ -1,0 +1,1 @@
+"""Layouts of public preference and prompt data, in rows of our own, and what must be read from them."""
