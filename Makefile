@@ -1,11 +1,12 @@
-# `make demo`, `make test`, `make families`, `make lint`, `make bench NAME=...`: each sets up .venv first, once and again
+# `make demo`, `make test`, `make families`, `make layouts`,
+# `make lint`, `make bench NAME=...`: each sets up .venv first, once and again
 # when the pins change. Needs Python 3.11 or 3.12; PYTHON=... chooses one.
 #
 # TORCH_INDEX_URL=... asks that package index for torch first. On x86-64 Linux PyPI's torch brings some 4 GB of CUDA
 # libraries with it; PyTorch's index of CPU wheels (see its installation page) does not.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: demo test families lint bench setup
+.PHONY: demo test families layouts lint bench setup
 
 is_supported := import ensurepip, sys, venv; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
 # A version manager's stand-in may be on the path and not run: ask each.
@@ -25,6 +26,9 @@ test: setup
 
 families: setup
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/bin/python -m tests.families
+
+layouts: setup
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/bin/python -m tests.layouts
 
 lint: setup
 	.venv/bin/ruff check

@@ -10,7 +10,7 @@ from tests.layouts.lists import LISTS
 from tests.layouts.pairs import TEXT
 from tests.layouts.prompts import PROMPTS, TOOLS
 from tests.layouts.refusals import LOST, OPEN
-from tests.layouts.specs import Either, Expected, Layout, Refused
+from tests.layouts.specs import Anything, Either, Expected, Layout, Refused
 from tests.layouts.turns import TURNS
 from tests.layouts.verdicts import VERDICTS
 
@@ -32,7 +32,7 @@ def layouts_in(folder: Path) -> Iterator[Layout]:
         pairs = _expected(given["pairs"])
         prompts = _expected(given["prompts"])
         if given["prompts"] is None and given["pairs"] is not None:  # prompts of pairs, not asked for
-            prompts = pairs if isinstance(pairs, Refused) else Either((_prompts(pairs), Refused()))
+            prompts = Anything() if isinstance(pairs, Refused) else Either((_prompts(pairs), Refused()))
         tools = next((row["tools"] for row in given["rows"] if row.get("tools")), None)
         yield Layout(path.stem, given["source"], given["rows"], pairs, prompts, given["format"], tools)
 

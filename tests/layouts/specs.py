@@ -28,13 +28,18 @@ class Refused:
 
 
 @dataclasses.dataclass(frozen=True)
+class Anything:
+    """Not judged."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Either:
     """Any of these is right: the layout leaves it open."""
 
     choices: tuple[Expected, ...]
 
 
-Expected: TypeAlias = Sequence[Any] | Refused | Either
+Expected: TypeAlias = Sequence[Any] | Refused | Either | Anything
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from sampo_ray.config.columns import Columns
 from sampo_ray.errors import DataError
 from sampo_ray.sources.rows import Counts, Kind, read_rows
-from tests.layouts.specs import Either, Expected, Fields, Layout, Refused
+from tests.layouts.specs import Anything, Either, Expected, Fields, Layout, Refused
 
 KINDS: tuple[Kind, Kind] = ("pairs", "prompts")
 
@@ -47,6 +47,8 @@ def try_layout(layout: Layout) -> Iterator[Result]:
     with tempfile.TemporaryDirectory() as folder:
         path = written(layout.rows, layout.container, Path(folder))
         for kind in KINDS:
+            if isinstance(layout.pairs if kind == "pairs" else layout.prompts, Anything):
+                continue
             yield judged(layout, kind, read(path, kind, layout.columns))
 
 

@@ -27,6 +27,7 @@ from tests.layouts.specs import (
 )
 
 WHOLE_GOOD, WHOLE_BAD = [user(), assistant()], [user(), assistant(BAD)]
+FIRST_OR_LAST = either([[user()]], [LATER])
 LONG_GOOD, LONG_BAD = [*LATER, assistant(GOOD_NEXT)], [*LATER, assistant(BAD_NEXT)]
 
 TURNS: tuple[Layout, ...] = (
@@ -158,6 +159,7 @@ TURNS: tuple[Layout, ...] = (
             "rejected": [assistant(), user(NEXT), assistant(BAD_NEXT)],
         },
         pairs=[TWO],
+        prompts=FIRST_OR_LAST,
     ),
     layout(
         "messages go on in the answers",
@@ -168,6 +170,7 @@ TURNS: tuple[Layout, ...] = (
             "rejected": [assistant(), user(NEXT), assistant(BAD_NEXT)],
         },
         pairs=[TWO],
+        prompts=FIRST_OR_LAST,
     ),
     layout(
         "last question as prompt",
@@ -180,6 +183,7 @@ TURNS: tuple[Layout, ...] = (
         "ultrafeedback_binarized-like: prompt repeats the first user turn",
         {"prompt": QUESTION, "chosen": LONG_GOOD, "rejected": LONG_BAD},
         pairs=[TWO],
+        prompts=FIRST_OR_LAST,
     ),
     layout(
         "one message a side",
@@ -240,7 +244,7 @@ TURNS: tuple[Layout, ...] = (
         pairs=either([TWO], Refused()),
     ),
     layout(
-        "content in parts",
+        "pair in parts",
         "TRL's conversational form with lists of text parts",
         {
             "prompt": [parts("system", SYSTEM), parts("user", QUESTION)],
