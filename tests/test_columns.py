@@ -36,9 +36,22 @@ def test_a_null_that_is_written_down_stays_one_when_the_configuration_is_stored(
         ("data.columns=[{prompt: q}, {choosen: c}]", r"^data\.columns\.1\.choosen: unknown key; did you mean 'chosen'"),
         ("data.columns={prompt: 3}", r"^data\.columns\.prompt: input should be a valid string \(got 3\)"),
         ("data.columns={means: best}", r"^data\.columns\.means: input should be 'index'"),
-        ("data.columns=question", r"^data\.columns: input should be a .*\(got 'question'\)"),
     ],
 )
 def test_a_mistake_in_columns_names_the_field(override, message):
     with pytest.raises(ConfigError, match=message):
         columns(override)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["data.columns=prompt:q", "data.columns=chosen:a"],  # what bash makes of {prompt:q,chosen:a} without quotes
+        ["data.columns={prompt:q,chosen:a}"],
+        ["data.columns=[{prompt: q}, {prompt:q}]"],
+        ["data.columns=question"],
+    ],
+)
+def test_columns_that_a_shell_or_a_missing_space_has_spoilt_are_refused_with_the_right_way(overrides):
+    with pytest.raises(ConfigError, match=r"^data\.columns=.* 'data\.columns=\{prompt: question, chosen: good\}'$"):
+        columns(*overrides)

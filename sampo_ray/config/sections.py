@@ -61,6 +61,19 @@ class DataConfig(Section):
     def prompt_limit(self) -> int:
         return self.max_prompt_length if self.max_prompt_length is not None else self.max_length * 3 // 4
 
+    @model_validator(mode="before")
+    @classmethod
+    def _columns_came_through_the_shell(cls, given: object) -> object:
+        """Shells take braces apart that are not quoted, and YAML has no key where no space follows a colon."""
+        columns = given.get("columns") if isinstance(given, dict) else None
+        each = columns if isinstance(columns, list) else [columns]
+        if any(isinstance(one, str) or (isinstance(one, dict) and any(":" in str(key) for key in one)) for one in each):
+            raise ValueError(
+                f"columns={columns!r}: write each as FIELD: COLUMN with a space behind the colon, and quote it for the "
+                "shell, as in 'data.columns={prompt: question, chosen: good}'"
+            )
+        return given
+
     @model_validator(mode="after")
     def _room_for_a_response(self) -> "DataConfig":
         if self.prompt_limit >= self.max_length:
