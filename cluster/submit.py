@@ -73,14 +73,14 @@ def check_reachable(config: RunConfig) -> None:
             f"run.dir={config.run.dir!r} is relative, and a job's working directory is thrown away; "
             "use a URL or an absolute path on storage that the whole cluster shares"
         )
-    named = {
-        "model.path": config.model.path,
-        "data.train": config.data.train,
-        "data.prompts": config.data.prompts,
-        "reward.model": config.reward.model,
-        "serve.keys_file": config.serve.keys_file,
-    }
-    for field, value in named.items():
+    named = [
+        ("model.path", config.model.path),
+        *(("data.train", name) for name in config.data.names(online=False)),
+        *(("data.prompts", name) for name in config.data.names(online=True)),
+        ("reward.model", config.reward.model),
+        ("serve.keys_file", config.serve.keys_file),
+    ]
+    for field, value in named:
         if value and "://" not in value and not os.path.isabs(value) and is_here(value):
             raise ConfigError(
                 f"{field}={value!r} is a relative path on this machine, which the cluster does not see; "

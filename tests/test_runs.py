@@ -370,6 +370,9 @@ def test_paths_of_a_recipe_hold_in_any_working_directory(tmp_path, monkeypatch):
             load_config(tree, [f"data.train='{source}'", f"run.dir=run-{len(source)}"])
         ).config.data.train
         assert found == str(tmp_path / source)
+    several = load_config(tree, ["data.train=[pairs.jsonl, org/on-the-hub, 'model:train']", "run.dir=several"])
+    found = create_run(several).config.data.train
+    assert found == (str(tmp_path / "pairs.jsonl"), "org/on-the-hub", str(tmp_path / "model:train"))
     assert config.model.path == str(tmp_path / "model")
     assert config.data.train == str(tmp_path / "pairs.jsonl") and config.data.prompts == "org/on-the-hub"
     assert config.reward.function == f"{tmp_path / 'judge.py'}:reward"

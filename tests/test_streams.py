@@ -20,7 +20,7 @@ from sampo_ray.training.reduction import MaskKey, sampled_positions
 from sampo_ray.training.streams import Stream, adapter_seed, completion_seed, pair_number, rollout_seed
 from tests.waiting import scaled
 
-NUMBERS = {"seed": 7, "round": 2, "epoch": 1, "cycle": 2, "pair": pair_number("pair-é")}
+NUMBERS = {"seed": 7, "round": 2, "epoch": 1, "cycle": 2, "pair": pair_number("pair-é"), "source": 1, "start": 512}
 ORDERS = {
     Stream.PROMPT_ORDER: [7, 6, 1, 3, 0, 2, 4, 5],
     Stream.PAIR_ORDER: [3, 1, 2, 5, 6, 7, 0, 4],
@@ -29,6 +29,7 @@ ORDERS = {
     Stream.EPOCH_ORDER: [2, 4, 1, 5, 6, 3, 0, 7],
     Stream.POLICY_MASK: [0, 5, 1, 2, 6, 3, 7, 4],
     Stream.REFERENCE_MASK: [7, 4, 1, 3, 6, 5, 2, 0],
+    Stream.MIX: [6, 4, 3, 5, 2, 7, 0, 1],
 }
 
 

@@ -95,6 +95,26 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _has_a_share_of_each_source(self) -> "RunConfig":
+        field = "data.prompts" if self.online else "data.train"
+        names = self.data.names(self.online)
+        if twice := next((name for at, name in enumerate(names) if name in names[:at]), None):
+            raise ValueError(f"{field} names {twice!r} twice; name each source once")
+        if "" in names:
+            raise ValueError(f"{field}={list(names)} has an empty name; drop it")
+        if self.data.mix is not None and len(self.data.mix) != len(names):
+            raise ValueError(
+                f"data.mix={list(self.data.mix)} is not one share for each source of {field}, which has {len(names)}; "
+                f"write data.mix={[1.0] * len(names)} with your shares"
+            )
+        if isinstance(self.data.columns, tuple) and len(self.data.columns) != len(names):
+            raise ValueError(
+                f"data.columns has {len(self.data.columns)} entries and {field} {len(names)} names; give each source "
+                "its own, or one for all without a list"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _can_use_tools(self) -> "RunConfig":
         if self.serve.tools is not None and self.model.template != "tokenizer":
             raise ValueError(

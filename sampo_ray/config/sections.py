@@ -45,17 +45,25 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    train: str | None = None
-    """Preference pairs (offline mode): JSON(.gz), Parquet, a folder, a hub name, any fsspec URL; NAME:SPLIT."""
-    prompts: str | None = None
+    train: str | tuple[str, ...] | None = None
+    """Preference pairs (offline mode): JSON, CSV, TSV (.gz, .zst), Parquet, a folder, a hub name, any fsspec URL, or a
+    list of these; NAME:SPLIT or NAME:CONFIGURATION:SPLIT."""
+    prompts: str | tuple[str, ...] | None = None
     """Prompts (online mode), in the same formats; a preference file works too, its answers are not read."""
     columns: ColumnsOfSources | None = None
     """What the columns of the rows are, as in {prompt: question, chosen: good}; the rest is found by probing the rows.
     A list with one entry a source, where there are several."""
+    mix: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = None
+    """The share of its rows that is used of each source of the list, above 0 and up to 1. Default: all rows."""
     max_length: int = Field(8192, ge=8)
     """Tokens of prompt plus response, at most."""
     max_prompt_length: int | None = Field(None, ge=1)
     """Tokens of a prompt, at most; longer ones are cut on the left. Default: 3/4 of `max_length`."""
+
+    def names(self, online: bool) -> tuple[str, ...]:
+        """The sources that a run reads: those of `prompts`, or of `train`."""
+        named = self.prompts if online else self.train
+        return (named,) if isinstance(named, str) else named or ()
 
     @property
     def prompt_limit(self) -> int:

@@ -36,8 +36,8 @@ class CheckedSource:
 def check_source(config: RunConfig, chat: ChatFormat) -> CheckedSource:
     """Tries the chat template on the first rows of a run's data. ConfigError, DataError."""
     kind: Kind = "prompts" if config.online else "pairs"
-    field, source = ("data.prompts", config.data.prompts) if config.online else ("data.train", config.data.train)
-    rows = first_rows(str(source), kind, PROBED)
+    field, source = f"data.{'prompts' if config.online else 'train'}", config.data.names(config.online)[0]
+    rows = first_rows(source, kind, PROBED)
     counts, first = try_format(rows[:TRIED], kind, chat, config.limits, field)
     notes = [f"{field}: {each}" for each in _counted(counts)]
     details = [f"{field}: {each}" for each in _unused(rows, kind)]

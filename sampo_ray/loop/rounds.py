@@ -66,8 +66,7 @@ def tokenize(run: Run, reporter: Reporter) -> list[Part]:
     config, place = run.config, run.place.at("data")
     kind: Kind = "prompts" if run.config.online else "pairs"
     if run.manifest.data.fingerprint is None:
-        source = config.data.prompts if config.online else config.data.train
-        assert source is not None, "validated with the configuration"
+        [source] = config.data.names(config.online)
         with reporter.stage("tokenize", None, kind):
             counts = stages.tokenize(place, source, kind, run.place.at("tokenizer"), config.limits)
         run.manifest.data = DataRecord(source=source, fingerprint=fingerprint(source), **counts.model_dump())

@@ -110,12 +110,18 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     tree = config.model_dump()
     for section, field in PATHS:
         named = tree[section][field]
-        if named and is_here(named):
-            tree[section][field] = absolute(named)
+        if isinstance(named, str) or named is None:
+            tree[section][field] = _absolute(named)
+        else:
+            tree[section][field] = [_absolute(each) for each in named]
     file, colon, function = (tree["reward"]["function"] or "").rpartition(":")
     if file.endswith(".py") and Path(file).exists():
         tree["reward"]["function"] = f"{absolute(file)}{colon}{function}"
     return RunConfig.model_validate(tree)
+
+
+def _absolute(named: str | None) -> str | None:
+    return absolute(named) if named and is_here(named) else named
 
 
 def open_run(url: str, config: RunConfig | None = None) -> Run:

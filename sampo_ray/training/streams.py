@@ -35,6 +35,10 @@ class Stream(Enum):
     REFERENCE_MASK = ("seed", "round", "epoch", 1, "pair")
     """The tokens of a pair that its reference is summed over, where masks are independent (`method.mask`)."""
 
+    MIX = ("seed", 2**32 - 1, "source", "start")
+    """The rows of a source that are used where it is one of several (`data.mix`); `source` counts from 0, `start` is
+    the first row's number. The constant is no round's number."""
+
     def generator(self, **numbers: int) -> np.random.Generator:
         """A new generator at the beginning of the stream for these numbers; KeyError if one is missing."""
         return np.random.default_rng([numbers[part] if isinstance(part, str) else part for part in self.value])

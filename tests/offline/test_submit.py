@@ -46,6 +46,8 @@ def test_files_that_only_this_machine_sees_are_refused(tmp_path, monkeypatch):
     Path("pairs.jsonl").touch()
     with pytest.raises(ConfigError, match="data.train='pairs.jsonl' is a relative path on this machine"):
         job.check_reachable(config("data.train=pairs.jsonl"))
+    with pytest.raises(ConfigError, match="data.train='pairs.jsonl' is a relative path on this machine"):
+        job.check_reachable(config("data.train=[hub/pairs,pairs.jsonl]"))
     job.check_reachable(config("data.train=hub/pairs"))
     Path("keys.yaml").touch()
     with pytest.raises(ConfigError, match="serve.keys_file='keys.yaml' is a relative path on this machine"):
