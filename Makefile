@@ -1,6 +1,5 @@
-# `make demo`, `make test`, `make families`, `make layouts`,
-# `make lint`, `make bench NAME=...`: each sets up .venv first, once and again
-# when the pins change. Needs Python 3.11 or 3.12; PYTHON=... chooses one.
+# `make demo`, `make test`, `make families`, `make layouts`, `make lint`, `make bench NAME=...`: each sets up
+# .venv first, once and again when the pins change. Needs Python 3.11 or 3.12; PYTHON=... chooses one.
 #
 # TORCH_INDEX_URL=... asks that package index for torch first. On x86-64 Linux PyPI's torch brings some 4 GB of CUDA
 # libraries with it; PyTorch's index of CPU wheels (see its installation page) does not.
