@@ -10,6 +10,7 @@ TRANSCRIPT = "a transcript that cannot be split into turns"
 PREFIX = "an answer begun in the prompt"
 CALLS = "tool calls that cannot be read"
 EXTRAS = "a message that holds more than role and text"
+SPELLED = "messages in a string that is cut off or no JSON"
 UNICODE = "not valid Unicode"
 
 
