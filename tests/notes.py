@@ -20,6 +20,9 @@ class Stage:
     def advance(self, count: int = 1) -> None:
         self.done += count
 
+    def expect(self, total: int) -> None:
+        self.total = total
+
 
 @dataclass
 class Notes:

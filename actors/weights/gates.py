@@ -16,7 +16,8 @@ from sampo_ray.config.serving import GatesConfig
 from sampo_ray.errors import WeightsNotLoadedError
 from sampo_ray.run.buckets import unpack
 from sampo_ray.run.directory import open_run
-from sampo_ray.run.parts import part_place
+from sampo_ray.run.manifest import read_manifest
+from sampo_ray.run.parts import parts_of
 from sampo_ray.run.storage import Place
 from sampo_ray.run.version_files import read_version
 from sampo_ray.run.versions import WeightsId, version_folder
@@ -106,7 +107,8 @@ def _answers(apps: str, place: Place, config: RunConfig, weights: tuple[str, int
 
 
 def _probe(apps: str, place: Place, config: RunConfig, weights: tuple[str, int]) -> Probe:
-    block = part_place(place.at("data"), 0).read_table().slice(0, config.serve.gates.probes)
+    parts = parts_of(place.at("data"), read_manifest(place).data.rows)
+    block = next(part for part in parts if part.rows).table().slice(0, config.serve.gates.probes)
     done = _generate(apps, config, block, weights)
     rewards: list[float | None] = []
     if config.serve.gates.min_win_rate is not None:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
 
+from sampo_ray.config.columns import Columns
 from sampo_ray.config.profiles import resolve
 from sampo_ray.config.run import load_config
 from sampo_ray.console import session
@@ -20,8 +21,10 @@ from sampo_ray.loop import stages
 from sampo_ray.loop.blocks import StageOutput
 from sampo_ray.loop.display import Display, open_display
 from sampo_ray.loop.fleet import Fleet, open_fleet
+from sampo_ray.loop.tokenizing import Tokenizing, tokenize
 from sampo_ray.run.directory import Run, create_run
 from sampo_ray.run.parts import parts_of
+from sampo_ray.sources.source import Source
 
 TEMPERATURE = 1.0
 
@@ -78,9 +81,10 @@ def demo_run(folder: Path, name: str, assets: DemoAssets, seed: int, resources: 
 def evaluate(fleet: Fleet, run: Run, version: int, assets: DemoAssets, display: Display) -> Answers:
     """One completion of each evaluation prompt from a version of the run's policy."""
     place = run.place.at("evaluation", str(version))
-    data = stages.tokenize(
-        place.at("prompts"), str(assets.evaluation), "prompts", run.place.at("tokenizer"), run.config.data
-    )
+    sources = [Source(str(assets.evaluation), Columns(prompt="prompt"))]
+    what = Tokenizing("prompts", sources, run.config.run.seed, run.place.at("tokenizer"), run.config.data)
+    with display.stage("tokenize", None, "rows") as progress:
+        data = tokenize(what, place.at("prompts"), progress)
     prompts = parts_of(place.at("prompts"), data.rows)
     rollout = run.config.rollout.model_copy(update={"samples": 1, "temperature": TEMPERATURE, "top_p": 1.0})
     window = run.config.fleet.generators.max_ongoing_requests

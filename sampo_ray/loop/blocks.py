@@ -7,8 +7,9 @@ references, never the rows.
 
 import heapq
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
 import ray
@@ -21,6 +22,8 @@ from sampo_ray.run.storage import Place
 STAGE_STALL_S, ATTEMPTS = 1800.0, 4
 PAUSE_S, GROWTH = 1.0, 4.0
 """Before a part is made again: 1, 4 and 16 s. An actor that restarts refuses calls meanwhile, also the next at once."""
+
+R = TypeVar("R")
 
 Start = Callable[[int, Place, bool], ray.ObjectRef]
 """Begins a call that writes the part of that index there; True: again, as what it was made from may be lost."""
@@ -75,10 +78,10 @@ def run_stage(out: StageOutput, window: int, count: int, start: Start) -> list[P
     parts = _present(out.folder, count)
     for part in parts.values():
         out.progress(part.rows)
-    work = _Work(out, window, start, [index for index in range(count) if index not in parts])
-    for index, part in work.completed():
-        parts[index] = part
-        out.progress(part.rows)
+    work = Work[int](out, window, [index for index in range(count) if index not in parts], start, count_rows.remote)
+    for index, ref, rows in work.completed():
+        parts[index] = Part(part_place(out.folder, index), rows, ref)
+        out.progress(rows)
     return [parts[index] for index in sorted(parts)]
 
 
@@ -97,32 +100,52 @@ class _Try:
         return replace(self.later(PAUSE_S * GROWTH ** (self.attempt - 1)), attempt=self.attempt + 1)
 
 
-class _Work:
-    """The missing parts of a stage: those that wait for their turn, the next one first, and those in progress."""
+class Work(Generic[R]):
+    """Parts that are to be made: those that wait to be made again, the next one first, and those in progress.
 
-    def __init__(self, out: StageOutput, window: int, start: Start, missing: list[int]) -> None:
-        self._out, self._window, self._start = out, window, start
-        self._waiting = [_Try(0.0, index) for index in missing]
+    `missing` gives the indices of parts as they become known; it is asked for the next one when a call can begin.
+    `result` makes of a call's result what the driver gets to see of it.
+    """
+
+    def __init__(
+        self,
+        out: StageOutput,
+        window: int,
+        missing: Iterable[int],
+        start: Start,
+        result: Callable[[ray.ObjectRef], ray.ObjectRef],
+    ) -> None:
+        self._out, self._window, self._start, self._result = out, window, start, result
+        self._missing = iter(missing)
+        self._waiting: list[_Try] = []
         self._running: dict[ray.ObjectRef, tuple[_Try, ray.ObjectRef]] = {}
         self._patience = time.monotonic() + STAGE_STALL_S
 
-    def completed(self) -> Iterator[tuple[int, Part]]:
-        """The parts by index, as they are completed."""
-        while self._running or (self._waiting and not self._out.enough()):
+    def completed(self) -> Iterator[tuple[int, ray.ObjectRef, R]]:
+        """The parts, as they are completed: index, the call's result, what the driver sees of it."""
+        while True:
             while self._has_next():
                 self._begin(heapq.heappop(self._waiting))
-            for counted in self._ready():
-                this, ref = self._running.pop(counted)
-                rows = _rows_unless_lost(counted, last=this.attempt == ATTEMPTS)
-                if rows is None:
+            if not self._running and (not self._waiting or self._out.enough()):
+                return
+            for seen in self._ready():
+                this, ref = self._running.pop(seen)
+                result = _unless_lost(seen, last=this.attempt == ATTEMPTS)
+                if result is None:
                     heapq.heappush(self._waiting, this.again())
                     continue
                 self._patience = time.monotonic() + STAGE_STALL_S
-                yield this.index, Part(part_place(self._out.folder, this.index), rows, ref)
+                yield this.index, ref, result
 
     def _has_next(self) -> bool:
-        due = bool(self._waiting) and self._waiting[0].due <= time.monotonic()
-        return due and len(self._running) < self._window and not self._out.enough()
+        if len(self._running) >= self._window or self._out.enough():
+            return False
+        if not self._is_due() and (index := next(self._missing, None)) is not None:
+            heapq.heappush(self._waiting, _Try(0.0, index))
+        return self._is_due()
+
+    def _is_due(self) -> bool:
+        return bool(self._waiting) and self._waiting[0].due <= time.monotonic()
 
     def _begin(self, this: _Try) -> None:
         try:
@@ -130,7 +153,7 @@ class _Work:
         except NotTakenError:
             heapq.heappush(self._waiting, this.later(PAUSE_S))
         else:
-            self._running[count_rows.remote(ref)] = this, ref
+            self._running[self._result(ref)] = this, ref
 
     def _ready(self) -> list[ray.ObjectRef]:
         """Calls that have ended; none when the next part is due."""
@@ -148,12 +171,12 @@ class _Work:
 
 def _present(folder: Place, count: int) -> dict[int, Part]:
     names, places = set(folder.names()), [part_place(folder, index) for index in range(count)]
-    return {i: Part(place, place.table_rows()) for i, place in enumerate(places) if place.url.split("/")[-1] in names}
+    return {i: Part(place, place.table_rows()) for i, place in enumerate(places) if place.name in names}
 
 
-def _rows_unless_lost(counted: ray.ObjectRef, last: bool) -> int | None:
+def _unless_lost(result: ray.ObjectRef, last: bool) -> Any:
     try:
-        return ray.get(counted, timeout=BLOCK_FETCH_S)
+        return ray.get(result, timeout=BLOCK_FETCH_S)
     except RayError as error:
         cause = error.cause if isinstance(error, RayTaskError) else error
         if isinstance(error, LOST) and not last:

@@ -43,6 +43,9 @@ class Stage:
         self.done += count
         self.advanced(self)
 
+    def expect(self, total: int) -> None:
+        self.total = total
+
     @property
     def elapsed(self) -> float:
         return self.clock() - self.started
@@ -219,7 +222,9 @@ class LiveDisplay(Display):
     def _render(self) -> RenderableType:
         for task, stage in list(self._running.items()):
             rate, left = stage.rate(), stage.left()
-            self._bars.update(task, completed=stage.done, amount=stage.amount(), rate=rate, left=left)
+            self._bars.update(
+                task, total=stage.total, completed=stage.done, amount=stage.amount(), rate=rate, left=left
+            )
         line = "  ".join(filter(None, (self._round, self._facts_line())))
         return Group(Text(line, style="bold", no_wrap=True, overflow="ellipsis"), self._bars)
 

@@ -12,16 +12,17 @@ import numpy as np
 from sampo_ray.actors.ranks.exchange import RoundSpec
 from sampo_ray.config.run import RunConfig
 from sampo_ray.errors import StageError, TrainingError, VersionError
-from sampo_ray.loop import stages
+from sampo_ray.loop import stages, tokenizing
 from sampo_ray.loop.blocks import STAGE_STALL_S, StageOutput
+from sampo_ray.loop.tokenizing import Tokenizing
 from sampo_ray.run.directory import Run
-from sampo_ray.run.manifest import DataRecord, StageRecord, StepMetrics, StepResult
+from sampo_ray.run.manifest import StageRecord, StepMetrics, StepResult
 from sampo_ray.run.parts import Part, parts_of
 from sampo_ray.run.serving import read_serving
 from sampo_ray.run.storage import Place
 from sampo_ray.run.versions import complete_versions, export_folder, is_complete, version_folder
-from sampo_ray.sources.records import fingerprint
 from sampo_ray.sources.rows import Kind
+from sampo_ray.sources.source import sources_of
 from sampo_ray.training.batching import steps_in_round
 from sampo_ray.training.streams import Stream, rollout_seed
 
@@ -37,6 +38,9 @@ CHECK_EVERY_S = 0.5
 class StageReporter(Protocol):
     def advance(self, count: int = 1) -> None:
         """`count` more units are done."""
+
+    def expect(self, total: int) -> None:
+        """There are `total` units, as far as is known by now."""
 
 
 class Reporter(Protocol):
@@ -64,16 +68,18 @@ class Reporter(Protocol):
 def tokenize(run: Run, reporter: Reporter) -> list[Part]:
     """The run's preference pairs (offline) or prompts (online) as parts of token ids, made once for all rounds."""
     config, place = run.config, run.place.at("data")
-    kind: Kind = "prompts" if run.config.online else "pairs"
+    kind: Kind = "prompts" if config.online else "pairs"
     if run.manifest.data.fingerprint is None:
-        [source] = config.data.names(config.online)
-        with reporter.stage("tokenize", None, kind):
-            counts = stages.tokenize(place, source, kind, run.place.at("tokenizer"), config.limits)
-        run.manifest.data = DataRecord(source=source, fingerprint=fingerprint(source), **counts.model_dump())
+        sources, seed = sources_of(config.data, kind), config.run.seed
+        what = Tokenizing(kind, sources, seed, run.place.at("tokenizer"), config.limits)
+        with reporter.stage("tokenize", None, "rows") as progress:
+            run.manifest.data = tokenizing.tokenize(what, place, progress)
         run.save()
     found = run.manifest.data
     dropped = "".join(f", {n} dropped: {reason}" for reason, n in found.dropped.items())
     reporter.note(f"{sum(found.rows)} {kind} of {found.rows_read} rows{dropped}")
+    if len(found.used) > 1:
+        reporter.note("rows of each source: " + ", ".join(f"{name} {n}" for name, n in found.used.items()))
     if config.online and (config.rollout.prompts or 0) > sum(found.rows):
         asked = config.rollout.prompts
         reporter.note(

@@ -11,17 +11,21 @@ import pyarrow as pa
 import ray
 
 from sampo_ray.actors.policy.messages import RolloutRequest
+from sampo_ray.config.columns import Columns
 from sampo_ray.config.run import RunConfig
 from sampo_ray.config.sections import DataConfig, FleetConfig, RolloutConfig
-from sampo_ray.data.preferences import best_against_worst, pairs_of, tokenized_pairs, tokenized_prompts
+from sampo_ray.data.preferences import best_against_worst, pairs_of
 from sampo_ray.errors import StageError
 from sampo_ray.loop.blocks import NotTakenError, StageOutput, collect, is_lost, run_stage
+from sampo_ray.loop.tokenizing import Tokenizing, record_of, tables
 from sampo_ray.run.feedback import as_jsonl, pairs_from, read_votes
 from sampo_ray.run.manifest import Age, StageRecord
 from sampo_ray.run.parts import LOST, Part, part_place
 from sampo_ray.run.storage import Place
 from sampo_ray.run.versions import WeightsId
-from sampo_ray.sources.rows import Counts, Kind, read_rows
+from sampo_ray.sources.chunks import decoded
+from sampo_ray.sources.rows import Counts
+from sampo_ray.sources.source import Source
 from sampo_ray.training.batching import Lengths, lengths_of
 
 if TYPE_CHECKING:
@@ -33,43 +37,13 @@ CALL_SAMPLES = 8
 """Completions of one generator call, about: few, so that queues tell how busy a replica is; more than one, because with
 a small model a call costs more than a completion."""
 PAIRINGS_AT_ONCE, REORDERINGS_AT_ONCE = 8, 2
-ASSIGN_S, SUMMARY_S, TOKENIZE_S = 900.0, 900.0, 24 * 3600.0
-"""Until a replica takes a call; for figures of a stage's parts; for a whole source."""
+ASSIGN_S, SUMMARY_S, VOTES_S = 900.0, 900.0, 3600.0
+"""Until a replica takes a call; for figures of a stage's parts; for all votes."""
 
-
-def _tokenized(
-    out: Place, source: str, kind: Kind, tokenizer: Place, data: DataConfig, none_is_fine: bool = False
-) -> StageRecord:
-    """Tokenizes a source into parts, from its start even if some exist already."""
-    from sampo_ray.data.chat import ChatFormat  # takes seconds, which other stages' processes save
-
-    counts = Counts()
-    source_rows = read_rows(source, kind, counts)
-    with tokenizer.on_disk() as folder:
-        chat = ChatFormat.load(folder, "tokenizer")
-    blocks = (
-        tokenized_pairs(source_rows, chat, data, counts, PART_PAIRS)
-        if kind == "pairs"
-        else tokenized_prompts(source_rows, chat, data.prompt_limit, counts, PART_PAIRS)
-    )
-    rows = []
-    for index, block in enumerate(blocks):
-        part_place(out, index).write_table(block)
-        rows.append(block.num_rows)
-    if not counts.usable and not none_is_fine:
-        raise counts.nothing_usable(source, kind)
-    return StageRecord(
-        rows=rows,
-        rows_read=counts.rows,
-        dropped=dict(counts.dropped),
-        prompts_cut=counts.prompts_cut,
-        responses_cut=counts.responses_cut,
-    )
-
-
-def tokenize(out: Place, source: str, kind: Kind, tokenizer: Place, data: DataConfig) -> StageRecord:
-    """Tokenizes a source of preference pairs or prompts (`kind`) into parts."""
-    return ray.get(ray.remote(num_cpus=0.5)(_tokenized).remote(out, source, kind, tokenizer, data), timeout=TOKENIZE_S)
+VOTED = Columns.model_validate(
+    dict.fromkeys(Columns.model_fields) | {name: name for name in ("prompt", "chosen", "rejected")}
+)
+"""The columns of the pairs that votes make."""
 
 
 def _paired_votes(out: Place, run: Place, earlier: Sequence[Place], tokenizer: Place, data: DataConfig) -> StageRecord:
@@ -79,8 +53,12 @@ def _paired_votes(out: Place, run: Place, earlier: Sequence[Place], tokenizer: P
         rows, left = pairs_from(vote for vote in read_votes(run) if vote.id not in used)
         unpaired.write(json.dumps(left).encode())
         source.write(as_jsonl(rows))
-    counts = {"votes": len(_votes_in(source)), "left": json.loads(unpaired.read())}
-    return _tokenized(out, source.url, "pairs", tokenizer, data, none_is_fine=True).model_copy(update=counts)
+    what, counts = Tokenizing("pairs", [Source(source.url, VOTED, "feedback/")], 0, tokenizer, data), Counts()
+    records = [record for _, content in what.reading.chunks() for record in decoded(content)]
+    table = tables(records, VOTED, what, counts)
+    part_place(out, 0).write_table(table)  # in one part: votes are few
+    votes = {"votes": len(_votes_in(source)), "left": json.loads(unpaired.read())}
+    return StageRecord(**record_of(counts, [table.num_rows]), **votes)
 
 
 def _votes_in(pairs: Place) -> list[str]:
@@ -94,7 +72,7 @@ def feedback(out: Place, run: Place, earlier: Sequence[Place], tokenizer: Place,
     `pairs.jsonl` in `out` has the pairs with the votes they come from.
     """
     task = ray.remote(num_cpus=0.5)(_paired_votes)
-    return ray.get(task.remote(out, run, earlier, tokenizer, data), timeout=TOKENIZE_S)
+    return ray.get(task.remote(out, run, earlier, tokenizer, data), timeout=VOTES_S)
 
 
 @ray.remote(num_cpus=0.2)

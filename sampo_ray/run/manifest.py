@@ -54,8 +54,9 @@ class StageRecord(BaseModel):
 class DataRecord(StageRecord):
     """The tokenized data of a run; without a fingerprint until there is any."""
 
-    source: str = ""
+    source: str | list[str] = ""  # text: of a run that knew but one
     fingerprint: str | None = None
+    used: dict[str, int] = {}  # rows of each source, where there are several
 
 
 class RoundRecord(BaseModel):

@@ -18,6 +18,7 @@ from sampo_ray.run.scratch import scratch_folder
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 DRAFT = ".draft-"
 
@@ -30,6 +31,11 @@ class Place:
 
     def at(self, *names: str) -> "Place":
         return Place("/".join([self.url.rstrip("/"), *names]))
+
+    @property
+    def name(self) -> str:
+        """The last part of the URL."""
+        return self.url.rstrip("/").rpartition("/")[2]
 
     @property
     def local(self) -> bool:
@@ -81,11 +87,18 @@ class Place:
 
     def table_rows(self) -> int:
         """Rows of a Parquet part, from its footer."""
+        return int(self._footer().num_rows)
+
+    def table_metadata(self) -> dict[bytes, bytes]:
+        """What is noted in the footer of a Parquet part, by key."""
+        return dict(self._footer().metadata or {})
+
+    def _footer(self) -> "pq.FileMetaData":
         import pyarrow.parquet as pq
 
         fs, path = self._fs()
         with fs.open(path, "rb") as file:
-            return int(pq.read_metadata(file).num_rows)
+            return pq.read_metadata(file)
 
     def names(self) -> list[str]:
         """Names of what lies in the folder, sorted; none when it does not exist."""
