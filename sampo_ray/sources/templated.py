@@ -141,8 +141,8 @@ _IMAGE = re.compile(
     r"\[IMG\]|<img>[^<]+</img>",
     re.IGNORECASE,
 )
-_PLACEHOLDER = re.compile(r"(?<!`)<image>(?!.*</image>)|\A\s*<(?:video|audio)>|^<(?:video|audio)>$", re.MULTILINE)
-_LEADING = re.compile(r"\s*<(?:image|video|audio)>")
+_PLACEHOLDER = re.compile(r"(?<!`)<image>(?![\s\S]*</image>)|\A\s*<(?:video|audio)>|^<(?:video|audio)>$", re.MULTILINE)
+_LEADING = re.compile(r"\s*<(image|video|audio)>(?!.*</\1>)", re.DOTALL)
 _SUSPECT = re.compile(r"[<\[]\|?[/\w\uff5c<]|GPT4 Correct ")
 
 
