@@ -28,7 +28,7 @@ _NO_MATTER = re.compile(
     "selected|summary|generation|system|conversation|chat|reply|text|side|number|id"
 )
 _COMPARED = re.compile(r"\s*\W*(\w+)\W*?\s*(>{1,3}|<{1,3}|={1,2})\s*\W*?(\w+)\W*\s*")
-_WORD_BREAK = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[^\W\d_])(?=\d)|(?<=\d)(?=[^\W\d_])|[\W_]+")
+_WORD_BREAK = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[^\W\d_])(?=\d)|(?<=\d)(?=[^\W\d_])|[\W_]+")
 
 
 def number_of(value: Any) -> float | None:
