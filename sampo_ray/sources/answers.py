@@ -31,6 +31,8 @@ def pick(values: Mapping[str, object], columns: Columns) -> tuple[object, object
         return chosen, rejected
     elements, answers = answers_of(values, columns)
     if columns.verdict is not None:
+        if len(answers) < 2 and any(at(values, path) for path in paths_of(columns.verdict)):
+            raise Unusable(FEW)
         better = _judged(values, columns, elements, len(answers))
         others = [n for n, answer in enumerate(answers) if n != better and answer is not None]
         if answers[better] is None or not others:

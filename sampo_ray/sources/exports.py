@@ -81,12 +81,13 @@ def of_open_webui(values: Values) -> Iterator[dict[str, object]]:
     rated = _dict(messages.get(str(_dict(values.get("meta")).get("message_id"))))
     path: list[dict[str, Any]] = []
     seen: set[int] = set()
-    above = messages.get(str(rated.get("parentId")))
+    above = _dict(messages.get(str(rated.get("parentId"))))
     while above and id(above) not in seen:
         seen.add(id(above))
         path.insert(0, above)
-        above = messages.get(str(above.get("parentId")))
-    siblings = [messages.get(name, {}) for name in path[-1].get("childrenIds") or []] if path else []
+        above = _dict(messages.get(str(above.get("parentId"))))
+    names = path[-1].get("childrenIds") if path else None
+    siblings = [_dict(messages.get(str(name))) for name in names] if isinstance(names, list) else []
     others = [each for each in siblings if each is not rated and each.get("role") == "assistant"]
     system = _dict(chat.get("params")).get("system") or chat.get("system")
     prompt = [{"role": "system", "content": system}] * bool(system) + [_message(each) for each in path]
@@ -164,9 +165,13 @@ def _turn(message: Any, parts: str) -> object:
     return {"role": role, "content": _parts(message.get(parts))}
 
 
+def _kind(part: Values) -> str:
+    return "text" if part.keys() == {"text"} else next((name for name in part if name != "text"), "empty")
+
+
 def _parts(parts: object) -> object:
     """The one text of parts; parts with their kinds where some are no text."""
-    kinds = [(next(iter(part.keys() - {"text"}), "text"), part) for part in _dicts(parts)]
+    kinds = [(_kind(part), part) for part in _dicts(parts)]
     if not isinstance(parts, list) or len(kinds) != len(parts):
         return parts
     if all(kind == "text" for kind, _ in kinds):
@@ -181,15 +186,25 @@ def argilla_columns(rows: Sequence[Values]) -> Columns | None:
     for question in _questions_of(rows):
         said = [value for row in rows for value in _submitted(row, question)]
         named = next((value for value in said if isinstance(value, str)), None)
-        ranking = next((_dicts(value) for value in said if _dicts(value)), [])
-        compared = tuple(_alike(rows, named) if named else (str(each.get("value")) for each in ranking))
-        if len(compared) < 2:
-            continue
-        if ranking:
-            compared = tuple(sorted(compared))
-            return Columns(form="argilla", answers=compared, rank=tuple(f"{question}.{name}" for name in compared))
-        return Columns(form="argilla", answers=compared, verdict=question, means="name")
+        compared = tuple(_alike(rows, named)) if named else ()
+        if len(compared) > 1:
+            return Columns(form="argilla", answers=compared, verdict=question, means="name")
+        ranked = tuple(sorted({name for value in said for name, _ in _ranks(value)}))
+        if len(ranked) > 1:
+            return Columns(form="argilla", answers=ranked, rank=tuple(f"{question}.{name}" for name in ranked))
     return None
+
+
+def of_argilla(values: Values, columns: Columns) -> Iterator[dict[str, object]]:
+    """A record with what was submitted under the name of its question, or ranks under that and the answers' names."""
+    if isinstance(columns.verdict, str):
+        yield {**values, columns.verdict: _submitted(values, columns.verdict)}
+        return
+    ranks: dict[str, object] = {}
+    for path in columns.rank or ():
+        question, _, answer = path.rpartition(".")
+        ranks[path] = [rank for said in _submitted(values, question) for name, rank in _ranks(said) if name == answer]
+    yield {**values, **ranks}
 
 
 def _questions_of(rows: Sequence[Values]) -> list[str]:
@@ -200,11 +215,21 @@ def _questions_of(rows: Sequence[Values]) -> list[str]:
 
 def _submitted(values: Values, question: str) -> list[object]:
     """What annotators answered and submitted."""
-    if f"{question}.responses" not in values:
+    said = values.get(f"{question}.responses")
+    if said is None:  # of version 1
         return [each.get("value") for each in _dicts(values.get(question)) if each.get("status") == "submitted"]
-    said = values[f"{question}.responses"] or []
-    states = values.get(f"{question}.responses.status") or ["submitted"] * len(said)
+    states = values.get(f"{question}.responses.status")
+    if not isinstance(said, list) or not isinstance(states, list | None):
+        return []
+    states = states or ["submitted"] * len(said)
     return [value for value, state in zip(said, states, strict=False) if state == "submitted"]
+
+
+def _ranks(said: object) -> list[tuple[str, object]]:
+    """The answers of one ranking with their ranks, whether it is a list of both or two lists."""
+    if isinstance(said, dict) and all(isinstance(said.get(name), list) for name in ("value", "rank")):
+        return [(str(name), rank) for name, rank in zip(said["value"], said["rank"], strict=False)]
+    return [(str(each.get("value")), each.get("rank")) for each in _dicts(said)]
 
 
 def _alike(rows: Sequence[Values], name: str) -> list[str]:
@@ -214,22 +239,18 @@ def _alike(rows: Sequence[Values], name: str) -> list[str]:
     return [each for each in names if stem and key_of(each).rpartition("_")[0] == stem] if name in names else []
 
 
-def of_argilla(values: Values, columns: Columns) -> Iterator[dict[str, object]]:
-    """A record with what was submitted under the name of its question, or ranks under that and the answers' names."""
-    if columns.verdict is not None:
-        yield {**values, str(columns.verdict): _submitted(values, str(columns.verdict))}
-        return
-    ranks: dict[str, object] = {}
-    for path in columns.rank or ():
-        question, _, answer = path.rpartition(".")
-        given = [
-            each.get("rank")
-            for said in _submitted(values, question)
-            for each in _dicts(said)
-            if each.get("value") == answer
-        ]
-        ranks[path] = given or None
-    yield {**values, **ranks}
+# Prodigy: options of a choice, and those that were accepted.
+
+
+def prodigy_columns(rows: Sequence[Values]) -> Columns | None:
+    if not any(_dicts(row.get("options")) and isinstance(row.get("accept"), list) for row in rows):
+        return None
+    return Columns(form="prodigy", prompt="text", answers="options", text="text", verdict="accept", means="name")
+
+
+def of_prodigy(values: Values) -> Iterator[dict[str, object]]:
+    """A task; one that was rejected or ignored has nothing accepted."""
+    yield dict(values) if values.get("answer", "accept") == "accept" else {**values, "accept": []}
 
 
 # Chatbot Arena's battles with the users' turns in one list, and the answers of each side in another.

@@ -36,18 +36,29 @@ def of_messages(records: Iterable[Record], columns: Columns) -> Iterator[Record]
     for _, group in itertools.groupby(records, key=lambda record: record.values.get("message_tree_id")):
         of_group = list(group)
         nodes: list[dict[str, Any]] = [{**record.values, "replies": []} for record in of_group]
-        by_id = {node.get("message_id"): node for node in nodes}
         owners = {id(node): record for node, record in zip(nodes, of_group, strict=True)}
-        roots: list[dict[str, Any]] = []
-        for node in nodes:
-            parent = by_id.get(node.get("parent_id"))
-            siblings: list[dict[str, Any]] = roots if parent is None else parent["replies"]
-            siblings.append(node)
-        for root in roots:
+        for root in _linked(nodes):
             kept = {name: root.get(name) for name in ("message_tree_id", "lang")}
             is_whole = root.get("parent_id") is None
             for asked, turns in (_questions(root) if is_whole else []) or [(root, _NOTHING)]:
                 yield replace(owners[id(asked)], values=kept | turns)
+
+
+def _linked(nodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Puts messages below those that they answer; the ones that answer none of these, or each other in a circle."""
+    by_id = {str(node.get("message_id")): node for node in nodes}
+    roots, above = [], dict[int, dict[str, Any]]()
+    for node in nodes:
+        parent = by_id.get(str(node["parent_id"])) if node.get("parent_id") is not None else None
+        up = parent
+        while up is not None and up is not node:
+            up = above.get(id(up))
+        if parent is None or up is node:
+            roots.append(node)
+        else:
+            above[id(node)] = parent
+            parent["replies"].append(node)
+    return roots
 
 
 _NOTHING: dict[str, object] = {"prompt": None, "answers": [], "rank": []}
@@ -62,7 +73,8 @@ def _questions(root: Node) -> list[tuple[Node, dict[str, object]]]:
         node, above = open_.pop()
         is_user = node.get("role") != "assistant"
         path = (*above, {"role": "user" if is_user else "assistant", "content": node["text"]})
-        replies = [reply for reply in node.get("replies") or [] if _is_usable(reply)]
+        below = node.get("replies")
+        replies = [reply for reply in below if _is_usable(reply)] if isinstance(below, list) else []
         if is_user:
             answers = {"answers": [r["text"] for r in replies], "rank": [r.get("rank") for r in replies]}
             found.append((node, {"prompt": list(path), **answers}))
@@ -70,7 +82,9 @@ def _questions(root: Node) -> list[tuple[Node, dict[str, object]]]:
     return found
 
 
-def _is_usable(node: Node) -> bool:
-    """Whether moderators kept a message."""
+def _is_usable(node: object) -> bool:
+    """Whether something is a message that moderators kept."""
+    if not isinstance(node, dict):
+        return False
     kept = not node.get("deleted") and node.get("review_result") is not False
     return kept and isinstance(node.get("text"), str)

@@ -69,6 +69,7 @@ FORMS: dict[str, Form] = {
     "vertex": Form(exports.vertex_columns, _each(exports.of_vertex)),
     "nova": Form(exports.nova_columns, _each(exports.of_nova)),
     "argilla": Form(exports.argilla_columns, _argilla),
+    "prodigy": Form(exports.prodigy_columns, _each(exports.of_prodigy)),
     "battles": Form(exports.battles_columns, _each(exports.of_battle)),
     NEIGHBOURS: Form(neighbours.columns_of, neighbours.joined),
 }
