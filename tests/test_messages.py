@@ -290,6 +290,7 @@ FORMS = {
     "guanaco": named("", "", "### Human:", "### Assistant:"),
     "alpaca": named("", "\n\n", "### Instruction:\n", "### Response:\n"),
     "vicuna": named("", " ", "USER:", "ASSISTANT:"),
+    "oasst": named("", "\n", "prompter:", "assistant:"),
     "openchatkit": named("", "\n", "<human>:", "<bot>:"),
     "chatml": templates("<|im_start|>%s\n", "<|im_end|>\n"),
     "phi4": templates("<|im_start|>%s<|im_sep|>", "<|im_end|>"),
@@ -302,6 +303,9 @@ FORMS = {
     "tulu": lambda turns: "".join(
         f"<|{turn['role']}|>\n{turn['content']}" + ("\n" if turn["role"] == "user" else "<|endoftext|>\n")
         for turn in turns
+    ),
+    "nemo": lambda turns: (
+        "".join(f"<extra_id_1>{turn['role'].capitalize()}\n{turn['content']}\n" for turn in turns) + "<extra_id_1>"
     ),
     "llama2": llama2,
     "deepseek": lambda turns: (
@@ -398,6 +402,7 @@ def test_a_preface_in_front_of_a_transcript_is_the_system() -> None:
         f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{Q}<|im_end|>\n<|im_start|>assistant\n",
         f"<s>[INST] <<SYS>>\n{SYSTEM}\n<</SYS>>\n\n{Q} [/INST]",
         f"[SYSTEM_PROMPT]{SYSTEM}[/SYSTEM_PROMPT][INST]{Q}[/INST]",
+        f"<extra_id_0>System\n{SYSTEM}\n<extra_id_1>User\n{Q}\n<extra_id_1>Assistant\n",
         f"<|system|>\n{SYSTEM}</s>\n<|user|>\n{Q}</s>\n<|assistant|>\n",
     ]
     for prompt in prompts:

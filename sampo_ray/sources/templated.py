@@ -108,6 +108,14 @@ _TEMPLATES = (
     ),
     # OpenChat
     _Template(r"GPT4 Correct (?P<role>User|Assistant):[ ]?", r"<\|end_of_turn\|>\s*"),
+    # NeMo-Aligner
+    _Template(
+        r"<extra_id_[01]>(?P<role>System|User|Assistant)\n",
+        r"\n?<extra_id_1>\s*\Z",
+        r"(?:<extra_id_0>System\n\s*(?=<extra_id_1>))?",  # it writes an empty one where there is none
+        marked=False,
+        last=("system", "user", "assistant"),
+    ),
     # DeepSeek
     _Template(
         r"<\uff5c(?P<role>User|Assistant)\uff5c>",
@@ -129,7 +137,7 @@ _TEMPLATES = (
 
 _MARK = re.compile(
     r"<\|/?[A-Za-z]\w{2,}\|>|<\uff5c[^\uff5c]{2,40}\uff5c>|</?(?:start|end)_of_turn>|\A\s*<s>|"
-    r"\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|gMASK)\]|<</?SYS>>|<(?:BOS|EOS)_TOKEN>"
+    r"\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|gMASK)\]|<</?SYS>>|<(?:BOS|EOS)_TOKEN>|<extra_id_\d+>"
 )
 _ENDS = re.compile(
     r"(?:(?:<\|(?:im_end|eot_id|eom_id|eot|end|end_of_text|endoftext|end_of_turn|return|END_OF_TURN_TOKEN)\|>"

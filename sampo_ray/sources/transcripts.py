@@ -23,7 +23,7 @@ class Piece(NamedTuple):
 
 
 _ROLES = {
-    **dict.fromkeys(("human", "user", "instruction"), "user"),
+    **dict.fromkeys(("human", "user", "prompter", "instruction"), "user"),
     **dict.fromkeys(("assistant", "ai", "bot", "response"), "assistant"),
     **{name: name for name in ("system", "input")},
 }
@@ -39,6 +39,7 @@ class _Style:
     mark: re.Pattern[str]
     sure: bool = True  # no ordinary text begins so: what does not split is refused
     alternate: bool = True  # user and assistant take turns
+    alone: bool = False  # a single turn will do
 
     def split(self, text: str, more: str) -> list[Piece] | None:
         """The turns of `text` with `more` behind it; None for a text that is no such transcript. Raises Unusable."""
@@ -57,7 +58,7 @@ class _Style:
     def _fits(self, roles: Sequence[str]) -> bool:
         spoken = roles[1:] if roles[:1] == ["system"] else roles
         twice = self.alternate and any(a == b for a, b in itertools.pairwise(spoken))
-        return set(spoken) == {"user", "assistant"} and not twice
+        return (set(spoken) == {"user", "assistant"} and not twice) or (self.alone and len(spoken) == 1)
 
 
 _PEOPLE = r"(Human|Assistant|AI|System)"
@@ -91,6 +92,8 @@ _STYLES = (
         re.compile(rf"(?:\A\s*|\n\s*)(User|Assistant|AI|Bot):{_END}"),
         sure=False,
     ),
+    # OpenAssistant: no other text begins so
+    _Style(re.compile(r"(?=\s*prompter:\s)"), re.compile(rf"(?:\A\s*|\n\s*)(prompter|assistant):{_END}"), alone=True),
     # OpenAssistant-Guanaco, Alpaca, StableBeluga: headings
     _Style(
         re.compile(rf"\s*(?:{_ALPACA})?(?=###\s?(?:System|Human|User|Instruction):)"),
@@ -106,7 +109,7 @@ _STYLES = (
     _Style(re.compile(r"(?=\s*<human>:)"), re.compile(r"(?:\A\s*|\s*)<(human|bot)>:")),
 )
 _MAYBE = re.compile(
-    r"\s*(?:Human:|Assistant:|System:|User:|USER:|A chat between |<human>:|###|Below is an instruction)"
+    r"\s*(?:Human:|Assistant:|System:|User:|USER:|prompter:|A chat between |<human>:|###|Below is an instruction)"
 )
 _ALONE = re.compile(r"\n\n(?:Human:|(Assistant:))(.*)", re.DOTALL)
 
