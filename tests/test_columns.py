@@ -17,7 +17,10 @@ def test_columns_are_written_as_a_mapping_a_field_or_a_list_with_one_a_source():
     assert columns() is None
     assert columns("data.columns={prompt: question, system: sys}") == Columns(prompt="question", system="sys")
     assert columns("data.columns.answers=[a, b]") == Columns(answers=("a", "b"))
-    assert columns("data.columns=[{prompt: q}, {}]") == (Columns(prompt="q"), Columns())
+    assert columns("data.train=[a.jsonl, b.jsonl]", "data.columns=[{prompt: q}, {}]") == (
+        Columns(prompt="q"),
+        Columns(),
+    )
 
 
 def test_a_null_that_is_written_down_stays_one_when_the_configuration_is_stored():

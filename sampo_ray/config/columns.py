@@ -46,6 +46,11 @@ class Columns(Section):
     """Of each answer, higher is better: a list, columns in the order of `answers`, or a path inside its elements."""
     rank: Paths | None = None
     """Of each answer, lower is better; as `score`."""
+    beginning: Literal["prompt", "shared"] | None = None
+    """How answers in text begin: with the prompt's text, which is cut (`prompt`), or alike (`shared`), which is read as
+    the prompt."""
+    ignore: tuple[Path, ...] | None = None
+    """Columns that are not read, though their names say that they change what a prompt or an answer means."""
     form: str | None = None
     """How a row of the file becomes rows of this program, where they are not the same; found by probing."""
 

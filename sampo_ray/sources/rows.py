@@ -4,16 +4,32 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from sampo_ray.config.columns import Columns
 from sampo_ray.errors import DataError
-from sampo_ray.sources.messages import Message, Unusable, messages_of, unicode_of
+from sampo_ray.sources.answers import paths_of, pick
+from sampo_ray.sources.conversations import EMPTY_ANSWER, NO_PROMPT, answered, asked, checked, filled, tools_of
+from sampo_ray.sources.lost import Lost
+from sampo_ray.sources.messages import Message, turns_of, unicode_of
+from sampo_ray.sources.paths import at
+from sampo_ray.sources.reading import Kind, begins, choose, several_words, shared_beginning
 from sampo_ray.sources.records import Record, read_records
+from sampo_ray.sources.unfolding import unfolded
+from sampo_ray.sources.unusable import Unusable
 
-Kind = Literal["pairs", "prompts"]
+__all__ = ["Counts", "Kind", "Row", "first_rows", "read_rows", "rows_of"]
 
-_LAYOUT_COLUMNS = {"prompt", "messages", "chosen", "rejected"}
+PROBED = 1000
+"""Rows in which the columns of a source are found."""
+
+NO_ANSWER = "no chosen or no rejected"
+DIFFERENT = "chosen and rejected answer different prompts"
+SEVERAL = "chosen and rejected part before their last turn"
+IDENTICAL = "identical responses"
+REPEATED = "answers that repeat the prompt"
+
+_ANSWERS = {"prompt", "messages", "chosen", "rejected"}
 _EXPECTED = {
     "pairs": "write prompt, chosen and rejected, as strings or as lists of messages that end in the answer",
     "prompts": "write prompt as a string, or prompt or messages as a list of messages that ends with the user",
@@ -68,91 +84,109 @@ class Counts:
 
 
 def read_rows(source: str, kind: Kind, counts: Counts | None = None, columns: Columns | None = None) -> Iterator[Row]:
-    """Streams the usable rows of `source`, read as `columns` says; counts the others by reason in `counts`.
+    """Streams the usable rows of `source`, read as `columns` says, what is missing there being found in its first rows;
+    counts the others by reason in `counts`.
 
-    DataError for a source that cannot be read, and for a line that is not valid JSON.
+    DataError for a source that cannot be read, or of which it is not known how, and for a line that is not valid JSON.
     """
-    counts = Counts() if counts is None else counts
-    return rows_of(read_records(source), kind, columns or Columns(), counts)
+    columns = columns_of(source, kind, columns or Columns())
+    yield from rows_of(unfolded(read_records(source), columns), kind, columns, Counts() if counts is None else counts)
+
+
+def columns_of(source: str, kind: Kind, given: Columns) -> Columns:
+    """How the rows of a source are read: what is given, and what is found in its first rows. DataError."""
+    if given.complete:
+        return given
+    records = list(itertools.islice(read_records(source), PROBED))
+    if not records:
+        raise Counts().nothing_usable(source, kind)
+    try:
+        return choose(records, kind, given)
+    except DataError as error:
+        raise type(error)(f"data source {source!r}: {error}") from None
 
 
 def rows_of(records: Iterable[Record], kind: Kind, columns: Columns, counts: Counts) -> Iterator[Row]:
-    """The usable ones of `records`, read as `columns` says; the others are counted by reason in `counts`. A row's id is
-    its position in the source.
+    """The usable ones of `records`, which are `unfolded` already, read as `columns` says; the others are counted by
+    reason in `counts`. A row's id is its position in the source.
     """
-    parse = _parse_pair if kind == "pairs" else _parse_prompt
+    lost = Lost(columns, kind)
+    used = _used(columns)
     for record in records:
         counts.rows += 1
         try:
-            prompt, chosen, rejected = parse(record.values)
+            prompt, chosen, rejected = (_pair if kind == "pairs" else _prompt)(record.values, columns)
+            tools = tools_of(record.values, columns)
+            lost.refuse(record.values, [*prompt, *(each for each in (chosen, rejected) if each)])
         except Unusable as reason:
             counts.drop(str(reason), record.where)
             continue
-        others = {name: value for name, value in record.values.items() if name not in _LAYOUT_COLUMNS}
-        yield Row(record.position, record.where, prompt, chosen, rejected, others)
+        others = {name: value for name, value in record.values.items() if name not in used}
+        yield Row(record.position, record.where, prompt, chosen, rejected, others, tools)
 
 
 def first_rows(source: str, kind: Kind, most: int) -> list[Row]:
     """Opens `source` and returns its first usable rows, 1 to `most`. DataError if there is none near its beginning."""
     counts = Counts()
-    rows = list(itertools.islice(rows_of(itertools.islice(read_records(source), 1000), kind, Columns(), counts), most))
+    rows = list(itertools.islice(read_rows(source, kind, counts), most))
     if not rows:
         raise counts.nothing_usable(source, kind)
     return rows
 
 
-def _parse_pair(values: Mapping[str, object]) -> tuple[list[Message], Message, Message]:
-    chosen_prompt, chosen = _response(values.get("chosen"))
-    rejected_prompt, rejected = _response(values.get("rejected"))
-    if chosen_prompt and rejected_prompt and chosen_prompt != rejected_prompt:
-        raise Unusable("chosen and rejected answer different prompts")
-    prompt = _whole_prompt(values.get("prompt"), chosen_prompt or rejected_prompt)
-    if not chosen["content"].strip() or not rejected["content"].strip():
-        raise Unusable("empty response")
-    if chosen == rejected:
-        raise Unusable("identical responses")
-    return prompt, chosen, rejected
+def _used(columns: Columns) -> set[str]:
+    """The columns that reward functions do not get: what rows are read from, and answers."""
+    fields = ("prompt", "input", "system", "history", "tools", "chosen", "rejected", "answers")
+    return {path.split(".")[0] for field in fields for path in paths_of(getattr(columns, field))} | _ANSWERS
 
 
-def _parse_prompt(values: Mapping[str, object]) -> tuple[list[Message], None, None]:
-    prompt = values.get("prompt")
-    if prompt is None and values.get("messages") is not None:
-        messages = messages_of(values["messages"])
-        prompt = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
-    if prompt is None and isinstance(values.get("chosen"), list):
-        prompt, _ = _response(values["chosen"])
-    return _whole_prompt(prompt, []), None, None
+def _pair(values: Mapping[str, object], columns: Columns) -> tuple[list[Message], Message, Message]:
+    before = asked(values, columns)
+    better, worse = pick(values, columns)
+    if not filled(better) or not filled(worse):
+        missing = better is None or worse is None
+        raise Unusable(NO_ANSWER if missing else EMPTY_ANSWER)
+    before, better, worse = _beginning(before, better, worse, columns)
+    behind = at(values, columns.prompt) if columns.prompt is not None else None
+    turns = [turns_of(value, "assistant", behind) for value in (better, worse)]
+    if before and before[-1]["role"] == "assistant" and before[-1] in (turns[0][-1:] + turns[1][-1:]):
+        before = before[:-1]  # a conversation with its answer
+    chosen = answered(before, turns[0])
+    alone = not before and len(turns[1]) == 1
+    rejected = answered(chosen[:-1] if alone else before, turns[1])
+    if not before and len(turns[0]) == 1:
+        chosen = answered(rejected[:-1], turns[0])
+    prompt, other = checked(chosen[:-1]), rejected[:-1]
+    if prompt != other:
+        shared = [message for message, its in zip(prompt, other, strict=False) if message == its]
+        raise Unusable(SEVERAL if any(message["role"] != "system" for message in shared) else DIFFERENT)
+    for answer in (chosen[-1], rejected[-1]):
+        if not answer["content"].strip() and not answer.get("tool_calls"):
+            raise Unusable(EMPTY_ANSWER)
+    if chosen[-1] == rejected[-1]:
+        raise Unusable(IDENTICAL)
+    return prompt, chosen[-1], rejected[-1]
 
 
-def _response(value: object) -> tuple[list[Message], Message]:
-    """A chosen or rejected column as the messages before the answer (none for a string) and the answer."""
-    if value is None:
-        raise Unusable("no chosen or no rejected")
-    if isinstance(value, str):
-        return [], {"role": "assistant", "content": unicode_of(value)}
-    messages = messages_of(value)
-    if not messages:
-        raise Unusable("empty response")
-    if messages[-1]["role"] != "assistant":
-        raise Unusable("wrong roles")
-    return messages[:-1], messages[-1]
+def _beginning(before: list[Message], better: Any, worse: Any, columns: Columns) -> tuple[list[Message], Any, Any]:
+    """Answers in text without the prompt that both of them begin with."""
+    if not isinstance(better, str) or not isinstance(worse, str):
+        return before, better, worse
+    if columns.beginning == "shared":
+        if not (start := shared_beginning(better, worse)):
+            raise Unusable(NO_PROMPT)
+        return [*before, {"role": "user", "content": unicode_of(start)}], better[len(start) :], worse[len(start) :]
+    text = str(before[-1]["content"]).strip() if len(before) else ""
+    if not text or not several_words(text) or not (begins(better, text) and begins(worse, text)):
+        return before, better, worse
+    if columns.beginning != "prompt":
+        raise Unusable(REPEATED)
+    return before, better.lstrip()[len(text) :].lstrip(), worse.lstrip()[len(text) :].lstrip()
 
 
-def _whole_prompt(prompt: object, prefix: list[Message]) -> list[Message]:
-    """The prompt column, or the messages that chosen and rejected begin with (`prefix`)."""
-    if isinstance(prompt, str):
-        text = unicode_of(prompt)
-        messages = prefix or [{"role": "user", "content": text}]
-    elif prompt is None:
-        messages = prefix
-    else:
-        messages = messages_of(prompt)
-        if prefix and messages[-len(prefix) :] != prefix:
-            raise Unusable("chosen and rejected answer different prompts")
-    if not messages:
-        raise Unusable("no prompt")
-    if messages[-1]["role"] != "user" or any(message["role"] == "system" for message in messages[1:]):
-        raise Unusable("wrong roles")
-    if not messages[-1]["content"].strip():
-        raise Unusable("empty prompt")
-    return messages
+def _prompt(values: Mapping[str, object], columns: Columns) -> tuple[list[Message], None, None]:
+    turns = asked(values, columns)
+    if columns.chosen is not None and filled(value := at(values, columns.chosen)):
+        behind = at(values, columns.prompt) if columns.prompt is not None else None
+        turns = answered(turns, turns_of(value, "assistant", behind))
+    return checked(turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns), None, None
