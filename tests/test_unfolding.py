@@ -294,6 +294,17 @@ def test_a_battle_with_lists_of_turns_has_its_first_question_and_what_follows():
     assert second.values["response_a"] == [assistant(GOOD), user(NEXT), assistant("North.")]
 
 
+def test_the_post_of_two_summaries_is_the_prompt_as_models_were_asked_it():
+    info = {"id": "1", "post": "It left early.", "title": "The ferry", "subreddit": "boats", "article": None}
+    row = {"info": info, "summaries": [{"text": BAD, "note": None}, {"text": GOOD, "note": None}], "choice": 1}
+    asked = "SUBREDDIT: r/boats\n\nTITLE: The ferry\n\nPOST: It left early.\n\nTL;DR:"
+    assert outcomes(row) == ("summaries", [("1", asked, (GOOD, BAD))])
+    of_article = {"post": None, "title": None, "article": "Ferries are early."}
+    found = outcomes(row, row | {"info": of_article}, row | {"info": None, "choice": None})[1][1:]
+    assert found == [("2", "ARTICLE: Ferries are early.\n\nTL;DR:", (GOOD, BAD)), ("3", None, NO_VERDICT)]
+    assert form_of(records({"info": info, "summary": {"text": GOOD}})) == Columns(form="summaries", prompt="prompt")
+
+
 def rated(prompt, response, score, **others):
     return {"prompt": prompt, "response": response, "helpfulness": score, "id": response, **others}
 
@@ -376,6 +387,7 @@ WHOLE = [
     argilla(["response-2"], ["submitted"]),
     {"prompt": [ASK], "response_a": [GOOD], "response_b": [BAD]},
     {"text": ASK, "options": [{"id": 1, "text": BAD}], "accept": [1], "answer": "accept"},
+    {"info": {"post": ASK, "title": NEXT}, "summaries": [{"text": GOOD}, {"text": BAD}], "choice": 0},
     rated(ASK, GOOD, 1),
 ]
 

@@ -1,7 +1,7 @@
 """Rows as tools and services write them, as rows with a prompt and answers that can be compared.
 
-Label Studio's tasks, Open WebUI's feedback, Argilla's records, preference data of Vertex AI and of Amazon Nova, and
-battles of Chatbot Arena with one list of texts a side.
+Label Studio's tasks, Open WebUI's feedback, Argilla's records, preference data of Vertex AI and of Amazon Nova,
+Prodigy's choices, battles of Chatbot Arena with one list of texts a side, and OpenAI's comparisons of summaries.
 """
 
 import json
@@ -290,6 +290,32 @@ def _texts(value: object) -> list[Any]:
         except ValueError:
             return []
     return value if isinstance(value, list) and all(isinstance(each, str | None) for each in value) else []
+
+
+# OpenAI's comparisons of summaries: a post in several columns, and two summaries.
+
+
+def summaries_columns(rows: Sequence[Values]) -> Columns | None:
+    if not any(_dict(row.get("info")).keys() >= {"post", "title"} for row in rows):
+        return None
+    if not any(_dicts(row.get("summaries")) and "choice" in row for row in rows):
+        return Columns(form="summaries", prompt="prompt")
+    known = {"prompt": "prompt", "answers": "summaries", "text": "text", "verdict": "choice", "means": "index"}
+    return every_column(form="summaries", **known)
+
+
+def of_summaries(values: Values) -> Iterator[dict[str, object]]:
+    """A row whose prompt is the post, or the article, as models were asked to summarize it."""
+    info = _dict(values.get("info"))
+    subreddit = f"r/{info['subreddit']}" if info.get("subreddit") else None
+    parts = {
+        "SUBREDDIT": subreddit,
+        "TITLE": info.get("title"),
+        "POST": info.get("post"),
+        "ARTICLE": info.get("article"),
+    }
+    text = "".join(f"{name}: {part}\n\n" for name, part in parts.items() if part)
+    yield {**values, "prompt": f"{text}TL;DR:" if info.get("post") or info.get("article") else None}
 
 
 def every_column(**known: Any) -> Columns:

@@ -71,6 +71,7 @@ FORMS: dict[str, Form] = {
     "argilla": Form(exports.argilla_columns, _argilla),
     "prodigy": Form(exports.prodigy_columns, _each(exports.of_prodigy)),
     "battles": Form(exports.battles_columns, _each(exports.of_battle)),
+    "summaries": Form(exports.summaries_columns, _each(exports.of_summaries)),
     NEIGHBOURS: Form(neighbours.columns_of, neighbours.joined),
 }
 """The forms under the names that `data.columns` has for them."""
