@@ -19,8 +19,9 @@ _HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 
 
 def comment(text: str) -> str:
-    """Each line of `text` as a comment of YAML, whatever it quotes."""
-    return "\n".join(f"# {_printable(line)}".rstrip() for line in text.split("\n"))
+    """Each line of `text` as a comment of YAML, whatever it quotes. What a line has too much goes on indented."""
+    lines = [line for each in map(_printable, text.split("\n")) for line in _wrapped("", each, "  ")]
+    return "\n".join(f"# {line}".rstrip() for line in lines)
 
 
 def first_row(first: FirstRow) -> str:
@@ -28,7 +29,7 @@ def first_row(first: FirstRow) -> str:
     lines = ["", f"first row ({first.where}) as it is read, with tokens:"]
     for part in first.parts:
         lines += _part(part)
-    lines += _wrapped("  ", first.size)
+    lines += _wrapped("  ", first.size, "  ")
     return "\n".join([*lines, ""])
 
 
@@ -37,16 +38,19 @@ def _part(part: Part) -> Iterator[str]:
     *ended, last = _shortened(part.text).split("\n")
     last += f" [{part.cut}]" if part.cut else ""
     for line in [*(f"{each}↵" for each in ended), last]:
-        yield from _wrapped(head, line)
+        yield from _wrapped(head, _printable(line), " " * len(head))
         head = " " * len(head)
 
 
-def _wrapped(head: str, text: str) -> Iterator[str]:
-    """`text` behind `head`, on as many lines as it takes; those after the first are indented as far."""
+def _wrapped(head: str, text: str, further: str) -> Iterator[str]:
+    """`text` behind `head`, on as many lines as it takes; `further` is in front of those after the first."""
     width = WIDTH - len("# ") - cell_len(head)
-    for line in Text(_printable(text)).wrap(Console(width=WIDTH), width):
-        yield head + line.plain
-        head = " " * cell_len(head)
+    if cell_len(text) > width:
+        first, *others = Text(text).wrap(Console(width=WIDTH), width - max(0, len(further) - cell_len(head)))
+        yield head + first.plain
+        yield from (further + line.plain for line in others)
+    else:
+        yield head + text
 
 
 def _shortened(text: str) -> str:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sampo_ray.config.columns import Columns, ColumnsOfSources
 from sampo_ray.config.run import RunConfig
 from sampo_ray.config.sections import DataConfig
 from sampo_ray.data.chat import ChatFormat
@@ -14,10 +15,12 @@ from sampo_ray.data.template import ADVICE
 from sampo_ray.errors import ConfigError
 from sampo_ray.run.directory import Run
 from sampo_ray.run.parts import parts_of
-from sampo_ray.sources.rows import Counts, Kind, Row, first_rows
-
-PROBED = 1000
-"""Rows in which a column that a reward function names must be found."""
+from sampo_ray.sources.answers import paths_of
+from sampo_ray.sources.described import Entry, dropped
+from sampo_ray.sources.probing import Probe, probe
+from sampo_ray.sources.reading import said
+from sampo_ray.sources.rows import Counts, Kind, Row
+from sampo_ray.sources.source import sources_of
 
 TRIED = 100
 """Usable rows of a source on which the chat template is tried."""
@@ -27,21 +30,33 @@ TRIED = 100
 class CheckedSource:
     """What the first rows of a source show. `notes` are for everybody, `details` for a dry run."""
 
+    columns: Columns
     rows: list[Row]
     notes: list[str]
     details: list[str]
     first: FirstRow
 
 
-def check_source(config: RunConfig, chat: ChatFormat) -> CheckedSource:
-    """Tries the chat template on the first rows of a run's data. ConfigError, DataError."""
+def check_sources(config: RunConfig, chat: ChatFormat) -> list[CheckedSource]:
+    """Finds the columns of each source of a run, and tries the chat template on its rows. ConfigError, DataError."""
     kind: Kind = "prompts" if config.online else "pairs"
-    field, source = f"data.{'prompts' if config.online else 'train'}", config.data.names(config.online)[0]
-    rows = first_rows(source, kind, PROBED)
-    counts, first = try_format(rows[:TRIED], kind, chat, config.limits, field)
-    notes = [f"{field}: {each}" for each in _counted(counts)]
-    details = [f"{field}: {each}" for each in _unused(rows, kind)]
-    return CheckedSource(rows, notes, details, understood(first, chat, config.limits))
+    sources, field = sources_of(config.data, kind), f"data.{'prompts' if config.online else 'train'}"
+    found = [probe(Entry(each.name, n, len(sources)), kind, each.columns) for n, each in enumerate(sources)]
+    fields = [field] if len(sources) == 1 else [f"{field}.{n}" for n in range(len(sources))]
+    return [_checked(name, each, kind, chat, config) for name, each in zip(fields, found, strict=True)]
+
+
+def columns_of(found: Sequence[CheckedSource]) -> ColumnsOfSources:
+    """`data.columns` with nothing left open."""
+    columns = tuple(each.columns for each in found)
+    return columns[0] if len(columns) == 1 else columns
+
+
+def _checked(field: str, found: Probe, kind: Kind, chat: ChatFormat, config: RunConfig) -> CheckedSource:
+    counts, first = try_format(found.rows[:TRIED], kind, chat, config.limits, field)
+    notes = [f"{field}: {each}" for each in (said(found.columns), *_counted(found, counts))]
+    details = [f"{field}: {each}" for each in _unused(found, kind)]
+    return CheckedSource(found.columns, found.rows, notes, details, understood(first, chat, config.limits))
 
 
 def tokenized_rows(run: Run) -> list[Row]:
@@ -73,22 +88,27 @@ def try_format(rows: Sequence[Row], kind: Kind, chat: ChatFormat, data: DataConf
     return counts, next(row for row in rows if row.id == ids[0])
 
 
-def _counted(tried: Counts) -> list[str]:
-    """What of the first rows can be used."""
-    if not (tried.dropped or tried.prompts_cut or tried.responses_cut):
-        return []
-    cut = f"; cut to length: {tried.prompts_cut} prompts, {tried.responses_cut} responses"
-    return [f"{tried.usable} of the first {tried.rows} rows can be used{_dropped(tried)}{cut}"]
+def _counted(found: Probe, tried: Counts) -> list[str]:
+    """How many of the probed rows can be used, and of those that were tried with the chat template."""
+    lines = [f"rows probed: {found.counts.rows:,}; usable: {found.counts.usable:,}{_dropped(found.counts)}"]
+    if found.skipped.rows:
+        lines.insert(0, f"skipped: the first {found.skipped.rows:,} rows{_dropped(found.skipped)}")
+    if tried.dropped or tried.prompts_cut or tried.responses_cut:
+        cut = f"; cut to length: {tried.prompts_cut} prompts, {tried.responses_cut} responses"
+        lines.append(f"of these tokenized: {tried.rows}; usable: {tried.usable}{_dropped(tried)}{cut}")
+    return lines
 
 
 def _dropped(counts: Counts) -> str:
-    return "".join(f"; {reason}: {n:,} (first at {counts.first[reason]})" for reason, n in counts.dropped.most_common())
+    return f"; dropped: {dropped(counts)}" if counts.dropped else ""
 
 
-def _unused(rows: Sequence[Row], kind: Kind) -> list[str]:
-    names = ", ".join(dict.fromkeys(name for row in rows for name in row.columns))
-    use = "not used" if kind == "pairs" else "for reward functions"
-    return [f"{use}: {names}"] if names else []
+def _unused(found: Probe, kind: Kind) -> list[str]:
+    """The columns that rows are not read from."""
+    paths = () if kind == "prompts" else (found.columns.verdict, found.columns.score, found.columns.rank)
+    used = {path.partition(".")[0] for each in paths for path in paths_of(each)}
+    names = [name for name in dict.fromkeys(name for row in found.rows for name in row.columns) if name not in used]
+    return [f"{'not used' if kind == 'pairs' else 'for reward functions'}: {', '.join(names)}"] if names else []
 
 
 def made_up_samples(rows: Sequence[Row], chat: ChatFormat) -> Samples:

@@ -5,7 +5,6 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -22,7 +21,8 @@ from sampo_ray.run.parts import Part, parts_of
 from sampo_ray.run.serving import read_serving
 from sampo_ray.run.storage import Place
 from sampo_ray.run.versions import complete_versions, export_folder, is_complete, version_folder
-from sampo_ray.sources.rows import Kind, columns_of
+from sampo_ray.sources.probing import completed
+from sampo_ray.sources.rows import Kind
 from sampo_ray.sources.source import sources_of
 from sampo_ray.training.batching import steps_in_round
 from sampo_ray.training.streams import Stream, rollout_seed
@@ -71,9 +71,8 @@ def tokenize(run: Run, reporter: Reporter) -> list[Part]:
     config, place = run.config, run.place.at("data")
     kind: Kind = "prompts" if config.online else "pairs"
     if run.manifest.data.fingerprint is None:
-        named = sources_of(config.data, kind)
-        sources = [replace(each, columns=columns_of(each.name, kind, each.columns)) for each in named]
-        what = Tokenizing(kind, sources, config.run.seed, run.place.at("tokenizer"), config.limits)
+        sources, seed = completed(sources_of(config.data, kind), kind), config.run.seed
+        what = Tokenizing(kind, sources, seed, run.place.at("tokenizer"), config.limits)
         with reporter.stage("tokenize", None, "rows") as progress:
             run.manifest.data = tokenizing.tokenize(what, place, progress)
         run.save()

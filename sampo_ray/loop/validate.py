@@ -7,6 +7,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from sampo_ray.config.keys import is_json, parse
 from sampo_ray.config.run import RunConfig
+from sampo_ray.config.section import Section
 from sampo_ray.data.chat import ChatFormat
 from sampo_ray.data.first_row import FirstRow
 from sampo_ray.data.reward_functions import check_function
@@ -14,7 +15,7 @@ from sampo_ray.data.reward_models import check_model
 from sampo_ray.data.rewards import Samples
 from sampo_ray.data.tools import tool_arguments
 from sampo_ray.errors import ConfigError, KeysError
-from sampo_ray.loop.data_check import check_source, made_up_samples, tokenized_rows
+from sampo_ray.loop.data_check import check_sources, columns_of, made_up_samples, tokenized_rows
 from sampo_ray.run.directory import Run
 from sampo_ray.run.storage import Place, absolute
 from sampo_ray.run.trackers import check_trackers
@@ -41,8 +42,8 @@ class Checked:
 def check(config: RunConfig, run: Run | None = None) -> Checked:
     """Opens the model's configuration and tokenizer, the data and the reward source, and tries the prompt format.
 
-    Fills in how attention is computed and in which type models are exported. The data of a `run` that has tokenized
-    it is not opened again. Raises ConfigError or DataError, naming the field and the fix.
+    Fills in how attention is computed, what the columns of the data are, and in which type models are exported. The
+    data of a `run` that has tokenized it is not opened again. ConfigError or DataError, naming the field and the fix.
     """
     path = config.model.path
     opened = open_model("model.path", path)
@@ -50,7 +51,7 @@ def check(config: RunConfig, run: Run | None = None) -> Checked:
     chat = ChatFormat.load(path, config.model.template)
     check_sizes(config, opened.config.get_text_config(), len(chat.tokenizer))
     tokenized = run if run is not None and run.manifest.data.fingerprint else None
-    sources = [] if tokenized else [check_source(config, chat)]
+    sources = [] if tokenized else check_sources(config, chat)
     if config.online:
         rows = tokenized_rows(tokenized) if tokenized else sources[0].rows
         check_reward(config, made_up_samples(rows, chat))
@@ -58,8 +59,11 @@ def check(config: RunConfig, run: Run | None = None) -> Checked:
         tool_arguments(config.serve.tools, chat)
     check_trackers(config)
     check_keys_file(config.serve.keys_file)
+    found: dict[str, Section] = {"model": config.model.model_copy(update={"attention": attention})}
+    if sources:
+        found["data"] = config.data.model_copy(update={"columns": columns_of(sources)})
     return Checked(
-        decided(config.model_copy(update={"model": config.model.model_copy(update={"attention": attention})})),
+        decided(config.model_copy(update=found)),
         [*opened.notes, *said, *chat.notes(), *(note for source in sources for note in source.notes)],
         [detail for source in sources for detail in source.details],
         [source.first for source in sources],

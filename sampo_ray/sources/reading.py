@@ -150,7 +150,7 @@ def _as_columns(way: Way) -> str:
     shown = ", ".join(
         f"{name}: {value if isinstance(value, str) else '[' + ', '.join(value) + ']'}" for name, value in way.items()
     )
-    return f"data.columns={{{shown}}}"
+    return f"'data.columns={{{shown}}}'"
 
 
 def _asked(table: Table, whole: Table, kind: Kind, given: Columns, way: Way) -> Fields:
@@ -294,4 +294,4 @@ def _check_paths(rows: Sequence[Any], given: Columns) -> None:
     for field in (*ASKED, "chosen", "rejected", "answers", "verdict", "ignore"):
         for path in paths_of(getattr(given, field)):
             if rows and not any(has(row, path) for row in rows):
-                raise DataError(f"data.columns.{field}={path!r}: no row has it; {suggestion(path, known)}")
+                raise NotFound(f"data.columns.{field}={path!r}: no row has it; {suggestion(path, known)}")
