@@ -86,7 +86,7 @@ PARTS_OF_PAIRS = (
     "{}", "{}_response", "response_{}", "{}_answer", "answer_{}", "{}_output", "output_{}", "{}_completion",
     "completion_{}", "{}_text", "text_{}", "{}_messages", "messages_{}", "{}_conversation", "conversation_{}",
     "{}_conversations", "{}_message", "{}_reply", "{}_summary", "{}_sample", "{}_generation", "{}_solution",
-    "{}_content", "{}_sequence", "{}_dialogue", "full_{}", "y_{}",
+    "{}_content", "{}_sequence", "{}_dialogue", "y_{}",
 )  # fmt: skip
 """Columns of a pair, {} being one of the words above. A name of one letter is none of its own."""
 

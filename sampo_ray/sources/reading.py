@@ -11,7 +11,7 @@ from sampo_ray.sources.answers import NEIGHBOURS, paths_of, pick
 from sampo_ray.sources.conversations import filled
 from sampo_ray.sources.paths import at, has
 from sampo_ray.sources.records import Record
-from sampo_ray.sources.table import Table, is_conversation, turns_or_none
+from sampo_ray.sources.table import Table, is_conversation, is_list_of_messages, turns_or_none
 from sampo_ray.sources.unfolding import form_of, unfolded
 from sampo_ray.sources.unusable import Unusable
 from sampo_ray.sources.verdicts import number_of
@@ -48,7 +48,7 @@ def choose(records: Sequence[Record], kind: Kind, given: Columns) -> Columns:
         return given
     formed = _formed(records, kind, given)
     rows = [record.values for record in (unfolded(records, formed) if formed.form else records)]
-    _check_paths(rows, formed)
+    _check_paths(rows, given)
     if formed.complete:
         return formed
     found = _found(rows, kind, formed)
@@ -163,7 +163,8 @@ def _asked(table: Table, whole: Table, kind: Kind, given: Columns, way: Way) -> 
     if "prompt" not in fixed:
         found["prompt"] = _prompt(there, used, talk)
     prompt = fixed.get("prompt", found.get("prompt"))
-    if prompt is None and kind == "prompts" and talk:
+    whole_talk = talk or (prompt is None and _are_unreadable(way, table))
+    if prompt is None and kind == "prompts" and whole_talk:
         found["prompt"] = prompt = _first_answer(way)
     elif kind == "prompts" and talk:
         found["chosen"] = _first_answer(way)
@@ -173,7 +174,7 @@ def _asked(table: Table, whole: Table, kind: Kind, given: Columns, way: Way) -> 
     found["history"], found["input"] = _around(near, prompt, used)
     if kind == "pairs":
         found["beginning"] = _beginning(table, Columns(**(found | fixed)))
-        if prompt is None and not talk and found["beginning"] is None:
+        if prompt is None and not whole_talk and found["beginning"] is None:
             raise NotFound("no column is known to hold prompts; name it in data.columns", "prompt")
     return found
 
@@ -192,8 +193,14 @@ def _near(prompt: str | None, used: Sequence[str], there: Sequence[Table]) -> li
 
 def _are_conversations(way: Way, table: Table) -> bool:
     """Whether most answers hold what was asked, too."""
-    seen = [value for path in (_first_answer(way),) for value in table.values(path)[:100]]
-    return sum(map(is_conversation, seen)) * 2 > len(seen) if seen else False
+    seen = table.values(_first_answer(way))[:100]
+    return sum(map(is_conversation, seen)) * 2 > len(seen)
+
+
+def _are_unreadable(way: Way, table: Table) -> bool:
+    """Whether answers are messages that cannot be read. Their rows are dropped for what is in them."""
+    seen = table.values(_first_answer(way))[:100] if way else []
+    return bool(seen) and all(is_list_of_messages(value) and not turns_or_none(value) for value in seen)
 
 
 def _prompt(there: Sequence[Table], used: Sequence[str], talk: bool) -> str | None:

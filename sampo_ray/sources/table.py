@@ -63,6 +63,10 @@ def is_message(value: Mapping[str, object]) -> bool:
     return bool({"role", "from", "speaker", "author", "sender"} & {str(name).lower() for name in value})
 
 
+def is_list_of_messages(value: object) -> bool:
+    return isinstance(value, list) and any(isinstance(each, Mapping) and is_message(each) for each in value)
+
+
 def turns_or_none(value: object, role: Role = "assistant") -> list[Message]:
     """The turns of a value; [] where it has none that can be read."""
     try:
