@@ -28,19 +28,24 @@ def filled(value: object) -> bool:
     return value is not None and not (isinstance(value, Sequence | Mapping) and not value)
 
 
+def holds(value: object) -> bool:
+    """Whether a column says something: it is `filled`, and no empty list or object as JSON in a text."""
+    return filled(value) and not (isinstance(value, str) and value.strip() in ("[]", "{}", "null"))
+
+
 def asked(values: Mapping[str, object], columns: Columns) -> list[Message]:
     """The turns before the answer, as the columns other than the answers' have them: the system turn, earlier turns,
     the prompt. Raises Unusable.
     """
     turns = _turns(values, columns.prompt)
-    if columns.input is not None and filled(text := at(values, columns.input)):
+    if columns.input is not None and holds(text := at(values, columns.input)):
         turns = _with_input(turns, text)
-    if columns.history is not None and filled(value := at(values, columns.history)):
+    if columns.history is not None and holds(value := at(values, columns.history)):
         earlier = turns_of(value, "user")
         if isinstance(value, str) and len(earlier) == 1:
             raise Unusable(EARLIER)
         turns = _behind(earlier, turns)
-    if columns.system is not None and filled(value := at(values, columns.system)):
+    if columns.system is not None and holds(value := at(values, columns.system)):
         turns = _behind([{"role": "system", "content": _system_text(value)}], turns)
     return turns
 
@@ -75,7 +80,7 @@ def checked(prompt: list[Message]) -> list[Message]:
 def tools_of(values: Mapping[str, object], columns: Columns) -> list[dict[str, Any]] | None:
     """The JSON schemas of the functions that answers may call; None if there are none. Raises Unusable."""
     value = None if columns.tools is None else at(values, columns.tools)
-    if not filled(value):
+    if not holds(value):
         return None
     tools = [_json(tool) for tool in found] if isinstance(found := _json(value), list) else [found]
     if not all(isinstance(tool, dict) for tool in tools):
@@ -98,6 +103,7 @@ def _turns(values: Mapping[str, object], path: str | None) -> list[Message]:
 
 
 def _with_input(turns: list[Message], text: object) -> list[Message]:
+    text = str(text) if isinstance(text, int | float) else text
     if not isinstance(text, str):
         raise Unusable(UNREADABLE)
     if not turns:
@@ -128,7 +134,7 @@ def _behind(earlier: list[Message], turns: list[Message]) -> list[Message]:
 
 def _whole(before: list[Message], turns: list[Message]) -> list[Message]:
     prefix = turns[:-1]
-    if not before:
+    if not before or (prefix and len(before) == 1 and not before[0]["content"].strip()):
         return turns
     if turns[0]["role"] == "assistant":
         if before[-1]["role"] == "assistant":

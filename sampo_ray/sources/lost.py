@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from sampo_ray.config.columns import Columns
 from sampo_ray.sources import layouts
 from sampo_ray.sources.answers import paths_of
-from sampo_ray.sources.conversations import filled
+from sampo_ray.sources.conversations import holds
 from sampo_ray.sources.messages import Message
 from sampo_ray.sources.paths import at
 from sampo_ray.sources.table import turns_or_none
@@ -50,7 +50,7 @@ class Lost:
         text = ""
         for path, reason in self.known[names]:
             value = at(values, path)
-            if not filled(value) or isinstance(value, bool | int | float):
+            if not holds(value) or isinstance(value, bool | int | float):
                 continue
             if reason == IMAGES:
                 raise Unusable(reason)

@@ -14,7 +14,7 @@ from sampo_ray.sources.records import Record
 from sampo_ray.sources.table import Table, is_conversation, is_list_of_messages, turns_or_none
 from sampo_ray.sources.unfolding import form_of, unfolded
 from sampo_ray.sources.unusable import Unusable
-from sampo_ray.sources.verdicts import number_of
+from sampo_ray.sources.verdicts import key_of
 from sampo_ray.sources.ways import FIELDS, Undecided, Way, differ, named, pairs_in, ways_of
 
 Kind = Literal["pairs", "prompts"]
@@ -113,7 +113,7 @@ def _found(rows: Sequence[Any], kind: Kind, given: Columns) -> Fields:
             way = _only(ways, rows, given)
             return _asked(table, whole, kind, given, way)
         if undecided and kind == "pairs":
-            raise _undecided(undecided[-1])
+            raise _undecided(next((each for each in undecided if str(each)), undecided[-1]))
     if {"chosen", "rejected"} <= whole.names.keys():  # empty in all of these rows
         return _asked(whole, whole, kind, given, {"chosen": "chosen", "rejected": "rejected"})
     if kind == "pairs":
@@ -229,16 +229,16 @@ def _around(near: Sequence[Table], prompt: str | None, used: Sequence[str]) -> t
             empty = table.first([n for n in layouts.HISTORIES if n != "context"], [prompt, *used])
             history = empty if empty and not table.values(empty) else None
         if goes_on and extra is None:
-            path = table.first(["input"], [prompt, *used]) or table.first(["context"], [prompt, history, *used])
-            values = table.values(path) if path else []
-            extra = path if all(isinstance(value, str) for value in values) else None
+            path = table.first(["input", "context"], [prompt, history, *used])
+            objects = path is not None and any(isinstance(value, list | dict) for value in table.values(path))
+            extra = path if path is not None and (key_of(path) == "input" or not objects) else None
     return history, extra
 
 
 def _are_turns(values: Sequence[object]) -> bool:
-    """Whether values are turns and not just a text."""
-    return any(not isinstance(value, str) and number_of(value) is None for value in values) or all(
-        len(turns_or_none(value, "user")) > 1 for value in values[:20]
+    """Whether values are turns, and not just texts or objects."""
+    return any(is_list_of_messages([value]) or is_list_of_messages(value) for value in values) or all(
+        len({turn["role"] for turn in turns_or_none(value, "user")} - {"system"}) > 1 for value in values[:20]
     )
 
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from sampo_ray.sources.conversations import filled
+from sampo_ray.sources.conversations import filled, holds
 from sampo_ray.sources.layouts import INSIDE
 from sampo_ray.sources.messages import Message, Role, turns_of
 from sampo_ray.sources.paths import at
@@ -29,7 +29,7 @@ class Table:
     def values(self, path: str) -> list[object]:
         """What the rows have at a path, without those that have nothing."""
         if path not in self._values:
-            self._values[path] = [value for row in self.rows if filled(value := at(row, path))]
+            self._values[path] = [value for row in self.rows if holds(value := at(row, path))]
         return self._values[path]
 
     def find(self, keys: Iterable[str]) -> Iterator[str]:

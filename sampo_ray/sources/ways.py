@@ -230,7 +230,7 @@ def _has_numbers(inner: Table, path: str) -> bool:
 def _are_lists_of_numbers(values: Sequence[object]) -> bool:
     lists = [value for value in values if isinstance(value, list)]
     return len(lists) == len(values) and all(
-        each is None or number_of(each) is not None for value in lists for each in value
+        each is None or isinstance(each, float) or number_of(each) is not None for value in lists for each in value
     )
 
 
