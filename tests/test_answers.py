@@ -288,6 +288,8 @@ def test_any_values_are_ranked_or_have_a_reason(answers, scores):
         (AB, "is_a_better", [True, False], "first"),
         (AB, "b_is_better", [True, False], "index"),
         (AB, "responseBWins", [1, 0], "index"),
+        (AB, "chosen_index", [1, 0], "index"),
+        (AB, "bestIdx", [1], "index"),
         (("a", "b", "c"), "best", [0, 2], "index"),
         (("a", "b", "c"), "best", [1, 3], "number"),
     ],

@@ -238,6 +238,8 @@ def test_preference_data_of_nova_has_labelled_candidates():
     }
     assert outcomes(row) == ("nova", [("1", [user()], (assistant(GOOD), assistant(BAD)))])
     assert next(unfolded(records(row), form_of(records(row)))).values["system"] == "You sell tickets."
+    with_tools = next(unfolded(records(row | {"toolConfig": {"tools": [{}]}}), form_of(records(row)))).values
+    assert with_tools["tools"] == {"tools": [{}]}
     row["messages"][1]["candidates"][0]["preferenceLabel"] = "?"
     assert outcomes(row)[1][0][2] == FEW
 

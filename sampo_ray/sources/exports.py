@@ -114,13 +114,11 @@ def vertex_columns(rows: Sequence[Values]) -> Columns | None:
     completions = _dicts(_first(rows, "completions", list))
     if _first(rows, "contents", list) is None or not any("completion" in each for each in completions):
         return None
-    return every_column(
-        form="vertex", system="system", prompt="prompt", answers="answers", score="score", tools="tools"
-    )
+    return every_column(form="vertex", system="system", prompt="prompt", answers="answers", score="score")
 
 
 def _conversations(form: str) -> Columns:
-    return every_column(form=form, system="system", prompt="prompt", answers="answers", score="score", tools="tools")
+    return every_column(form=form, system="system", prompt="prompt", answers="answers", score="score")
 
 
 def of_vertex(values: Values) -> Iterator[dict[str, object]]:
@@ -128,7 +126,7 @@ def of_vertex(values: Values) -> Iterator[dict[str, object]]:
     others = {n: v for n, v in values.items() if key_of(n) not in ("system_instruction", "contents", "completions")}
     system = next((v for n, v in values.items() if key_of(n) == "system_instruction" and v), None)
     completions = _dicts(values.get("completions"))
-    yield others | {
+    yield _with_tools(others) | {
         "system": _parts(system.get("parts")) if isinstance(system, dict) else system,
         "prompt": [_turn(each, "parts") for each in _dicts(values.get("contents"))],
         "answers": [_turn(each.get("completion"), "parts") for each in completions],
@@ -138,9 +136,7 @@ def of_vertex(values: Values) -> Iterator[dict[str, object]]:
 
 def nova_columns(rows: Sequence[Values]) -> Columns | None:
     if any("candidates" in turns[-1] for row in rows if (turns := _dicts(row.get("messages")))):
-        return every_column(
-            form="nova", system="system", prompt="prompt", answers="answers", score="score", tools="tools"
-        )
+        return every_column(form="nova", system="system", prompt="prompt", answers="answers", score="score")
     return None
 
 
@@ -149,12 +145,17 @@ def of_nova(values: Values) -> Iterator[dict[str, object]]:
     turns = _dicts(values.get("messages"))
     candidates = _dicts(turns[-1].get("candidates")) if turns else []
     system = values.get("system")
-    yield {name: value for name, value in values.items() if name != "messages"} | {
+    yield _with_tools({name: value for name, value in values.items() if name != "messages"}) | {
         "system": _parts(system) if isinstance(system, list) else system,
         "prompt": [_turn(each, "content") for each in turns[:-1]],
         "answers": [_turn({"role": "assistant", **each}, "content") for each in candidates],
         "score": [{"preferred": 1, "non-preferred": 0}.get(str(each.get("preferenceLabel"))) for each in candidates],
     }
+
+
+def _with_tools(others: Values) -> dict[str, object]:
+    """Columns with those that declare tools under the name that is looked for: they are not read, and not lost."""
+    return {"tools" if key_of(name) in ("tools", "tool_config") else name: value for name, value in others.items()}
 
 
 def _turn(message: Any, parts: str) -> object:

@@ -46,7 +46,8 @@ def means_of(rows: Sequence[Mapping[str, object]], columns: Columns) -> Means:
     if not numbers:
         raise Unclear(f"column {column!r} holds no verdicts; name another, as in data.columns={{verdict: winner}}")
     count = max((len(answers_of(row, columns)[0]) for row in rows), default=2)
-    known = KNOWN.get(key_of(column.rpartition(".")[2]))
+    key = key_of(column.rpartition(".")[2])
+    known: Means | None = "index" if key.endswith(("_index", "_idx")) else KNOWN.get(key)
     if known and _fits(known, numbers, count):
         return known
     return _of_numbers(column, numbers, paths if len(paths) > 1 else (), count)

@@ -127,8 +127,11 @@ def _found(rows: Sequence[Any], kind: Kind, given: Columns) -> Fields:
 
 def _undecided(undecided: Undecided) -> NotFound:
     answers = ", ".join(paths_of(undecided.answers))
-    said = str(undecided) or f"the rows have the answers {answers}, and nothing known that says which is better"
-    return NotFound(f"{said}; name it in data.columns, as verdict, score or rank", "verdict")
+    unsaid = (
+        f"the rows have the answers {answers}, and nothing known that says which is better; "
+        "name it in data.columns, as verdict, score or rank"
+    )
+    return NotFound(str(undecided) or unsaid, "verdict")
 
 
 def _only(ways: list[Way], rows: Sequence[Any], given: Columns) -> Way:

@@ -7,7 +7,7 @@ from sampo_ray.config.columns import Columns
 from sampo_ray.sources import layouts
 from sampo_ray.sources.answers import answers_of, paths_of, pick
 from sampo_ray.sources.meaning import Unclear, means_of
-from sampo_ray.sources.table import Table, is_message, text_of
+from sampo_ray.sources.table import Table, is_message, text_of, turns_or_none
 from sampo_ray.sources.unusable import Unusable
 from sampo_ray.sources.verdicts import key_of, marks_of, number_of
 
@@ -132,7 +132,7 @@ def _lists(table: Table) -> Iterator[str]:
     for path in table.find(layouts.LISTS):
         elements = [each for value in table.values(path) if isinstance(value, list) for each in value]
         objects = [each for each in elements if isinstance(each, Mapping)]
-        if elements and not (objects and all(map(is_message, objects))):
+        if elements and not (objects and all(map(is_message, objects)) and turns_or_none(elements)):
             yield path
 
 
