@@ -9,12 +9,24 @@ from tests.layouts.exports import EXPORTS, TEMPLATED
 from tests.layouts.lists import LISTS
 from tests.layouts.pairs import TEXT
 from tests.layouts.prompts import PROMPTS, TOOLS
-from tests.layouts.refusals import LOST, OPEN
+from tests.layouts.refusals import LOST, MORE, OPEN
 from tests.layouts.specs import Anything, Either, Expected, Layout, Refused
 from tests.layouts.turns import TURNS
 from tests.layouts.verdicts import VERDICTS
 
-LAYOUTS: tuple[Layout, ...] = (*TEXT, *TURNS, *VERDICTS, *LISTS, *EXPORTS, *TEMPLATED, *PROMPTS, *TOOLS, *LOST, *OPEN)
+LAYOUTS: tuple[Layout, ...] = (
+    *TEXT,
+    *TURNS,
+    *VERDICTS,
+    *LISTS,
+    *EXPORTS,
+    *TEMPLATED,
+    *PROMPTS,
+    *TOOLS,
+    *LOST,
+    *OPEN,
+    *MORE,
+)
 
 
 def named(names: Iterable[str], among: Iterable[Layout] = LAYOUTS) -> tuple[Layout, ...]:
