@@ -41,10 +41,10 @@ def layouts_in(folder: Path) -> Iterator[Layout]:
     """The layouts that a folder has as JSON files with rows, format, pairs and prompts."""
     for path in sorted(folder.glob("*.json")):
         given = json.loads(path.read_text())
-        pairs = _expected(given["pairs"])
+        pairs = _with_tools(given["rows"]) if given["pairs"] == [["TOOLS"]] else _expected(given["pairs"])
         prompts = _expected(given["prompts"])
         if given["prompts"] is None and given["pairs"] is not None:  # prompts of pairs, not asked for
-            prompts = Anything() if isinstance(pairs, Refused) else Either((_prompts(pairs), Refused()))
+            prompts = Anything() if isinstance(pairs, Refused | Either) else Either((_prompts(pairs), Refused()))
         tools = next((row["tools"] for row in given["rows"] if row.get("tools")), None)
         yield Layout(path.stem, given["source"], given["rows"], pairs, prompts, given["format"], tools)
 
@@ -53,6 +53,12 @@ def _expected(given: Any) -> Expected:
     if given is None or any(isinstance(each, list) and isinstance(each[0], str) and len(each) == 1 for each in given):
         return Refused()
     return [_pair(each) if isinstance(each[0], list | str) else each for each in given]
+
+
+def _with_tools(rows: list[Any]) -> Expected:
+    """What is refused for its tools may be read with them, since the rows have the form that templates take."""
+    answers = [[each["content"] or each for each in (row["chosen"][-1], row["rejected"][-1])] for row in rows]
+    return Either((Refused(), [(row["prompt"], *both) for row, both in zip(rows, answers, strict=True)]))
 
 
 def _pair(given: list[Any]) -> Any:

@@ -26,6 +26,8 @@ from tests.layouts.specs import (
 LONG = [*LATER, assistant(GOOD_NEXT)]
 ASKED, TOLD, LAST = [[user()]], [[system(), user()]], [LATER]
 FIRST_OR_LAST = either([[user()]], [LATER])
+TOLD_OF_TOOLS = f"{SYSTEM} You can call [steps]."
+CALLED = [assistant('[steps(light="Brann")]'), {"role": "tool", "content": "213"}]
 TOOL = {
     "type": "function",
     "function": {
@@ -415,6 +417,10 @@ PROMPTS: tuple[Layout, ...] = (
     ),
 )
 
+XLAM = {"name": "steps", "parameters": {"light": {"type": "str", "description": "d"}}}
+CALL = {"type": "function", "function": {"name": "steps", "arguments": {}}}
+CALLING = [{"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "213"}]
+
 TOOLS: tuple[Layout, ...] = (
     layout(
         "xlam",
@@ -423,24 +429,17 @@ TOOLS: tuple[Layout, ...] = (
             "id": 1,
             "query": QUESTION,
             "answers": '[{"name": "steps", "arguments": {"light": "Brann"}}]',
-            "tools": json.dumps(
-                [
-                    {
-                        "name": "steps",
-                        "description": "Counts",
-                        "parameters": {"light": {"type": "str", "description": "d"}},
-                    }
-                ]
-            ),
+            "tools": json.dumps([XLAM]),
         },
         pairs=NO_PAIRS,
-        prompts=Refused(),
+        prompts=either(ASKED, Refused()),
+        tools=[XLAM],
     ),
     layout(
         "toolace",
         "Team-ACE/ToolACE: the functions are in the system text",
         {
-            "system": f"{SYSTEM} You can call [steps].",
+            "system": TOLD_OF_TOOLS,
             "conversations": [
                 {"from": "user", "value": QUESTION},
                 {"from": "assistant", "value": '[steps(light="Brann")]'},
@@ -449,7 +448,7 @@ TOOLS: tuple[Layout, ...] = (
             ],
         },
         pairs=NO_PAIRS,
-        prompts=either([[system(f"{SYSTEM} You can call [steps]."), user()]], Refused()),
+        prompts=either([[system(TOLD_OF_TOOLS), user()]], [[system(TOLD_OF_TOOLS), user(), *CALLED]], Refused()),
     ),
     layout(
         "hermes function calling",
@@ -514,10 +513,10 @@ TOOLS: tuple[Layout, ...] = (
             ],
             "chosen": gpt(),
             "rejected": gpt("No."),
-            "tools": "[]",
+            "tools": json.dumps([TOOL]),
         },
-        pairs=Refused(),
-        prompts=Refused(),
+        pairs=either([([user(), *CALLING], GOOD, "No.")], Refused()),
+        tools=[TOOL],
     ),
     layout(
         "empty tools",

@@ -31,6 +31,12 @@ PIXELS = {"bytes": None, "path": "light.png"}
 ASKED = [[user()]]
 
 
+def calling(**others: object) -> Fields:
+    """A turn that calls a function."""
+    call = {"type": "function", "function": {"name": "steps", "arguments": {}}, **others}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
 def pair(**others: object) -> Fields:
     """A pair in text with further columns."""
     return {"prompt": QUESTION, "chosen": GOOD, "rejected": BAD, **others}
@@ -213,7 +219,9 @@ LOST: tuple[Layout, ...] = (
             ]
         },
         pairs=NO_PAIRS,
-        prompts=either(ASKED, Refused()),
+        prompts=either(
+            ASKED, [[user(), calling(id="1"), {"role": "tool", "tool_call_id": "1", "content": "213"}]], Refused()
+        ),
     ),
     layout(
         "a call as the rejected answer",
@@ -229,7 +237,7 @@ LOST: tuple[Layout, ...] = (
                 }
             ],
         },
-        pairs=Refused(),
+        pairs=either([([user()], GOOD, calling())], Refused()),
         prompts=ASKED,
     ),
     layout(
@@ -244,7 +252,9 @@ LOST: tuple[Layout, ...] = (
             ]
         },
         pairs=NO_PAIRS,
-        prompts=Refused(),
+        prompts=either(
+            [[user(), calling(), {"role": "tool", "name": "steps", "content": "213"}, user(NEXT)]], Refused()
+        ),
     ),
     layout(
         "prefix",
@@ -670,7 +680,7 @@ MORE: tuple[Layout, ...] = (
             "chosen": [assistant()],
             "rejected": [{"role": "assistant", "content": None, "refusal": "I cannot say."}],
         },
-        pairs=Refused(),
+        pairs=either([([user()], GOOD, "I cannot say.")], Refused()),
         prompts=ASKED,
     ),
     layout(
@@ -739,7 +749,7 @@ MORE: tuple[Layout, ...] = (
         pair(),
         {"prompt": NEXT, "response_a": BAD_NEXT, "response_b": GOOD_NEXT, "winner": "b"},
         pairs=either([ONE], Refused()),
-        prompts=[[user()], [user(NEXT)]],
+        prompts=either([[user()], [user(NEXT)]], Refused()),
     ),
     layout(
         "text and turns in one column",

@@ -80,13 +80,18 @@ def judged(layout: Layout, kind: Kind, found: Read) -> Result:
         expected = any(isinstance(each, Refused) and each.why in found.said for each in choices) or bool(layout.tools)
         return Result(layout, kind, "refused", found.said, expected)
     lists = [each for each in choices if not isinstance(each, Refused)]
-    with_tools = layout.tools is None or all(tools == layout.tools for tools in found.tools)
+    with_tools = layout.tools is None or all(_bare(tools) == _bare(layout.tools) for tools in found.tools)
     if with_tools and any(_same(each, found.rows, kind) for each in lists):
         return Result(layout, kind, "right", found.dropped, True)
     if with_tools and any(all(_known(row, each) for row in found.rows) for each in lists):
         return Result(layout, kind, "refused", f"{len(found.rows)} rows read; {found.dropped}", False)
     lost = "" if with_tools else f"tools {found.tools[0]}; "
     return Result(layout, kind, "WRONG", f"{lost}read {json.dumps(found.rows, ensure_ascii=False)[:600]}", False)
+
+
+def _bare(tools: Sequence[Fields] | None) -> list[Any]:
+    """The functions of tools, with the wrapping of OpenAI's format or without."""
+    return [tool.get("function", tool) for tool in tools or []]
 
 
 def _same(wanted: Expected, found: Sequence[Any], kind: Kind) -> bool:

@@ -265,6 +265,7 @@ VERDICTS: tuple[Layout, ...] = (
             "turn": 1,
         },
         pairs=either([ONE], Refused()),
+        prompts=either([[user()]], [LATER], Refused()),
     ),
     layout(
         "mt_bench, same first turn",
