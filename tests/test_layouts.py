@@ -46,14 +46,14 @@ def test_the_layouts_of_the_shared_folder_are_read_as_they_should_be(shared: Pat
 
 @pytest.mark.parametrize("change", VARIATIONS.values(), ids=VARIATIONS)
 def test_a_change_that_says_the_same_is_read_the_same(
-    results: list[Result], change: Callable[[Layout], Layout]
+    results: list[Result], change: Callable[[Layout], Layout | None]
 ) -> None:
     read = {(each.layout.name, each.kind) for each in results if each.verdict == "right"}
     found = []
     for layout in LAYOUTS:
         try:
-            found += try_layout(change(layout))
-        except pa.ArrowException:  # rows that no table can hold
+            found += try_layout(changed) if (changed := change(layout)) else []
+        except (pa.ArrowException, UnicodeEncodeError):  # rows that no table can hold
             continue
     assert lines(each for each in found if each.verdict == "WRONG") == []
     assert lines(each for each in found if each.verdict != "right" and (each.layout.name, each.kind) in read) == []

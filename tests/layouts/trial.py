@@ -122,7 +122,8 @@ def written(rows: Sequence[Fields], container: str, folder: Path) -> Path:
             lines.writeheader()
             lines.writerows(rows)
     elif container == "parquet":
-        pq.write_table(pa.Table.from_pylist([*rows]), path)
+        names = dict.fromkeys(name for row in rows for name in row)
+        pq.write_table(pa.Table.from_pylist([dict.fromkeys(names) | row for row in rows]), path)
     elif container == "jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     else:

@@ -8,11 +8,18 @@ from collections.abc import Callable
 
 from tests.layouts.specs import Fields, Layout
 
+TURN = {"role", "from"}
 METADATA: Fields = {"language": "en", "num_turns": 1, "split": "train", "__index_level_0__": 3, "annotator": None}
-NOTHING: Fields = {"system": None, "history": None, "tools": None, "images": None, "context": None, "input": None}
+NOTHING: Fields = {"system": None, "history": None, "tools": None, "images": None, "context": None}
 
 
-def _each(change: Callable[[Fields], Fields], container: str | None = None) -> Callable[[Layout], Layout]:
+def _are_turns(value: object) -> bool:
+    return (
+        isinstance(value, list) and bool(value) and all(isinstance(each, dict) and TURN & set(each) for each in value)
+    )
+
+
+def _each(change: Callable[[Fields], Fields], container: str | None = None) -> Callable[[Layout], Layout | None]:
     def varied(layout: Layout) -> Layout:
         rows = [change(row) for row in layout.rows]
         return dataclasses.replace(layout, rows=rows, container=container or layout.container)
@@ -20,16 +27,25 @@ def _each(change: Callable[[Fields], Fields], container: str | None = None) -> C
     return varied
 
 
-def _cells(row: Fields) -> Fields:
-    """A row as a table of text has it: lists and objects as JSON."""
-    return {name: json.dumps(value) if isinstance(value, list | dict) else value for name, value in row.items()}
+def _in_text(row: Fields) -> Fields:
+    """A row whose turns are JSON in text."""
+    return {name: json.dumps(value) if _are_turns(value) else value for name, value in row.items()}
 
 
-VARIATIONS: dict[str, Callable[[Layout], Layout]] = {
+def _as_table(layout: Layout) -> Layout | None:
+    """A table of text has no lists or objects, but turns as JSON."""
+    rows = [_in_text(row) for row in layout.rows]
+    if layout.columns or any(isinstance(value, list | dict) and value for row in rows for value in row.values()):
+        return None
+    rows = [{name: "" if isinstance(value, list | dict) else value for name, value in row.items()} for row in rows]
+    return dataclasses.replace(layout, rows=rows, container="csv")
+
+
+VARIATIONS: dict[str, Callable[[Layout], Layout | None]] = {
     "a JSON array": _each(dict, "json"),
     "Parquet": _each(dict, "parquet"),
-    "CSV, JSON in its cells": _each(_cells, "csv"),
-    "JSON in text": _each(_cells, "jsonl"),
+    "CSV": _as_table,
+    "turns as JSON in text": _each(_in_text),
     "other columns beside": _each(lambda row: {**METADATA, **row}),
     "columns turned around": _each(lambda row: dict(reversed(row.items()))),
     "columns of null": _each(lambda row: {**NOTHING, **row}),

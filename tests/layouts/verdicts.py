@@ -155,7 +155,7 @@ VERDICTS: tuple[Layout, ...] = (
             "winner_tie": 0,
         },
         pairs=NO_PAIRS,
-        prompts=either([[user()]], Refused()),
+        prompts=either([[user()]], [[user(), assistant(BAD), user(NEXT)]], Refused()),
         container="csv",
     ),
     layout(
