@@ -11,7 +11,7 @@ from sampo_ray.errors import DataError
 from sampo_ray.sources.answers import paths_of, pick
 from sampo_ray.sources.conversations import EMPTY_ANSWER, NO_PROMPT, answered, asked, checked, filled, tools_of
 from sampo_ray.sources.lost import Lost
-from sampo_ray.sources.messages import Message, turns_of, unicode_of
+from sampo_ray.sources.messages import Message, turns_of
 from sampo_ray.sources.paths import at
 from sampo_ray.sources.reading import Kind, begins, choose, several_words, shared_beginning
 from sampo_ray.sources.records import Record, read_records
@@ -175,7 +175,7 @@ def _beginning(before: list[Message], better: Any, worse: Any, columns: Columns)
     if columns.beginning == "shared":
         if not (start := shared_beginning(better, worse)):
             raise Unusable(NO_PROMPT)
-        return [*before, {"role": "user", "content": unicode_of(start)}], better[len(start) :], worse[len(start) :]
+        return [*before, *turns_of(start, "user")], better[len(start) :], worse[len(start) :]
     text = str(before[-1]["content"]).strip() if len(before) else ""
     if not text or not several_words(text) or not (begins(better, text) and begins(worse, text)):
         return before, better, worse

@@ -157,8 +157,8 @@ LOST: tuple[Layout, ...] = (
                 parts("assistant", BAD),
             ],
         },
-        pairs=Refused("images"),
-        prompts=Refused("images"),
+        pairs=Refused(),
+        prompts=Refused(),
     ),
     layout(
         "reasoning key",
