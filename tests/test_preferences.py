@@ -23,7 +23,6 @@ from sampo_ray.data.preferences import (
     tokenized_prompts,
 )
 from sampo_ray.errors import DataError
-from sampo_ray.sources.records import fingerprint
 from sampo_ray.sources.rows import Counts, first_rows, read_rows
 from tests.conftest import random_pairs
 
@@ -132,7 +131,6 @@ def test_a_url_is_read_like_a_file(tmp_path):
     with fsspec.open("memory://bucket/a.jsonl", "w") as file:
         file.write(json.dumps(PLAIN) + "\n")
     assert first_rows("memory://bucket/a.jsonl", "pairs", 1)[0].chosen["content"] == "yes"
-    assert fingerprint("memory://bucket/a.jsonl") == fingerprint(write(tmp_path / "a.jsonl", [PLAIN]))
 
 
 @pytest.mark.parametrize(
@@ -225,7 +223,7 @@ def test_an_empty_file_is_an_error(tmp_path):
     [
         ("missing.jsonl", "no such file"),
         ("*.jsonl", "no file matches"),
-        ("notes.txt", r"use \.jsonl"),
+        ("notes.txt", r"write a \.jsonl"),
         ("empty", r"no \.jsonl"),
         ("splits", "name one, as in .*splits:a"),
     ],
@@ -242,7 +240,7 @@ def test_a_source_that_cannot_be_opened_is_an_error_with_the_fix(tmp_path, name,
 def test_a_folder_with_held_out_files_is_not_read_as_one(tmp_path):
     write(tmp_path / "train.jsonl", [PLAIN])
     write(tmp_path / "test.jsonl", [PLAIN])
-    with pytest.raises(DataError, match=r"test\.jsonl.*train\*"):
+    with pytest.raises(DataError, match=r"holds the splits train, test; name the one to read, as in .*:train"):
         first_rows(str(tmp_path), "pairs", 1)
     assert len(list(read_rows(f"{tmp_path}/train*", "pairs"))) == 1
 
@@ -254,13 +252,6 @@ def test_a_rows_id_is_its_position_and_its_own_ids_are_columns_for_rewards(tmp_p
         read = list(read_rows(write(path, rows), "pairs"))
         assert [row.id for row in read] == ["x.jsonl:1", "x.jsonl:2"]
         assert [row.columns for row in read] == [{"id": "a"}, {"id": "a", "prompt_id": 7}]
-
-
-def test_a_fingerprint_changes_with_a_byte_and_not_with_the_folder(tmp_path):
-    (tmp_path / "b").mkdir()
-    first = fingerprint(write(tmp_path / "a.jsonl", [PLAIN]))
-    assert fingerprint(write(tmp_path / "b/a.jsonl", [PLAIN])) == first
-    assert fingerprint(write(tmp_path / "b/a.jsonl", [PLAIN | {"chosen": "yep"}])) != first
 
 
 words = st.lists(st.sampled_from(["hello ", "world ", "x", "\n", "é"]), max_size=60).map("".join)
