@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 
 CPUS = 0.1
 """What reader and tasks ask Ray for. Each keeps a core busy, but by now the run's actors hold most logical CPUs of a
-small machine, and stand idle until the first round. How many tasks run is decided by `tasks_at_once`."""
+small machine, and stand idle until the first round. How many tasks run is decided by `tasks_at_once`. Ray's default
+scheduling gives them the same processes again; with SPREAD each task may meet one without a tokenizer, which takes
+seconds to load."""
 MARK = b"sampo"
 """The key of a part's metadata."""
 
@@ -125,7 +127,7 @@ def _chat(tokenizer: Place) -> "ChatFormat":
         return ChatFormat.load(folder, "tokenizer")
 
 
-@ray.remote(num_cpus=CPUS, scheduling_strategy="SPREAD")
+@ray.remote(num_cpus=CPUS)
 def _tokenize(place: Place, content: bytes, chunk: Chunk, what: Tokenizing) -> Counts:
     """Makes the part of one chunk."""
     counts = Counts()
