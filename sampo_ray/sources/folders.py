@@ -11,6 +11,7 @@ from sampo_ray.errors import DataError
 from sampo_ray.sources.files import ANY_JSON, FILE, Meter, read_file
 
 _SHARD = re.compile(r"([-_.]?\d+([-_]of[-_]\d+)?)?([-_.][0-9a-f]{8,})?$")
+_SHARDED = re.compile(r"-\d{5}-of-\d{5}[^/]*$")
 _SPLIT_LIKE = re.compile(r"(train|training|test|valid|validation|dev|eval)[-_][a-z]", re.IGNORECASE)
 _DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"}
 
@@ -54,7 +55,7 @@ def one_kind(name: str, fs: AbstractFileSystem, root: str, paths: list[str]) -> 
         both = ", ".join(_inside(path, root) for path in (twice, plain[_plain(twice)]))
         raise _ask(name, f"the same file in several formats ({both})", f"{name}/{_inside(twice, root)}")
     stems = {_stem(path): path for path in reversed(paths)}
-    if len(stems) > 1 and any(_SPLIT_LIKE.match(stem) or "-of-" in path for stem, path in stems.items()):
+    if len(stems) > 1 and any(_SPLIT_LIKE.match(stem) or _SHARDED.search(path) for stem, path in stems.items()):
         raise _ask(name, f"several sets of files ({', '.join(sorted(stems))})", f"{name}:{min(stems)}")
     columns = {stem: _columns(fs, path) for stem, path in stems.items()} if len(stems) > 1 else {}
     known = [each for each in columns.values() if each]
