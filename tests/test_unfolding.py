@@ -9,9 +9,12 @@ from hypothesis import strategies as st
 
 from sampo_ray.config.columns import Columns
 from sampo_ray.sources.answers import ALONE, FEW, NEIGHBOURS, pick
+from sampo_ray.sources.messages import turns_of
+from sampo_ray.sources.reading import NotFound, choose
 from sampo_ray.sources.records import Record
+from sampo_ray.sources.rows import Counts, rows_of
 from sampo_ray.sources.unfolding import FORMS, form_of, unfolded
-from sampo_ray.sources.unusable import Unusable
+from sampo_ray.sources.unusable import CALLS, REASONING, Unusable
 from sampo_ray.sources.verdicts import DISAGREE, NO_VERDICT, TIE
 
 ASK, GOOD, BAD, NEXT = "When does the ferry leave?", "At six and at noon.", "Often.", "From which pier?"
@@ -199,6 +202,16 @@ def test_files_of_open_webuis_messages_are_not_lost():
     assert outcomes(row)[1][0][1][-1]["files"] == [{"type": "image"}]
 
 
+@pytest.mark.parametrize(("block", "reason"), [("reasoning", REASONING), ("tool_calls", CALLS)])
+def test_blocks_in_the_text_of_open_webuis_answers_are_what_they_are(block, reason):
+    row = feedback(1)
+    answer = row["snapshot"]["chat"]["chat"]["history"]["messages"]["a"]
+    answer["content"] = f'<details type="{block}" done="true">Hm.</details>' + GOOD
+    chosen, _ = outcomes(row)[1][0][2]
+    with pytest.raises(Unusable, match=reason):
+        turns_of(chosen, "assistant")
+
+
 def test_a_chat_that_goes_round_in_circles_ends():
     row = feedback(1)
     row["snapshot"]["chat"]["chat"]["history"]["messages"]["q"]["parentId"] = "r"
@@ -366,6 +379,68 @@ def test_the_same_question_after_something_else_is_not_the_same_prompt(name):
 def test_other_rows_have_no_form(row):
     assert form_of(records(row)) is None
     assert list(unfolded(records(row), Columns())) == records(row)
+
+
+def read(*rows, kind="pairs"):
+    """What the whole of a source is read as, and why rows are dropped."""
+    columns, counts = choose(records(*rows), kind, Columns()), Counts()
+    found = list(rows_of(unfolded(records(*rows), columns), kind, columns, counts))
+    pairs = [
+        (row.prompt, row.chosen and row.chosen["content"], row.rejected and row.rejected["content"]) for row in found
+    ]
+    return pairs, dict(counts.dropped)
+
+
+FERRY = ([user()], GOOD, BAD)
+VOTED = {"prompt": ASK, "response_a": BAD, "response_b": GOOD}
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [TREE],
+        [task(annotation("right"))],
+        [task({"result": [{"from_name": "better", "type": "choices", "value": {"choices": ["Answer 2"]}}]})],
+        [argilla(["tie"], ["submitted"]), argilla(["response-2"], ["submitted"])],
+        [rated(ASK, GOOD, 4), rated(ASK, BAD, 1)],
+        [{"prompt": [ASK], "response_a": [BAD], "response_b": [GOOD], "winner_model_a": 0, "winner_model_b": 1}],
+        [VOTED | {"winner": "model_b"}, VOTED | {"winner": "tie (bothbad)"}],
+        [VOTED | {"preferred": GOOD}],
+        [{"prompt": ASK, "responses": [BAD, "At six.", GOOD], "best_index": 2}],
+        [{"input_text": ASK, "candidate_0": BAD, "candidate_1": GOOD, "choice": 1}],
+        [{"prompt": ASK, "pos_resp": GOOD, "neg_resp": BAD}],
+        [{"question": ASK, "answers": [{"author": "u", "text": t, "pm_score": n} for n, t in enumerate((BAD, GOOD))]}],
+    ],
+)
+def test_what_is_unfolded_or_judged_is_read_to_the_end(rows):
+    assert read(*rows)[0][0] == FERRY
+
+
+def test_what_a_service_declares_besides_is_not_lost():
+    part = {"text": "You sell tickets."}
+    vertex = {
+        "systemInstruction": {"parts": [part]},
+        "contents": [{"role": "user", "parts": [{"text": ASK}]}],
+        "completions": [
+            {"score": n, "completion": {"role": "model", "parts": [{"text": text}]}}
+            for n, text in enumerate((BAD, GOOD))
+        ],
+    }
+    system = {"role": "system", "content": "You sell tickets."}
+    assert read(vertex) == ([([system, user()], GOOD, BAD)], {})
+    tools = [{"functionDeclarations": [{"name": "timetable", "description": "When ferries leave"}]}]
+    pairs, dropped = read(vertex, vertex | {"tools": tools})
+    assert len(pairs) == 1 and "tools" in next(iter(dropped))
+
+
+def test_prompts_of_a_battle_are_its_first_questions():
+    row = {"prompt": [ASK, NEXT], "response_a": [GOOD, "North."], "response_b": [BAD, "South."], "winner": "model_a"}
+    assert read(row, kind="prompts")[0] == [([user()], None, None)]
+
+
+def test_a_verdict_that_can_be_meant_in_several_ways_says_what_to_write():
+    with pytest.raises(NotFound, match=r"'label' holds 1.*means: index if 0 stands for response_a"):
+        read(VOTED | {"label": 1})
 
 
 def test_a_form_is_found_behind_rows_that_are_broken():

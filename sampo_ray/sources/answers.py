@@ -33,7 +33,7 @@ def pick(values: Mapping[str, object], columns: Columns) -> tuple[object, object
     if columns.verdict is not None:
         if len(answers) < 2 and any(at(values, path) for path in paths_of(columns.verdict)):
             raise Unusable(FEW)
-        better = _judged(values, columns, elements, len(answers))
+        better = _judged(values, columns, elements, answers)
         others = [n for n, answer in enumerate(answers) if n != better and answer is not None]
         if answers[better] is None or not others:
             raise Unusable(FEW)
@@ -82,15 +82,17 @@ def _listed(value: object) -> list[object]:
     return value if isinstance(value, list) else []
 
 
-def _judged(values: Mapping[str, object], columns: Columns, elements: Sequence[object], count: int) -> int:
+def _judged(
+    values: Mapping[str, object], columns: Columns, elements: Sequence[object], answers: Sequence[object]
+) -> int:
     """The number, from 0, of the answer that the row's verdict says is better."""
     paths = paths_of(columns.verdict)
     if len(paths) > 1:
-        return _flagged([at(values, path) for path in paths], count)
+        return _flagged([at(values, path) for path in paths], len(answers))
     verdict = _agreed(at(values, paths[0]))
     if columns.means == "name" or (columns.means is None and isinstance(verdict, str)):
-        return sides_of(columns, values, elements).named(verdict)
-    return better_of(verdict, columns.means, count)
+        return sides_of(columns, values, elements, answers).named(verdict)
+    return better_of(verdict, columns.means, len(answers))
 
 
 def _agreed(verdict: object) -> object:
@@ -137,4 +139,4 @@ def _mean(score: Any) -> float | None:
     if not isinstance(score, list):
         return number_of(score)
     numbers = [number for each in score if (number := number_of(each)) is not None]
-    return math.fsum(numbers) / len(numbers) if numbers else None
+    return math.fsum(number / len(numbers) for number in numbers) if numbers else None

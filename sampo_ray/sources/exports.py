@@ -5,6 +5,7 @@ Prodigy's choices, battles of Chatbot Arena with one list of texts a side, and O
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -66,6 +67,9 @@ def _compared(data: Values, names: list[str]) -> list[object]:
 
 # Open WebUI: a rating of one message, and the chat as a tree.
 
+_BLOCKS = {"reasoning": "reasoning_content", "tool_calls": "tool_calls"}
+_BLOCK = re.compile(r'<details type="(\w+)"')
+
 
 def open_webui_columns(rows: Sequence[Values]) -> Columns | None:
     if any(_chat_of(row) for row in rows):
@@ -104,7 +108,10 @@ def _chat_of(values: Values) -> dict[str, Any] | None:
 
 
 def _message(node: Values) -> dict[str, object]:
-    return {name: node[name] for name in ("role", "content", "files") if node.get(name) is not None}
+    """A message of a chat; blocks of reasoning and tool calls in its text are said in fields of their own, too."""
+    message = {name: node[name] for name in ("role", "content", "files") if node.get(name) is not None}
+    blocks = _BLOCK.findall(str(node.get("content")))
+    return message | {_BLOCKS[kind]: kind for kind in blocks if kind in _BLOCKS}
 
 
 # Vertex AI and Amazon Nova: conversations whose turns are lists of parts.
@@ -186,8 +193,8 @@ def _parts(parts: object) -> object:
 def argilla_columns(rows: Sequence[Values]) -> Columns | None:
     for question in _questions_of(rows):
         said = [value for row in rows for value in _submitted(row, question)]
-        named = next((value for value in said if isinstance(value, str)), None)
-        compared = tuple(_alike(rows, named)) if named else ()
+        named = (_alike(rows, value) for value in dict.fromkeys(each for each in said if isinstance(each, str)))
+        compared = next((tuple(found) for found in named if found), ())
         if len(compared) > 1:
             return Columns(form="argilla", answers=compared, verdict=question, means="name")
         ranked = tuple(sorted({name for value in said for name, _ in _ranks(value)}))
@@ -260,7 +267,7 @@ def of_prodigy(values: Values) -> Iterator[dict[str, object]]:
 def battles_columns(rows: Sequence[Values]) -> Columns | None:
     names = ("prompt", "response_a", "response_b")
     if any(all(_texts(row.get(name)) for name in names) for row in rows):
-        return Columns(form="battles", prompt="prompt", answers=names[1:])
+        return Columns(form="battles", prompt="prompt", chosen=None, rejected=None, answers=names[1:])
     return None
 
 

@@ -86,7 +86,7 @@ PARTS_OF_PAIRS = (
     "{}", "{}_response", "response_{}", "{}_answer", "answer_{}", "{}_output", "output_{}", "{}_completion",
     "completion_{}", "{}_text", "text_{}", "{}_messages", "messages_{}", "{}_conversation", "conversation_{}",
     "{}_conversations", "{}_message", "{}_reply", "{}_summary", "{}_sample", "{}_generation", "{}_solution",
-    "{}_content", "{}_sequence", "{}_dialogue", "y_{}",
+    "{}_content", "{}_sequence", "{}_dialogue", "{}_resp", "y_{}",
 )  # fmt: skip
 """Columns of a pair, {} being one of the words above. A name of one letter is none of its own."""
 
@@ -111,14 +111,14 @@ PARTS_OF_ANSWERS = (
     "reply_{}", "text_{}", "summary_{}", "human_ref_{}", "orig_response_{}", "response_{}_text", "{}_response",
     "{}_answer", "{}_output", "{}_completion", "{}_text", "model_{}_response", "model_{}_answer", "model_{}_output",
     "response_model_{}", "output_model_{}", "answer_{}_body", "messages_{}", "chat_{}", "assistant_{}", "sample_{}",
-    "solution_{}", "generated_{}", "story_{}", "translation_{}", "option_{}", "choice_{}", "y_{}",
+    "solution_{}", "generated_{}", "resp_{}", "story_{}", "translation_{}", "option_{}", "choice_{}", "y_{}",
 )  # fmt: skip
 """Columns of two or more answers, {} being a mark."""
 
 VERDICTS = (
     "winner", "better_response_id", "better_response", "better_answer", "better", "preference", "overall_preference",
     "preferred", "preferred_response", "preferred_answer", "preferred_output", "human_preference",
-    "preference_strength",
+    "preference_strength", "best_index", "best_idx", "better_index", "winner_index", "preferred_index", "chosen_idx",
     "orig_preference", "choice", "chosen", "chosen_id", "chosen_index", "selected", "selection", "verdict", "vote",
     "judgment", "judgement", "human_label", "gold_label", "preference_label", "label", "labels", "win", "best",
     "best_response", "best_answer", "ranking_winner", "clear_winner", "annotator_preference", "is_a_better",

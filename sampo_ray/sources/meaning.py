@@ -72,7 +72,7 @@ def _named(rows: Sequence[Mapping[str, object]], texts: Sequence[str], columns: 
     column, paths = paths_of(columns.verdict)[0], paths_of(columns.answers)
     for row in rows:
         verdict = at(row, column)
-        sides = sides_of(columns, row, answers_of(row, columns)[0])
+        sides = sides_of(columns, row, *answers_of(row, columns))
         if any(_names(sides, each) for each in (verdict if isinstance(verdict, list) else [verdict])):
             return "name"
     shown = ", ".join(repr(text) for text in list(dict.fromkeys(texts))[:3])

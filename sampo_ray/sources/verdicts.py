@@ -70,10 +70,12 @@ class Sides:
     """The names of a row's answers: each name's answer, from 0; None for a name that two of them have."""
 
     of: Mapping[str, int | None]
+    answers: Sequence[object] = ()
+    """The answers themselves: a verdict may repeat the better one."""
 
     def named(self, verdict: object) -> int:
         """The answer that a verdict names. Raises Unusable."""
-        number = number_of(verdict)
+        number, whole = number_of(verdict), verdict
         verdict = "" if verdict is None else str(verdict) if number is None else f"{number:g}"
         if compared := _COMPARED.fullmatch(verdict):
             first, sign, second = compared.groups()
@@ -91,12 +93,16 @@ class Sides:
         if key == "no_preference":
             raise Unusable(TIE)
         side = self.of.get(short_of(key))
+        if side is None and self.answers.count(whole) == 1:
+            return self.answers.index(whole)
         if side is None:
             raise Unusable(OTHER_VERDICT)
         return side
 
 
-def sides_of(columns: Columns, values: Mapping[str, object], elements: Sequence[object]) -> Sides:
+def sides_of(
+    columns: Columns, values: Mapping[str, object], elements: Sequence[object], answers: Sequence[object]
+) -> Sides:
     """What a verdict may call the answers: their columns, models, or the letters and numbers of their order."""
     several = columns.answers if isinstance(columns.answers, tuple) and len(columns.answers) > 1 else ()
     names = order_names(max(len(several), len(elements)))
@@ -109,7 +115,7 @@ def sides_of(columns: Columns, values: Mapping[str, object], elements: Sequence[
         mark = marks[side] if marks else _LETTERS[side : side + 1]
         for called in _called(values, mark, elements[side]):
             names[called] = side if names.get(called, side) == side else None
-    return Sides(names)
+    return Sides(names, answers)
 
 
 def says_nothing(text: str) -> bool:

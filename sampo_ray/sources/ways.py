@@ -187,8 +187,10 @@ def _verdicts(table: Table, way: Way, fixed: Way, undecided: list[Undecided]) ->
 
 
 def _is_verdict(values: Sequence[object]) -> bool:
-    return all(isinstance(value, str | int | float | bool) for value in values) and any(
-        not isinstance(value, str) or len(value) < 200 for value in values
+    """Whether values are texts or numbers, each one or, of several people, a list; some of them short."""
+    said = [each for value in values for each in (value if isinstance(value, list) else [value])]
+    return all(isinstance(value, str | int | float | bool) for value in said) and any(
+        not isinstance(value, str) or len(value) < 200 for value in said
     )
 
 
