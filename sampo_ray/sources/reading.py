@@ -104,23 +104,32 @@ def _ways(table: Table, given: Columns) -> list[Way]:
 
 
 def _found(rows: Sequence[Any], kind: Kind, given: Columns) -> Fields:
-    """The fields that the rows show, beside those that are given."""
+    """The fields that the rows show, beside those that are given: of the rows' own columns, else of an object's."""
     whole = Table(rows)
-    objects = [Table(rows, path) for path in whole.objects()]
-    for table in (whole, *objects):
+    tables = [whole, *(Table(rows, path) for path in whole.objects())]
+    find = _found_pairs if kind == "pairs" else _found_prompts
+    return find(tables, given)
+
+
+def _found_pairs(tables: Sequence[Table], given: Columns) -> Fields:
+    whole = tables[0]
+    for table in tables:
         ways, undecided = ways_of(table, given)
         if ways:
-            way = _only(ways, rows, given)
-            return _asked(table, whole, kind, given, way)
-        if undecided and kind == "pairs":
+            return _asked(table, whole, "pairs", given, _only(ways, whole.rows, given))
+        if undecided:
             raise _undecided(next((each for each in undecided if str(each)), undecided[-1]))
     if {"chosen", "rejected"} <= whole.names.keys():  # empty in all of these rows
-        return _asked(whole, whole, kind, given, {"chosen": "chosen", "rejected": "rejected"})
-    if kind == "pairs":
-        raise NotFound("no columns are known to hold answers; name them in data.columns", "chosen", "rejected")
-    for table in (whole, *objects):
-        found = _asked(table, whole, kind, given, {})
-        if found.get("prompt"):
+        return _asked(whole, whole, "pairs", given, {"chosen": "chosen", "rejected": "rejected"})
+    raise NotFound("no columns are known to hold answers; name them in data.columns", "chosen", "rejected")
+
+
+def _found_prompts(tables: Sequence[Table], given: Columns) -> Fields:
+    for table in tables:
+        ways, undecided = ways_of(table, given)
+        way = ways[0] if ways else {"answers": undecided[0].answers} if undecided else {}
+        found = _asked(table, tables[0], "prompts", given, way)
+        if given.prompt or found.get("prompt"):
             return found
     raise NotFound("no column is known to hold prompts; name it in data.columns", "prompt")
 

@@ -149,7 +149,7 @@ def _pair(values: Mapping[str, object], columns: Columns) -> tuple[list[Message]
     before, better, worse = _beginning(before, better, worse, columns)
     behind = at(values, columns.prompt) if columns.prompt is not None else None
     turns = [turns_of(value, "assistant", behind) for value in (better, worse)]
-    if before and before[-1]["role"] == "assistant" and before[-1] in (turns[0][-1:] + turns[1][-1:]):
+    if before and before[-1] in (turns[0][-1:] + turns[1][-1:]) and turns[0][:-1] in ([], before[:-1]):
         before = before[:-1]  # a conversation with its answer
     chosen = answered(before, turns[0])
     alone = not before and len(turns[1]) == 1

@@ -6,6 +6,7 @@ from typing import Any
 from sampo_ray.config.columns import Columns
 from sampo_ray.sources import layouts
 from sampo_ray.sources.answers import answers_of, paths_of, pick
+from sampo_ray.sources.conversations import filled
 from sampo_ray.sources.meaning import Unclear, means_of
 from sampo_ray.sources.table import Table, is_message, text_of, turns_or_none
 from sampo_ray.sources.unusable import Unusable
@@ -54,6 +55,8 @@ def pairs_in(
         try:
             chosen, rejected = pick(row, columns)
         except Unusable:
+            continue
+        if not filled(chosen) or not filled(rejected):
             continue
         every = answers_of(row, columns)[1] if columns.answers else [chosen, rejected]
         found[number] = (text_of(chosen), text_of(rejected), {text_of(each) for each in every if each is not None})
