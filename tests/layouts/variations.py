@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Iterator
+
+import pyarrow as pa
 
 from tests.layouts.specs import Fields, Layout
+from tests.layouts.trial import Result, try_layout
 
 TURN = {"role", "from"}
+KNOWN_BY_OBJECTS = ("vertex", "nova", "kto of LLaMA-Factory", "oasst, two levels", "oasst, deleted and unranked")
+"""Layouts that are known by objects, numbers or nulls, which a table of text does not have: refused there."""
 METADATA: Fields = {"language": "en", "num_turns": 1, "split": "train", "__index_level_0__": 3, "annotator": None}
 NOTHING: Fields = {"system": None, "history": None, "tools": None, "images": None, "context": None}
 
@@ -41,6 +46,11 @@ def _as_table(layout: Layout) -> Layout | None:
     return dataclasses.replace(layout, rows=rows, container="csv")
 
 
+def _with_nan(layout: Layout) -> Layout | None:
+    rows = [{**dict.fromkeys(NOTHING, float("nan")), **row} for row in layout.rows]
+    return None if layout.container in ("csv", "tsv") else dataclasses.replace(layout, rows=rows)
+
+
 VARIATIONS: dict[str, Callable[[Layout], Layout | None]] = {
     "a JSON array": _each(dict, "json"),
     "Parquet": _each(dict, "parquet"),
@@ -50,6 +60,27 @@ VARIATIONS: dict[str, Callable[[Layout], Layout | None]] = {
     "columns turned around": _each(lambda row: dict(reversed(row.items()))),
     "columns of null": _each(lambda row: {**NOTHING, **row}),
     "columns of empty text": _each(lambda row: {**dict.fromkeys(NOTHING, ""), **row}),
-    "columns of NaN": _each(lambda row: {**dict.fromkeys(NOTHING, float("nan")), **row}),
+    "columns of NaN": _with_nan,
     "columns of empty lists": _each(lambda row: {"history": [], "tools": [], "images": [], **row}),
 }
+
+
+def of_text(change: Callable[[Layout], Layout | None]) -> bool:
+    """Whether a change makes text of what is none."""
+    return change in (VARIATIONS["CSV"], VARIATIONS["turns as JSON in text"])
+
+
+def differences(
+    change: Callable[[Layout], Layout | None], layouts: Iterable[Layout], read: Collection[tuple[str, str]]
+) -> Iterator[Result]:
+    """What is read wrong after a change, or no longer read; `read`: names and kinds that are read right without it."""
+    for layout in layouts:
+        try:
+            found = list(try_layout(changed)) if (changed := change(layout)) else []
+        except (pa.ArrowException, UnicodeEncodeError):  # rows that no table can hold
+            continue
+        known = not (of_text(change) and layout.name in KNOWN_BY_OBJECTS)
+        for each in found:
+            lost = known and each.verdict != "right" and (layout.name, each.kind) in read
+            if lost or each.verdict == "WRONG":
+                yield each
