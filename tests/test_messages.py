@@ -215,6 +215,24 @@ def test_messages_in_a_string_that_is_cut_off_are_refused_and_other_json_stays_t
         assert turns_of(text, "assistant") == [assistant(text)]
 
 
+@pytest.mark.parametrize(
+    ("reason", "message"),
+    [
+        (ROLES, {"role": "moderator", "content": SYSTEM}),
+        (TEXTLESS, {"role": "user", "content": None}),
+        (IMAGES, {"role": "user", "content": [{"type": "image", "image": "a.png"}]}),
+    ],
+)
+def test_messages_in_a_string_are_refused_for_what_they_hold(reason: str, message: dict[str, Any]) -> None:
+    assert refused(json.dumps([message, *ASK])) == reason
+    assert refused(json.dumps([message])) == reason
+
+
+def test_json_that_names_people_is_no_conversation() -> None:
+    for people in ([{"role": "cook", "name": "Sand"}], [{"author": "Sand", "text": Q}], [{"from": "Orle", "value": 7}]):
+        assert turns_of(json.dumps(people), "assistant") == [assistant(json.dumps(people))]
+
+
 # ---- tools
 
 CALL = {"type": "function", "function": {"name": "tide", "arguments": {"port": "Orle"}}}

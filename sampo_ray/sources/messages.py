@@ -271,13 +271,16 @@ def _literal(text: str) -> object:
 
 
 def _is_conversation(value: object) -> bool:
+    """Whether objects are meant as messages, even such as cannot be read: each says who speaks and has a content."""
     if isinstance(value, Mapping) and (held := next((value[key] for key in _LISTS if key in value), None)):
         value = held
     messages = value if isinstance(value, list) else [value]
-    return bool(messages) and all(
-        isinstance(each, Mapping) and snake(_role_of(each)) in _ROLES and (_given(each) or each.keys() & {*_CALL_KEYS})
-        for each in messages
-    )
+    if not messages or not all(isinstance(each, Mapping) and _role_of(each) for each in messages):
+        return False
+    keys = set.intersection(*({*each} for each in messages))
+    known = any(snake(_role_of(each)) in _ROLES for each in messages)
+    contents = all(each.keys() & {*_CONTENT_KEYS, *_CALL_KEYS, "data", "kwargs"} for each in messages)
+    return contents and (known or {"role", "content"} <= keys)
 
 
 def messages_of(value: object) -> list[Message]:
