@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sampo_ray.sources.conversations import EMPTY_ANSWER
 from sampo_ray.sources.messages import Message, Role, alternating, turns_of
+from sampo_ray.sources.rows import Counts, read_rows
 from sampo_ray.sources.unusable import (
     CALLS,
     EXTRAS,
@@ -475,6 +477,23 @@ def test_an_end_of_turn_mark_behind_an_answer_is_cut(mark: str) -> None:
 )
 def test_half_of_a_transcript_or_template_is_refused(reason: str, text: str) -> None:
     assert refused(text) == reason
+
+
+def test_a_file_of_transcripts_is_read_row_by_row(tmp_path: Path) -> None:
+    """As HH-RLHF's: with rows that end in an empty turn or with the user, and with a system's text in front."""
+    ask, told = f"\n\nHuman: {Q}\n\nAssistant:", f"{SYSTEM}\n\nHuman: {Q}\n\nAssistant:"
+    whole = [(f"{ask} {A}", f"{ask} {B}"), (f"{ask} {A}\n\nHuman:", f"{ask} {B}"), (ask, f"{ask} {B}")]
+    asked = [(f"{ask} {A}\n\nHuman: {R}", f"{ask} {B}\n\nHuman: {R}")]
+    systems = [(f"{told} {A}", f"{told} {B}"), (f"{told} The heron.", f"{told} The bream.")]
+    for rows, pairs, reasons in (
+        ([*whole, *asked], [ASK, ASK], [EMPTY_ANSWER, ROLES]),
+        (systems, [[system(), *ASK]], [TRANSCRIPT]),
+    ):
+        path, counts = tmp_path / f"{len(rows)}.jsonl", Counts()
+        path.write_text("".join(json.dumps({"chosen": a, "rejected": b}) + "\n" for a, b in rows))
+        read = list(read_rows(str(path), "pairs", counts))
+        assert [row.prompt for row in read] == pairs and list(counts.dropped) == reasons
+        assert all((row.chosen, row.rejected) == (assistant(), assistant(B)) for row in read)
 
 
 def test_real_texts_are_read_as_they_are(shared: Path) -> None:

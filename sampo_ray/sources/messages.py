@@ -12,7 +12,7 @@ from sampo_ray.sources.templated import plain, templated
 from sampo_ray.sources.transcripts import Piece, transcript
 from sampo_ray.sources.unusable import PREFIX, ROLES, SPELLED, TEXTLESS, TRANSCRIPT, UNICODE, UNREADABLE, Unusable
 
-__all__ = ["Message", "Unusable", "alternating", "messages_of", "turns_of", "unicode_of"]
+__all__ = ["Message", "Unusable", "alternating", "turns_of", "unicode_of"]
 
 Message = dict[str, Any]
 """One turn: {"role": "system" | "user" | "assistant" | "tool", "content": text}, and where a turn has them
@@ -274,17 +274,11 @@ def _is_conversation(value: object) -> bool:
     """Whether objects are meant as messages, even such as cannot be read: each says who speaks and has a content."""
     if isinstance(value, Mapping) and (held := next((value[key] for key in _LISTS if key in value), None)):
         value = held
-    messages = value if isinstance(value, list) else [value]
-    if not messages or not all(isinstance(each, Mapping) and _role_of(each) for each in messages):
+    given = value if isinstance(value, list) else [value]
+    messages = [each for each in given if isinstance(each, Mapping) and _role_of(each)]
+    if not messages or len(messages) < len(given):
         return False
-    keys = set.intersection(*({*each} for each in messages))
     known = any(snake(_role_of(each)) in _ROLES for each in messages)
+    named = all("role" in each and "content" in each for each in messages)
     contents = all(each.keys() & {*_CONTENT_KEYS, *_CALL_KEYS, "data", "kwargs"} for each in messages)
-    return contents and (known or {"role", "content"} <= keys)
-
-
-def messages_of(value: object) -> list[Message]:
-    """A list of turns. Raises Unusable."""
-    if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
-        raise Unusable(UNREADABLE)
-    return [turn for message in value for turn in _message_turns(message)]
+    return contents and (known or named)

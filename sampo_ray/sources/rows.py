@@ -15,8 +15,9 @@ from sampo_ray.sources.messages import Message, turns_of
 from sampo_ray.sources.paths import at
 from sampo_ray.sources.reading import Kind, begins, choose, several_words, shared_beginning
 from sampo_ray.sources.records import Record, read_records
+from sampo_ray.sources.transcripts import names_speakers
 from sampo_ray.sources.unfolding import unfolded
-from sampo_ray.sources.unusable import Unusable
+from sampo_ray.sources.unusable import TRANSCRIPT, Unusable
 
 __all__ = ["Counts", "Kind", "Row", "first_rows", "read_rows", "rows_of"]
 
@@ -175,7 +176,11 @@ def _beginning(before: list[Message], better: Any, worse: Any, columns: Columns)
     if columns.beginning == "shared":
         if not (start := shared_beginning(better, worse)):
             raise Unusable(NO_PROMPT)
-        return [*before, *turns_of(start, "user")], better[len(start) :], worse[len(start) :]
+        begun, answers = turns_of(start, "user"), (better[len(start) :], worse[len(start) :])
+        if len(begun) == 1 and names_speakers(start):
+            raise Unusable(TRANSCRIPT)
+        better, worse = (turns_of(answer, "assistant", behind=start) for answer in answers)
+        return [*before, *begun], better, worse
     text = str(before[-1]["content"]).strip() if len(before) else ""
     if not text or not several_words(text) or not (begins(better, text) and begins(worse, text)):
         return before, better, worse

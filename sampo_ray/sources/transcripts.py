@@ -125,6 +125,11 @@ def transcript(text: str, more: str = "") -> list[Piece] | None:
     return next((pieces for style in _STYLES if (pieces := style.split(text, more)) is not None), None)
 
 
+def names_speakers(text: str) -> bool:
+    """Whether names of speakers begin paragraphs of a text, as in a transcript."""
+    return bool(re.search(r"\n\n(?:Human|Assistant):", text))
+
+
 def _pieces(text: str, marks: Sequence[re.Match[str]]) -> list[Piece]:
     ends = [*(mark.start() for mark in marks[1:]), len(text)]
     return [
