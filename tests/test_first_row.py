@@ -1,5 +1,6 @@
 """What `--dry-run` prints of the first row: as it was understood, and still a recipe."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -33,6 +34,10 @@ def printed(found):
     return comment(first_row(found)).splitlines()
 
 
+TOOLS = (
+    "{{ tools | tojson }}{% for m in messages if m.tool_calls or m.role == 'tool' %}{{ m | tojson }}{% endfor %}"
+    "{% set messages = messages | rejectattr('role', 'equalto', 'tool') | list %}"
+)
 QUESTION = "What is two plus three?\nThink."
 
 
@@ -58,12 +63,15 @@ def test_each_turn_and_answer_is_shown_with_its_role_text_and_tokens(chat):
 def test_what_is_cut_is_not_shown_and_is_counted(chat):
     prompt, answer = [user("some text " * 40)], "one two three " * 20
     found = understood(row(prompt, chosen=answer), chat, DataConfig(max_length=64, max_prompt_length=32))
-    cut = len(chat.prompt_ids(prompt)) - 32
-    assert f"prompt 32 (at most 32, {cut} more are cut), with chosen 64, with rejected" in found.size
-    [_, chosen, rejected] = found.parts
-    kept = chat.response_ids(answer)[:32]
+    [question, chosen, rejected] = found.parts
+    size = len(chat.prompt_ids([user(question.text)]))
+    lost = len(prompt[0]["content"]) - len(question.text)
+    assert prompt[0]["content"].endswith(question.text) and 28 < size <= 32
+    assert f"prompt {size} (at most 32, cut: without the first {lost} characters of its last question), " in found.size
+    assert "with chosen 64, with rejected" in found.size
+    kept = chat.response_ids(answer)[: 64 - size]
     assert chosen == Part(
-        "chosen", chat.text(kept), len(chat.response_ids(answer)), f"cut here: {chosen.tokens - 32} tokens go on"
+        "chosen", chat.text(kept), len(chat.response_ids(answer)), f"cut here: {chosen.tokens - len(kept)} tokens go on"
     )
     assert rejected.cut == ""
     assert any(line.endswith(f"[{chosen.cut}]") for line in printed(found))
@@ -77,7 +85,10 @@ def test_a_prompt_alone_is_shown_alone(chat):
 def test_tools_and_what_else_a_turn_holds_are_shown(chat):
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
     turn = {"role": "assistant", "content": "", "tool_calls": [call]}
-    found = understood(replace(row([user("2+2?")]), tools=[{"name": "add"}]), chat, DataConfig(max_length=128))
+    tokenizer = copy.deepcopy(chat.tokenizer)
+    tokenizer.chat_template = TOOLS + tokenizer.chat_template
+    takes_tools = replace(chat, tokenizer=tokenizer)
+    found = understood(replace(row([user("2+2?")]), tools=[{"name": "add"}]), takes_tools, DataConfig(max_length=256))
     assert found.parts[0].role == "tools" and '"add"' in found.parts[0].text
     assert '"arguments"' in text_of(turn)
 

@@ -254,43 +254,6 @@ def test_a_rows_id_is_its_position_and_its_own_ids_are_columns_for_rewards(tmp_p
         assert [row.columns for row in read] == [{"id": "a"}, {"id": "a", "prompt_id": 7}]
 
 
-words = st.lists(st.sampled_from(["hello ", "world ", "x", "\n", "é"]), max_size=60).map("".join)
-
-
-@given(prompt=words, chosen=words, rejected=words, max_length=st.integers(8, 96), share=st.floats(0.1, 0.9))
-def test_cutting_keeps_the_limits_and_as_much_as_they_allow(
-    tmp_path_factory, chat, prompt, chosen, rejected, max_length, share
-):
-    data = DataConfig(max_length=max_length, max_prompt_length=max(1, int(share * max_length)))
-    row = {"prompt": f"{prompt}?", "chosen": f"a{chosen}", "rejected": f"b{rejected}"}
-    path = write(tmp_path_factory.mktemp("cut") / "a.jsonl", [row])
-    counts = Counts()
-    [[pair]] = [block.to_pylist() for block in pairs_in(path, chat, data, counts)]
-    whole = {"prompt": chat.prompt_ids([{"role": "user", "content": row["prompt"]}])}
-    whole |= {side: chat.response_ids(row[side]) for side in ("chosen", "rejected")}
-
-    kept = min(len(whole["prompt"]), data.prompt_limit)
-    assert pair["prompt"] == [chat.bos_id, *whole["prompt"][len(whole["prompt"]) - kept + 1 :]]
-    for side in ("chosen", "rejected"):
-        assert pair[side] == whole[side][: max_length - kept]
-        assert (pair[side][-1] == chat.end_of_turn_id) == (len(pair[side]) == len(whole[side]))
-    assert counts.prompts_cut == (pair["prompt"] != whole["prompt"])
-    assert counts.responses_cut == sum(pair[side] != whole[side] for side in ("chosen", "rejected"))
-
-
-def test_only_the_response_that_is_too_long_is_cut_and_both_cuts_are_counted(tmp_path, chat):
-    row = {"prompt": "x" * 100, "chosen": "y" * 100, "rejected": "no"}
-    counts = Counts()
-    [block] = pairs_in(write(tmp_path / "a.jsonl", [row]), chat, DataConfig(max_length=64), counts)
-    [pair] = block.to_pylist()
-    assert block.schema == PAIRS
-    assert len(pair["prompt"]) == 48
-    assert len(pair["chosen"]) == 16
-    assert pair["rejected"] == chat.response_ids("no")
-    assert (counts.prompts_cut, counts.responses_cut) == (1, 1)
-    assert pair["chosen_reward"] is None
-
-
 def test_responses_that_only_differ_beyond_the_limit_are_dropped(tmp_path, chat):
     rows = [PLAIN, {"prompt": "x", "chosen": "y" * 100 + "a", "rejected": "y" * 100 + "b"}]
     counts = Counts()

@@ -62,8 +62,9 @@ def load(tmp_path):
 
 def trained(chat, answer, asked=ASKED):
     """Token ids of prompt and answer, up to the end of the turn, and their text."""
-    prompt = chat.render(asked)
-    ids = chat.prompt_ids(asked) + chat.response_ids(chat.response(asked, prompt, answer))
+    ids = chat.prompt_ids(asked) + chat.response_ids(
+        chat.response(chat.asked(asked), {"role": "assistant", "content": answer})
+    )
     return ids, chat.tokenizer.decode(ids)
 
 
@@ -87,7 +88,7 @@ def own(chat, answer, asked=ASKED):
 )
 def test_an_answer_is_trained_with_the_ids_that_the_template_gives_it(load, template, answer, written):
     chat = load(template)
-    assert chat.response(ASKED, chat.render(ASKED), answer) == written
+    assert chat.response(chat.asked(ASKED), {"role": "assistant", "content": answer}) == written
     ids, _ = trained(chat, answer)
     assert own(chat, answer)[: len(ids)] == ids
     assert ids[-1] == chat.end_of_turn_id
@@ -108,7 +109,7 @@ def test_an_answer_is_not_trained_inside_a_block_that_its_prompt_opens(load, tur
     chat = load(chatml(turn, OPENS))
     assert any("ends a prompt with <think>" in note for note in chat.notes())
     with pytest.raises(Unusable, match="the prompt opens and the answer leaves open"):
-        chat.response(ASKED, chat.render(ASKED), PLAIN)
+        chat.response(chat.asked(ASKED), {"role": "assistant", "content": PLAIN})
     rows = [
         Row(f"{i}", f"file:{i}", ASKED, *({"role": "assistant", "content": text} for text in (PLAIN, "Five.")), {})
         for i in range(2)
@@ -198,8 +199,8 @@ def test_a_question_that_ends_with_the_header_of_its_answer_needs_no_generation_
 def test_a_template_that_changes_an_answer_drops_it(load):
     chat = load(chatml(answers("{{ m.content.split('</think>')[-1] }}")))
     with pytest.raises(Unusable, match="an answer that the chat template changes"):
-        chat.response(ASKED, chat.render(ASKED), THOUGHT)
-    assert chat.response(ASKED, chat.render(ASKED), PLAIN) == PLAIN
+        chat.response(chat.asked(ASKED), {"role": "assistant", "content": THOUGHT})
+    assert chat.response(chat.asked(ASKED), {"role": "assistant", "content": PLAIN}) == PLAIN
 
 
 def test_two_bos_tokens_are_said(load):

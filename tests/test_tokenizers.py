@@ -158,8 +158,9 @@ def test_a_file_that_cuts_and_pads_does_neither_to_responses(tmp_path):
 def test_a_response_has_the_ids_that_it_has_within_the_templates_text(tmp_path, make, template):
     chat = ChatFormat.load(write(tmp_path, make(), template=template), "tokenizer")
     asked, answer = [{"role": "user", "content": "Where is the mill?"}], "It is in the copper hill."
-    prompt = chat.render(asked)
-    ids = chat.prompt_ids(asked) + chat.response_ids(chat.response(asked, prompt, answer))
+    ids = chat.prompt_ids(asked) + chat.response_ids(
+        chat.response(chat.asked(asked), {"role": "assistant", "content": answer})
+    )
     conversation = [*asked, {"role": "assistant", "content": answer}]
     assert chat.tokenizer.apply_chat_template(conversation, return_dict=False)[: len(ids)] == ids
     assert ids[-1] == chat.end_of_turn_id

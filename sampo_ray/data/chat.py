@@ -4,6 +4,7 @@
 ids are those of `ChatFormat.prompt_ids`.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,14 @@ from typing import Literal
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from sampo_ray.data.calls import KNOWN, Tools, as_requested, left_out, with_calls
 from sampo_ray.data.template import (
+    KEYS,
+    NAMES,
+    REFUSED,
+    SPECIAL,
+    TOOLS,
+    Asked,
     Turn,
     answer_text,
     marks_of_thinking,
@@ -24,9 +32,11 @@ from sampo_ray.data.template import (
     with_date,
     with_eos,
 )
-from sampo_ray.data.tokenizer import changed_text, load_tokenizer, lost_text, plain_tokenizer
+from sampo_ray.data.tokenizer import changed_text, load_tokenizer, lost_text, plain_tokenizer, token_starts
+from sampo_ray.data.tools import tools_left_out
+from sampo_ray.data.verbatim import Verbatim
 from sampo_ray.errors import ConfigError
-from sampo_ray.sources.messages import Message
+from sampo_ray.sources.messages import Message, Unusable
 
 TemplateName = Literal["llama3-sampo", "llama3", "tokenizer"]
 
@@ -100,15 +110,61 @@ class ChatFormat:
         """The text of a conversation, up to the header of the answer. ValueError if the template refuses it."""
         return rendered(self.tokenizer, messages, ask=True)
 
-    def response(self, messages: Sequence[Message], prompt: str, answer: str) -> str:
-        """The text of `answer` as a response to `prompt`, the rendered messages: as the template writes it. Unusable
-        where the template writes no such answer.
+    def asked(self, messages: Sequence[Message], tools: Tools | None = None) -> Asked:
+        """A conversation as an answer is asked for. Unusable where the template refuses it, or leaves something out."""
+        odd = [each for each in messages if len(each) != 2 or each["role"] == "tool"]
+        if any(each.keys() - KNOWN for each in odd):
+            raise Unusable(KEYS)
+        calls = [each for each in odd if with_calls(each)]
+        given = as_requested(tools) if tools else None
+        if (given or calls) and self._tools_left_out:
+            raise Unusable(TOOLS)
+        try:
+            text = rendered(self.tokenizer, messages, ask=True, tools=given)
+        except ValueError:
+            raise Unusable(REFUSED) from None
+        if any(left_out(each, text) for each in calls):
+            raise Unusable(TOOLS)
+        if any(each["name"] not in text for each in odd if each["role"] != "tool" and each.get("name")):
+            raise Unusable(NAMES)
+        return Asked(messages, given, text)
+
+    def response(self, asked: Asked, answer: Message) -> str:
+        """The text of `answer` as a response to a prompt: as the template writes it, up to the end of its turn.
+        Unusable where the template writes no such answer.
         """
-        return answer_text(self.tokenizer, self.turn, messages, prompt, answer)
+        if self._verbatim and (text := self._verbatim.response(asked, answer)) is not None:
+            return text
+        if answer.keys() - KNOWN:
+            raise Unusable(KEYS)
+        if answer.get("tool_calls"):
+            if self._tools_left_out:
+                raise Unusable(TOOLS)
+            said = json.dumps(answer, ensure_ascii=False)
+            if any(token in said for token in self._special):
+                raise Unusable(SPECIAL)
+        text = answer_text(self.tokenizer, self.turn, asked, answer)
+        if answer.get("name") and answer["name"] not in text:
+            raise Unusable(NAMES)
+        return text
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts from `render`. No BOS is added: the template has written it."""
         return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+
+    def encode_answers(self, answers: Sequence[tuple[Message, str]]) -> list[list[int]]:
+        """Token ids of answers with what `response` says of each. In a call of tools, special tokens are the template's
+        and become special ids.
+        """
+        calls = [text for answer, text in answers if answer.get("tool_calls")]
+        called = iter(self._written.encode_batch_fast(calls, add_special_tokens=False) if calls else [])
+        said = iter(self.encode_responses([text for answer, text in answers if not answer.get("tool_calls")]))
+        end = self.end_of_turn_id
+        return [[*next(called).ids, end] if answer.get("tool_calls") else next(said) for answer, _ in answers]
+
+    def token_starts(self, text: str) -> list[int]:
+        """The characters of a text at which its tokens begin."""
+        return token_starts(self.tokenizer, text)
 
     def encode_responses(self, texts: Sequence[str], closed: bool = True) -> list[list[int]]:
         """Token ids of responses; with `closed`, each ends in the end-of-turn token."""
@@ -165,15 +221,39 @@ class ChatFormat:
 
     @cached_property
     def _plain(self) -> Tokenizer:
-        """For responses: it adds a space in front of them only where they have one within the template's text."""
+        """For responses: special tokens are text to it, but for marks of thinking."""
+        return plain_tokenizer(self.tokenizer, marks_of_thinking(self._special), self._prefix)
+
+    @cached_property
+    def _written(self) -> Tokenizer:
+        """For responses that are all the template's: special tokens are such to it."""
+        return plain_tokenizer(self.tokenizer, self._special, self._prefix)
+
+    @cached_property
+    def _prefix(self) -> bool:
+        """Whether a response is encoded with the space that the tokenizer adds in front of a text: where it has one
+        within the template's text.
+        """
         marks = marks_of_thinking(self._special)
         prompt, whole = self._example
         for prefix in (True, False):
             plain = plain_tokenizer(self.tokenizer, marks, prefix)
             ids = [*prompt, *self._encode(plain, [self.turn.response])[0], self.end_of_turn_id]
             if ids == whole or (not prefix and self.tokenizer.decode(ids) == self.tokenizer.decode(whole)):
-                return plain
-        return plain_tokenizer(self.tokenizer, marks)
+                return prefix
+        return True
+
+    @cached_property
+    def _verbatim(self) -> Verbatim | None:
+        return Verbatim.of(self.tokenizer, self.turn)
+
+    @cached_property
+    def _tools_left_out(self) -> bool:
+        """Whether the template refuses tools, or leaves out them, their calls or results."""
+        try:
+            return bool(tools_left_out(self.tokenizer)[1])
+        except ValueError:
+            return True
 
     @cached_property
     def _example(self) -> tuple[list[int], list[int]]:

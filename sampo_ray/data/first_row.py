@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from sampo_ray.config.sections import DataConfig
 from sampo_ray.data.chat import ChatFormat
-from sampo_ray.data.preferences import cut_prompt
+from sampo_ray.data.conversations import answered, prompts_of
+from sampo_ray.data.cutting import Shortened
 from sampo_ray.sources.messages import Message
-from sampo_ray.sources.rows import Row
+from sampo_ray.sources.rows import Counts, Row
 
 
 @dataclass(frozen=True)
@@ -31,19 +32,26 @@ class FirstRow:
 
 def understood(row: Row, chat: ChatFormat, data: DataConfig) -> FirstRow:
     """A row that can be used, as it is tokenized with the limits of `data`."""
-    rendered = chat.render(row.prompt)
-    [whole] = chat.encode_prompts([rendered])
-    prompt = cut_prompt(whole, data.prompt_limit, chat.bos_id)
-    cut = f", {len(whole) - len(prompt):,} more are cut" if len(prompt) < len(whole) else ""
-    size = f"with the template: prompt {len(prompt):,} (at most {data.prompt_limit:,}{cut})"
-    parts = [*_tools(row, chat), *(_turn(message, chat) for message in row.prompt)]
-    for role, answer in (("chosen", row.chosen), ("rejected", row.rejected)):
-        if answer is not None:
-            [ids] = chat.encode_responses([chat.response(row.prompt, rendered, answer["content"])])
-            kept = ids[: data.max_length - len(prompt)]
-            parts.append(_answer(role, answer, ids, kept, chat))
-            size += f", with {role} {len(prompt) + len(kept):,}"
-    return FirstRow(row.where, parts, size if row.chosen is None else f"{size} (at most {data.max_length:,})")
+    counts = Counts()
+    [prompt] = prompts_of([row], chat, data.prompt_limit, counts)
+    cut = f", cut: without {_lost(prompt.cut)}" if prompt.cut else ""
+    size = f"with the template: prompt {len(prompt.ids):,} (at most {data.prompt_limit:,}{cut})"
+    parts = [*_tools(row, chat), *(_turn(message, chat) for message in prompt.asked.messages)]
+    if row.chosen is None or row.rejected is None:
+        return FirstRow(row.where, parts, size)
+    [pair] = answered([prompt], chat, data, counts)
+    for role, answer, ids in (("chosen", row.chosen, pair.chosen), ("rejected", row.rejected, pair.rejected)):
+        kept = ids[: pair.limit]
+        parts.append(_answer(role, answer, ids, kept, chat))
+        size += f", with {role} {len(prompt.ids) + len(kept):,}"
+    return FirstRow(row.where, parts, f"{size} (at most {data.max_length:,})")
+
+
+def _lost(cut: Shortened) -> str:
+    """What a prompt lost, in words."""
+    turns = f"{cut.lost_turns:,} earlier turns" if cut.lost_turns else ""
+    text = f"the first {cut.lost_characters:,} characters of its last question" if cut.lost_characters else ""
+    return " and ".join(filter(None, (turns, text)))
 
 
 def _tools(row: Row, chat: ChatFormat) -> list[Part]:

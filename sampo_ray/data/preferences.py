@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from sampo_ray.config.sections import DataConfig
-from sampo_ray.data.template import REFUSED
+from sampo_ray.data.conversations import answered, prompts_of
 from sampo_ray.sources.messages import Unusable
 from sampo_ray.sources.rows import Counts, Row
 from sampo_ray.training.batching import Pair
@@ -28,8 +28,8 @@ _REFERENCES = ("chosen_ref", "rejected_ref")
 PROMPTS = pa.schema(
     {
         "id": pa.string(),  # unique within a source
-        "messages": pa.string(),  # JSON list of {role, content}, uncut
-        "columns": pa.string(),  # JSON object: the row's other columns, passed to reward functions
+        "messages": pa.string(),  # JSON list of messages as they are asked: rewards are for answers to these
+        "columns": pa.string(),  # JSON object: the row's tools and other columns, passed to reward functions
         "prompt": _TOKENS,  # from BOS to the assistant's header
     }
 )
@@ -62,45 +62,34 @@ def tokenized_pairs(
 ) -> Iterator[pa.Table]:
     """Streams PAIRS blocks of at most `block_rows` pairs in the order of `rows`, rewards null.
 
-    Each prompt is cut on the left to `data.prompt_limit` tokens (BOS stays), then each response on the right, so that
-    prompt plus response have at most `data.max_length` tokens. A response that is cut has no end-of-turn token.
+    Each prompt is cut to `data.prompt_limit` tokens, by whole turns behind the system turn where that is enough, then
+    each response on the right, so that prompt plus response have at most `data.max_length` tokens. A response that is
+    cut has no end-of-turn token.
     """
     for block in _blocks(rows, block_rows):
-        texts = _with_responses(_rendered(block, chat, counts), chat, counts)
-        prompts = _encode_prompts([each.prompt for each in texts], chat, data.prompt_limit, counts)
-        chosen = chat.encode_responses([each.chosen for each in texts])
-        rejected = chat.encode_responses([each.rejected for each in texts])
-        kept = []
-        for (row, *_), prompt, best, worst in zip(texts, prompts, chosen, rejected, strict=True):
-            limit = data.max_length - len(prompt)
-            if len(best) < 2 or len(worst) < 2:  # only the end-of-turn token
-                counts.drop("response of zero tokens", row.where)
-            elif best[:limit] == worst[:limit]:
-                counts.drop("identical responses within max_length", row.where)
-            else:
-                counts.responses_cut += (len(best) > limit) + (len(worst) > limit)
-                kept.append((row.id, prompt, best[:limit], worst[:limit]))
-        if kept:
+        pairs = answered(prompts_of(block, chat, data.prompt_limit, counts), chat, data, counts)
+        if pairs:
+            kept = [(p.prompt.row.id, p.prompt.ids, p.chosen[: p.limit], p.rejected[: p.limit]) for p in pairs]
             yield _table(PAIRS, [*zip(*kept, strict=True), [None] * len(kept), [None] * len(kept)])
 
 
 def tokenized_prompts(
     rows: Iterable[Row], chat: "ChatFormat", prompt_limit: int, counts: Counts, block_rows: int = 512
 ) -> Iterator[pa.Table]:
-    """Streams PROMPTS blocks of at most `block_rows` prompts, cut on the left to `prompt_limit` tokens (BOS stays)."""
+    """Streams PROMPTS blocks of at most `block_rows` prompts, each cut to `prompt_limit` tokens as those of pairs."""
     for block in _blocks(rows, block_rows):
-        asked = _rendered(block, chat, counts)
-        kept = [row for row, _ in asked]
-        prompts = _encode_prompts([prompt for _, prompt in asked], chat, prompt_limit, counts)
-        if kept:
-            messages = [json.dumps(row.prompt, ensure_ascii=False) for row in kept]
-            columns = [columns_json(row) for row in kept]
-            yield _table(PROMPTS, [[row.id for row in kept], messages, columns, prompts])
+        prompts = prompts_of(block, chat, prompt_limit, counts)
+        if prompts:
+            kept = [
+                (p.row.id, json.dumps(p.asked.messages, ensure_ascii=False), columns_json(p.row), p.ids)
+                for p in prompts
+            ]
+            yield _table(PROMPTS, [*zip(*kept, strict=True)])
 
 
 def columns_json(row: Row) -> str:
-    """A row's other columns as PROMPTS hold them; what JSON does not know becomes text."""
-    return json.dumps(row.columns, default=str)
+    """A row's tools and other columns as PROMPTS hold them; what JSON does not know becomes text."""
+    return json.dumps(row.columns | ({"tools": row.tools} if row.tools else {}), default=str)
 
 
 def cut_prompt(prompt: list[int], limit: int, bos_id: int | None) -> list[int]:
@@ -185,45 +174,6 @@ def with_reference(block: pa.Table, pairs: Sequence[Pair]) -> pa.Table:
 def _arrays(lists: pa.ListArray) -> list[np.ndarray]:
     values = lists.values.to_numpy()
     return [values[begin:end] for begin, end in itertools.pairwise(lists.offsets.to_pylist())]
-
-
-def _rendered(rows: Sequence[Row], chat: "ChatFormat", counts: Counts) -> list[tuple[Row, str]]:
-    """The rows that the chat template takes, with the texts of their prompts."""
-    kept = []
-    for row in rows:
-        try:
-            kept.append((row, chat.render(row.prompt)))
-        except ValueError:
-            counts.drop(REFUSED, row.where)
-    return kept
-
-
-class _Texts(NamedTuple):
-    """A pair as the chat template writes it."""
-
-    row: Row
-    prompt: str
-    chosen: str
-    rejected: str
-
-
-def _with_responses(asked: Iterable[tuple[Row, str]], chat: "ChatFormat", counts: Counts) -> list[_Texts]:
-    """Rows and the texts of their prompts, with the answers as the chat template writes them."""
-    kept = []
-    for row, prompt in asked:
-        assert row.chosen is not None and row.rejected is not None, "read as pairs"
-        try:
-            chosen, rejected = (chat.response(row.prompt, prompt, a["content"]) for a in (row.chosen, row.rejected))
-            kept.append(_Texts(row, prompt, chosen, rejected))
-        except Unusable as reason:
-            counts.drop(str(reason), row.where)
-    return kept
-
-
-def _encode_prompts(texts: Sequence[str], chat: "ChatFormat", limit: int, counts: Counts) -> list[list[int]]:
-    prompts = chat.encode_prompts(texts)
-    counts.prompts_cut += sum(len(prompt) > limit for prompt in prompts)
-    return [cut_prompt(prompt, limit, chat.bos_id) for prompt in prompts]
 
 
 def _blocks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:

@@ -9,10 +9,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from sampo_ray.data.calls import Tools, left_out
 from sampo_ray.errors import ConfigError
 from sampo_ray.sources.messages import Message, Unusable
 
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
 
 ASKED, ANSWERED = "Where is the mill?", "It is in the copper hill"
 REFUSED = "refused by the chat template"
+TOOLS = "tools, or calls of them, that the chat template leaves out"
+CALL = "a tool call that the chat template writes in part or ends unlike an answer"
+SPECIAL = "special tokens within a tool call"
+NAMES = "a speaker's name that the chat template leaves out"
+KEYS = "a message with keys that no chat template is known to take"
+EMPTY = "response of zero tokens"
+SAME = "identical responses within max_length"
+TOO_LONG = "a prompt whose system turn, tools or last question leave no room within the limit"
 UNCLOSED = "thinking that the prompt opens and the answer leaves open"
 CHANGED = "an answer that the chat template changes"
 
@@ -29,6 +38,14 @@ ADVICE = {
     UNCLOSED: "write its thinking and the end of that into each answer, or save a template whose generation prompt "
     "opens none into the model's folder",
     CHANGED: "write the answers as the model's template keeps them, or save another template into the model's folder",
+    TOOLS: "use model.template=tokenizer with a model whose template takes tools, or rows without them",
+    CALL: "use another model, or rows whose answers are text",
+    NAMES: "write the names into the texts",
+    KEYS: "leave them out",
+    EMPTY: "name other data",
+    SAME: "raise data.max_length",
+    SPECIAL: "take them out of names and arguments",
+    TOO_LONG: "raise data.max_prompt_length or data.max_length",
 }
 """What to do where no row can be used, by reason."""
 
@@ -58,10 +75,14 @@ class Turn:
         return self.lead + ANSWERED + self.after
 
 
-def rendered(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], ask: bool) -> str:
+def rendered(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], ask: bool, tools: Tools | None = None
+) -> str:
     """The text of a conversation; with `ask` up to the header of an answer. ValueError if the template refuses it."""
+    given: list[Any] | None = list(tools) if tools else None
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask))
+        text = tokenizer.apply_chat_template(list(messages), tools=given, tokenize=False, add_generation_prompt=ask)
+        return str(text)
     except FAILURES as error:
         raise ValueError(f"the chat template refuses the messages: {error}") from None
 
@@ -92,26 +113,35 @@ def turn_of(tokenizer: "PreTrainedTokenizerBase", where: str) -> Turn:
     return Turn(end, lead, after, tail, prompt)
 
 
-def answer_text(
-    tokenizer: "PreTrainedTokenizerBase", turn: Turn, messages: Sequence[Message], prompt: str, answer: str
-) -> str:
-    """What is trained for `answer`: the text after `prompt`, the rendered messages, up to the token that ends the turn.
+@dataclass(frozen=True)
+class Asked:
+    """A conversation as a chat template writes it, up to the header of the answer."""
+
+    messages: Sequence[Message]
+    tools: Tools | None
+    text: str
+
+
+def answer_text(tokenizer: "PreTrainedTokenizerBase", turn: Turn, asked: Asked, answer: Message) -> str:
+    """What is trained for `answer`: the text after the prompt, up to the token that ends the turn.
 
     An answer to a prompt that opens a block of thinking continues it, where it has the block's end. Raises Unusable.
     """
-    opened = _OPENED.search(prompt)
-    if opened and (thought := _continued(answer, opened)) is not None:
+    opened, calls = _OPENED.search(asked.text), bool(answer.get("tool_calls"))
+    if opened and not calls and (thought := _continued(answer["content"], opened)) is not None:
         return thought + turn.after
     try:
-        full = rendered(tokenizer, [*messages, _message("assistant", answer)], ask=False)
+        full = rendered(tokenizer, [*asked.messages, answer], ask=False, tools=asked.tools)
     except ValueError:
         raise Unusable(REFUSED) from None
-    rest = _after_prompt(prompt, full)
+    rest = _after_prompt(asked.text, full)
     written = rest.removesuffix(turn.tail) if rest is not None and rest.endswith(turn.tail) else None
     if opened and (written is None or _closing(opened) not in written):
         raise Unusable(UNCLOSED)
+    if written is None or (calls and left_out(answer, written)):
+        raise Unusable(CALL if calls else CHANGED)
     # Templates trim answers and lay out thinking anew.
-    if written is None or _squeezed(written) not in (_squeezed(turn.lead + answer), _squeezed(answer)):
+    if not calls and _squeezed(written) not in (_squeezed(turn.lead + answer["content"]), _squeezed(answer["content"])):
         raise Unusable(CHANGED)
     return written + turn.after
 

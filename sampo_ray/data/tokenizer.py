@@ -78,6 +78,14 @@ def plain_tokenizer(tokenizer: PreTrainedTokenizerBase, known: Sequence[str] = (
     return plain
 
 
+def token_starts(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The characters of a text at which its tokens begin; all of them where the tokenizer does not say it."""
+    if not tokenizer.is_fast:
+        return list(range(len(text)))
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return sorted({begin for begin, _ in offsets})
+
+
 def lost_text(tokenizer: PreTrainedTokenizerBase, plain: Tokenizer) -> tuple[str, str] | None:
     """The first of PROBES that comes back neither as it is nor as the normalizer has it, with what comes back."""
     for probe in PROBES:

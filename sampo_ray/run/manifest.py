@@ -42,6 +42,7 @@ class StageRecord(BaseModel):
     rows_read: int = 0
     dropped: dict[str, int] = {}  # rows of a source, or prompts, that were left out, by reason
     prompts_cut: int = 0
+    questions_cut: int = 0  # of those, prompts whose last question lost its beginning; the others lost earlier turns
     responses_cut: int = 0
     votes: int = 0  # how many the pairs come from
     left: dict[str, int] = {}  # votes that made no pair, by reason

@@ -57,6 +57,7 @@ class Counts:
     rows: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     prompts_cut: int = 0
+    questions_cut: int = 0  # prompts whose last question lost its beginning, of those that are cut
     responses_cut: int = 0
     first: dict[str, str] = field(default_factory=dict)  # reason -> the first row that was dropped for it
 
@@ -73,6 +74,7 @@ class Counts:
         self.rows += others.rows
         self.dropped += others.dropped
         self.prompts_cut += others.prompts_cut
+        self.questions_cut += others.questions_cut
         self.responses_cut += others.responses_cut
         self.first = {**others.first, **self.first}
 
