@@ -63,7 +63,7 @@ def test_auto_finds_the_parser_that_reads_the_calls_which_the_template_writes(pa
     from vllm.tool_parsers import ToolParserManager
 
     chat = chat_format(tmp_path, FORMS[parser], "<|python_tag|>")
-    assert tool_arguments("auto", chat) == {"enable_auto_tool_choice": True, "tool_call_parser": parser}
+    assert tool_arguments("auto", chat.tokenizer) == {"enable_auto_tool_choice": True, "tool_call_parser": parser}
     if parser in ("hermes", "llama3_json"):  # the others read tokens, which only their own models have
         call = {**CALL, "function": {"name": "find", "arguments": {"query": 'a "b" é'}}}
         turn = {"role": "assistant", "content": "", "tool_calls": [call]}
@@ -79,15 +79,15 @@ def test_auto_finds_the_parser_that_reads_the_calls_which_the_template_writes(pa
 
 def test_a_template_that_leaves_tools_or_calls_out_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"serve\.tools='hermes'.*leaves out the tools of a request"):
-        tool_arguments("hermes", chat_format(tmp_path, FORMS["hermes"], shows_tools=False))
+        tool_arguments("hermes", chat_format(tmp_path, FORMS["hermes"], shows_tools=False).tokenizer)
     with pytest.raises(ConfigError, match="leaves out calls of tools"):
-        tool_arguments("hermes", chat_format(tmp_path, ""))
+        tool_arguments("hermes", chat_format(tmp_path, "").tokenizer)
     with pytest.raises(ConfigError, match="refuses tools"):
-        tool_arguments("hermes", chat_format(tmp_path, "{{ raise_exception('no') }}"))
+        tool_arguments("hermes", chat_format(tmp_path, "{{ raise_exception('no') }}").tokenizer)
     unknown = chat_format(tmp_path, "call {{ call.function.arguments }}")
     with pytest.raises(ConfigError, match="no parser is known for calls such as .*name one of .*hermes"):
-        tool_arguments("auto", unknown)
-    assert tool_arguments("xlam", unknown)["tool_call_parser"] == "xlam"
+        tool_arguments("auto", unknown.tokenizer)
+    assert tool_arguments("xlam", unknown.tokenizer)["tool_call_parser"] == "xlam"
 
 
 def test_a_parser_that_needs_other_tokens_is_refused_before_an_engine_starts(tmp_path: Path) -> None:

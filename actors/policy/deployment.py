@@ -255,7 +255,7 @@ def with_tools(config: GeneratorsConfig, tools: str | None, tokenizer: Place) ->
         return config
     with tokenizer.on_disk() as folder:
         chat = ChatFormat.load(folder, "tokenizer")
-    arguments = tool_arguments(tools, chat)
+    arguments = tool_arguments(tools, chat.tokenizer)
     try:
         ToolParserManager.get_tool_parser(str(arguments["tool_call_parser"]))(chat.tokenizer)
     except (RuntimeError, ValueError) as error:  # the engine would find it at the first request

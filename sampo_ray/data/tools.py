@@ -10,7 +10,6 @@ from sampo_ray.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sampo_ray.data.chat import ChatFormat
 
 _QUESTION, _DESCRIPTION, _ARGUMENT, _RESULT = "Which one?", "Finds a planet.", "third from the sun", "a blue marble"
 _PROPERTY = "sort_of_planet"
@@ -32,12 +31,12 @@ _PARTS = {
 }
 
 
-def tool_arguments(setting: str, chat: "ChatFormat") -> dict[str, object]:
+def tool_arguments(setting: str, tokenizer: "PreTrainedTokenizerBase") -> dict[str, object]:
     """vLLM's engine arguments for `serve.tools`. ConfigError if the chat template leaves tools, their calls or results
     out, which the policy would then never see, or if `auto` knows no parser for the form of its calls.
     """
     try:
-        text, left_out = tools_left_out(chat.tokenizer)
+        text, left_out = tools_left_out(tokenizer)
     except ValueError as error:
         raise ConfigError(
             f"serve.tools={setting!r}: the chat template refuses tools ({error}); drop it, or choose a model with tools"

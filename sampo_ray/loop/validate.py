@@ -56,7 +56,7 @@ def check(config: RunConfig, run: Run | None = None) -> Checked:
         rows = tokenized_rows(tokenized) if tokenized else sources[0].rows
         check_reward(config, made_up_samples(rows, chat))
     if config.serve.tools is not None:
-        tool_arguments(config.serve.tools, chat)
+        tool_arguments(config.serve.tools, chat.tokenizer)
     check_trackers(config)
     check_keys_file(config.serve.keys_file)
     found: dict[str, Section] = {"model": config.model.model_copy(update={"attention": attention})}
