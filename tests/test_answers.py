@@ -337,3 +337,8 @@ def test_a_path_ends_at_what_it_names():
 def test_any_path_is_there_or_not(parts, values):
     for row in itertools.chain([values], values if isinstance(values, list) else []):
         assert has(row, ".".join(parts)) or at(row, ".".join(parts)) is None
+
+
+def test_columns_that_name_no_answers_are_counted_too():
+    assert reason_of({"prompt": "When?"}, Columns()) == NO_VERDICT
+    assert reason_of({"prompt": "When?", "winner": "a"}, Columns(verdict="winner", means="name")) == FEW

@@ -64,7 +64,7 @@ def _first_of_several(value: object) -> object:
 def answers_of(values: Mapping[str, object], columns: Columns) -> tuple[list[object], list[object]]:
     """The elements that hold the answers, and the answers in them; None for one that is not there."""
     paths = paths_of(columns.answers)
-    elements = [at(values, path) for path in paths] if len(paths) > 1 else _listed(at(values, paths[0]))
+    elements = [at(values, path) for path in paths] if len(paths) != 1 else _listed(at(values, paths[0]))
     text = columns.text
     answers = [at(each, text) if text is not None and isinstance(each, dict) else each for each in elements]
     return elements, answers

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from sampo_ray.config.columns import Columns, Means
@@ -65,6 +66,17 @@ def better_of(verdict: object, means: Means | None, count: int) -> int:
     return round(number)  # of two: 1.2 is mostly the first, 1.8 mostly the second
 
 
+@lru_cache(maxsize=256)
+def _of_columns(paths: tuple[str, ...], count: int) -> tuple[list[str], Mapping[str, int | None]]:
+    """What tells the columns of answers apart, and what a verdict may call them whatever the row."""
+    names, marks = order_names(count), marks_of(paths)
+    if any(mark.isdecimal() for mark in marks):  # response_0 and response_1: a 1 is the second
+        names = {name: side for name, side in names.items() if not name.isdecimal()}
+    for side, (path, mark) in enumerate(zip(paths, marks, strict=True)):
+        names |= {key_of(path): side, mark: side}
+    return marks, names
+
+
 @dataclass(frozen=True)
 class Sides:
     """The names of a row's answers: each name's answer, from 0; None for a name that two of them have."""
@@ -105,12 +117,8 @@ def sides_of(
 ) -> Sides:
     """What a verdict may call the answers: their columns, models, or the letters and numbers of their order."""
     several = columns.answers if isinstance(columns.answers, tuple) and len(columns.answers) > 1 else ()
-    names = order_names(max(len(several), len(elements)))
-    marks = marks_of(several)
-    if any(mark.isdecimal() for mark in marks):  # response_0 and response_1: a 1 is the second
-        names = {name: side for name, side in names.items() if not name.isdecimal()}
-    for side, (path, mark) in enumerate(zip(several, marks, strict=True)):
-        names |= {key_of(path): side, mark: side}
+    marks, names = _of_columns(several, max(len(several), len(elements)))
+    names = dict(names)
     for side in range(len(elements)):
         mark = marks[side] if marks else _LETTERS[side : side + 1]
         for called in _called(values, mark, elements[side]):
@@ -123,6 +131,7 @@ def says_nothing(text: str) -> bool:
     return bool(_NOTHING.fullmatch(key_of(text)))
 
 
+@lru_cache(maxsize=4096)
 def key_of(text: str) -> str:
     """A name in lower case with one underscore between words, numbers and capitals: responseA is response_a."""
     return "_".join(word for word in _WORD_BREAK.sub(" ", text).lower().split())
