@@ -96,7 +96,8 @@ def test_two_ways_that_read_other_pairs_are_refused_with_both_and_those_that_rea
         found(both | {"winner": "b"})
     with pytest.raises(Ambiguous):
         found({"prompt": ASK, "response_a": GOOD, "response_b": BAD, "winner": "a", "score_a": 1, "score_b": 2})
-    chosen = found(both | {"winner": "b"}, answers=("response_a", "response_b"))
+    assert found(*[both | {"winner": "a"}] * 50, both | {"winner": "b"})["chosen"] == "chosen", "a slip"
+    chosen = found(both | {"winner": "b"}, answers=("response_a", "response_b"), verdict="winner")
     assert chosen == {"prompt": "prompt", "answers": ("response_a", "response_b"), "verdict": "winner", "means": "name"}
 
 
