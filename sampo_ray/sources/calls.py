@@ -5,7 +5,6 @@ all calls, as null where it has none: a null in arguments that are an object is 
 """
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from sampo_ray.sources.unusable import CALLS, Unusable
@@ -33,21 +32,21 @@ def result_text(value: object) -> str:
 
 def without_nulls(value: object) -> Any:
     """A value without the keys that are null in it, at any depth."""
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {key: without_nulls(each) for key, each in value.items() if each is not None}
     return [without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 def _call(value: object) -> dict[str, Any]:
-    if not isinstance(value, Mapping) or value.get("type") not in _TYPES:
+    if not isinstance(value, dict) or value.get("type") not in _TYPES:
         raise Unusable(CALLS)
     inner = next((value[key] for key in _NESTED if value.get(key)), value)
-    name = inner.get("name") if isinstance(inner, Mapping) else None
+    name = inner.get("name") if isinstance(inner, dict) else None
     if not isinstance(name, str) or not name:
         raise Unusable(CALLS)
     arguments: Any = next((inner[key] for key in _ARGUMENTS if inner.get(key)), {})
     arguments = _parsed(arguments) if isinstance(arguments, str) else without_nulls(arguments)
-    if not isinstance(arguments, Mapping):
+    if not isinstance(arguments, dict):
         raise Unusable(CALLS)
     call_id = value.get("id") or inner.get("toolUseId") or inner.get("id")
     call: dict[str, Any] = {"id": call_id} if isinstance(call_id, str) else {}

@@ -64,7 +64,7 @@ def turns_of(value: object, role: Role, behind: object = None) -> list[Message]:
     value = _spelled(unicode_of(value)) if isinstance(value, str) else value
     if isinstance(value, str):
         turns = _text_turns(value, role, behind)
-    elif isinstance(value, Mapping):
+    elif isinstance(value, dict):
         turns = _message_turns(value) if _role_of(value) else _roleless_turns(value, role)
     elif isinstance(value, list):
         turns = _list_turns(value)
@@ -134,7 +134,7 @@ def _list_turns(values: Sequence[object]) -> list[Message]:
         if all(isinstance(name, str) and snake(name) in _ROLES for name, _ in pairs):
             return [turn for name, content in pairs for turn in _message_turns({"role": name, "content": content})]
         return [turn for question, answer in pairs for turn in _exchange({"question": question, "answer": answer})]
-    if not all(isinstance(each, Mapping) for each in values):
+    if not all(isinstance(each, dict) for each in values):
         raise Unusable(UNREADABLE)
     turns = list[Message]()
     for each in values:
@@ -178,7 +178,7 @@ def _message_turns(message: Mapping[str, Any]) -> list[Message]:
     if role is None:
         raise Unusable(ROLES)
     given = _given(message)
-    content = Content([result_text(given)]) if role == "tool" and isinstance(given, Mapping) else Content()
+    content = Content([result_text(given)]) if role == "tool" and isinstance(given, dict) else Content()
     if role == "calls":
         role, content.calls = "assistant", calls_of(message if given is None else given)
     elif not content.texts:
@@ -223,7 +223,7 @@ def _role_of(message: Mapping[str, Any]) -> str:
     """The name of the role that a message says it has; "" if it says none."""
     for key in _ROLE_KEYS:
         held = message.get(key)
-        held = held.get("role") if isinstance(held, Mapping) else held  # an export of ChatGPT
+        held = held.get("role") if isinstance(held, dict) else held  # an export of ChatGPT
         if isinstance(held, str) and held.strip():
             return held
     kind = _unwrapped(message).get("type")  # LangChain
@@ -233,7 +233,7 @@ def _role_of(message: Mapping[str, Any]) -> str:
 def _unwrapped(message: Mapping[str, Any]) -> Mapping[str, Any]:
     """A message of LangChain as its own keys, which it stores under `data` or `kwargs`."""
     inner, named = message.get("data") or message.get("kwargs"), message.get("id")
-    if not isinstance(inner, Mapping) or not (set(message) <= {"type", "data", "lc", "id", "kwargs"}):
+    if not isinstance(inner, dict) or not (set(message) <= {"type", "data", "lc", "id", "kwargs"}):
         return message
     kind = named[-1] if isinstance(named, list) and named else message.get("type")
     return {**inner, "type": kind}
@@ -241,6 +241,8 @@ def _unwrapped(message: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _python(value: object) -> Any:
     """Lists and dictionaries for what Arrow and NumPy leave of them."""
+    if isinstance(value, str):
+        return value
     for method in ("as_py", "tolist"):
         if hasattr(value, method):
             value = getattr(value, method)()
@@ -272,10 +274,10 @@ def _literal(text: str) -> object:
 
 def _is_conversation(value: object) -> bool:
     """Whether objects are meant as messages, even such as cannot be read: each says who speaks and has a content."""
-    if isinstance(value, Mapping) and (held := next((value[key] for key in _LISTS if key in value), None)):
+    if isinstance(value, dict) and (held := next((value[key] for key in _LISTS if key in value), None)):
         value = held
     given = value if isinstance(value, list) else [value]
-    messages = [each for each in given if isinstance(each, Mapping) and _role_of(each)]
+    messages = [each for each in given if isinstance(each, dict) and _role_of(each)]
     if not messages or len(messages) < len(given):
         return False
     known = any(snake(_role_of(each)) in _ROLES for each in messages)

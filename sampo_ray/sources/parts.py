@@ -1,5 +1,6 @@
 """What a message's content holds: text, tool calls and results of tools. All else that has a meaning is refused."""
 
+import functools
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -46,13 +47,13 @@ def content_of(value: object) -> Content:
     parts that are lost in text, such as images or thoughts; a part whose fields are all null is nothing but its type.
     """
     content = Content()
-    if isinstance(value, Mapping) and isinstance(value.get("parts"), list):  # an export of ChatGPT
+    if isinstance(value, dict) and isinstance(value.get("parts"), list):  # an export of ChatGPT
         refuse_extras(value, ("parts", "content_type"))
         value = value["parts"]
     for part in value if isinstance(value, list) else [value]:
         if isinstance(part, str):
             content.texts.append(part)
-        elif isinstance(part, Mapping):
+        elif isinstance(part, dict):
             _add(part, content)
         elif part is not None:
             raise Unusable(EXTRAS)
@@ -80,11 +81,12 @@ def refuse_extras(value: Mapping[str, object], known: Collection[str]) -> None:
 
 def is_nothing(value: object) -> bool:
     """Null, empty, false, zero, or a struct or list of such, as Parquet and Arrow fill in what a row lacks."""
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return all(is_nothing(each) for each in value.values())
     return all(is_nothing(each) for each in value) if isinstance(value, list) else not value
 
 
+@functools.cache
 def snake(name: str) -> str:
     """A key in one spelling: `imageUrl`, `image-url` and `Image URL` are `image_url`."""
     return re.sub(r"[\s.-]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.strip())).lower()
@@ -93,7 +95,7 @@ def snake(name: str) -> str:
 def _add(part: Mapping[str, Any], content: Content) -> None:
     """Adds one part. Its kind is its `type`, or the only key that holds something (Gemini, Bedrock)."""
     kind = snake(str(part.get("type") or ""))
-    nested = {snake(key): held for key, held in part.items() if isinstance(held, Mapping)}
+    nested = {snake(key): held for key, held in part.items() if isinstance(held, dict)}
     if kind in _CALLS or (not kind and any(key in ("function_call", "tool_use") for key in nested)):
         content.calls += calls_of([part])
     elif kind in _RESULTS:
