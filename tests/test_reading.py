@@ -1,5 +1,6 @@
 """How the columns of a source are found, completed, refused and said."""
 
+import json
 import re
 
 import pytest
@@ -8,7 +9,9 @@ from hypothesis import strategies as st
 
 from sampo_ray.config.columns import Columns
 from sampo_ray.errors import DataError
+from sampo_ray.sources.described import Entry
 from sampo_ray.sources.layouts import BETTER_AND_WORSE, PARTS_OF_PAIRS, PROMPTS, SYSTEMS
+from sampo_ray.sources.probing import probe
 from sampo_ray.sources.reading import Ambiguous, NotFound, choose, said
 from sampo_ray.sources.records import Record
 from sampo_ray.sources.rows import Counts, rows_of
@@ -172,6 +175,13 @@ def test_bad_rows_beside_good_ones_do_not_change_how_these_are_read():
 
 def test_a_file_of_another_layout_behind_does_not_hide_the_first():
     assert found(PAIR, PAIR, {"question": ASK, "good": GOOD, "bad": BAD})["chosen"] == "chosen"
+
+
+def test_a_given_column_may_begin_behind_other_rows(tmp_path):
+    rows = [PAIR] * 1000 + [PAIR | {"sys": "Be brief."}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert probe(Entry(str(path)), "pairs", Columns(system="sys")).columns.system == "sys"
 
 
 def test_how_rows_are_read_is_said():

@@ -41,8 +41,8 @@ class Ambiguous(DataError):
 def choose(records: Sequence[Record], kind: Kind, given: Columns) -> Columns:
     """How records like these are read; all fields of the result are set. What is `given` wins, the rest is found.
 
-    Raises NotFound where the answers (or the prompt) are not found, Ambiguous where two ways to read them differ, and
-    DataError for a given path that no record has.
+    Raises NotFound where the answers, the prompt or a path that is given are not found, and Ambiguous where two ways to
+    read them differ.
     """
     if given.complete:
         return given
@@ -308,7 +308,7 @@ def _ignored(rows: Sequence[Any], given: Columns) -> tuple[str, ...] | None:
 
 
 def _check_paths(rows: Sequence[Any], given: Columns) -> None:
-    """DataError for a path that no row has."""
+    """NotFound for a path that no row has."""
     known = list(dict.fromkeys(str(name) for row in rows for name in row))
     for field in (*ASKED, "chosen", "rejected", "answers", "verdict", "ignore"):
         for path in paths_of(getattr(given, field)):
