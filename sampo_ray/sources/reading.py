@@ -64,7 +64,8 @@ def said(columns: Columns) -> str:
         value = getattr(columns, field)
         if value is not None and field != "means":
             how = f" ({columns.means})" if field == "verdict" and columns.means else ""
-            parts.append(f"{', '.join(paths_of(value))} -> {field}{how}")
+            named = f"{', '.join(paths_of(value))} -> {field}"
+            parts.append(field if field in ("chosen", "rejected") and value == field else f"{named}{how}")
     if columns.form:
         parts.append(f"form {columns.form}")
     if columns.beginning == "prompt":
