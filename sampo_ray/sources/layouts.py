@@ -92,6 +92,7 @@ PARTS_OF_PAIRS = (
 
 PAIRS = (
     ("response_j", "response_k"),  # stack-exchange-paired
+    ("real", "generated"),  # SPIN
     ("messages", "rejected_messages"),  # ms-swift
     ("messages", "rejected_response"),
     ("response", "rejected_response"),

@@ -193,7 +193,7 @@ def _beginning(before: list[Message], better: Any, worse: Any, columns: Columns)
 
 def _prompt(values: Mapping[str, object], columns: Columns) -> tuple[list[Message], None, None]:
     turns = asked(values, columns)
-    if columns.chosen is not None and filled(value := at(values, columns.chosen)):
+    if columns.chosen not in (None, columns.prompt) and filled(value := at(values, str(columns.chosen))):
         behind = at(values, columns.prompt) if columns.prompt is not None else None
         turns = answered(turns, turns_of(value, "assistant", behind))
     return checked(turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns), None, None
