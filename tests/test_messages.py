@@ -386,6 +386,7 @@ def test_text_that_begins_with_a_word_of_its_own_stays_as_it_is(text: str, role:
         "### Nets\n\n### Human: no",
         "Use `docker run <image>`, the <img> tag, <image-name> or <s>this</s>.",
         "a <| b |> c, x<|y|>z",
+        'Set eos_token="</s>", or "<|im_end|>"; `<|im_start|>` opens a turn, as `[INST]` does, `<image>` an image.',
         "<image><url>a.png</url></image>",
         "[INSTALL] it, then [Your Name].",
         "Assistants: two. Humans: one.",

@@ -2,7 +2,7 @@
 
 What such a template puts around a turn is taken off exactly. Its marks never stay in a text: an answer may end with an
 end-of-turn mark, which is cut; every other mark that is left over, in the middle of a text or of half a template, makes
-the row unusable. So do placeholders of images.
+the row unusable, unless it stands in quotes of its own. So do placeholders of images.
 """
 
 import re
@@ -149,7 +149,9 @@ _IMAGE = re.compile(
     r"\[IMG\]|<img>[^<]+</img>",
     re.IGNORECASE,
 )
-_PLACEHOLDER = re.compile(r"(?<!`)<image>(?![\s\S]*</image>)|\A\s*<(?:video|audio)>|^<(?:video|audio)>$", re.MULTILINE)
+_PLACEHOLDER = re.compile(r"<image>(?![\s\S]*</image>)|\A\s*<(?:video|audio)>|^<(?:video|audio)>$", re.MULTILINE)
+# In quotes of its own, a mark is what the text is about, such as code.
+_QUOTED = re.compile(r"([\"'`])(?:<[^<>\s]{1,40}>|<<?/?SYS>>|\[/?[A-Za-z_]+\])\1")
 _LEADING = re.compile(r"\s*<(image|video|audio)>(?!.*</\1>)", re.DOTALL)
 # What each of the marks above has a part of, by its first character: a search for these is much faster.
 _PARTS = {
@@ -185,12 +187,13 @@ def plain(text: str, role: str) -> str:
     """A turn's text without the end-of-turn mark of an answer. Unusable if it has other marks, or stands for images."""
     if not _suspect(text):
         return text
-    if _IMAGE.search(text) or (_LEADING.match(text) if role == "assistant" else _PLACEHOLDER.search(text)):
-        raise Unusable(IMAGES)
     struck = "<s>" in text  # HTML: what is crossed out
     if role == "assistant" and not (struck and text.rstrip().endswith("</s>")):
         text = _ENDS.sub("", text)
-    if _MARK.search(text) or ("</s>" in text and not struck):
+    bare = _QUOTED.sub("", text)
+    if _IMAGE.search(bare) or (_LEADING.match(bare) if role == "assistant" else _PLACEHOLDER.search(bare)):
+        raise Unusable(IMAGES)
+    if _MARK.search(bare) or ("</s>" in bare and not struck):
         raise Unusable(MARKS)
     return text
 
