@@ -146,6 +146,9 @@ def test_alpacas_input_goes_on_behind_the_instruction():
         row = read({"instruction": ASK, "input": value, "chosen": GOOD, "rejected": BAD})
         assert turns(row) == [user(text), GOOD, BAD]
 
+    talk = {"instruction": ASK, "input": '[{"role": "user", "content": "x"}]', "chosen": GOOD, "rejected": BAD}
+    assert read(talk) == "neither text nor a list of messages"
+
 
 def test_tools_are_read_as_schemas_or_their_json():
     tool = {"type": "function", "function": {"name": "tide", "parameters": {}}}

@@ -106,6 +106,8 @@ def _with_input(turns: list[Message], text: object) -> list[Message]:
     text = str(text) if isinstance(text, int | float) else text
     if not isinstance(text, str):
         raise Unusable(UNREADABLE)
+    if text.lstrip()[:1] in ("[", "{") and [turn["content"] for turn in turns_of(text, "user")] != [text]:
+        raise Unusable(UNREADABLE)  # messages as JSON
     if not turns:
         return turns_of(text, "user")
     if turns[-1]["role"] != "user":
