@@ -1,8 +1,10 @@
 """Records that become other records: trees, exports of tools, one answer a row."""
 
 import itertools
+import json
 import tracemalloc
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +15,7 @@ from sampo_ray.sources.messages import turns_of
 from sampo_ray.sources.reading import NotFound, choose
 from sampo_ray.sources.records import Record
 from sampo_ray.sources.rows import Counts, rows_of
+from sampo_ray.sources.spelled import spelled
 from sampo_ray.sources.unfolding import FORMS, form_of, unfolded
 from sampo_ray.sources.unusable import CALLS, REASONING, Unusable
 from sampo_ray.sources.verdicts import DISAGREE, NO_VERDICT, TIE
@@ -414,6 +417,41 @@ VOTED = {"prompt": ASK, "response_a": BAD, "response_b": GOOD}
 )
 def test_what_is_unfolded_or_judged_is_read_to_the_end(rows):
     assert read(*rows)[0][0] == FERRY
+
+
+SPELT = [
+    [{"prompt": ASK, "generations": [BAD, GOOD], "ratings": [1, 5]}],
+    [{"instruction": ASK, "completions": [{"response": BAD, "score": 1}, {"response": GOOD, "score": 2}]}],
+    [{"prompt": [ASK], "response_a": [BAD], "response_b": [GOOD], "winner_model_a": 0, "winner_model_b": 1}],
+    [{"messages": [user(), assistant(text)], "label": text == GOOD} for text in (GOOD, BAD)],
+    [argilla(["response-2"], ["submitted"])],
+    [task(annotation("right"))],
+]
+
+
+@pytest.mark.parametrize("write", [json.dumps, repr])
+@pytest.mark.parametrize("rows", SPELT)
+def test_lists_and_objects_may_be_spelt_as_text_as_in_tables(rows, write):
+    spelt = [{n: write(v) if isinstance(v, list | dict) else v for n, v in row.items()} for row in rows]
+    assert read(*rows) == read(*spelt) == ([FERRY], {})
+
+
+@given(
+    st.lists(st.text(), min_size=2, max_size=4)
+    | st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=2, max_size=4)
+)
+def test_what_is_spelt_is_the_same_again(values):
+    assert spelled(json.dumps(values)) == spelled(repr(values)) == values
+    with np.printoptions(threshold=10, floatmode="unique"):
+        written = str(np.array(values, dtype=object if isinstance(values[0], str) else float))
+    assert spelled(written) in (values, written)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[", "[]x", "{1, 2}", "[[B]]", "[a, b]", "{'a': }", "[1 +", "[" * 9999, None, 3, [1]]
+)
+def test_what_spells_no_list_and_no_object_is_as_it_is(text):
+    assert spelled(text) is text
 
 
 def test_what_a_service_declares_besides_is_not_lost():

@@ -7,6 +7,7 @@ from typing import Any
 
 from sampo_ray.config.columns import Columns, Paths
 from sampo_ray.sources.paths import at, has
+from sampo_ray.sources.spelled import spelled
 from sampo_ray.sources.unusable import Unusable
 from sampo_ray.sources.verdicts import DISAGREE, NO_VERDICT, OTHER_VERDICT, TIE, better_of, number_of, sides_of
 
@@ -71,12 +72,8 @@ def answers_of(values: Mapping[str, object], columns: Columns) -> tuple[list[obj
 
 
 def _listed(value: object) -> list[object]:
-    """A list, also one that is JSON in a text; [] for anything else."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return []
+    """A list, also one that a text spells; [] for anything else."""
+    value = spelled(value)
     if not isinstance(value, list) and hasattr(value, "tolist"):  # an array
         value = value.tolist()
     return value if isinstance(value, list) else []
@@ -97,7 +94,7 @@ def _judged(
 
 def _agreed(verdict: object) -> object:
     """The one verdict of a list of them, as several people give."""
-    if not isinstance(verdict, list):
+    if not isinstance(verdict := spelled(verdict), list):
         return verdict
     different = {json.dumps(each, sort_keys=True, default=str): each for each in verdict if each is not None}
     if len(different) > 1:

@@ -4,12 +4,12 @@ Label Studio's tasks, Open WebUI's feedback, Argilla's records, preference data 
 Prodigy's choices, battles of Chatbot Arena with one list of texts a side, and OpenAI's comparisons of summaries.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sampo_ray.config.columns import Columns
+from sampo_ray.sources.spelled import spelled
 from sampo_ray.sources.verdicts import key_of, marks_of
 
 Values = Mapping[str, Any]
@@ -21,10 +21,12 @@ def _first(rows: Sequence[Values], name: str, kind: type) -> Any:
 
 
 def _dict(value: object) -> dict[str, Any]:
+    value = spelled(value)
     return value if isinstance(value, dict) else {}
 
 
 def _dicts(value: object) -> list[dict[str, Any]]:
+    value = spelled(value)
     return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
 
 
@@ -32,7 +34,7 @@ def _dicts(value: object) -> list[dict[str, Any]]:
 
 
 def label_studio_columns(rows: Sequence[Values]) -> Columns | None:
-    if not any(isinstance(row.get("data"), dict) and isinstance(row.get("annotations"), list) for row in rows):
+    if not any(_dict(row.get("data")) and isinstance(spelled(row.get("annotations")), list) for row in rows):
         return None
     if any("selected" in each for row in rows for each in of_label_studio(row)):
         return Columns(form="label_studio", answers="compared", verdict="selected", means="name")
@@ -223,10 +225,10 @@ def _questions_of(rows: Sequence[Values]) -> list[str]:
 
 def _submitted(values: Values, question: str) -> list[object]:
     """What annotators answered and submitted."""
-    said = values.get(f"{question}.responses")
+    said = spelled(values.get(f"{question}.responses"))
     if said is None:  # of version 1
         return [each.get("value") for each in _dicts(values.get(question)) if each.get("status") == "submitted"]
-    states = values.get(f"{question}.responses.status")
+    states = spelled(values.get(f"{question}.responses.status"))
     if not isinstance(said, list) or not isinstance(states, list | None):
         return []
     states = states or ["submitted"] * len(said)
@@ -251,7 +253,7 @@ def _alike(rows: Sequence[Values], name: str) -> list[str]:
 
 
 def prodigy_columns(rows: Sequence[Values]) -> Columns | None:
-    if not any(_dicts(row.get("options")) and isinstance(row.get("accept"), list) for row in rows):
+    if not any(_dicts(row.get("options")) and isinstance(spelled(row.get("accept")), list) for row in rows):
         return None
     return Columns(form="prodigy", prompt="text", answers="options", text="text", verdict="accept", means="name")
 
@@ -291,12 +293,8 @@ def of_battle(values: Values) -> Iterator[dict[str, object]]:
 
 
 def _texts(value: object) -> list[Any]:
-    """A list of texts, also one that is JSON in a text; [] for anything else."""
-    if isinstance(value, str) and value.startswith("["):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return []
+    """A list of texts; [] for anything else."""
+    value = spelled(value)
     return value if isinstance(value, list) and all(isinstance(each, str | None) for each in value) else []
 
 

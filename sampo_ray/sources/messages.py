@@ -1,13 +1,12 @@
 """Conversations as turns, in the one form that the rest of the program knows, from every form that data has them in."""
 
-import ast
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from sampo_ray.sources.calls import calls_of, result_text
 from sampo_ray.sources.parts import Content, content_of, is_nothing, refuse_extras, snake
+from sampo_ray.sources.spelled import spelled
 from sampo_ray.sources.templated import plain, templated
 from sampo_ray.sources.transcripts import Piece, transcript
 from sampo_ray.sources.unusable import PREFIX, ROLES, SPELLED, TEXTLESS, TRANSCRIPT, UNICODE, UNREADABLE, Unusable
@@ -256,20 +255,12 @@ def _spelled(text: str) -> object:
     begun = text.lstrip()[:1]
     if begun not in ("[", "{") or (not text.rstrip().endswith(("]", "}")) and not _BEGUN.match(text)):
         return text
-    for read in (json.loads, _literal):
-        try:
-            value = read(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
+    value = spelled(text)
+    if value is not text:
         return value if _is_conversation(value) else text
     if _BEGUN.match(text):
         raise Unusable(SPELLED)
     return text
-
-
-def _literal(text: str) -> object:
-    """What Python writes of a list; NumPy writes one object a line, without commas."""
-    return ast.literal_eval(re.sub(r"\}\s*\n\s*\{", "}, {", text.strip()))
 
 
 def _is_conversation(value: object) -> bool:

@@ -8,6 +8,7 @@ from sampo_ray.config.columns import Columns
 from sampo_ray.sources.answers import NEIGHBOURS, paths_of
 from sampo_ray.sources.paths import at
 from sampo_ray.sources.records import Record
+from sampo_ray.sources.spelled import spelled
 from sampo_ray.sources.verdicts import key_of, number_of
 
 MOST = 1000
@@ -40,11 +41,15 @@ def joined(records: Iterable[Record], columns: Columns) -> Iterator[Record]:
     answer = paths_of(columns.answers)[0]
     scores = paths_of(columns.score or columns.rank)
 
+    def answer_of(record: Record) -> object:
+        value = at(record.values, answer)
+        return value if columns.prompt is not None else spelled(value)  # a conversation
+
     def prompt_of(record: Record) -> object:
         before = [columns.prompt, columns.input, columns.system, columns.history, columns.tools]
         found = [at(record.values, path) for path in before if path is not None]
         found += [value for name, value in record.values.items() if key_of(name) in _BESIDE and value]
-        whole = at(record.values, answer)
+        whole = answer_of(record)
         return found if columns.prompt is not None or not isinstance(whole, list) else [*found, whole[:-1]]
 
     for _, group in itertools.groupby(records, key=prompt_of):
@@ -55,7 +60,8 @@ def joined(records: Iterable[Record], columns: Columns) -> Iterator[Record]:
                 for name, value in first.values.items()
                 if all(name in other.values and other.values[name] == value for other in several[1:])
             }
-            lists = {path: [at(record.values, path) for record in several] for path in (answer, *scores)}
+            lists = {path: [at(record.values, path) for record in several] for path in scores}
+            lists[answer] = [answer_of(record) for record in several]
             yield replace(first, values=common | lists)
 
 

@@ -8,6 +8,7 @@ from sampo_ray.sources import layouts
 from sampo_ray.sources.answers import answers_of, paths_of, pick
 from sampo_ray.sources.conversations import filled
 from sampo_ray.sources.meaning import Unclear, means_of
+from sampo_ray.sources.spelled import spelled
 from sampo_ray.sources.table import Table, is_message, text_of, turns_or_none
 from sampo_ray.sources.unusable import Unusable
 from sampo_ray.sources.verdicts import key_of, marks_of, number_of
@@ -135,7 +136,7 @@ def _columns_of_answers(table: Table) -> Iterator[tuple[str, ...]]:
 def _lists(table: Table) -> Iterator[str]:
     """Columns that hold lists of answers; a conversation is none."""
     for path in table.find(layouts.LISTS):
-        elements = [each for value in table.values(path) if isinstance(value, list) for each in value]
+        elements = [each for value in map(spelled, table.values(path)) if isinstance(value, list) for each in value]
         objects = [each for each in elements if isinstance(each, Mapping)]
         if elements and not (objects and all(map(is_message, objects)) and turns_or_none(elements)):
             yield path
@@ -164,7 +165,7 @@ def _decided(table: Table, answers: str | tuple[str, ...], fixed: Way, undecided
 
 def _elements(table: Table, path: str) -> Table | None:
     """The objects in a column's lists; None if they are no objects."""
-    found = [each for value in table.values(path) if isinstance(value, list) for each in value]
+    found = [each for value in map(spelled, table.values(path)) if isinstance(value, list) for each in value]
     objects = [each for each in found if isinstance(each, Mapping)]
     return Table(objects) if objects else None
 
@@ -235,7 +236,7 @@ def _has_numbers(inner: Table, path: str) -> bool:
 
 
 def _are_lists_of_numbers(values: Sequence[object]) -> bool:
-    lists = [value for value in values if isinstance(value, list)]
+    lists = [value for value in map(spelled, values) if isinstance(value, list)]
     return len(lists) == len(values) and all(
         each is None or isinstance(each, float) or number_of(each) is not None for value in lists for each in value
     )
