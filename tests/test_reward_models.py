@@ -126,21 +126,33 @@ def test_a_reward_model_reads_a_conversation_in_its_own_template(reward_model):
     assert model(samples(["4"])) == [pytest.approx(expected, abs=1e-6)]
 
 
-def test_a_conversation_beyond_the_context_is_cut_on_the_left_with_a_warning(tmp_path, tiny_model, caplog):
+def test_a_conversation_beyond_the_context_is_cut_with_a_warning(tmp_path, tiny_model, caplog):
     folder = random_reward_model(tmp_path / "reward", tiny_model, max_position_embeddings=32)
     scorer = RewardModel(str(folder), "cpu")
     with caplog.at_level(logging.WARNING):
         assert len(scorer(samples(["4", "6" * 200]))) == 2
-    assert "1 of 2 conversations were cut on the left to 32 tokens" in caplog.text and "666" not in caplog.text
+    assert "1 of 2 conversations were cut to 32 tokens" in caplog.text and "666" not in caplog.text
     ids = scorer.encode(QUESTION, "6" * 200)["input_ids"]
     assert len(ids) == 32 and ids[0] == scorer.encode.tokenizer.bos_token_id
+    earlier = [{"role": "user", "content": "old " * 9}, {"role": "assistant", "content": "Yes."}]
+    assert scorer.encode([*earlier, *QUESTION], "4") == scorer.encode(QUESTION, "4"), "by whole turns where they fit"
+
+
+def test_a_conversation_with_tools_has_no_reward_of_a_model_whose_template_leaves_them_out(reward_model):
+    from dataclasses import replace
+
+    model, asked = RewardModel(str(reward_model), "cpu"), samples(["4", "5"])
+    with_tools = replace(asked, columns={"tools": [None, [{"name": "add"}]]})
+    assert [reward is None for reward in model(with_tools)] == [False, True]
+    with pytest.raises(ConfigError, match="leaves out tools"):
+        check_model(str(reward_model), replace(asked, columns={"tools": [[{"name": "add"}]] * 2}), 64)
 
 
 def test_a_context_that_is_smaller_than_the_runs_is_said_before_it_starts(tmp_path, tiny_model, caplog):
     folder = random_reward_model(tmp_path / "reward", tiny_model, max_position_embeddings=32)
     with caplog.at_level(logging.WARNING):
         check_model(str(folder), samples(), 33)
-    assert "reads 32 tokens; longer conversations (data.max_length=33) are cut on the left" in caplog.text
+    assert "reads 32 tokens; longer conversations (data.max_length=33) are cut" in caplog.text
 
 
 def test_a_model_that_cannot_read_conversations_is_refused_before_its_weights_are_loaded(tmp_path, tiny_model):

@@ -15,7 +15,8 @@ from sampo_ray.data.template import CALL, KEYS, NAMES, REFUSED, SPECIAL, TOOLS
 from sampo_ray.sources.messages import Unusable
 from sampo_ray.sources.rows import Counts, Row
 
-SPECIAL_TOKENS = ["<|im_start|>", "<|im_end|>", "<|channel|>", "<|message|>", "<|call|>", "<|return|>", "<|start|>"]
+SPECIAL_TOKENS = ["<|im_start|>", "<|im_end|>", "<|channel|>", "<|message|>", "<|call|>", "<|return|>", "<end_of_turn>"]
+
 FERRY = {
     "name": "ferry_times",
     "description": "When ferries leave.",

@@ -58,7 +58,7 @@ class DataConfig(Section):
     max_length: int = Field(8192, ge=8)
     """Tokens of prompt plus response, at most."""
     max_prompt_length: int | None = Field(None, ge=1)
-    """Tokens of a prompt, at most; longer ones are cut on the left. Default: 3/4 of `max_length`."""
+    """Tokens of a prompt, at most; longer ones lose their oldest turns first. Default: 3/4 of `max_length`."""
 
     def names(self, online: bool) -> tuple[str, ...]:
         """The sources that a run reads: those of `prompts`, or of `train`."""

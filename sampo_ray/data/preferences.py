@@ -92,14 +92,6 @@ def columns_json(row: Row) -> str:
     return json.dumps(row.columns | ({"tools": row.tools} if row.tools else {}), default=str)
 
 
-def cut_prompt(prompt: list[int], limit: int, bos_id: int | None) -> list[int]:
-    """The last `limit` tokens of a prompt; a leading BOS stays in front and counts as one of them."""
-    if len(prompt) <= limit:
-        return prompt
-    bos = prompt[:1] if prompt[0] == bos_id else []
-    return bos + prompt[len(prompt) - limit + len(bos) :]
-
-
 class _Sample(NamedTuple):
     """A completion as far as pairing looks at it; `row` is its index in the block."""
 

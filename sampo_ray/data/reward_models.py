@@ -1,17 +1,21 @@
 """Reward models: Hugging Face sequence classifiers with one label."""
 
+import functools
 import logging
 import math
 import threading
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import jinja2
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig
 
-from sampo_ray.data.preferences import cut_prompt
+from sampo_ray.data.calls import Tools, as_requested, with_calls
+from sampo_ray.data.cutting import shortened
 from sampo_ray.data.rewards import Rewards, Samples
-from sampo_ray.data.tokenizer import exact_tokenizer
+from sampo_ray.data.tokenizer import exact_tokenizer, token_starts
+from sampo_ray.data.tools import tools_left_out
 from sampo_ray.errors import ConfigError, RewardError, first_line
 from sampo_ray.sources.messages import Message
 from sampo_ray.training.pretrained import open_model
@@ -44,20 +48,52 @@ class Encoder:
         self.cut = 0
         """How many conversations were too long so far."""
 
-    def __call__(self, prompt: list[Message], text: str) -> Encoded:
-        """The inputs, cut on the left to `max_length` tokens. TemplateError if the template refuses the messages."""
+    def __call__(self, prompt: list[Message], text: str, tools: Tools | None = None) -> Encoded:
+        """The inputs, of at most `max_length` tokens. TemplateError if the template refuses the messages.
+
+        A prompt is cut as the policy's are; where the answer leaves it no room, the conversation is, on the left.
+        """
+        if (tools or any(map(with_calls, prompt))) and self._tools_left_out:
+            raise jinja2.TemplateError("it leaves out tools, or calls of them")
+        given = as_requested(tools) if tools else None
+        whole = self._inputs(prompt, text, given)
+        if len(whole["input_ids"]) <= self.max_length:
+            return whole
+        self.cut += 1
+
+        def length(messages: list[Message]) -> int | None:
+            try:
+                return len(self._inputs(messages, text, given)["input_ids"])
+            except jinja2.TemplateError:
+                return None
+
+        cut = shortened(prompt, self.max_length, length, lambda question: token_starts(self.tokenizer, question))
+        if cut is not None:
+            return self._inputs(cut.messages, text, given)
         if not self.tokenizer.chat_template:
-            question = "\n\n".join(message["content"] for message in prompt)
-            whole = self.tokenizer(question, text)
-            self.cut += (too_long := len(whole["input_ids"]) > self.max_length)
             short = {"truncation": "longest_first", "max_length": self.max_length}
-            return dict(self.tokenizer(question, text, **short) if too_long else whole)
+            return dict(self.tokenizer(_question(prompt), text, **short))
+        bos = int(whole["input_ids"][0] == self.tokenizer.bos_token_id)
+        return {name: values[:bos] + values[len(values) - self.max_length + bos :] for name, values in whole.items()}
+
+    @functools.cached_property
+    def _tools_left_out(self) -> bool:
+        try:
+            return not self.tokenizer.chat_template or bool(tools_left_out(self.tokenizer)[1])
+        except ValueError:
+            return True
+
+    def _inputs(self, prompt: list[Message], text: str, tools: list[Any] | None) -> Encoded:
+        if not self.tokenizer.chat_template:
+            return dict(self.tokenizer(_question(prompt), text))
         messages = [*prompt, {"role": "assistant", "content": text}]
-        conversation = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        conversation = self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
         ids = self.tokenizer(conversation, add_special_tokens=False)["input_ids"]
-        self.cut += len(ids) > self.max_length
-        ids = cut_prompt(ids, self.max_length, self.tokenizer.bos_token_id)
         return {"input_ids": ids, "attention_mask": [1] * len(ids)}
+
+
+def _question(prompt: list[Message]) -> str:
+    return "\n\n".join(message["content"] for message in prompt)
 
 
 class RewardModel:
@@ -97,14 +133,15 @@ class RewardModel:
         encoded: dict[int, Encoded] = {}
         rewards: Rewards = [None] * len(samples.completions)
         before = self.encode.cut
+        tools = cast(list[Tools | None], samples.columns.get("tools") or [None] * len(rewards))
         for i, (prompt, text) in enumerate(zip(samples.prompts, samples.completions, strict=True)):
             try:
-                encoded[i] = self.encode(prompt, text)
+                encoded[i] = self.encode(prompt, text, tools[i])
             except jinja2.TemplateError:
                 logger.warning("a conversation without a reward: the chat template of the reward model refuses it")
         if cut := self.encode.cut - before:
             limit = self.encode.max_length
-            logger.warning("%d of %d conversations were cut on the left to %d tokens", cut, len(rewards), limit)
+            logger.warning("%d of %d conversations were cut to %d tokens", cut, len(rewards), limit)
         for batch in self._batches({i: len(row["input_ids"]) for i, row in encoded.items()}):
             for i, reward in zip(batch, self._logits([encoded[i] for i in batch]), strict=True):
                 if not math.isfinite(reward):
@@ -151,7 +188,8 @@ def check_model(path: str, samples: Samples, max_length: int) -> None:
     """
     try:
         encode = Encoder(path, _one_label(path, open_model("reward.model", path).config))
-        encode(samples.prompts[0], samples.completions[0])
+        [tools, *_] = cast(list[Tools | None], samples.columns.get("tools") or [None])
+        encode(samples.prompts[0], samples.completions[0], tools)
     except jinja2.TemplateError as error:
         raise ConfigError(
             f"reward.model={path!r}: its chat template refuses the first prompt ({error}); use prompts that it takes, "
@@ -159,7 +197,7 @@ def check_model(path: str, samples: Samples, max_length: int) -> None:
         ) from None
     if max_length > encode.max_length:
         logger.warning(
-            "reward.model=%r: reads %d tokens; longer conversations (data.max_length=%d) are cut on the left",
+            "reward.model=%r: reads %d tokens; longer conversations (data.max_length=%d) are cut",
             *(path, encode.max_length, max_length),
         )
 

@@ -19,7 +19,7 @@ from sampo_ray.sources.answers import paths_of
 from sampo_ray.sources.described import Entry, dropped
 from sampo_ray.sources.probing import Probe, probe
 from sampo_ray.sources.reading import said
-from sampo_ray.sources.rows import Counts, Kind, Row
+from sampo_ray.sources.rows import Counts, Kind, Row, cut_to_length
 from sampo_ray.sources.source import sources_of
 
 TRIED = 100
@@ -94,7 +94,7 @@ def _counted(found: Probe, tried: Counts) -> list[str]:
     if found.skipped.rows:
         lines.insert(0, f"skipped: the first {found.skipped.rows:,} rows{_dropped(found.skipped)}")
     if tried.dropped or tried.prompts_cut or tried.responses_cut:
-        cut = f"; cut to length: {tried.prompts_cut} prompts, {tried.responses_cut} responses"
+        cut = f"; {cut_to_length(tried.prompts_cut, tried.questions_cut, tried.responses_cut)}"
         lines.append(f"of these tokenized: {tried.rows}; usable: {tried.usable}{_dropped(tried)}{cut}")
     return lines
 
@@ -119,5 +119,5 @@ def made_up_samples(rows: Sequence[Row], chat: ChatFormat) -> Samples:
         [rows[0].prompt for _ in texts],
         texts,
         chat.encode_responses(texts),
-        {name: [columns.get(name) for _ in texts] for row in rows for name in row.columns},
+        {name: [columns.get(name) for _ in texts] for row in rows for name in json.loads(columns_json(row))},
     )

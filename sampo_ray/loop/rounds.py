@@ -22,7 +22,7 @@ from sampo_ray.run.serving import read_serving
 from sampo_ray.run.storage import Place
 from sampo_ray.run.versions import complete_versions, export_folder, is_complete, version_folder
 from sampo_ray.sources.probing import completed
-from sampo_ray.sources.rows import Kind
+from sampo_ray.sources.rows import Kind, cut_to_length
 from sampo_ray.sources.source import sources_of
 from sampo_ray.training.batching import steps_in_round
 from sampo_ray.training.streams import Stream, rollout_seed
@@ -87,7 +87,7 @@ def tokenize(run: Run, reporter: Reporter) -> list[Part]:
             f"rollout.prompts={asked} is more than there are: each round samples for all {sum(found.rows)} once"
         )
     if found.prompts_cut or found.responses_cut:
-        reporter.note(f"cut to length: {found.prompts_cut} prompts, {found.responses_cut} responses")
+        reporter.note(cut_to_length(found.prompts_cut, found.questions_cut, found.responses_cut))
     return parts_of(place, found.rows)
 
 

@@ -50,6 +50,12 @@ class Row:
     tools: list[dict[str, Any]] | None = None  # JSON schemas of the functions that the answers may call
 
 
+def cut_to_length(prompts: int, questions: int, responses: int) -> str:
+    """What was cut, for people: how many prompts, of these how many within their last question, and responses."""
+    within = f" ({questions} of them within the last question, the others by whole turns)" if questions else ""
+    return f"cut to length: {prompts} prompts{within}, {responses} responses"
+
+
 @dataclass
 class Counts:
     """How many rows of a source were read, dropped and cut; filled while the source is read."""
