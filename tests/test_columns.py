@@ -37,6 +37,12 @@ def test_a_null_that_is_written_down_stays_one_when_the_configuration_is_stored(
     [
         ("data.columns={promt: q}", r"^data\.columns\.promt: unknown key; did you mean 'prompt'"),
         ("data.columns=[{prompt: q}, {choosen: c}]", r"^data\.columns\.1\.choosen: unknown key; did you mean 'chosen'"),
+        (
+            "data.columns={chosen: a, rejected: a}",
+            r"^data\.columns\.chosen and rejected are both 'a'; name two columns$",
+        ),
+        ("data.columns=[{answers: [a, a]}]", r"^data\.columns\.0\.answers and answers are both 'a'"),
+        ("data.columns.prompt=''", r"^data\.columns\.prompt names no column; write null if none is to be used$"),
         ("data.columns={prompt: 3}", r"^data\.columns\.prompt: input should be a valid string \(got 3\)"),
         ("data.columns={means: best}", r"^data\.columns\.means: input should be 'index'"),
     ],

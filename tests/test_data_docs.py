@@ -1,4 +1,7 @@
-"""docs/data.md: its table is that of the layouts, and its examples are read as it says."""
+"""docs/data.md: its table is that of the layouts, and its examples are read as it says.
+
+`python -m tests.test_data_docs` writes the table anew.
+"""
 
 import json
 import re
@@ -12,7 +15,8 @@ from sampo_ray.sources.described import Entry
 from sampo_ray.sources.probing import probe
 from sampo_ray.sources.unfolding import FORMS
 
-PAGE = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+FILE = Path(__file__).parents[1] / "docs" / "data.md"
+PAGE = FILE.read_text()
 ROWS = {
     "a prompt: text, or turns": layouts.PROMPTS,
     "turns that are a prompt, or go on with an answer": layouts.CONVERSATIONS,
@@ -51,7 +55,7 @@ def examples() -> list[tuple[str, str]]:
 
 
 def test_the_table_is_that_of_the_layouts() -> None:
-    assert table() in PAGE, f"put this into docs/data.md:\n{table()}"
+    assert table() in PAGE, "run python -m tests.test_data_docs"
 
 
 @pytest.mark.parametrize(("row", "override"), examples())
@@ -68,3 +72,7 @@ def test_an_example_is_read_as_the_page_says(row, override, tmp_path) -> None:
 
 def test_the_page_has_examples() -> None:
     assert len(examples()) >= 3
+
+
+if __name__ == "__main__":
+    FILE.write_text(re.sub(r"\| what \| names \|\n(\|.*\n)+", lambda _: f"{table()}\n", PAGE))

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Discriminator, SerializerFunctionWrapHandler, Tag, model_serializer
+from pydantic import Discriminator, SerializerFunctionWrapHandler, Tag, model_serializer, model_validator
 
 from sampo_ray.config.section import Section
 
@@ -58,6 +58,19 @@ class Columns(Section):
     def _given(self, whole: SerializerFunctionWrapHandler) -> dict[str, object]:
         """Only what is given: a null that is written down says that the field is not used."""
         return {name: value for name, value in whole(self).items() if name in self.model_fields_set}
+
+    @model_validator(mode="after")
+    def _answers_are_different_columns(self) -> "Columns":
+        seen: dict[str, str] = {}
+        for field in ("prompt", "input", "system", "history", "tools", "chosen", "rejected", "answers"):
+            value = getattr(self, field)
+            for path in [value] if isinstance(value, str) else value or ():
+                if not path:
+                    raise ValueError(f"{field} names no column; write null if none is to be used")
+                if field in ("rejected", "answers") and path in seen:
+                    raise ValueError(f"{seen[path]} and {field} are both {path!r}; name two columns")
+                seen[path] = field
+        return self
 
     @property
     def complete(self) -> bool:

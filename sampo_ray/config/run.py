@@ -210,7 +210,7 @@ def _explain(errors: Sequence[ErrorDetails]) -> list[str]:
     for error in errors:
         field, inside = _split(error["loc"])
         if inside and isinstance(inside[0], str) and (len(inside) > 1 or error["type"] != "extra_forbidden"):
-            if len(inside) == 1:
+            if len(inside) == 1 and error["type"] != "value_error":
                 expected.setdefault(field, []).append(_expected(field, error))
                 lines[field] = f"{field}: input should be {' or '.join(expected[field])} (got {error['input']!r})"
             else:  # of the kind that the value is
