@@ -55,7 +55,7 @@ PREFS = [f"{split}_{kind}-00000-of-00001.parquet" for split in ("train", "test")
     [
         (["train.jsonl", "test.jsonl"], "the splits train, test; name the one to read, as in .*:train"),
         (["data/train/0.jsonl", "data/dev/0.jsonl"], "the splits train, validation"),
-        ([f"data/{name}" for name in PREFS], "the splits test_gen, test_prefs, test_sft, train_gen"),
+        ([f"data/{name}" for name in PREFS], "the splits test_gen, test_prefs, test_sft, train_gen.*:train_gen"),
         (PREFS, "the splits train, test"),
         (["train_prefs.jsonl", "train_sft.jsonl"], r"several sets of files \(train_prefs, train_sft\).*:train_prefs"),
         (["train.jsonl", "extra.jsonl"], r"the split train beside other files \(extra\.jsonl\)"),

@@ -56,9 +56,10 @@ def _paired_votes(out: Place, run: Place, earlier: Sequence[Place], tokenizer: P
     what, counts = Tokenizing("pairs", [Source(source.url, VOTED, "feedback/")], 0, tokenizer, data), Counts()
     records = [record for _, content in what.reading.chunks() for record in decoded(content)]
     table = tables(records, VOTED, what, counts)
-    part_place(out, 0).write_table(table)  # in one part: votes are few
+    if table.num_rows:
+        part_place(out, 0).write_table(table)  # in one part: votes are few
     votes = {"votes": len(_votes_in(source)), "left": json.loads(unpaired.read())}
-    return StageRecord(**record_of(counts, [table.num_rows]), **votes)
+    return StageRecord(**record_of(counts, [table.num_rows] if table.num_rows else []), **votes)
 
 
 def _votes_in(pairs: Place) -> list[str]:

@@ -1,7 +1,7 @@
 """Plain folders: which of their files make a split, and whether they belong together."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import islice
 
 from fsspec import AbstractFileSystem
@@ -28,7 +28,7 @@ def only_split(name: str, fs: AbstractFileSystem, root: str) -> list[str]:
     every = data_files(fs, root)
     splits = _splits(root, fs, every)
     if len(splits) > 1:
-        raise _ask(name, f"the splits {', '.join(splits)}", f"{name}:{next(iter(splits))}")
+        raise _ask(name, f"the splits {', '.join(splits)}", f"{name}:{likely(splits)}")
     if splits and len(*splits.values()) < len(every):
         [(split, paths)] = splits.items()
         other = next(path for path in every if path not in paths)
@@ -41,6 +41,11 @@ def files_of_split(name: str, fs: AbstractFileSystem, root: str, split: str) -> 
     every = data_files(fs, root)
     by_stem = [path for path in every if _stem(path) == split]
     return _splits(root, fs, every).get(split) or by_stem or None
+
+
+def likely(splits: Collection[str]) -> str:
+    """The split to name in an example: the first that is for training, else the first."""
+    return next((each for each in splits if each.startswith("train")), next(iter(splits), "train"))
 
 
 def one_kind(name: str, fs: AbstractFileSystem, root: str, paths: list[str]) -> list[str]:

@@ -12,7 +12,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from sampo_ray.errors import DataError
 from sampo_ray.sources.files import ANY_JSON, FILE, as_data_error, unreadable
-from sampo_ray.sources.folders import data_files, files_of_split, one_kind, only_split
+from sampo_ray.sources.folders import data_files, files_of_split, likely, one_kind, only_split
 
 _PART = re.compile(r"[^/\\:]+")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -167,7 +167,7 @@ def _has_options(config: object) -> bool:
 
 
 def _ask(name: str, what: Literal["splits", "configurations"], known: Collection[str]) -> DataError:
-    example = f"{name}:{next(iter(known), 'train')}"
+    example = f"{name}:{likely(known)}"
     return DataError(f"data source {name!r}: has the {what} {', '.join(known)}; name one, as in {example}")
 
 
