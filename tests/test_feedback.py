@@ -443,7 +443,7 @@ def test_a_round_uses_votes_that_no_earlier_round_used_and_the_same_again_after_
     second = take(2)
     assert (second.rows, second.votes, second.left) == ([1], 2, {"tie": 1})
     [pair] = rounds[2].at("part-00000.parquet").read_table().to_pylist()
-    assert pair["id"] == "pairs.jsonl:1" and pair["chosen_reward"] is None
+    assert pair["id"] == "feedback/pairs.jsonl:1" and pair["chosen_reward"] is None
     assert pair["chosen"] == chat.response_ids("c") and pair["prompt"] == chat.prompt_ids(ASK)
 
 
