@@ -12,8 +12,11 @@ from tests.layouts.specs import Fields, Layout
 from tests.layouts.trial import Result, try_layout
 
 TURN = {"role", "from"}
-KNOWN_BY_OBJECTS = ("vertex", "nova", "kto of LLaMA-Factory", "oasst, two levels", "oasst, deleted and unranked")
-"""Layouts that are known by objects, numbers or nulls, which a table of text does not have: refused there."""
+OTHER_IN_TEXT = (
+    *("vertex", "nova", "kto of LLaMA-Factory", "oasst, two levels", "oasst, deleted and unranked"),
+    "input beside messages",
+)
+"""Layouts that say something else as text: they are known by objects, numbers or nulls, and an input may be JSON."""
 METADATA: Fields = {"language": "en", "num_turns": 1, "split": "train", "__index_level_0__": 3, "annotator": None}
 NOTHING: Fields = {"system": None, "history": None, "tools": None, "images": None, "context": None}
 
@@ -79,8 +82,8 @@ def differences(
             found = list(try_layout(changed)) if (changed := change(layout)) else []
         except (pa.ArrowException, UnicodeEncodeError):  # rows that no table can hold
             continue
-        known = not (of_text(change) and layout.name in KNOWN_BY_OBJECTS)
+        other = of_text(change) and layout.name in OTHER_IN_TEXT
         for each in found:
-            lost = known and each.verdict != "right" and (layout.name, each.kind) in read
-            if lost or each.verdict == "WRONG":
+            lost = each.verdict == "refused" and (layout.name, each.kind) in read
+            if not other and (lost or each.verdict == "WRONG"):
                 yield each
