@@ -47,7 +47,9 @@ class Verbatim:
     def of(cls, tokenizer: "PreTrainedTokenizerBase", turn: Turn) -> "Verbatim | None":
         """What is shown by trying the template on made-up conversations; None where it is not so."""
         words = _looked_for(str(tokenizer.get_chat_template()))
-        if words is None or opened_by(turn.prompt) or not _tried(tokenizer, turn):
+        if words is None or any(len(word.strip()) < 2 for word in words):  # which most texts hold
+            return None
+        if opened_by(turn.prompt) or not _tried(tokenizer, turn):
             return None
         # Templates know these by name.
         words |= {str(token) for token in tokenizer.special_tokens_map.values()}
