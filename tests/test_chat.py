@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from sampo_ray.console.demo_task import SPECIAL_TOKENS, tiny_llama, tiny_tokenizer
+from sampo_ray.data.calls import as_requested
 from sampo_ray.data.chat import ChatFormat
 from sampo_ray.errors import ConfigError
 
@@ -54,6 +55,15 @@ def dated_folder(tmp_path_factory, chatml_folder):
     (folder / "chat_template.jinja").write_text(dated)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "LlamaTokenizerFast"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tools_folder(tmp_path_factory, chatml_folder):
+    folder = shutil.copytree(chatml_folder, tmp_path_factory.mktemp("tools"), dirs_exist_ok=True)
+    calls = "{{ m.content }}{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}"
+    shown = "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    (folder / "chat_template.jinja").write_text(shown + CHATML.replace("{{ m.content }}", calls))
     return folder
 
 
@@ -228,7 +238,13 @@ def test_a_folder_without_a_tokenizer_is_an_error(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "template"),
-    [("tiny", "llama3-sampo"), ("tiny", "llama3"), ("chatml", "tokenizer"), ("dated", "tokenizer")],
+    [
+        ("tiny", "llama3-sampo"),
+        ("tiny", "llama3"),
+        ("chatml", "tokenizer"),
+        ("dated", "tokenizer"),
+        ("tools", "tokenizer"),
+    ],
 )
 def test_vllm_renders_chat_requests_to_the_same_ids(tmp_path, request, kind, template):
     from vllm.engine.arg_utils import EngineArgs
@@ -242,3 +258,18 @@ def test_vllm_renders_chat_requests_to_the_same_ids(tmp_path, request, kind, tem
     for messages in (HELLO, DIALOGUE, INJECTION):
         _, [request] = renderer.render_chat([messages], params)
         assert request["prompt_token_ids"] == chat.prompt_ids(messages)
+    if kind != "tools":
+        return
+    turn = {"role": "assistant", "content": "", "tool_calls": [{"id": "a", "type": "function"}]}
+    prompt, requested = [
+        [
+            *DIALOGUE,
+            {**turn, "tool_calls": [turn["tool_calls"][0] | {"function": {"name": "add", "arguments": arguments}}]},
+            {"role": "tool", "tool_call_id": "a", "content": "3"},
+        ]
+        for arguments in ({"of": [1, 2]}, '{"of": [1, 2]}')
+    ]
+    tools = [{"name": "add", "parameters": {"type": "object"}}]
+    params = ChatParams(chat_template_kwargs={"add_generation_prompt": True, "tools": as_requested(tools)})
+    _, [request] = renderer.render_chat([requested], params)
+    assert request["prompt_token_ids"] == chat.encode_prompts([chat.asked(prompt, tools).text])[0]
