@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sampo_ray.config.run import load_config
-from sampo_ray.sources import layouts
+from sampo_ray.sources import answers, conversations, layouts, rows, unusable, verdicts
 from sampo_ray.sources.described import Entry
 from sampo_ray.sources.probing import probe
 from sampo_ray.sources.unfolding import FORMS
@@ -72,6 +72,18 @@ def test_an_example_is_read_as_the_page_says(row, override, tmp_path) -> None:
 
 def test_the_page_has_examples() -> None:
     assert len(examples()) >= 3
+
+
+def test_every_reason_for_which_a_row_is_dropped_is_explained() -> None:
+    page = " ".join((FILE.parent / "troubleshooting.md").read_text().split())
+    modules = (answers, conversations, rows, unusable, verdicts)
+    reasons = {value for each in modules for name, value in vars(each).items() if name.isupper() and _is_reason(value)}
+    assert len(reasons) > 30
+    assert not {reason for reason in reasons if f"``{reason}``" not in page}
+
+
+def _is_reason(value: object) -> bool:
+    return isinstance(value, str) and " " in value
 
 
 if __name__ == "__main__":
