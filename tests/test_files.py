@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from sampo_ray.errors import DataError
@@ -62,6 +62,8 @@ texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=
     encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
 )
 def test_any_text_comes_back_from_csv(tmp_path_factory, rows, delimiter, ending, quoting, encoding):
+    cut = ending == "\n" and quoting == csv.QUOTE_MINIMAL  # then "\r" is not quoted, and at a line's end a part of it
+    assume(not (cut and any(row[-1].endswith("\r") for row in rows)))
     path = tmp_path_factory.mktemp("csv") / ("a.tsv" if delimiter == "\t" else "a.csv")
     rows = [dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in rows]
     text = as_csv(rows or ROWS[:1], delimiter=delimiter, lineterminator=ending, quoting=quoting)
@@ -133,6 +135,13 @@ def test_text_of_csv_is_no_number_and_no_null(tmp_path):
 def test_spreadsheets_of_every_country_are_read(tmp_path, text):
     (tmp_path / "a.csv").write_text(text, newline="")
     assert values(tmp_path / "a.csv") == [{"prompt": "a, b", "chosen": "c"}]
+
+
+def test_a_return_inside_an_unquoted_cell_is_text_and_those_of_old_macs_end_lines(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"prompt,chosen\nx,a\rb\ny,c\r\n")
+    assert [row["chosen"] for row in values(tmp_path / "a.csv")] == ["a\rb", "c"]
+    (tmp_path / "a.csv").write_bytes(b'prompt,chosen\rx,"a\rb"\ry,c\r')
+    assert [row["chosen"] for row in values(tmp_path / "a.csv")] == ["a\rb", "c"]
 
 
 def test_the_index_that_pandas_writes_is_a_column(tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import re
 import sys
 from collections import Counter
@@ -11,6 +12,8 @@ from sampo_ray.errors import DataError
 
 _MARK = re.compile(r'"?sep=(.)"?\r?\n?')  # a first line that Excel writes and reads
 _UNNAMED = "Unnamed: 0"
+_RETURN = re.compile(r"\r(?=[^\n])")  # many writers do not quote a cell that has one, and csv would end the row there
+_STAND_IN = "\udc0d"  # in no decoded text
 
 
 def delimited_rows(file: io.TextIOWrapper, path: str, delimiter: str | None) -> Iterator[tuple[int, dict[str, object]]]:
@@ -44,8 +47,8 @@ def delimited_rows(file: io.TextIOWrapper, path: str, delimiter: str | None) -> 
 
 
 def _again(first: str, file: io.TextIOWrapper) -> Iterator[str]:
-    yield first
-    yield from file
+    for line in itertools.chain([first], file):
+        yield _RETURN.sub(_STAND_IN, line) if "\r" in line else line
 
 
 def _delimiter(first: str, path: str) -> str:
@@ -81,4 +84,4 @@ def _row(names: Sequence[str], cells: Sequence[str], where: str) -> dict[str, ob
     for at, (name, cell) in enumerate(zip(names, cells, strict=True), start=1):
         if not name and cell:
             raise DataError(f"{where}: column {at} has text and no name; name it in the first line")
-    return {name: cell for name, cell in zip(names, cells, strict=True) if name}
+    return {name: cell.replace(_STAND_IN, "\r") for name, cell in zip(names, cells, strict=True) if name}

@@ -77,9 +77,9 @@ def _text_rows(file: "io.BufferedReader[io.RawIOBase]", path: str, field: str | 
     encoding = "utf-16" if wide else "utf-8-sig"
     name = re.sub(rf"{_PACKED}$", "", path.lower().partition("?")[0])
     if name.endswith((".csv", ".tsv")):
-        yield from delimited_rows(
-            io.TextIOWrapper(file, encoding, newline=""), path, "\t" if name[-3:] == "tsv" else None
-        )
+        newline = "" if b"\r" in head and b"\n" not in head else "\n"  # "": of old Macs
+        text = io.TextIOWrapper(file, encoding, newline=newline)
+        yield from delimited_rows(text, path, "\t" if name.endswith("tsv") else None)
     elif field is None and not name.endswith(".json") and not _starts_with(head, b"[") and not wide:
         yield from lines(file, path)
     else:
