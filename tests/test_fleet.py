@@ -13,6 +13,7 @@ from sampo_ray.console import session
 from sampo_ray.errors import EndpointError
 from sampo_ray.loop.fleet import applications, last_error, routes_of
 from sampo_ray.loop.rounds import Round
+from sampo_ray.loop.validate import Checked
 from sampo_ray.run.directory import create_run
 from sampo_ray.run.parts import Part
 from tests.notes import Notes
@@ -80,5 +81,5 @@ def test_a_run_that_serve_refuses_leaves_no_run_directory(
     tree = {"model": {"path": str(tiny_model)}, "data": {"train": "d", "max_length": 64}, "serve": {"port": 0}}
     config = load_config(tree, [f"run.dir={tmp_path}"])
     with pytest.raises(EndpointError, match="others reach it"):
-        session._run(session.Checked(config, []), None, keep_serving=False, check=lambda: None)
+        session._run(Checked(config, [], [], []), None, keep_serving=False, check=lambda: None)
     assert create_run(config).id

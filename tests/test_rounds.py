@@ -133,7 +133,7 @@ def test_feedback_on_answers_is_trained_on_in_the_next_round_and_only_there(fini
     assert first.rows == [] and first.votes == 0
     assert 0 < second.votes == sum(second.rows) <= len(client.edits)
     chat = ChatFormat.load(run.place.at("tokenizer").path, "tokenizer")
-    trained = [pair for pair in stage(run, 1, "reference").to_pylist() if pair["id"].startswith("feedback-")]
+    trained = [pair for pair in stage(run, 1, "reference").to_pylist() if pair["id"].startswith("feedback/")]
     assert len(trained) == second.votes and {chat.text(pair["chosen"]) for pair in trained} <= set(client.edits)
     assert all(len(pair["chosen_ref"]) == len(pair["chosen"]) for pair in trained)
 
