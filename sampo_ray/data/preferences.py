@@ -16,6 +16,7 @@ import pyarrow as pa
 from sampo_ray.config.sections import DataConfig
 from sampo_ray.data.conversations import answered, prompts_of
 from sampo_ray.sources.messages import Unusable
+from sampo_ray.sources.records import batches
 from sampo_ray.sources.rows import Counts, Row
 from sampo_ray.training.batching import Pair
 
@@ -66,7 +67,7 @@ def tokenized_pairs(
     each response on the right, so that prompt plus response have at most `data.max_length` tokens. A response that is
     cut has no end-of-turn token.
     """
-    for block in _blocks(rows, block_rows):
+    for block in batches(rows, block_rows):
         pairs = answered(prompts_of(block, chat, data.prompt_limit, counts), chat, data, counts)
         if pairs:
             kept = [(p.prompt.row.id, p.prompt.ids, p.chosen[: p.limit], p.rejected[: p.limit]) for p in pairs]
@@ -77,7 +78,7 @@ def tokenized_prompts(
     rows: Iterable[Row], chat: "ChatFormat", prompt_limit: int, counts: Counts, block_rows: int = 512
 ) -> Iterator[pa.Table]:
     """Streams PROMPTS blocks of at most `block_rows` prompts, each cut to `prompt_limit` tokens as those of pairs."""
-    for block in _blocks(rows, block_rows):
+    for block in batches(rows, block_rows):
         prompts = prompts_of(block, chat, prompt_limit, counts)
         if prompts:
             kept = [
@@ -166,12 +167,6 @@ def with_reference(block: pa.Table, pairs: Sequence[Pair]) -> pa.Table:
 def _arrays(lists: pa.ListArray) -> list[np.ndarray]:
     values = lists.values.to_numpy()
     return [values[begin:end] for begin, end in itertools.pairwise(lists.offsets.to_pylist())]
-
-
-def _blocks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
-    rows = iter(rows)
-    while block := list(itertools.islice(rows, size)):
-        yield block
 
 
 def _table(schema: pa.Schema, columns: Iterable[Sequence[object]]) -> pa.Table:

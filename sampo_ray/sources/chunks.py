@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from sampo_ray.sources.records import Record, open_source
+from sampo_ray.sources.records import Record, batches, open_source
 from sampo_ray.sources.source import Source, drawn
 from sampo_ray.sources.unfolding import unfolded
 
@@ -41,7 +41,7 @@ class Reading:
             records = unfolded(opened.records(), source.columns)
             if source.share < 1:
                 records = _used(records, source.share, self.seed, index)
-            for some in _batches(records, CHUNK_ROWS):
+            for some in batches(records, CHUNK_ROWS):
                 content, digest = encoded([replace(each, position=source.mark + each.position) for each in some])
                 yield Chunk(index, len(some), digest, self._share(index, opened.share_read())), content
 
@@ -80,12 +80,6 @@ def expected(rows: int, share: float | None) -> int | None:
 def _used(records: Iterable[Record], share: float, seed: int, source: int) -> Iterator[Record]:
     """The share of a source's records that a run uses, drawn anew from every CHUNK_ROWS of them."""
     start = 0
-    for some in _batches(records, CHUNK_ROWS):
+    for some in batches(records, CHUNK_ROWS):
         yield from itertools.compress(some, drawn(share, seed, source, start, len(some)))
         start += len(some)
-
-
-def _batches(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
-    records = iter(records)
-    while batch := list(itertools.islice(records, size)):
-        yield batch

@@ -1,15 +1,14 @@
 """How the rows of a source are to be read, found on its first ones before anything else is done with it."""
 
-import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from sampo_ray.config.columns import Columns
 from sampo_ray.errors import DataError
 from sampo_ray.sources.described import Entry, unread, unusable
 from sampo_ray.sources.reading import Kind, NotFound, choose
-from sampo_ray.sources.records import Record, read_records
+from sampo_ray.sources.records import Record, batches, read_records
 from sampo_ray.sources.rows import PROBED, Counts, Row, rows_of
 from sampo_ray.sources.source import Source
 from sampo_ray.sources.unfolding import unfolded
@@ -35,7 +34,7 @@ def probe(entry: Entry, kind: Kind, given: Columns, clock: Callable[[], float] =
     """
     first: list[Record] = []
     columns, failed, skipped, began = None, None, Counts(), clock()
-    for records in _lots(read_records(entry.source)):
+    for records in batches(read_records(entry.source), PROBED):
         first, counts = first or records, Counts()
         try:
             columns = _chosen(entry, kind, records, given)
@@ -67,8 +66,3 @@ def _chosen(entry: Entry, kind: Kind, records: list[Record], given: Columns) -> 
         raise
     except DataError as error:
         raise type(error)(f"data source {entry.source!r}: {error}") from None
-
-
-def _lots(records: Iterator[Record]) -> Iterator[list[Record]]:
-    while lot := list(itertools.islice(records, PROBED)):
-        yield lot

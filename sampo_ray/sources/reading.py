@@ -53,8 +53,7 @@ def choose(records: Sequence[Record], kind: Kind, given: Columns) -> Columns:
         return formed
     found = _found(rows, kind, formed)
     known = {name: getattr(formed, name) for name in formed.model_fields_set}
-    found |= {"ignore": _ignored(rows, formed)}
-    return Columns(**(dict.fromkeys(Columns.model_fields) | found | known | {"ignore": found["ignore"]}))
+    return Columns(**(dict.fromkeys(Columns.model_fields) | found | known | {"ignore": _ignored(rows, formed)}))
 
 
 def said(columns: Columns) -> str:

@@ -9,17 +9,20 @@ Files are read here, wherever they are, so that text stays the text of the file.
 has, and reads what it has saved itself and other formats.
 """
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 from fsspec.core import has_magic
 
 from sampo_ray.errors import DataError
 from sampo_ray.sources.files import Meter, as_data_error, read_file
 from sampo_ray.sources.places import Dataset, Files, chosen_split, find
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,13 @@ def open_source(name: str) -> Opened:
 def read_records(name: str) -> Iterator[Record]:
     """Streams a source's rows in an order that depends on the source alone. Raises DataError."""
     yield from open_source(name).records()
+
+
+def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """The items in their order, in lists of `size`; the last one may be shorter."""
+    items = iter(items)
+    while batch := list(itertools.islice(items, size)):
+        yield batch
 
 
 def is_here(source: str) -> bool:

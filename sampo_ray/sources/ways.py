@@ -49,10 +49,8 @@ def ways_of(table: Table, given: Columns) -> tuple[list[Way], list[Undecided]]:
     return ways, undecided
 
 
-def pairs_in(
-    way: Way, rows: Sequence[Mapping[str, object]], prompt: str | None
-) -> dict[int, tuple[str, str, set[str]]]:
-    """What a way reads in rows: chosen, rejected and all answers as texts, by the row's number."""
+def pairs_in(way: Way, rows: Sequence[Mapping[str, object]], prompt: str | None) -> Pairs:
+    """What a way reads in rows."""
     columns, found = Columns(**way, prompt=prompt), {}
     for number, row in enumerate(rows[:COMPARED]):
         try:
