@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sampo_ray.actors.ranks.exchange import RoundSpec
-from sampo_ray.actors.ranks.trainer import Rank
+from sampo_ray.actors.ranks.rank import Rank
 from sampo_ray.actors.weights.publish import NewVersion
 from sampo_ray.config.run import RunConfig, load_config
 from sampo_ray.errors import OverflowingWeightsError, TrainingError
@@ -59,7 +59,7 @@ def exported_by_a_rank(run: Run, dtype: str) -> Any:
         cast.check()
 
     rank: Any = object.__new__(Rank)
-    rank.learner, rank.first = SimpleNamespace(step=STEPS, round=0, masters=masters), True
+    rank.learner = SimpleNamespace(step=STEPS, round=0, rank=0, masters=masters)
     parts, lengths = (), np.zeros((0, 3))
     (result,) = rank.train(RoundSpec(run.id, run.place, in_dtype(run.config, dtype), 0, 0, STEPS, parts, lengths))
     return result

@@ -17,7 +17,7 @@ import pytest
 import ray
 import torch
 
-from sampo_ray.actors.ranks import trainer
+from sampo_ray.actors.ranks import rank, trainer
 from sampo_ray.actors.ranks.exchange import RoundSpec
 from sampo_ray.actors.ranks.failures import failure_of
 from sampo_ray.actors.ranks.trainer import Trainer
@@ -108,8 +108,8 @@ def fail(folder: Path, step: int) -> None:
 
 
 def scripted(config: dict[str, Any]) -> None:
-    trainer.Rank, trainer.running_store = ScriptedRank, lambda name: SimpleNamespace()  # type: ignore[assignment, misc]
-    trainer.train_rank(config)
+    rank.Rank, rank.running_store = ScriptedRank, lambda name: SimpleNamespace()  # type: ignore[assignment, misc]
+    rank.train_rank(config)
 
 
 @pytest.fixture

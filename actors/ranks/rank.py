@@ -1,0 +1,192 @@
+"""A data-parallel rank under Ray Train: it takes rounds, trains their steps, and has them published and stored."""
+
+import dataclasses
+import gc
+import logging
+import time
+from collections.abc import Iterator
+
+import pyarrow as pa
+import ray
+import torch
+import torch.distributed as dist
+from ray.actor import ActorHandle
+from transformers import AutoConfig
+
+from sampo_ray.actors.ranks.checkpoints import restore, write_checkpoint
+from sampo_ray.actors.ranks.exchange import EXCHANGE_ANSWER_S, Closed, RoundSpec
+from sampo_ray.actors.ranks.failures import RoundAbandoned, failure_of
+from sampo_ray.actors.ranks.publishing import Publisher, export
+from sampo_ray.actors.weights.client import find_weight_store
+from sampo_ray.config.run import RunConfig
+from sampo_ray.data.preferences import pairs_of, with_reference
+from sampo_ray.errors import TrainingError
+from sampo_ray.run.manifest import StepMetrics, StepResult
+from sampo_ray.run.parts import part_place
+from sampo_ray.run.storage import Place
+from sampo_ray.run.versions import version_folder
+from sampo_ray.training.batching import plan_round
+from sampo_ray.training.learner import Learner
+from sampo_ray.training.memory import check_device
+from sampo_ray.training.objective import reference_positions
+from sampo_ray.training.policy import Policy, load_policy
+from sampo_ray.training.streams import adapter_seed
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class RankSettings:
+    """What a training rank is started with."""
+
+    exchange: ActorHandle
+    store: str
+    threads: int | None
+
+
+def train_rank(config: dict[str, RankSettings]) -> None:
+    """Ray Train's training function, with its `settings`: takes rounds from the exchange until it is closed.
+
+    An error goes to the exchange first, which knows by that which rank's was the first, and then ends this rank. Ray
+    Train starts all ranks again from the last checkpoint that the manifest names, or ends them (`StopOrRestart`).
+    """
+    import deepspeed  # noqa: F401  # takes seconds; imported while engines start
+
+    settings = config["settings"]
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    rounds = Rounds(settings)
+    try:
+        rounds.train()
+    except Exception as error:
+        logger.exception("a training rank ends")
+        failure = failure_of(error, rounds.config)
+        ray.get(settings.exchange.failed.remote(failure), timeout=EXCHANGE_ANSWER_S)
+        raise
+
+
+class Rounds:
+    """The rounds that a rank trains, and `config` of the last one it took."""
+
+    def __init__(self, settings: RankSettings) -> None:
+        self._settings = settings
+        self.config: RunConfig | None = None
+
+    def train(self) -> None:
+        """Returns once the exchange is closed between two rounds; in the midst of one it raises RoundAbandoned."""
+        exchange, number, rank = self._settings.exchange, 0, None
+        while True:
+            taken = ray.get(exchange.take.remote(number, 30.0), timeout=EXCHANGE_ANSWER_S)
+            if isinstance(taken, Closed):
+                if rank is not None:
+                    rank.publisher.wait()
+                return
+            if taken is None:
+                continue
+            number, self.config = taken.number, taken.spec.config
+            if rank is None or rank.run != taken.spec.run:
+                rank = None
+                gc.collect()  # DeepSpeed's engine is in reference cycles, and memory may not hold two
+                rank = Rank(taken.spec, running_store(self._settings.store))
+            for result in rank.train(taken.spec):
+                if not rank.first:
+                    continue
+                if not ray.get(exchange.report.remote(number, result), timeout=EXCHANGE_ANSWER_S):
+                    raise RoundAbandoned(f"the driver takes no results after step {result.metrics.step}")
+
+
+def running_store(name: str) -> ActorHandle:
+    try:
+        return find_weight_store(name)
+    except ValueError as error:  # no fault of the data, for which a ValueError would be taken
+        raise RuntimeError(str(error)) from None
+
+
+class Rank:
+    """One data-parallel rank of a run: its learner, and what it reads for it."""
+
+    def __init__(self, spec: RoundSpec, store: ActorHandle) -> None:
+        self.run, self.place, self.config = spec.run, spec.place, spec.config
+        gpu = torch.cuda.is_available()
+        self.device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+        self.first = dist.get_rank() == 0
+        self.publisher = Publisher(store, self.config.publish.transport, self.device)
+        self.learner = self._load(spec)
+        restore(spec, self.learner)
+
+    def _load(self, spec: RoundSpec) -> Learner:
+        """A learner on the base or, with adapters, on what the round starts from."""
+        lora = self.config.model.lora
+        version = spec.start_version if lora else 0
+        with Place(version_folder(self.place.at("versions").url, version)).on_disk() as base:
+            if self.device.type == "cuda":
+                check_device(AutoConfig.from_pretrained(base), self.config)
+            seed, kind = adapter_seed(self.config.run.seed, spec.round), self.config.model.computed
+            checkpointing = self.config.trainer.gradient_checkpointing
+            policy = load_policy(base, checkpointing, lora=lora, seed=seed, attention=kind)
+        learner = Learner(policy.in_batches(self.config.batches_answers), self.config, self.device)
+        learner.begin_round(spec.round, lambda: self._reference(spec))
+        return learner
+
+    def _reference(self, spec: RoundSpec) -> Policy:
+        """The policy that the round starts from, frozen."""
+        with Place(version_folder(self.place.at("versions").url, spec.start_version)).on_disk() as folder:
+            policy = load_policy(folder, device=str(self.device), attention=self.config.model.computed)
+        return policy.in_batches(self.config.batches_answers).requires_grad_(False)
+
+    def train(self, spec: RoundSpec) -> Iterator[StepResult]:
+        """Trains the remaining steps of a round and yields their results, published and checkpointed as configured."""
+        if spec.round != self.learner.round:
+            if self.config.model.lora:
+                del self.learner
+                gc.collect()
+                self.learner = self._load(spec)
+            else:
+                self.learner.begin_round(spec.round, lambda: self._reference(spec))
+        learner, config = self.learner, spec.config
+        if learner.step == spec.steps:  # a run goes on whose last export failed
+            again = StepMetrics(spec.round, spec.steps, spec.start_version + spec.steps, {})
+            yield StepResult(again, unexported=export(spec, self.learner))
+            return
+        with_log_probs = config.method.needs_reference and not config.reference_workers
+        tables = self._scored(spec) if with_log_probs else (part.table() for part in spec.parts)
+        pairs = [pair for table in tables for pair in pairs_of(table)]
+        budget = dataclasses.replace(config.row_budget, world=learner.world)
+        seed, epochs = config.run.seed, config.rounds.epochs
+        for step in plan_round(spec.lengths, budget, epochs=epochs, seed=seed, round=spec.round):
+            if step.index <= learner.step:
+                continue
+            started = time.monotonic()
+            values = learner.optimize(step, pairs, spec.steps)
+            values["pairs_per_s"] = step.pairs / (time.monotonic() - started)
+            metrics = StepMetrics(spec.round, step.index, spec.start_version + step.index, values)
+            last = step.index == spec.steps
+            trouble = unexported = None
+            if publish := last or (step.index % config.publish.every_steps == 0 and not values["skipped"]):
+                trouble = self.publisher.publish(spec, learner, metrics, last)
+            if last:
+                unexported = export(spec, learner)
+            store = last or step.index % config.trainer.checkpoint_every == 0
+            checkpoint = write_checkpoint(spec, learner) if store else None
+            yield StepResult(metrics, publish, checkpoint, trouble, unexported)
+
+    def _scored(self, spec: RoundSpec) -> Iterator[pa.Table]:
+        """The round's parts with reference log-probs: the policy computes and writes them before its first step."""
+        out = spec.place.at("rounds", str(spec.round), "reference")
+        for index, part in enumerate(spec.parts):
+            place = part_place(out, index)
+            found = [self.first and place.exists()]
+            dist.broadcast_object_list(found)
+            if found[0]:
+                yield place.read_table()
+                continue
+            if self.learner.step:
+                raise TrainingError(
+                    f"{place.url} is missing and cannot be computed again, since the policy has been trained since; "
+                    "restore the file, or begin another run"
+                )
+            block, select = part.table(), reference_positions(self.config, spec.round)
+            scored = with_reference(block, self.learner.score(pairs_of(block), select))
+            if self.first:
+                place.write_table(scored)
+            yield scored
