@@ -1,0 +1,64 @@
+"""Copies of tensors in host memory that is kept for the next ones.
+
+Memory that a process touches for the first time costs several times what the copy itself does, and the more where it is
+pinned. So a buffer is taken once, at the size that is needed, and written again and again.
+"""
+
+import mmap
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 64
+
+
+class HostBuffer:
+    """Host memory for copies of tensors; the copies of the last call are overwritten by the next.
+
+    It is pinned where the tensors come from a GPU: registered as it is, since torch's allocator of pinned memory may
+    round up to a power of two.
+    """
+
+    def __init__(self) -> None:
+        self._memory: mmap.mmap | None = None
+        self._unpin: Callable[[], object] = lambda: None
+
+    def copies(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors' values on the CPU, contiguous, complete on return. Each has a storage of its own, so that
+        torch.save writes what it holds and nothing beside it."""
+        starts, end = list[int](), 0
+        for tensor in tensors:
+            starts.append(end)
+            end += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
+        from_gpu = any(tensor.is_cuda for tensor in tensors)
+        memory = self._at_least(end, from_gpu)
+        made = [_copy(memory, start, tensor) for start, tensor in zip(starts, tensors, strict=True)]
+        if from_gpu:
+            torch.cuda.current_stream().synchronize()
+        return made
+
+    def _at_least(self, nbytes: int, pinned: bool) -> mmap.mmap:
+        if self._memory is None or len(self._memory) < nbytes:
+            self._unpin()
+            self._memory = None  # the system has it back before the larger one is taken
+            self._memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if pinned:
+                self._unpin = finalizer = weakref.finalize(self, _pin(self._memory))
+                finalizer.atexit = False  # CUDA may be gone by then
+        return self._memory
+
+
+def _copy(memory: mmap.mmap, start: int, tensor: Tensor) -> Tensor:
+    if not tensor.numel():
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+    view = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=start).view(tensor.shape)
+    return view.copy_(tensor.detach(), non_blocking=True)
+
+
+def _pin(memory: mmap.mmap) -> Callable[[], object]:
+    """Pins the memory, and returns what unpins it."""
+    runtime, address = torch.cuda.cudart(), torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+    torch.cuda.check_error(runtime.cudaHostRegister(address, len(memory), 0))
+    return lambda: runtime.cudaHostUnregister(address)

@@ -1,0 +1,47 @@
+"""Copies of tensors in host memory that is kept."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sampo_ray.training.host_copies import HostBuffer
+
+TENSORS = [
+    torch.arange(7, dtype=torch.float32),
+    torch.randn(3, 5, dtype=torch.bfloat16),
+    torch.tensor(4.0),
+    torch.empty(0, 3),
+    torch.arange(12.0).view(3, 4).t(),
+    torch.tensor([True, False]),
+]
+
+
+def test_copies_have_the_values_and_stay_as_the_tensors_change() -> None:
+    tensors = [tensor.clone() for tensor in TENSORS]
+    copies = HostBuffer().copies(tensors)
+    for tensor in tensors:
+        tensor.zero_()
+    for copy, expected in zip(copies, TENSORS, strict=True):
+        assert torch.equal(copy, expected) and copy.dtype == expected.dtype
+
+
+def test_memory_is_taken_once_and_again_only_for_more() -> None:
+    buffer = HostBuffer()
+    first, again, fewer = (buffer.copies(tensors)[0].data_ptr() for tensors in (TENSORS, TENSORS, TENSORS[:2]))
+    assert first == again == fewer
+    larger = buffer.copies([torch.ones(1 << 20)])[0]
+    assert torch.equal(larger, torch.ones(1 << 20))
+
+
+def test_each_copy_is_saved_alone(tmp_path: Path) -> None:
+    copies = HostBuffer().copies([torch.ones(1 << 18), torch.ones(16)])
+    torch.save(copies[1], tmp_path / "small.pt")
+    assert (tmp_path / "small.pt").stat().st_size < 4096
+    assert torch.equal(torch.load(tmp_path / "small.pt"), torch.ones(16))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_memory_for_what_comes_from_a_gpu_is_pinned() -> None:
+    (copy,) = HostBuffer().copies([torch.arange(1 << 10, device="cuda")])
+    assert copy.is_pinned() and torch.equal(copy, torch.arange(1 << 10))
