@@ -108,7 +108,7 @@ class ServeConfig(Section):
     swap: Literal["keep", "wait"] = "keep"
     """`keep`: answers in flight continue with the new weights. `wait`: they finish first (one version an answer)."""
     while_training: Literal["pause", "answer"] = "pause"
-    """Where engines and ranks use the same GPUs by turns (`fleet.placement: shared`): while ranks train, the live policy
+    """Where engines and ranks use the same GPUs by turns (`fleet.placement: shared`): while ranks train, the policy
     pauses (503 with Retry-After), or answers from a share of a GPU's memory."""
     tools: str | None = None
     """Tool calls: who reads them from an answer, `auto` (by the form of calls in the model's chat template) or a parser
