@@ -2,6 +2,10 @@
 
 import json
 import os
+import subprocess
+import sys
+import threading
+import uuid
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -147,6 +151,33 @@ def write_recipe(folder: Path, model: Path, pairs: int) -> Path:
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(tree))
     return recipe
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[dict[str, str]]:
+    """An S3 server on this machine, empty, and the environment by which a user would name it."""
+    command = [sys.executable, "-m", "moto.server", "-p", "0"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stderr is not None
+            url = next(line.split()[-1] for line in server.stderr if "Running on" in line)
+            threading.Thread(target=server.stderr.read, daemon=True).start()  # else it would wait for a reader
+            keys = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_DEFAULT_REGION": "us-east-1"}
+            yield {"AWS_ENDPOINT_URL": url, **keys}
+        finally:
+            server.kill()
+
+
+@pytest.fixture
+def s3(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of a new bucket."""
+    import s3fs
+
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    bucket = f"bucket-{uuid.uuid4().hex[:12]}"
+    s3fs.S3FileSystem().mkdir(bucket)
+    return f"s3://{bucket}"
 
 
 @pytest.fixture(scope="session")

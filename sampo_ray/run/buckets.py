@@ -3,17 +3,18 @@
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 
 from sampo_ray.errors import WeightsError
+from sampo_ray.run.checksums import checksum as checksum
+from sampo_ray.run.checksums import checksum_of as checksum_of
+from sampo_ray.run.checksums import checksum_of_file as checksum_of_file
+from sampo_ray.run.checksums import checksums as checksums
 
 BUCKET_BYTES = 64 << 20
-PIECE_BYTES = 16 << 20
 ALIGNMENT = 64
 
 
@@ -35,30 +36,6 @@ class Bucket:
     specs: tuple[TensorSpec, ...]
     data: Any
     checksum: str
-
-
-def checksum(data: Any) -> str:
-    """Checksum of a bytes-like object; against damage, not against malice."""
-    return checksum_of([data])
-
-
-def checksum_of_file(path: Path) -> str:
-    """The checksum of a file's bytes, of which a few are in memory at a time."""
-    with path.open("rb") as file:
-        return checksum_of(iter(lambda: file.read(PIECE_BYTES), b""))
-
-
-def checksums(folder: Path) -> dict[str, str]:
-    """Of the files in a folder, by name."""
-    return {path.name: checksum_of_file(path) for path in sorted(folder.iterdir())}
-
-
-def checksum_of(pieces: Iterable[Any]) -> str:
-    """The checksum of all pieces, one after the other."""
-    state = xxhash.xxh3_128()
-    for piece in pieces:
-        state.update(piece)
-    return f"xxh3-128:{state.hexdigest()}"
 
 
 def pack(tensors: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int = BUCKET_BYTES) -> Iterator[Bucket]:

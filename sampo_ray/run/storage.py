@@ -6,14 +6,16 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from sampo_ray.run.remote_files import attempts, download, upload
 from sampo_ray.run.scratch import scratch_folder
 
 if TYPE_CHECKING:
@@ -48,8 +50,16 @@ class Place:
 
     def exists(self) -> bool:
         fs, path = self._fs()
-        fs.invalidate_cache()
         return bool(fs.exists(path))
+
+    def modified(self) -> datetime | None:
+        """When the file was written, by the clock of its storage; None where that does not say."""
+        fs, path = self._fs()
+        try:
+            found: datetime = fs.modified(path)
+        except NotImplementedError:
+            return None
+        return found
 
     def read(self, start: int | None = None, end: int | None = None) -> bytes:
         """The file, or its bytes `start` to `end`; a negative start counts from its end."""
@@ -69,6 +79,19 @@ class Place:
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
+
+    def create(self, content: bytes) -> bool:
+        """Writes the file unless there is one; False: there is. Of several processes one has True, on storage with
+        conditional writes (S3, GCS, Azure and most that are compatible), if the content of each is its own.
+        """
+        fs, path = self._fs()
+        for attempt in attempts():
+            with attempt:
+                try:
+                    fs.pipe_file(path, content, mode="create")
+                except FileExistsError:  # maybe by this very request, whose answer was lost, so that it came again
+                    return self.read() == content
+        return True
 
     def write_table(self, table: "pa.Table") -> None:
         """Writes a block as Parquet, atomically."""
@@ -103,8 +126,11 @@ class Place:
     def names(self) -> list[str]:
         """Names of what lies in the folder, sorted; none when it does not exist."""
         fs, path = self._fs()
-        fs.invalidate_cache()
-        return sorted(p.rstrip("/").rsplit("/", 1)[-1] for p in fs.ls(path, detail=False)) if fs.exists(path) else []
+        try:
+            found = [each.rstrip("/") for each in fs.ls(path, detail=False)]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(each.rsplit("/", 1)[-1] for each in found if each != path)  # consoles make files of folders
 
     def remove(self) -> None:
         """Removes a file, or a folder with what is in it; no matter if it is gone already."""
@@ -118,14 +144,23 @@ class Place:
             Path(path).unlink(missing_ok=True)
 
     def take(self, folder: Path) -> None:
-        """Moves what is in a local folder here, next to what is there already."""
+        """Moves what is in a local folder here, next to what is there already, each file whole or not at all."""
         fs, path = self._fs()
-        fs.makedirs(path, exist_ok=True)
+        if not self.local:
+            upload(fs, [(each, f"{path}/{each.relative_to(folder)}") for each in folder.rglob("*") if each.is_file()])
+            return
+        os.makedirs(path, exist_ok=True)
         for file in sorted(folder.iterdir()):
-            if self.local:
-                os.replace(file, f"{path}/{file.name}")
-            else:
-                fs.put(str(file), f"{path}/{file.name}", recursive=file.is_dir())
+            os.replace(file, f"{path}/{file.name}")
+
+    def take_file(self, file: Path) -> None:
+        """Moves a local file into this folder, whole or not at all."""
+        fs, path = self._fs()
+        if not self.local:
+            upload(fs, [(file, f"{path}/{file.name}")])
+            return
+        os.makedirs(path, exist_ok=True)
+        os.replace(file, f"{path}/{file.name}")
 
     @contextlib.contextmanager
     def draft(self) -> Iterator[Path]:
@@ -145,19 +180,24 @@ class Place:
             shutil.rmtree(left, ignore_errors=True)
 
     @contextlib.contextmanager
-    def on_disk(self) -> Iterator[Path]:
-        """The folder as local files: itself, or a copy that is gone afterwards."""
-        fs, path = self._fs()
+    def on_disk(self, names: Collection[str] | None = None) -> Iterator[Path]:
+        """The folder as local files: itself, or a copy that is gone afterwards, of the files of these `names` only if
+        there are any. FileNotFoundError where one of them is missing, or there is no such remote folder.
+        """
         if self.local:
-            yield Path(path)
+            yield Path(self.path)
             return
         with scratch_folder() as scratch:
-            target = scratch / path.rsplit("/", 1)[-1]
-            fs.get(path, str(target), recursive=True)
-            yield target
+            self.download(scratch / self.name, names)
+            yield scratch / self.name
+
+    def download(self, target: Path, names: Collection[str] | None = None) -> None:
+        """Copies the folder's files, or those of these names, into a local folder; see `on_disk`."""
+        fs, path = self._fs()
+        download(fs, path.rstrip("/"), target, names)
 
     def _fs(self) -> tuple[fsspec.AbstractFileSystem, str]:
-        fs, path = fsspec.core.url_to_fs(self.url)
+        fs, path = fsspec.core.url_to_fs(self.url, use_listings_cache=False)  # others write there, too
         return fs, path
 
 
