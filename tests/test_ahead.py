@@ -13,7 +13,7 @@ from sampo_ray.errors import StageError
 from sampo_ray.loop.fleet import Fleet
 from sampo_ray.loop.rounds import Round, prepare_next_round
 from sampo_ray.run.directory import create_run
-from sampo_ray.run.manifest import StageRecord, StepMetrics, StepResult
+from sampo_ray.run.manifest import StageRecord, StepMetrics, StepResult, Stored
 from sampo_ray.run.serving import edit_serving, pin
 from sampo_ray.run.versions import VersionInfo, WeightsId, complete_versions
 from tests.notes import Notes
@@ -100,7 +100,7 @@ def test_no_version_is_removed_while_it_is_not_known_which_are_served(tmp_path) 
 
     def train(step: int) -> None:
         metrics = StepMetrics(0, step, step, {"loss": 1.0})
-        Round(run, 0, notes).record(StepResult(metrics=metrics, published=True, checkpoint=None))
+        Round(run, 0, notes).record(StepResult(metrics, Stored(published=(step,))))
 
     run.place.at("serving.json").write(b"{")
     train(1)
@@ -136,5 +136,5 @@ def test_a_round_without_pairs_says_why_and_what_to_change(tmp_path, dropped, wo
 def test_what_went_wrong_without_hindering_a_step_is_a_note(tmp_path) -> None:
     tree = {"model": {"path": "m"}, "data": {"train": "d"}, "run": {"dir": str(tmp_path)}}
     run, notes = create_run(load_config(tree)), Notes()
-    Round(run, 0, notes).record(StepResult(StepMetrics(0, 3, 3, {"loss": 0.5}), trouble="the store did not take it"))
-    assert notes.notes == ["the store did not take it"] and len(run.metrics()) == 1
+    Round(run, 0, notes).record(StepResult(StepMetrics(0, 3, 3, {"loss": 0.5}), Stored(troubles=("no store",))))
+    assert notes.notes == ["no store"] and len(run.metrics()) == 1

@@ -16,14 +16,14 @@ from sampo_ray.actors.ranks.failures import cause_of_death, failure_of
 from sampo_ray.config.run import load_config
 from sampo_ray.config.sections import TrainerConfig
 from sampo_ray.errors import ConfigError, TrainingError, VersionError, WeightsError
-from sampo_ray.run.manifest import StepMetrics, StepResult
+from sampo_ray.run.manifest import StepMetrics, StepResult, Stored
 from sampo_ray.run.storage import Place
 
 SOON, NEVER = 10.0, 0.01
 
 
-def result(step: int, loss: float = 0.5) -> StepResult:
-    return StepResult(StepMetrics(0, step, step, {"loss": loss}))
+def result(step: int, loss: float = 0.5, *published: int) -> StepResult:
+    return StepResult(StepMetrics(0, step, step, {"loss": loss}), Stored(published))
 
 
 def test_a_rank_takes_a_round_that_is_posted_while_it_waits_and_takes_it_once() -> None:
@@ -50,6 +50,25 @@ def test_results_come_in_order_and_the_first_of_a_step_counts() -> None:
         await exchange.report(7, result(3))
         assert await exchange.results(0, SOON) == [result(1), result(2)]
         assert await exchange.results(2, NEVER) == [], "a result of another round is ignored"
+
+    asyncio.run(work(Exchange(max_failures=2), object()))
+
+
+def test_what_was_stored_with_a_step_that_is_trained_again_comes_with_the_next_new_one() -> None:
+    async def work(exchange: Exchange, spec: Any) -> None:
+        await exchange.post(spec)
+        await exchange.report(1, result(1, 0.5, 1))
+        for step in (1, 2, 3):  # ranks that went back, whose version 1 was complete only now
+            await exchange.report(1, result(step, 9.0, step, step + 10))
+        assert await exchange.results(0, SOON) == [
+            result(1, 0.5, 1),
+            result(2, 9.0, 1, 11, 2, 12),
+            result(3, 9.0, 3, 13),
+        ]
+        await exchange.report(1, result(1, 0.5, 4))
+        await exchange.post(spec)
+        await exchange.report(2, result(1))
+        assert await exchange.results(0, SOON) == [result(1)], "the round before had its last result"
 
     asyncio.run(work(Exchange(max_failures=2), object()))
 

@@ -24,7 +24,7 @@ from sampo_ray.loop.fleet import _publish_base
 from sampo_ray.loop.rounds import Round
 from sampo_ray.loop.validate import decided
 from sampo_ray.run.directory import Run, create_run, open_run
-from sampo_ray.run.manifest import Checkpoint
+from sampo_ray.run.manifest import Checkpoint, Stored
 from sampo_ray.run.version_files import write_version
 from sampo_ray.run.versions import VersionInfo, export_folder, is_complete, version_folder
 from sampo_ray.training.saving import Cast
@@ -79,7 +79,7 @@ def test_weights_that_float16_cannot_hold_stop_a_run_that_has_stored_them_and_go
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stored = Checkpoint(path="checkpoints/0-000004", round=0, step=STEPS, world=1, files={})
-    failed = dataclasses.replace(exported_by_a_rank(run, "float16"), checkpoint=stored)
+    failed = dataclasses.replace(exported_by_a_rank(run, "float16"), stored=Stored(checkpoints=(stored,)))
     with pytest.raises(TrainingError, match=r"float16 cannot hold 1 of the weights.*set run\.export_dtype=bfloat16"):
         Round(run, 0, MagicMock()).record(failed)
     run = open_run(run.place.url)

@@ -83,7 +83,10 @@ class ScriptedRank:
     def __init__(self, spec: RoundSpec, store: object) -> None:
         import torch.distributed as dist
 
-        self.run, self.first, self.sender = spec.run, dist.get_rank() == 0, None
+        self.run, self.first = spec.run, dist.get_rank() == 0
+
+    def close(self) -> None:
+        pass
 
     def train(self, spec: RoundSpec) -> Iterator[StepResult]:
         import torch.distributed as dist

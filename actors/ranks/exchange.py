@@ -8,13 +8,13 @@ ranks that went back to a checkpoint train steps again that were reported alread
 import asyncio
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from sampo_ray.config.run import RunConfig
 from sampo_ray.errors import TrainingError
-from sampo_ray.run.manifest import StepResult
+from sampo_ray.run.manifest import StepResult, Stored
 from sampo_ray.run.parts import Part
 from sampo_ray.run.storage import Place
 
@@ -66,6 +66,7 @@ class Exchange:
         self._changed = asyncio.Condition()
         self._posted: Posted | None = None
         self._results: dict[int, StepResult] = {}
+        self._stored = Stored()  # reported with steps that had been before; it goes with the next new one
         self._max_failures, self._failures = max_failures, 0
         self._cause: RankFailure | None = None  # of the failure that is being dealt with
         self._ended: str | None = None  # why there are no more results
@@ -74,7 +75,7 @@ class Exchange:
     async def post(self, spec: RoundSpec) -> None:
         """Makes a round the current one; the one before must be finished."""
         async with self._changed:
-            self._posted, self._results = Posted(self._number + 1, spec), {}
+            self._posted, self._results, self._stored = Posted(self._number + 1, spec), {}, Stored()
             self._changed.notify_all()
 
     async def close(self) -> None:
@@ -93,9 +94,11 @@ class Exchange:
     async def report(self, number: int, result: StepResult) -> bool:
         """Keeps a step's result of the round of that number. Returns whether the driver waits for more."""
         async with self._changed:
-            if number == self._number and result.metrics.step not in self._results:
-                self._results[result.metrics.step] = result
-                self._failures = 0
+            if number == self._number:
+                self._stored += result.stored
+                if result.metrics.step not in self._results:
+                    self._results[result.metrics.step] = replace(result, stored=self._stored)
+                    self._stored, self._failures = Stored(), 0
             self._changed.notify_all()
             return not self._closed and self._ended is None
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from ray.actor import ActorHandle
 from transformers import AutoConfig
 
+from sampo_ray.actors.ranks.background import Background
 from sampo_ray.actors.ranks.checkpoints import restore, write_checkpoint
 from sampo_ray.actors.ranks.exchange import EXCHANGE_ANSWER_S, Closed, RoundSpec
 from sampo_ray.actors.ranks.failures import RoundAbandoned, failure_of
@@ -21,7 +22,7 @@ from sampo_ray.actors.weights.client import find_weight_store
 from sampo_ray.config.run import RunConfig
 from sampo_ray.data.preferences import pairs_of, with_reference
 from sampo_ray.errors import TrainingError
-from sampo_ray.run.manifest import StepMetrics, StepResult
+from sampo_ray.run.manifest import StepMetrics, StepResult, Stored
 from sampo_ray.run.parts import part_place
 from sampo_ray.run.storage import Place
 from sampo_ray.run.versions import version_folder
@@ -79,12 +80,14 @@ class Rounds:
             taken = ray.get(exchange.take.remote(number, 30.0), timeout=EXCHANGE_ANSWER_S)
             if isinstance(taken, Closed):
                 if rank is not None:
-                    rank.publisher.wait()
+                    rank.close()
                 return
             if taken is None:
                 continue
             number, self.config = taken.number, taken.spec.config
             if rank is None or rank.run != taken.spec.run:
+                if rank is not None:
+                    rank.close()
                 rank = None
                 gc.collect()  # DeepSpeed's engine is in reference cycles, and memory may not hold two
                 rank = Rank(taken.spec, running_store(self._settings.store))
@@ -110,9 +113,15 @@ class Rank:
         gpu = torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
         self.first = dist.get_rank() == 0
+        self.background = Background()
         self.publisher = Publisher(store, self.config.publish.transport, self.device)
         self.learner = self._load(spec)
         restore(spec, self.learner)
+
+    def close(self) -> None:
+        """Waits for what is done beside the training."""
+        self.background.close()
+        self.publisher.wait()
 
     def _load(self, spec: RoundSpec) -> Learner:
         """A learner on the base or, with adapters, on what the round starts from."""
@@ -161,14 +170,15 @@ class Rank:
             values["pairs_per_s"] = step.pairs / (time.monotonic() - started)
             metrics = StepMetrics(spec.round, step.index, spec.start_version + step.index, values)
             last = step.index == spec.steps
-            trouble = unexported = None
-            if publish := last or (step.index % config.publish.every_steps == 0 and not values["skipped"]):
+            if last or (step.index % config.publish.every_steps == 0 and not values["skipped"]):
                 trouble = self.publisher.publish(spec, learner, metrics, last)
+                self.background.report(Stored((metrics.version,), troubles=(trouble,) if trouble else ()))
+            unexported = export(spec, learner) if last else None
+            if last or step.index % config.trainer.checkpoint_every == 0:
+                self.background.report(Stored(checkpoints=(write_checkpoint(spec, learner),)))
             if last:
-                unexported = export(spec, learner)
-            store = last or step.index % config.trainer.checkpoint_every == 0
-            checkpoint = write_checkpoint(spec, learner) if store else None
-            yield StepResult(metrics, publish, checkpoint, trouble, unexported)
+                self.background.wait()
+            yield StepResult(metrics, self.background.collect(), unexported)
 
     def _scored(self, spec: RoundSpec) -> Iterator[pa.Table]:
         """The round's parts with reference log-probs: the policy computes and writes them before its first step."""

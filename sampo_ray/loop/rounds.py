@@ -16,7 +16,7 @@ from sampo_ray.loop import stages, tokenizing
 from sampo_ray.loop.blocks import STAGE_STALL_S, StageOutput
 from sampo_ray.loop.tokenizing import Tokenizing
 from sampo_ray.run.directory import Run
-from sampo_ray.run.manifest import StageRecord, StepMetrics, StepResult
+from sampo_ray.run.manifest import Checkpoint, StageRecord, StepMetrics, StepResult
 from sampo_ray.run.parts import Part, parts_of
 from sampo_ray.run.serving import read_serving
 from sampo_ray.run.storage import Place
@@ -129,7 +129,7 @@ class Round:
         self.run, self.index, self.reporter, self.config = run, index, reporter, run.config
         self.folder = run.place.at("rounds", str(index))
         self.seconds_left: float | None = None  # of the training, at its present pace; None before the first step
-        self._record = run.round(index)
+        self._record, self._overtaken = run.round(index), 0
         if not self.committed:
             reporter.begin_round(index, run.config.rounds.count)
 
@@ -272,25 +272,36 @@ class Round:
         self._record.stages["train"] = StageRecord(steps=steps, seconds=round(time.monotonic() - started, 2))
 
     def record(self, result: StepResult) -> None:
-        """Records a step's metrics, version and checkpoint; deletes versions and checkpoints that they replace.
+        """Records a step's metrics and what was stored; deletes versions and checkpoints that are replaced by that.
         TrainingError when the round's weights could not be exported, from which a resumed run goes on."""
         self.run.record(result.metrics)
         self.reporter.metrics(result.metrics)
-        if result.trouble:
-            self.reporter.note(result.trouble)
-        if result.published:
-            self.reporter.version(result.metrics.version)
+        for trouble in result.stored.troubles:
+            self.reporter.note(trouble)
+        for version in result.stored.published:
+            self.reporter.version(version)
+        if result.stored.published:
             self._prune_versions()
-        if new := result.checkpoint:
-            manifest = self.run.manifest
-            # After a crash it may be one of them that was written again.
-            others = [each for each in (manifest.checkpoint, manifest.earlier) if each and each.path != new.path]
-            manifest.checkpoint, manifest.earlier = new, next(iter(others), None)
-            self.run.save()
-            for replaced in others[1:]:
-                self.run.place.at(replaced.path).remove()
+        for checkpoint in result.stored.checkpoints:
+            self._take(checkpoint)
+        self._overtaken += len(result.stored.overtaken)
+        if self._overtaken and result.metrics.step == self._record.steps:
+            self.reporter.note(
+                f"{self._overtaken} versions of round {self.index + 1} were not published, as the one before was still "
+                f"being written; raise publish.every_steps={self.config.publish.every_steps} to have them made evenly"
+            )
         if result.unexported:
             raise TrainingError(result.unexported)
+
+    def _take(self, new: Checkpoint) -> None:
+        """Names a complete checkpoint in the manifest, and deletes what it replaces."""
+        manifest = self.run.manifest
+        # After a crash it may be one of them that was written again.
+        others = [each for each in (manifest.checkpoint, manifest.earlier) if each and each.path != new.path]
+        manifest.checkpoint, manifest.earlier = new, next(iter(others), None)
+        self.run.save()
+        for replaced in others[1:]:
+            self.run.place.at(replaced.path).remove()
 
     def commit(self) -> None:
         """Marks the round as finished. Its export, its last version and its checkpoint are durable by now."""

@@ -134,14 +134,32 @@ class StepMetrics:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """What has become durable beside the training, and what went wrong with that without hindering it."""
+
+    published: tuple[int, ...] = ()
+    """Versions."""
+    checkpoints: tuple[Checkpoint, ...] = ()
+    troubles: tuple[str, ...] = ()
+    overtaken: tuple[int, ...] = ()
+    """Versions that were not made, as the one before was still being written."""
+
+    def __add__(self, later: "Stored") -> "Stored":
+        return Stored(
+            self.published + later.published,
+            self.checkpoints + later.checkpoints,
+            self.troubles + later.troubles,
+            self.overtaken + later.overtaken,
+        )
+
+
+@dataclass(frozen=True)
 class StepResult:
-    """What the training ranks report of a step: its metrics, what they stored of the policy after it, what went wrong
-    without hindering the training, and why the round is trained but not exported."""
+    """What the training ranks report of a step: its metrics, what was `stored` since the result before, and why the
+    round is trained but not exported. All of a round is stored once its last result is there."""
 
     metrics: StepMetrics
-    published: bool = False
-    checkpoint: Checkpoint | None = None
-    trouble: str | None = None
+    stored: Stored = Stored()
     unexported: str | None = None
 
 

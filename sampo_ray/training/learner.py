@@ -262,9 +262,9 @@ def _skip_reason(pairs: list[str]) -> str:
     return f"the loss is not finite of pair {named}" + (f" and {more} more" if more > 0 else "")
 
 
-def from_all_ranks(value: T) -> list[T]:
-    """The values of all ranks, by rank; collective."""
-    dist.all_gather_object(values := [value] * dist.get_world_size(), value)
+def from_all_ranks(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """The values of all ranks, by rank; collective in the `group`, which has all of them."""
+    dist.all_gather_object(values := [value] * dist.get_world_size(), value, group)
     return values
 
 
