@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -59,13 +59,13 @@ def test_what_a_job_holds_is_freed_when_it_is_over(background: Background) -> No
     freed = threading.Event()
 
     class Large:
+        def write(self) -> None:
+            pass
+
         def __del__(self) -> None:
             freed.set()
 
-    def job(large: Large) -> Callable[[], None]:
-        return lambda: print(id(large))
-
-    background.start("large", job(Large()))
+    background.start("large", Large().write)
     assert freed.wait(scaled(30))
 
 
