@@ -41,6 +41,9 @@ class RunConfig(Section):
     publish: serving.PublishConfig = serving.PublishConfig()
     serve: serving.ServeConfig = Field(default_factory=serving.ServeConfig)
     run: sections.OutputConfig
+    chosen: dict[str, str | int | float] = Field(default_factory=dict)
+    """Written by the program: sizes that were left open, which are chosen anew where the run goes on elsewhere. One
+    that was changed since counts as given."""
 
     @property
     def row_budget(self) -> RowBudget:
@@ -57,7 +60,15 @@ class RunConfig(Section):
     @property
     def reference_workers(self) -> bool:
         """Whether workers of their own compute the reference's log-probs."""
-        return self.method.needs_reference and self.reference.where == "workers"
+        return self.method.needs_reference and self.reference.where != "trainer"
+
+    @property
+    def shared_replicas(self) -> bool:
+        """Whether rollouts may use the live policy's replicas: where they share devices, as long as it serves the
+        newest version."""
+        steady = self.serve.follow == "latest" and not self.serve.gates.any
+        together = self.profile != "cluster" or self.fleet.placement == "shared"
+        return self.serve.enabled and steady and together
 
     @property
     def limits(self) -> sections.DataConfig:
@@ -143,12 +154,6 @@ class RunConfig(Section):
         if self.model.attention == "flex" and self.trainer.gradient_checkpointing == "selective":
             raise ValueError(
                 "trainer.gradient_checkpointing=selective does not go with model.attention=flex; use true or false"
-            )
-        workers = self.trainer.workers or 1
-        if self.optim.batch_size % workers:
-            raise ValueError(
-                f"optim.batch_size={self.optim.batch_size} does not divide over trainer.workers={workers}; "
-                f"use {max(1, self.optim.batch_size // workers) * workers}"
             )
         if self.trainer.tokens_per_row is not None and self.trainer.tokens_per_row < 2 * self.data.max_length:
             raise ValueError(

@@ -240,10 +240,10 @@ class OptimConfig(Section):
 
 
 class ReferenceConfig(Section):
-    where: Literal["workers", "trainer"] = "workers"
+    where: Literal["auto", "workers", "trainer"] = "auto"
     """Who computes the log-probs of a round's reference: workers of their own, or the trainer's ranks before the
     round's first step, when the policy still is the reference. `trainer` saves a copy of the model; same bits on CPUs.
-    """
+    `auto`: the ranks where they have GPUs, which would wait for the workers, unless sizes of workers are given."""
     positions: Literal["all", "sampled"] = "all"
     """`sampled`: only of the tokens that SamPO's masks keep; other tokens get NaN. Same bits (on CPUs) for less of
     the head's work, but stored log-probs are good for this run's masks alone."""
@@ -360,6 +360,9 @@ class FleetsConfig(Section):
     generators: GeneratorsConfig = GeneratorsConfig()
     references: FleetConfig = FleetConfig(max_ongoing_requests=2)
     rewards: FleetConfig = FleetConfig(max_ongoing_requests=8)
+    placement: Literal["auto", "shared", "split"] = "auto"
+    """`shared`: engines and ranks take turns on the same GPUs, all sample, then all train. `split`: each has GPUs, or
+    parts of them, of its own. Default: shared on fewer than four GPUs where nothing rules it out, else split."""
 
 
 class OutputConfig(Section):

@@ -102,9 +102,8 @@ def open_fleet(run: Run, keep_serving: bool = False) -> Iterator[Fleet]:
 
 
 def is_shared(config: RunConfig) -> bool:
-    """Whether rollouts may use the live policy's replicas: on one machine, as long as it serves the newest version."""
-    steady = config.serve.follow == "latest" and not config.serve.gates.any
-    return config.serve.enabled and steady and config.profile != "cluster"
+    """Whether rollouts may use the live policy's replicas."""
+    return config.shared_replicas
 
 
 def applications(run: Run, serving: "PolicyServing") -> dict[str, serve.Application]:
