@@ -10,7 +10,7 @@ import logging
 import socket
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import ray
 from ray import serve
@@ -130,9 +130,10 @@ def deploy_endpoint(name: str, policy_app: str, store: str, config: ServeConfig,
     raise EndpointError(f"the endpoint could not be deployed: {reason}")
 
 
-def await_endpoint(name: str, route_prefix: str = "/") -> str:
+def await_endpoint(name: str, route_prefix: str = "/", look: Callable[[], bool] = bool) -> str:
     """The base URL, to which a client appends `/v1/...`, once the endpoint answers. EndpointError when its deployment
-    fails, takes longer than DEPLOY_TIMEOUT_S, or is not followed by an answer within ANSWER_TIMEOUT_S.
+    fails, takes longer than DEPLOY_TIMEOUT_S, or is not followed by an answer within ANSWER_TIMEOUT_S. Time in which
+    `look()` does not count: it waits for nodes then.
     """
     proxies, proxy_ip = _proxies(), _proxy_ip()
     begun = deployed = time.monotonic()
@@ -148,6 +149,8 @@ def await_endpoint(name: str, route_prefix: str = "/") -> str:
         if app.status == "RUNNING" if asks_serve else _answers(url):
             return url
         moment = time.monotonic()
+        if look():
+            begun = deployed = moment
         if app.status == "DEPLOYING" and moment - begun < DEPLOY_TIMEOUT_S:
             deployed = moment
         elif moment - deployed > ANSWER_TIMEOUT_S or app.status == "DEPLOYING":

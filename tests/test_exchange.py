@@ -13,6 +13,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from sampo_ray.actors.ranks.exchange import Closed, Exchange, Posted, RankFailure
 from sampo_ray.actors.ranks.failures import cause_of_death, failure_of
+from sampo_ray.actors.waiting import Wait
 from sampo_ray.config.run import load_config
 from sampo_ray.config.sections import TrainerConfig
 from sampo_ray.errors import ConfigError, TrainingError, VersionError, WeightsError
@@ -208,6 +209,6 @@ def test_an_exchange_that_is_gone_is_one_message(monkeypatch: pytest.MonkeyPatch
         raise ActorDiedError()
 
     monkeypatch.setattr("ray.get", gone)
-    trainer = Trainer(TrainerConfig(lifetime="round"), "store", Place("memory://logs"))
+    trainer = Trainer(TrainerConfig(lifetime="round"), "store", Place("memory://logs"), Wait([], print, 1))
     with pytest.raises(TrainingError, match=r"does not answer \(ActorDiedError: The actor died unexpectedly"):
         trainer._ask(cast(ObjectRef, None))

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from sampo_ray.actors.weights.pinned import last_error
 from sampo_ray.config.run import load_config
 from sampo_ray.config.serving import ServeConfig
 from sampo_ray.console import session
 from sampo_ray.errors import EndpointError
-from sampo_ray.loop.fleet import applications, last_error, routes_of
+from sampo_ray.loop.fleet import applications, routes_of
 from sampo_ray.loop.rounds import Round
 from sampo_ray.loop.validate import Checked
 from sampo_ray.run.directory import create_run

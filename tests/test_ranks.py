@@ -21,6 +21,7 @@ from sampo_ray.actors.ranks import rank, trainer
 from sampo_ray.actors.ranks.exchange import RoundSpec
 from sampo_ray.actors.ranks.failures import failure_of
 from sampo_ray.actors.ranks.trainer import Trainer
+from sampo_ray.actors.waiting import Wait
 from sampo_ray.actors.weights import publish
 from sampo_ray.actors.weights.publish import NewVersion
 from sampo_ray.config.run import load_config
@@ -119,7 +120,8 @@ def scripted(config: dict[str, Any]) -> None:
 def ranks(local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Trainer]:
     """Two ranks that may fail once without a new step."""
     monkeypatch.setattr(trainer, "train_rank", scripted)
-    running = Trainer(TrainerConfig(workers=2, num_cpus=0.5, max_failures=1), "none", Place(str(tmp_path / "ray")))
+    config, wait = TrainerConfig(workers=2, num_cpus=0.5, max_failures=1), Wait([], logger.info, 600)
+    running = Trainer(config, "none", Place(str(tmp_path / "ray")), wait)
     yield running
     running.close()
 

@@ -71,6 +71,7 @@ class Exchange:
         self._cause: RankFailure | None = None  # of the failure that is being dealt with
         self._ended: str | None = None  # why there are no more results
         self._closed = False
+        self._there = False  # whether ranks run, as far as is known
 
     async def post(self, spec: RoundSpec) -> None:
         """Makes a round the current one; the one before must be finished."""
@@ -87,6 +88,7 @@ class Exchange:
     async def take(self, after: int, timeout_s: float) -> Posted | Closed | None:
         """The current round once its number is above `after`; None when there is none within `timeout_s`."""
         async with self._changed:
+            self._there = True
             if not await self._until(lambda: self._closed or self._number > after, timeout_s):
                 return None
             return self._posted if self._number > after else Closed()
@@ -114,7 +116,7 @@ class Exchange:
         own error, else of `other`. A failure that was planned, as a node that is taken back, does not count."""
         async with self._changed:
             reason = died or (self._cause.reason if self._cause else other)
-            self._cause = None
+            self._cause, self._there = None, False
             self._failures += counts
             if self._failures > self._max_failures:
                 self._end(
@@ -122,6 +124,10 @@ class Exchange:
                     f"(trainer.max_failures={self._max_failures}), the last time of this: {reason}"
                 )
             return not self._closed and self._ended is None
+
+    async def has_ranks(self) -> bool:
+        """Whether ranks run, or wait for a round; not while they are started, or started again."""
+        return self._there
 
     def _end(self, reason: str | None) -> None:
         self._ended = self._ended or reason

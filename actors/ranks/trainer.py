@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from sampo_ray.actors.ranks.exchange import EXCHANGE_ANSWER_S, Exchange, RoundSpec
 from sampo_ray.actors.ranks.failures import StopOrRestart
 from sampo_ray.actors.ranks.rank import RankSettings, train_rank
+from sampo_ray.actors.waiting import POLL_S, Wait
 from sampo_ray.config.sections import TrainerConfig
 from sampo_ray.errors import TrainingError, described
 from sampo_ray.run.manifest import StepResult
@@ -25,7 +27,7 @@ from sampo_ray.run.storage import Place
 
 logger = logging.getLogger(__name__)
 
-STOP_S = 120.0
+STOP_S, RESULTS_S = 120.0, 5.0
 ELASTIC_S = 30
 """With `min_workers`: how long fewer ranks wait for the others (Ray counts a lost node for a while), and how often Ray
 Train looks for room for more."""
@@ -34,11 +36,12 @@ Train looks for room for more."""
 class Trainer:
     """Data-parallel ranks under Ray Train, waiting for rounds. Close it to end them.
 
-    With `lifetime: round` they are started for each round, from the checkpoint that ended the last.
+    With `lifetime: round` they are started for each round, from the checkpoint that ended the last. Ray Train tries for
+    ever to start ranks that lack nodes; `wait` says what they lack, and ends it.
     """
 
-    def __init__(self, config: TrainerConfig, store: str, storage: Place) -> None:
-        self._config, self._store, self._storage = config, store, storage
+    def __init__(self, config: TrainerConfig, store: str, storage: Place, wait: Wait) -> None:
+        self._config, self._store, self._storage, self._wait = config, store, storage, wait
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
         if config.lifetime == "run":
@@ -55,14 +58,13 @@ class Trainer:
         self._exchange = start_exchange.remote(config.max_failures)
         workers, gpus = config.workers or 1, config.num_gpus or 0
         threads = None if gpus else max(1, torch.get_num_threads() // workers)
-        cpus = 1.0 if config.num_cpus is None else config.num_cpus
         fit = TorchTrainer(
             train_rank,
             train_loop_config={"settings": RankSettings(self._exchange, self._store, threads)},
             scaling_config=ScalingConfig(
                 num_workers=(config.min_workers, workers) if config.min_workers else workers,
                 use_gpu=bool(gpus),
-                resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
+                resources_per_worker=resources_of(config),
                 elastic_resize_monitor_interval_s=ELASTIC_S,
             ),
             # A new name each time: the manifest decides where to continue, not Ray's state of an earlier driver.
@@ -82,11 +84,17 @@ class Trainer:
         except BaseException as error:  # raised in the loop, which waits for results
             self._error = error
 
+    def await_nodes(self) -> None:
+        """Returns once ranks that are being started lack no node. FleetError when one was lacking for too long."""
+        while self._thread and not self._ask(self._exchange.has_ranks.remote()) and self._wait.look():
+            time.sleep(POLL_S)
+
     def train(self, spec: RoundSpec, after_step: int) -> Iterator[StepResult]:
         """Hands a round to the ranks and yields the results of its steps after `after_step`, as they come.
 
         Raises TrainingError with the first cause as soon as a rank has failed for good, or when Ray Train ended before
-        the round did. The other ranks end meanwhile; `close` waits for them.
+        the round did; FleetError when the ranks have waited long enough for nodes. The other ranks end meanwhile;
+        `close` waits for them.
         """
         if after_step >= spec.steps:
             return
@@ -94,15 +102,21 @@ class Trainer:
             self._start()
         self._ask(self._exchange.post.remote(spec))
         while after_step < spec.steps:
-            # After 5 s without results it looks whether Ray Train still runs.
-            results = self._ask(self._exchange.results.remote(after_step, 5.0))
+            results = self._ask(self._exchange.results.remote(after_step, RESULTS_S))
             for result in results:
                 after_step = result.metrics.step
                 yield result
-            if not results and not (self._thread and self._thread.is_alive()):
-                raise TrainingError(f"the training ranks ended before the round did: {last_line(self._error)}")
+            if not results:
+                self._look()
         if self._config.lifetime == "round":
             self.close()
+
+    def _look(self) -> None:
+        """What may be wrong while no results come: Ray Train has ended, or ranks wait for nodes."""
+        if not (self._thread and self._thread.is_alive()):
+            raise TrainingError(f"the training ranks ended before the round did: {last_line(self._error)}")
+        if not self._ask(self._exchange.has_ranks.remote()):
+            self._wait.look()
 
     def _ask(self, call: ray.ObjectRef) -> Any:
         """The exchange's answer. TrainingError, also where the exchange is gone."""
@@ -115,15 +129,24 @@ class Trainer:
             raise TrainingError(reason) from None
 
     def close(self) -> None:
-        """Tells the ranks to end, in the midst of a round after its present step, and waits for them."""
+        """Tells the ranks to end, in the midst of a round after its present step, and waits for them. Ranks that wait
+        for nodes hold nothing: they end with this process, or once they have started."""
         if self._thread is None:
             return
+        running = False
         with contextlib.suppress(TrainingError):  # without their exchange they end by themselves
+            running = self._ask(self._exchange.has_ranks.remote())
             self._ask(self._exchange.close.remote())
-        self._thread.join(timeout=STOP_S)
-        if self._thread.is_alive():
+        self._thread.join(timeout=STOP_S if running else 0)
+        if running and self._thread.is_alive():
             logger.warning("the training ranks did not end within %d s", STOP_S)
         self._thread = None
+
+
+def resources_of(config: TrainerConfig) -> dict[str, float]:
+    """What a rank asks Ray for."""
+    gpus = {"GPU": config.num_gpus} if config.num_gpus else {}
+    return {"CPU": 1.0 if config.num_cpus is None else config.num_cpus, **gpus}
 
 
 def last_line(error: BaseException | None) -> str:

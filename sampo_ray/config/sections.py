@@ -363,6 +363,8 @@ class FleetsConfig(Section):
     placement: Literal["auto", "shared", "split"] = "auto"
     """`shared`: engines and ranks take turns on the same GPUs, all sample, then all train. `split`: each has GPUs, or
     parts of them, of its own. Default: shared on fewer than four GPUs where nothing rules it out, else split."""
+    start_timeout_s: float = Field(1800.0, gt=0)
+    """Seconds that a start, or ranks that are started again, wait for nodes while none comes that they lack."""
 
 
 class OutputConfig(Section):

@@ -127,6 +127,7 @@ def filled(config: RunConfig, layout: Layout, ranks: int, generators: int) -> Ru
     }
     sized = FleetsConfig(
         placement=layout.placement,
+        start_timeout_s=fleets.start_timeout_s,
         generators=fleet(fleets.generators, generators, each, share.engine),
         references=fleet(fleets.references, 1, each, share.scorer),
         rewards=fleet(fleets.rewards, 1, min(each, 0.1), share.scorer if config.reward.model else 0.0),

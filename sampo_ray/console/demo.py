@@ -43,7 +43,7 @@ def run_demo(directory: Path, seed: int, keep_serving: bool) -> None:
         resources = stack.enter_context(session.ray_cluster(display.note))
         runs = {name: demo_run(folder, name, assets, seed, resources) for name in ROWS}
         with display.stage("start", None, "engines"):
-            fleet = stack.enter_context(open_fleet(list(runs.values())[-1], keep_serving))
+            fleet = stack.enter_context(open_fleet(list(runs.values())[-1], keep_serving, display.note))
         session.announce(display, fleet.endpoint)
         answers: dict[str, Answers] = {}
         expected = [json.loads(line)["answer"] for line in assets.evaluation.read_text().splitlines()]

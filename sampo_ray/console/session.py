@@ -123,7 +123,7 @@ def _run(checked: "Checked", resumed: str | None, keep_serving: bool, check: Che
         run.check = check
         run.log = stack.enter_context(open_trackers(config, run.place, run.id))
         with display.stage("start", None, "engines"):
-            fleet = stack.enter_context(open_fleet(run, keep_serving))
+            fleet = stack.enter_context(open_fleet(run, keep_serving, display.note))
         announce(display, fleet.endpoint)
         try:
             export = iterate(run, fleet, display)
@@ -157,7 +157,7 @@ def serve(directory: str, overrides: list[str]) -> None:
         for note in start_serve(config.serve):
             display.note(note)
         with display.stage("start", None, "engine"):
-            endpoint = stack.enter_context(open_live(open_run(run.place.url, config)))
+            endpoint = stack.enter_context(open_live(open_run(run.place.url, config), display.note))
         announce(display, endpoint)
         serve_until_interrupt(display, endpoint, config.serve.keyed)
 

@@ -54,3 +54,16 @@ def result_ref(response: DeploymentResponse, timeout_s: float) -> ray.ObjectRef:
 def begin_delete(app: str) -> None:
     """Begins to take an application down. Reaches the argument `_blocking` of `serve.delete`."""
     serve.delete(app, _blocking=False)
+
+
+def bundles_of(app: serve.Application) -> tuple[dict[str, float], ...]:
+    """What one replica of an application asks Ray for: the bundles of its placement group, else one for itself.
+
+    Reaches `_bound_deployment` and its `_replica_config`.
+    """
+    config = app._bound_deployment._replica_config
+    if config.placement_group_bundles:
+        return tuple(dict(each) for each in config.placement_group_bundles)
+    options = config.ray_actor_options
+    names = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
+    return ({name: float(options.get(option) or 0) for name, option in names.items()},)

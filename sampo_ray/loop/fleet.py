@@ -1,6 +1,7 @@
 """The fleet of a run: weight store, policy replicas, endpoint, reference and reward workers, trainer."""
 
 import contextlib
+import logging
 import os
 import tempfile
 import time
@@ -20,8 +21,9 @@ from transformers import PreTrainedModel
 
 from sampo_ray.actors.guard import start_guard
 from sampo_ray.actors.scoring.workers import build_reference_app, build_reward_app
+from sampo_ray.actors.waiting import Need, Wait
 from sampo_ray.actors.weights.client import Channel
-from sampo_ray.actors.weights.pinned import delete_apps, delete_pinned, last_error
+from sampo_ray.actors.weights.pinned import delete_apps, delete_pinned
 from sampo_ray.actors.weights.publish import NewVersion, publish_version
 from sampo_ray.actors.weights.store import start_weight_store
 from sampo_ray.config.run import RunConfig
@@ -29,6 +31,7 @@ from sampo_ray.config.sections import GeneratorsConfig
 from sampo_ray.data.chat import ChatFormat
 from sampo_ray.errors import FleetError, UserError
 from sampo_ray.internals.transformers import saved_tensors
+from sampo_ray.loop.starting import needs_of, run_apps
 from sampo_ray.run.directory import Run
 from sampo_ray.run.manifest import lineage
 from sampo_ray.run.storage import Place
@@ -41,6 +44,7 @@ from sampo_ray.training.saving import Cast, SavedModel
 if TYPE_CHECKING:
     from sampo_ray.actors.ranks.trainer import Trainer
 
+logger = logging.getLogger(__name__)
 STORE_ANSWER_S, ATTACH_S, PUBLISH_BASE_S = 120.0, 120.0, 3600.0
 
 
@@ -55,11 +59,12 @@ class Fleet:
     endpoint: str | None
     separate_generators: DeploymentHandle | None
     shared_policy: DeploymentHandle | None
+    wait: Wait
     start_seconds: float  # until all was ready
 
     def attach(self, run: Run) -> None:
         """Makes the fleet serve this run, from its latest durable version."""
-        attach_run(self.store, run)
+        attach_run(self.store, run, self.wait)
 
     def generators(self, version: int | None = None) -> DeploymentHandle:
         """The replicas for rollouts of a version (None: of the newest): the live policy's where they may be shared and
@@ -80,25 +85,29 @@ class Fleet:
 
 
 @contextlib.contextmanager
-def open_fleet(run: Run, keep_serving: bool = False) -> Iterator[Fleet]:
-    """Starts what the run needs, waits until it is ready, and takes it down afterwards.
+def open_fleet(run: Run, keep_serving: bool = False, note: Callable[[str], None] = logger.info) -> Iterator[Fleet]:
+    """Starts what the run needs, waits until it is ready, and takes it down afterwards. `note` takes lines on nodes
+    that are waited for; FleetError where nothing comes any more.
 
     With `keep_serving` the endpoint, its policy replicas and the weight store stay, and outlive this process.
     """
-    from sampo_ray.actors.ranks.trainer import Trainer  # takes seconds, which `sampo serve` saves
+    from sampo_ray.actors.ranks.trainer import Trainer, resources_of  # takes seconds, which `sampo serve` saves
 
     config, started = run.config, time.monotonic()
     with contextlib.ExitStack() as stack:
         serving = PolicyServing(stack, run, run.id, "weights.json", keep_serving)
-        trainer = Trainer(config.trainer, serving.store_name, run.place.at("logs", "ray-train"))  # starts meanwhile
+        rank = Need("ranks", (resources_of(config.trainer),), "trainer.workers")
+        wait, logs = Wait([rank], note, config.fleet.start_timeout_s), run.place.at("logs", "ray-train")
+        trainer = Trainer(config.trainer, serving.store_name, logs, wait)  # starts meanwhile
         stack.callback(trainer.close)
-        attach_run(serving.store, run)
+        attach_run(serving.store, run, wait)
         apps = applications(run, serving)
-        handles, endpoint = serving.deploy(apps)
+        handles, endpoint = serving.deploy(apps, wait)
+        trainer.await_nodes()
         policy, generators = handles.get(f"{run.id}-policy"), handles.get(f"{run.id}-generators")
         references, rewards = handles.get(f"{run.id}-references"), handles.get(f"{run.id}-rewards")
         shared, seconds = policy if is_shared(config) else None, time.monotonic() - started
-        yield Fleet(serving.store, trainer, references, rewards, endpoint, generators, shared, seconds)
+        yield Fleet(serving.store, trainer, references, rewards, endpoint, generators, shared, wait, seconds)
 
 
 def is_shared(config: RunConfig) -> bool:
@@ -130,14 +139,17 @@ def applications(run: Run, serving: "PolicyServing") -> dict[str, serve.Applicat
 
 
 @contextlib.contextmanager
-def open_live(run: Run) -> Iterator[str]:
-    """Serves a run without training it, and follows it if it is trained elsewhere; yields the endpoint's URL."""
+def open_live(run: Run, note: Callable[[str], None] = logger.info) -> Iterator[str]:
+    """Serves a run without training it, and follows it if it is trained elsewhere; yields the endpoint's URL. `note`:
+    as that of `open_fleet`."""
     name = f"serve-{run.id}"
     with contextlib.ExitStack() as stack:
         serving = PolicyServing(stack, run, name, "weights-serve.json", keep_serving=False)
-        if not ray.get(serving.store.attach.remote(run.id, run.versions.url, True), timeout=ATTACH_S):
+        apps = {f"{name}-policy": serving.policy("live", run.config.fleet.generators)}
+        wait = Wait([], note, run.config.fleet.start_timeout_s)
+        if not wait.get(serving.store.attach.remote(run.id, run.versions.url, True), ATTACH_S):
             raise FleetError(f"{run.place.url} has no version to serve yet; wait until the run has published one")
-        _, endpoint = serving.deploy({f"{name}-policy": serving.policy("live", run.config.fleet.generators)})
+        _, endpoint = serving.deploy(apps, wait)
         assert endpoint is not None
         yield endpoint
 
@@ -181,7 +193,7 @@ class PolicyServing:
         source = WeightsSource(self.store_name, channel, swap=swap, drain_s=drain_s, transport=transport)
         return policy_deployment("policy", base, tokenizer.url, source, settings, config.data.max_length)
 
-    def deploy(self, apps: dict[str, serve.Application]) -> tuple[dict[str, DeploymentHandle], str | None]:
+    def deploy(self, apps: dict[str, serve.Application], wait: Wait) -> tuple[dict[str, DeploymentHandle], str | None]:
         """Starts applications and endpoint, all at once. Returns handles and the endpoint's URL once all are ready."""
         gateway, policy, route = f"{self._name}-endpoint", f"{self._name}-policy", ""
         self._stack.callback(delete_apps, [name for name in apps if not (self._keep and name == policy)])
@@ -189,25 +201,18 @@ class PolicyServing:
             routes = routes_of(self._name, self._run.config.profile)
             route = deploy_endpoint(gateway, policy, self.store_name, self._serve, routes)
             self._at_end(stop_endpoint, gateway)
-        targets = [serve.RunTarget(app, name=name, route_prefix=None) for name, app in apps.items()]
-        try:
-            # There are none for an offline run without a reference, or whose reference only its trainer needs.
-            handles = dict(zip(apps, serve.run_many(targets) if targets else [], strict=True))
-        except RuntimeError as error:
-            running = serve.status().applications  # a deployment's traceback holds more than its application's error
-            all_of = [d for name in apps if name in running for d in running[name].deployments.values()]
-            traces = "".join(f"\n{each.message}" for each in all_of if each.status != "HEALTHY" and each.message)
-            raise FleetError(f"{last_error(f'{error}{traces}')} (Ray's logs have the rest)") from None
-        return handles, await_endpoint(gateway, route) if self._serve.enabled else None
+        wait.add(needs_of(apps))
+        handles = run_apps(apps, wait)
+        return handles, await_endpoint(gateway, route, wait.look) if self._serve.enabled else None
 
     def _at_end(self, function: Callable[..., object], *arguments: object) -> None:
         if not self._keep:
             self._stack.callback(function, *arguments)
 
 
-def attach_run(store: ActorHandle, run: Run) -> None:
+def attach_run(store: ActorHandle, run: Run, wait: Wait) -> None:
     """Makes the store serve this run; a new run first gets its tokenizer with its template, and its version 0."""
-    ray.get(store.attach.remote(run.id, run.versions.url), timeout=ATTACH_S)
+    wait.get(store.attach.remote(run.id, run.versions.url), ATTACH_S)
     tokenizer = run.place.at("tokenizer")
     if not tokenizer.at("tokenizer_config.json").exists():
         with tokenizer.draft() as draft:
@@ -219,7 +224,7 @@ def attach_run(store: ActorHandle, run: Run) -> None:
         new = NewVersion(run.id, run.versions, base, reference=True)
         published = _publish_base.remote(run.config.model.path, tokenizer, store, new, run.config.run.export_dtype)
         try:
-            ray.get(published, timeout=PUBLISH_BASE_S)
+            wait.get(published, PUBLISH_BASE_S)
         except RayTaskError as error:
             if isinstance(error.cause, UserError):  # without the remote traceback
                 raise error.cause from None
