@@ -55,7 +55,8 @@ def require(found: Found | None, what: str) -> Found:
     return found
 
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
 
 TEXTS = ["What is two plus three? The answer is five. Let me think about it.", "hello world, this is some text"] * 8
 
@@ -156,8 +157,8 @@ def write_recipe(folder: Path, model: Path, pairs: int) -> Path:
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[dict[str, str]]:
     """An S3 server on this machine, empty, and the environment by which a user would name it."""
-    command = [sys.executable, "-m", "moto.server", "-p", "0"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as server:
+    command = [sys.executable, "-m", "tests.s3_server"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as server:
         try:
             assert server.stderr is not None
             url = next(line.split()[-1] for line in server.stderr if "Running on" in line)

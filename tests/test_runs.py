@@ -3,7 +3,8 @@
 import json
 import multiprocessing
 import os
-import threading
+import subprocess
+import sys
 import time
 import uuid
 
@@ -17,7 +18,7 @@ from sampo_ray.config.run import load_config
 from sampo_ray.errors import ConfigError, DataError, RunLostError
 from sampo_ray.run import lock
 from sampo_ray.run.directory import create_run, open_run
-from sampo_ray.run.lock import Lease, exclusive
+from sampo_ray.run.lock import exclusive
 from sampo_ray.run.manifest import (
     Checkpoint,
     DataRecord,
@@ -136,88 +137,102 @@ def test_a_run_directory_is_free_again_at_once(tmp_path):
 
 
 @pytest.fixture
-def lease(monkeypatch):
-    """The lease of a remote run directory that is renewed four times in the seconds that it lasts."""
-    monkeypatch.setattr(lock, "LEASE_S", scaled(4.0))
-    monkeypatch.setattr(lock, "SETTLE_S", 0.02)
-    file = Place(f"memory://{uuid.uuid4().hex}/lease.json")
-    yield file
-    file.remove()
+def leased(monkeypatch):
+    """A remote run directory whose lease lasts a few seconds."""
+    monkeypatch.setattr(lock, "LEASE_S", scaled(2.0))
+    return f"memory://{uuid.uuid4().hex}"
 
 
-def write_lease(file, owner, age=0.0):
-    file.write(json.dumps({"owner": owner, "time": time.time() - age}).encode())
+def claims(url):
+    return {name: json.loads(Place(url).at("lease", name).read())["owner"] for name in Place(url).at("lease").names()}
 
 
-def test_a_lease_is_renewed_while_it_is_held_and_then_given_back(lease, monkeypatch):
-    url = lease.url.removesuffix("/lease.json")
-    with exclusive(url) as check:
-        first = lease.read()
+def test_a_lease_is_renewed_while_it_is_held_and_then_given_back(leased, monkeypatch):
+    with exclusive(leased) as check:
+        first = claims(leased)
         with monkeypatch.context() as unreachable:  # for less than a lease lasts
-            unreachable.setattr(Place, "exists", lambda self: (_ for _ in ()).throw(OSError("storage is away")))
-            time.sleep(1.2)
-        wait_until(lambda: lease.read() != first, "renewed lease")
+            unreachable.setattr(Place, "create", lambda *_: (_ for _ in ()).throw(OSError("storage is away")))
+            time.sleep(0.5)
+        wait_until(lambda: claims(leased).keys().isdisjoint(first), "renewed lease")
         check()
-        with pytest.raises(ConfigError, match="in use by another process"), exclusive(url):
+        check()
+        with pytest.raises(ConfigError, match="in use by another process"), exclusive(leased):
             pass
-    assert not lease.exists()
-
-
-@pytest.mark.parametrize("content", [b"", b'{"owner": "a', b"[]"])
-def test_a_lease_that_ended_or_cannot_be_read_is_taken(lease, content):
-    url = lease.url.removesuffix("/lease.json")
-    lease.write(content)
-    with exclusive(url):
-        pass
-    write_lease(lease, "who died", age=scaled(5.0))
-    with exclusive(url):
+    assert list(claims(leased).values()) == [None]
+    with exclusive(leased):
         pass
 
 
-def test_of_processes_that_find_a_lease_free_at_once_one_has_it(lease, monkeypatch):
-    url, ends, over = lease.url.removesuffix("/lease.json"), [], threading.Barrier(4)
-    found_free, written, write = threading.Barrier(3), threading.Barrier(3), Lease._write
-
-    def write_with_the_others(self):
-        found_free.wait(scaled(30))
-        write(self)
-        written.wait(scaled(30))
-
-    monkeypatch.setattr(Lease, "_write", write_with_the_others)
-
-    def hold():
-        try:
-            with exclusive(url):
-                ends.append("held")
-                over.wait(scaled(30))
-        except ConfigError:
-            ends.append("refused")
-            over.wait(scaled(30))
-
-    threads = [threading.Thread(target=hold) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    wait_until(lambda: len(ends) == 3, "end of three attempts")
-    monkeypatch.setattr(Lease, "_write", write)
-    over.wait(scaled(30))
-    for thread in threads:
-        thread.join(scaled(30))
-    assert sorted(ends) == ["held", "refused", "refused"]
+def test_the_lease_of_a_process_that_was_killed_is_waited_for(leased):
+    Place(leased).at("lease", "000000000007.json").write(b'{"owner": "who died"}')
+    said, began = [], time.monotonic()
+    with exclusive(leased, said.append):
+        assert time.monotonic() - began >= lock.LEASE_S and "waiting" in said[0]
+        assert "who died" not in claims(leased).values()
 
 
-def test_a_run_that_another_process_has_taken_over_is_not_written_to(lease):
-    url = lease.url.removesuffix("/lease.json")
-    with exclusive(url) as check:
-        run = new_run(url)
+def test_a_run_that_another_process_has_taken_over_stops_and_is_not_written_to(leased):
+    with pytest.raises(RunLostError, match="taken over by another process"), exclusive(leased) as check:
+        run = new_run(leased)
         run.check = check
-        run.save()
-        write_lease(lease, "another")
-        with pytest.raises(RunLostError, match="taken over by another process"):
-            wait_until(lambda: run.save(), "refusal to write")
+        latest = int(max(claims(leased)).partition(".")[0])
+        while not Place(leased).at("lease", f"{(latest := latest + 1):012d}.json").create(b'{"owner": "another"}'):
+            pass  # it was renewed just now
+        time.sleep(scaled(60))
+    for write in (run.save, lambda: run.record(StepMetrics(0, 1, 1, {"loss": 0.5}))):
         with pytest.raises(RunLostError):
-            run.record(StepMetrics(0, 1, 1, {"loss": 0.5}))
-        assert run.metrics() == []
-    assert json.loads(lease.read())["owner"] == "another", "it is that process's to give back"
+            write()
+    assert run.metrics() == []
+    assert claims(leased)[max(claims(leased))] == "another", "it is that process's to give back"
+
+
+WAITS = """
+import sys, threading, time, fsspec
+from sampo_ray.run import lock
+from sampo_ray.run.storage import Place
+from sampo_ray.console.signals import orderly_end
+lock.LEASE_S = 2.0
+with orderly_end(), lock.exclusive("memory://run") as check:
+    Place.create = lambda *_: (_ for _ in ()).throw(OSError("storage is away"))
+    threading.Event().wait(600)  # as for a step that takes long
+"""
+
+
+def test_a_run_whose_lease_cannot_be_renewed_stops_wherever_it_waits():
+    done = subprocess.run([sys.executable, "-c", WAITS], capture_output=True, text=True, timeout=scaled(60))
+    assert "RunLostError: run.dir='memory://run' has not been reached for 2 s" in done.stderr
+
+
+TAKES = """
+import sys, time
+from sampo_ray.errors import ConfigError
+from sampo_ray.run import lock
+lock.LEASE_S = float(sys.argv[2])
+try:
+    with lock.exclusive(sys.argv[1]):
+        print("held", flush=True)
+        time.sleep(600)
+except ConfigError:
+    print("refused", flush=True)
+"""
+
+
+def test_of_processes_that_begin_on_object_storage_at_once_one_has_it_and_after_kill_9_the_next(s3):
+    def begin():
+        command = [sys.executable, "-c", TAKES, f"{s3}/run", str(scaled(3.0))]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    racing = [begin() for _ in range(3)]
+    try:
+        said = [process.stdout.readline().strip() for process in racing]
+        assert sorted(said) == ["held", "refused", "refused"]
+        racing[said.index("held")].kill()
+        racing.append(begin())
+        assert racing[-1].stdout.readline().strip() == "held"
+    finally:
+        for process in racing:
+            process.kill()
+            process.wait()
 
 
 def test_a_write_replaces_the_file_and_leaves_nothing_else(tmp_path):
@@ -240,12 +255,6 @@ def test_a_remote_run_directory_works_like_a_local_one(tmp_path):
     run = new_run("memory://run-directory")
     run.record(StepMetrics(0, 1, 1, {"loss": 0.5}))
     assert open_run("memory://run-directory").metrics() == run.metrics() != []
-    with (
-        exclusive("memory://run-directory"),
-        pytest.raises(ConfigError, match="in use"),
-        exclusive("memory://run-directory"),
-    ):
-        pass
     draft = tmp_path / "checkpoint"
     draft.mkdir()
     (draft / "state").write_bytes(b"x")

@@ -46,14 +46,14 @@ CHANGEABLE = (
 def train(recipe: Path | None, overrides: list[str], keep_serving: bool) -> None:
     """Runs a recipe in a new run directory."""
     checked = _checked(recipe, overrides)
-    with exclusive(checked.config.run.dir) as check:
+    with exclusive(checked.config.run.dir, typer.echo) as check:
         _run(checked, None, keep_serving, check)
 
 
 def resume(directory: str, overrides: list[str], keep_serving: bool) -> None:
     """Continues the run in `directory`; a finished run is left as it is."""
     find_run(directory)
-    with exclusive(directory) as check:
+    with exclusive(directory, typer.echo) as check:
         if (checked := _resumed(directory, overrides)) is not None:
             _run(checked, directory, keep_serving, check)
 
