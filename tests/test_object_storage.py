@@ -4,13 +4,18 @@ import itertools
 import os
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
 import pytest
 
+from sampo_ray.errors import WeightsError
 from sampo_ray.run import remote_files
+from sampo_ray.run.checksums import checksum
+from sampo_ray.run.node_copies import version_on_disk
 from sampo_ray.run.storage import Place
+from sampo_ray.run.versions import VersionInfo, version_folder
 
 
 @pytest.fixture
@@ -105,3 +110,54 @@ def test_a_large_file_is_written_in_parts(folder: Place, tmp_path: Path) -> None
     with folder.on_disk(["large"]) as copy:
         assert (copy / "large").read_bytes() == content
     assert "-" in fsspec.filesystem("s3").info(f"{folder.path}/large")["ETag"], "it came in parts"
+
+
+def a_version(folder: Place, number: int = 0, content: bytes = b"weights" * 100) -> str:
+    place = Place(version_folder(folder.at("versions").url, number))
+    files = {"config.json": b"{}", "model.safetensors": content}
+    for name, each in files.items():
+        place.at(name).write(each)
+    info = VersionInfo(version=number, round=0, step=0, files={name: checksum(each) for name, each in files.items()})
+    place.at("version.json").write(info.model_dump_json().encode())
+    return place.url
+
+
+def test_a_version_is_downloaded_once_for_all_of_a_machine_that_use_it_at_a_time(
+    folder: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, got = a_version(folder), list[str]()
+    download = Place.download
+    monkeypatch.setattr(Place, "download", lambda place, *rest: got.append(place.url) or download(place, *rest))
+    with version_on_disk(url) as first, ThreadPoolExecutor(8) as pool:
+
+        def use(_: int) -> Path:
+            with version_on_disk(url) as copy:
+                assert (copy / "model.safetensors").read_bytes() == b"weights" * 100
+                return copy
+
+        assert {first} == set(pool.map(use, range(8))) and first.exists()
+    assert got == [url] and not list(tmp_path.iterdir())
+    with version_on_disk(url):
+        assert len(got) == 2
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_a_copy_of_a_version_is_verified(
+    folder: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, always: bool
+) -> None:
+    url, download, damaged = a_version(folder), Place.download, list[str]()
+
+    def damages(place: Place, target: Path, names: list[str] | None = None) -> None:
+        download(place, target, names)
+        if always or not damaged:
+            damaged.append(place.url)
+            (target / "model.safetensors").write_bytes(b"wrong")
+
+    monkeypatch.setattr(Place, "download", damages)
+    if always:
+        with pytest.raises(WeightsError, match="model.safetensors: its checksum"), version_on_disk(url):
+            pass
+    else:
+        with version_on_disk(url) as copy:
+            assert (copy / "model.safetensors").read_bytes() == b"weights" * 100
+    assert not list(tmp_path.iterdir())

@@ -169,7 +169,7 @@ def test_a_replica_that_is_stopped_before_its_engine_is_made_ends_too() -> None:
 def test_a_replicas_copy_of_a_remote_folder_is_one_and_ends_with_it(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     fsspec.filesystem("memory").pipe_file("/run/versions/000000/config.json", b"{}")
-    folder = local_folder("memory://run/versions/000000")
+    folder = local_folder("memory://run/versions/000000")  # as the tokenizer's
     assert [each.name for each in tmp_path.rglob("config.json")] == ["config.json"] and Path(folder).is_dir()
     COPIES.close()
     assert not list(tmp_path.iterdir())

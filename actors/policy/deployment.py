@@ -43,6 +43,7 @@ from sampo_ray.errors import ConfigError, WeightsError
 from sampo_ray.internals.serve_llm import EngineServer, use_local_folders
 from sampo_ray.internals.torch import cpu_has_bf16
 from sampo_ray.internals.vllm import check_constraints, constraint_trial, requests_in_flight
+from sampo_ray.run.node_copies import version_on_disk
 from sampo_ray.run.scratch import scratch_folder
 from sampo_ray.run.storage import Place
 from sampo_ray.run.versions import WeightsId, read_info
@@ -65,7 +66,7 @@ class PolicyServer(EngineServer):
     async def __init__(self, llm_config: LLMConfig, *, source: WeightsSource, chat_folder: str) -> None:  # type: ignore[misc]
         self._source = source
         chat_folder = await asyncio.to_thread(local_folder, chat_folder)
-        model_folder = await asyncio.to_thread(local_folder, llm_config.model_loading_config.model_source)
+        model_folder = await asyncio.to_thread(local_version, llm_config.model_loading_config.model_source)
         use_local_folders(llm_config, model_folder, chat_folder)
         await super().__init__(llm_config)
         check_constraints(self.client, Constraints(lambda: constraint_trial(self.client)).check)
@@ -173,14 +174,18 @@ class PolicyServer(EngineServer):
 
 
 COPIES = contextlib.ExitStack()
-"""This process's copies of remote folders and of adapters."""
+"""This process's copies of remote folders and of adapters. They end with it; if it was killed, once the next process on
+this machine needs such a folder."""
 
 
 def local_folder(url: str) -> str:
-    """The path of a folder on this machine. A remote one is copied, and the copy is gone once this process has ended
-    (if it was killed: once the next one on this machine needs such a folder).
-    """
+    """The path of a folder on this machine; a remote one is copied."""
     return str(COPIES.enter_context(Place(url).on_disk()))
+
+
+def local_version(url: str) -> str:
+    """The path of a version's folder on this machine; of a remote one, of the copy that all replicas here share."""
+    return str(COPIES.enter_context(version_on_disk(url)))
 
 
 def cpu_engine(max_model_len: int) -> dict[str, object]:

@@ -23,8 +23,8 @@ from sampo_ray.config.run import RunConfig
 from sampo_ray.data.preferences import pairs_of, with_reference
 from sampo_ray.errors import TrainingError
 from sampo_ray.run.manifest import StepMetrics, StepResult, Stored
+from sampo_ray.run.node_copies import version_on_disk
 from sampo_ray.run.parts import part_place
-from sampo_ray.run.storage import Place
 from sampo_ray.run.versions import version_folder
 from sampo_ray.training.batching import plan_round
 from sampo_ray.training.learner import Learner
@@ -127,19 +127,20 @@ class Rank:
         """A learner on the base or, with adapters, on what the round starts from."""
         lora = self.config.model.lora
         version = spec.start_version if lora else 0
-        with Place(version_folder(self.place.at("versions").url, version)).on_disk() as base:
+        with version_on_disk(version_folder(self.place.at("versions").url, version)) as base:
             if self.device.type == "cuda":
                 check_device(AutoConfig.from_pretrained(base), self.config)
             seed, kind = adapter_seed(self.config.run.seed, spec.round), self.config.model.computed
             checkpointing = self.config.trainer.gradient_checkpointing
             policy = load_policy(base, checkpointing, lora=lora, seed=seed, attention=kind)
+            dist.barrier()  # ranks of a node share a copy, which is gone when none of them needs it
         learner = Learner(policy.in_batches(self.config.batches_answers), self.config, self.device)
         learner.begin_round(spec.round, lambda: self._reference(spec))
         return learner
 
     def _reference(self, spec: RoundSpec) -> Policy:
         """The policy that the round starts from, frozen."""
-        with Place(version_folder(self.place.at("versions").url, spec.start_version)).on_disk() as folder:
+        with version_on_disk(version_folder(self.place.at("versions").url, spec.start_version)) as folder:
             policy = load_policy(folder, device=str(self.device), attention=self.config.model.computed)
         return policy.in_batches(self.config.batches_answers).requires_grad_(False)
 

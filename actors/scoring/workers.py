@@ -63,7 +63,7 @@ class ReferenceWorker:
         self._loaded = self._policy = None  # frees its memory
         weights = ray.get(self._store.get.remote(wanted.run, wanted.version), timeout=WEIGHTS_S)
         tensors = {name: each.clone() for part in weights.buckets for name, each in unpack(fetch(part, WEIGHTS_S))}
-        with Place(versions_url).at("000000").on_disk() as base:
+        with Place(versions_url).at("000000").on_disk(["config.json"]) as base:
             policy = load_policy(base, device=_device(), attention=config.model.computed, tensors=tensors)
         self._policy = policy.in_batches(config.batches_answers).eval().requires_grad_(False)
         self._loaded = wanted

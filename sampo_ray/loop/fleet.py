@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -34,6 +33,7 @@ from sampo_ray.internals.transformers import saved_tensors
 from sampo_ray.loop.starting import needs_of, run_apps
 from sampo_ray.run.directory import Run
 from sampo_ray.run.manifest import lineage
+from sampo_ray.run.scratch import scratch_folder
 from sampo_ray.run.storage import Place
 from sampo_ray.run.versions import VersionInfo, WeightsId
 from sampo_ray.serve.endpoint import await_endpoint, deploy_endpoint, start_serve, stop_endpoint
@@ -240,9 +240,9 @@ def _publish_base(path: str, tokenizer: Place, store: ActorHandle, new: NewVersi
         cast.check()
     with tokenizer.on_disk() as folder:
         chat = ChatFormat.load(folder, "tokenizer")
-    with tempfile.TemporaryDirectory(prefix="sampo-") as shell:
-        write_shell(model, chat, Path(shell))
-        publish_version(store, new, saved_tensors(model), shell, PUBLISH_BASE_S)
+    with scratch_folder() as shell:
+        write_shell(model, chat, shell)
+        publish_version(store, new, saved_tensors(model), str(shell), PUBLISH_BASE_S)
 
 
 def write_shell(model: PreTrainedModel, chat: ChatFormat, folder: Path) -> None:

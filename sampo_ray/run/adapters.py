@@ -8,10 +8,8 @@ know.
 
 import json
 import math
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from transformers import AutoConfig
 from sampo_ray.errors import ConfigError
 from sampo_ray.internals.transformers import checkpoint_name
 from sampo_ray.run.buckets import checksum
+from sampo_ray.run.scratch import scratch_folder
 from sampo_ray.run.storage import Place, absolute
 from sampo_ray.training.architecture import on_meta
 from sampo_ray.training.lora import MATRICES, adaptable_layers, file_name
@@ -196,8 +195,8 @@ def _complete(
 
 def _layers(base: str) -> dict[str, Layer]:
     """The layers of a model that may have adapters, by their names in memory, which peft saves, and in a checkpoint."""
-    with tempfile.TemporaryDirectory(prefix="sampo-") as folder:
-        (Path(folder) / "config.json").write_bytes(Place(base).at("config.json").read())
+    with scratch_folder() as folder:
+        (folder / "config.json").write_bytes(Place(base).at("config.json").read())
         model = on_meta(AutoConfig.from_pretrained(folder))
     found = dict[str, Layer]()
     for name, linear in adaptable_layers(model).items():
