@@ -293,9 +293,10 @@ def test_a_transport_that_can_work_is_taken(transport, gpus):
     assert resolved.publish.transport == transport
 
 
-def test_a_cluster_of_too_few_gpus_is_refused():
-    with pytest.raises(ConfigError, match="asks for 2 GPUs .1 rank, 1 live policy., Ray has 1 GPUs.*profile=laptop"):
-        resolve(config("profile=cluster"), {"GPU": 1}, cores=8)
+def test_a_cluster_of_too_few_gpus_takes_turns_on_them_or_is_refused_with_what_works():
+    assert resolve(config("profile=cluster"), {"GPU": 1}, cores=8)[0].fleet.placement == "shared"
+    with pytest.raises(ConfigError, match="2 GPUs .1 rank, 1 live policy., Ray has 1 GPU: .* fleet.placement=shared"):
+        resolve(config("profile=cluster", "fleet.placement=split"), {"GPU": 1}, cores=8)
 
 
 def test_flex_attention_is_for_gpus():

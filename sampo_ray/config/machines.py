@@ -24,6 +24,11 @@ class Growth:
     node: Node
     count: int | None = None
 
+    @property
+    def unknown(self) -> bool:
+        """Whether it is not known what such a node has."""
+        return self.count is None and not self.node.gpus and math.isinf(self.node.cpus)
+
 
 @dataclass(frozen=True)
 class Cluster:

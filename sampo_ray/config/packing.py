@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -88,30 +88,32 @@ class _Free:
         self.cpus -= group.cpus
         self.memory -= group.memory if group.avoids_head else 0
 
-    def devices_for(self, gpus: float) -> list[int]:
+    def devices_for(self, gpus: float, but: Collection[int]) -> list[int]:
         """The devices that one worker with `gpus` gets: whole ones, or the fullest that has room for a fraction."""
         if gpus > 1 - EPSILON:
             whole = [at for at, free in enumerate(self.devices) if free > 1 - EPSILON]
             return whole[: round(gpus)] if len(whole) >= round(gpus) else []
-        roomy = [at for at, free in enumerate(self.devices) if free + EPSILON >= gpus]
+        roomy = [at for at, free in enumerate(self.devices) if free + EPSILON >= gpus and at not in but]
         return sorted(roomy, key=lambda at: self.devices[at])[:1]
 
     def workers(self, gpus: float, limit: int) -> int:
-        """How many workers with `gpus` each have room, up to `limit`."""
+        """How many workers of one actor with `gpus` each have room, up to `limit`; each has devices of its own."""
         if not gpus:
             return limit
-        kept, count = [*self.devices], 0
-        while count < limit and self.take(gpus):
-            count += 1
-        self.devices = kept
-        return count
+        if gpus > 1 - EPSILON:
+            return min(limit, sum(free > 1 - EPSILON for free in self.devices) // round(gpus))
+        return min(limit, sum(free + EPSILON >= gpus for free in self.devices))
 
-    def take(self, gpus: float) -> bool:
-        """Gives one worker its devices; False where there are too few."""
-        found = self.devices_for(gpus)
-        for at in found:
-            self.devices[at] -= min(gpus, 1.0)
-        return bool(found)
+    def take(self, gpus: float, workers: int) -> int:
+        """Gives up to so many workers of one actor their devices; how many got them."""
+        taken = set[int]()
+        count = self.workers(gpus, workers)
+        for _ in range(count):
+            found = self.devices_for(gpus, taken)
+            taken.update(found)
+            for at in found:
+                self.devices[at] -= min(gpus, 1.0)
+        return count
 
 
 @dataclass
@@ -156,8 +158,8 @@ class Room:
             chosen = min(fitting, key=lambda each: sum(each.devices), default=None)
         if chosen is None:
             return self._place_over_nodes(group, able) if group.gpus and group.workers > 1 else False
-        for _ in range(group.workers if group.gpus else 0):
-            chosen.take(group.gpus)
+        if group.gpus:
+            chosen.take(group.gpus, group.workers)
         chosen.give(group)
         return True
 
@@ -166,8 +168,7 @@ class Room:
         kept, left = [[*each.devices] for each in self.free], group.workers
         first = max(able, key=lambda each: each.workers(group.gpus, left), default=None)
         for each in sorted(self.free, key=lambda each: -each.workers(group.gpus, group.workers)):
-            while left and each.take(group.gpus):
-                left -= 1
+            left -= each.take(group.gpus, left) if left else 0
         if left or first is None:
             for each, devices in zip(self.free, kept, strict=True):
                 each.devices = devices

@@ -5,10 +5,12 @@ Ray is asked for what the plan says. A plan is refused in one message, or fits o
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from sampo_ray.config.gpu_fit import gpu_shares, no_gpu_memory, with_utilization
 from sampo_ray.config.machines import Cluster, Growth, Node
 from sampo_ray.config.packing import Group, Role, Room, in_order
 from sampo_ray.config.plan_text import Lacking, refusal, table, without_room
@@ -24,6 +26,9 @@ from sampo_ray.config.sizing import (
     engine_workers,
     filled,
     groups_of,
+    not_by_turns,
+    value_of,
+    with_chosen,
 )
 from sampo_ray.errors import ConfigError
 
@@ -31,6 +36,7 @@ __all__ = ["Cluster", "Group", "Growth", "ModelMemory", "Node", "Plan", "RankMem
 
 CLUSTER_GPUS = 4
 """From this many GPUs on, ranks, engines and workers have GPUs of their own."""
+TENSOR = "tensor_parallel_size"
 
 
 @dataclass(frozen=True)
@@ -66,44 +72,82 @@ def placement(config: RunConfig, cluster: Cluster, memory: ModelMemory | None = 
     Sizes that are left open are chosen so that every GPU is used; sizes that are given count as they are. ConfigError,
     naming what is asked for, what there is and what to change, where it can never fit.
     """
-    if (plan := _plan(config, cluster, memory)) is not None:
-        return plan
-    raise ConfigError(_refusal(config, cluster))
+    against = not_by_turns(config)
+    if config.fleet.placement == "shared" and against:
+        raise ConfigError(f"fleet.placement=shared does not go with {against}; use fleet.placement=split")
+    if (plan := _plan(config, cluster, memory)) is None:
+        raise ConfigError(_refusal(config, cluster, memory))
+    return plan
 
 
 def _plan(config: RunConfig, cluster: Cluster, memory: ModelMemory | None = None) -> Plan | None:
-    for layout, nodes in _layouts(config, cluster):
+    for layout, nodes in _layouts(config, cluster, memory):
         sized = _sized(config, layout, nodes)
+        on_gpu = gpu_shares(sized, layout, nodes, memory)
+        if on_gpu and not on_gpu.fit:
+            continue
+        sized = with_utilization(sized, layout, on_gpu)
         groups = groups_of(sized, memory)
         lacking, room = _placed(sized, groups, nodes)
         if not lacking:
-            groups += _pinned(sized, room)
-            return Plan(sized, tuple(groups), tuple(nodes), room)
+            pinned = _pinned(sized, copy.deepcopy(room))
+            return Plan(with_chosen(sized, config), (*groups, *pinned), tuple(nodes), room)
     return None
 
 
-def _layouts(config: RunConfig, cluster: Cluster) -> Iterator[tuple[Layout, Sequence[Node]]]:
+def _layouts(
+    config: RunConfig, cluster: Cluster, memory: ModelMemory | None
+) -> Iterator[tuple[Layout, Sequence[Node]]]:
     """Ways to lay out the run, the best first, each with the nodes that it is for."""
-    grown = cluster.grown(CLUSTER_GPUS)
-    enough = cluster.gpus >= CLUSTER_GPUS or cluster.gpus == sum(node.gpus for node in grown)
-    supplies = [cluster.nodes] if enough or config.profile != "auto" else []
-    supplies += [grown] if cluster.growth else []
-    for nodes in supplies:
+    for nodes in _supplies(config, cluster):
         gpus = sum(node.gpus for node in nodes)
         chosen: Profile = "cluster" if gpus >= CLUSTER_GPUS else "laptop"
         profile = chosen if config.profile == "auto" else config.profile
         limit = (gpus or cluster.cores) if config.profile == "auto" and profile == "laptop" else None
-        for placed in _placements(config, profile, gpus):
+        known = memory is not None and all(node.gpu_memory for node in nodes if node.gpus)
+        for placed in _placements(config, profile, gpus, known):
             each = _cpus_each(nodes, 1 if profile == "cluster" and placed == "split" else 2)
             yield Layout(profile, placed, gpus, each, limit), nodes
 
 
-def _placements(config: RunConfig, profile: Profile, gpus: int) -> list[Placed]:
+def _supplies(config: RunConfig, cluster: Cluster) -> Iterator[Sequence[Node]]:
+    """The nodes that are there, unless they are too few while others may come, and all that there may be."""
+    if not cluster.growth:
+        yield cluster.nodes
+        return
+    if any(kind.unknown for kind in cluster.growth):
+        grown = (*cluster.nodes, *_nodes_for(config, cluster))
+    else:
+        grown = cluster.grown(CLUSTER_GPUS)
+    more = sum(node.gpus for node in grown) > cluster.gpus
+    if cluster.gpus >= CLUSTER_GPUS or not more or (config.profile != "auto" and cluster.gpus):
+        yield cluster.nodes
+    yield grown
+
+
+def _nodes_for(config: RunConfig, cluster: Cluster) -> Iterator[Node]:
+    """Nodes for what is given of a run, where it is not known which may come."""
+    if config.profile == "laptop" or cluster.gpus >= CLUSTER_GPUS:
+        return
+    if config.trainer.workers is None:
+        raise ConfigError(
+            f"trainer.workers: Ray has {cluster.gpus} GPUs and may get nodes, but does not say of which kind; give "
+            "trainer.workers (and fleet.generators.max_replicas), which are waited for, or use profile=laptop"
+        )
+    sized = filled(config, Layout("cluster", "split", 1), config.trainer.workers, 1)
+    for group in groups_of(sized):
+        yield from [Node(math.ceil(group.gpus_each))] * (math.ceil(group.kept) if group.gpus else 0)
+
+
+def _placements(config: RunConfig, profile: Profile, gpus: int, known: bool) -> list[Placed]:
+    """Side by side or by turns: what is asked for, or what to try, the better first; `known`: memory is looked at."""
     if config.fleet.placement != "auto":
         return [config.fleet.placement]
-    if not gpus:
+    if not gpus or not_by_turns(config) or not (config.online or config.serve.enabled):
         return ["split"]
-    return ["split"]
+    if profile == "cluster":  # with too few GPUs for the ranks that are given this is said, for it slows both down
+        return ["split"] if config.trainer.workers else ["split", "shared"]
+    return ["split", "shared"] if known else ["shared", "split"]
 
 
 def _cpus_each(nodes: Sequence[Node], on_each: int) -> float:
@@ -123,7 +167,8 @@ def _sized(config: RunConfig, layout: Layout, nodes: Sequence[Node]) -> RunConfi
         generators = max(1, sum(node.gpus // workers for node in nodes))
     if not layout.whole:
         return filled(config, layout, max(1, layout.gpus), generators)
-    sized = [filled(config, layout, _ranks_left(config, layout, nodes, count), count) for count in {generators, 1}]
+    counts = dict.fromkeys((generators, 1))
+    sized = [filled(config, layout, _ranks_left(config, layout, nodes, count), count) for count in counts]
     return next((each for each in sized if not _placed(each, groups_of(each), nodes)[0]), sized[0])
 
 
@@ -140,7 +185,22 @@ def _ranks_left(config: RunConfig, layout: Layout, nodes: Sequence[Node], genera
 
 
 def _placed(config: RunConfig, groups: Sequence[Group], nodes: Sequence[Node]) -> tuple[Lacking, Room]:
-    """The groups of which some actors find no room on the nodes, and the room that is left."""
+    """The groups of which some actors find no room on the nodes, and the room that is left.
+
+    Where ranks end with each round, generators may have their GPUs meanwhile; there is room for each of the two then.
+    """
+    turns = config.trainer.lifetime == "round" and config.fleet.placement == "split"
+    sampling = [group for group in groups if group.role == "generators" and group.gpus and group.least < group.most]
+    if not (turns and sampling):
+        return _packed(groups, nodes)
+    without = [group for group in groups if group.role != "ranks"]
+    lacking, _ = _packed(without, nodes)
+    training = [replace(group, most=group.least) if group in sampling else group for group in groups]
+    also, room = _packed([group for group in training if group.most], nodes)
+    return {**also, **lacking}, room
+
+
+def _packed(groups: Sequence[Group], nodes: Sequence[Node]) -> tuple[Lacking, Room]:
     room, lacking = Room.of(nodes), dict[Role, tuple[Group, int]]()
     for group in in_order(groups):
         placed = sum(room.place(group) for _ in range(group.kept))
@@ -151,20 +211,24 @@ def _placed(config: RunConfig, groups: Sequence[Group], nodes: Sequence[Node]) -
 
 
 def _pinned(config: RunConfig, room: Room) -> list[Group]:
-    """Pinned versions, each of which starts a replica of its own: as many as have room."""
+    """Pinned versions, each of which starts a replica of its own: as many as have room, of which eight are counted."""
     if not config.serve.enabled:
         return []
     one, count = engine(config, "pinned", 0, 1), 0
-    while count < 64 and room.place(one):
+    while count < 8 and room.place(one):
         count += 1
     return [replace(one, most=count, spare=True, note="" if count else "there is no room for one")]
 
 
-def _refusal(config: RunConfig, cluster: Cluster) -> str:
-    layout, nodes = next(_layouts(config, cluster))
+def _refusal(config: RunConfig, cluster: Cluster, memory: ModelMemory | None) -> str:
+    """What does not fit, in the layout that comes nearest to what is asked for."""
+    layout, nodes = [*_layouts(config, cluster, memory)][-1]
     sized = _sized(config, layout, nodes)
     groups = groups_of(sized)
     lacking, _ = _placed(sized, groups, nodes)
+    on_gpu = gpu_shares(sized, layout, nodes, memory)
+    if not lacking and on_gpu:
+        return no_gpu_memory(sized, on_gpu)
     return refusal(groups, lacking, nodes, [*_ways_out(config, cluster)][:3])
 
 
@@ -174,12 +238,15 @@ def _ways_out(config: RunConfig, cluster: Cluster) -> Iterator[str]:
         yield f"trainer.workers={plan.config.trainer.workers}"
     changes: list[tuple[str, object]] = [
         ("reference.where", "trainer"),
-        ("fleet.placement", "shared"),
         ("fleet.generators.max_replicas", 1),
-        ("profile", "laptop"),
         ("serve.enabled", False),
+        ("fleet.placement", "shared"),
+        ("profile", "laptop"),
+        (f"fleet.generators.engine.{TENSOR}", 1),
     ]
     for name, value in changes:
         other = changed(config, name, value)
-        if other != config and _plan(other, cluster) is not None:
+        if value == "shared" and not_by_turns(config):
+            continue
+        if value_of(config, name) not in (value, None) and _plan(other, cluster) is not None:
             yield f"{name}={str(value).lower()}"

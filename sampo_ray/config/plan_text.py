@@ -69,8 +69,8 @@ def refusal(groups: Sequence[Group], lacking: Lacking, nodes: Sequence[Node], wa
     cpus, cores = sum(group.cpus * group.kept for group in groups), sum(node.cpus for node in nodes)
     each = ", ".join(_asked(group) for group in groups if group.gpus and group.kept)
     about_gpus = any(group.gpus for group, _ in lacking.values())
-    asks = f"{gpus:g} GPUs ({each})" if about_gpus else f"{cpus:.3g} CPUs"
-    have = f"{there} GPUs" if about_gpus else f"{cores:g} CPUs"
+    asks = f"{gpus:g} GPU{'s' * (gpus != 1)} ({each})" if about_gpus else f"{cpus:.3g} CPUs"
+    have = f"{there} GPU{'s' * (there != 1)}" if about_gpus else f"{cores:g} CPUs"
     on = "" if len(nodes) == 1 else f" on {len(nodes)} nodes"
     use = " or ".join(ways_out) or ("smaller sizes, or add nodes" if about_gpus else "Ray with more --num-cpus")
     return f"this run asks for {asks}, Ray has {have}{on}: no room for {without_room(lacking, nodes)}; use {use}"

@@ -1,28 +1,38 @@
 """Profiles: the sizes of a run that its configuration leaves open, chosen for the machines that Ray has."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from sampo_ray.config.machines import Cluster
-from sampo_ray.config.placement import Plan, placement
+from sampo_ray.config.placement import ModelMemory, Plan, placement
 from sampo_ray.config.run import RunConfig, load_config
 from sampo_ray.config.sections import FleetConfig, FleetsConfig
+from sampo_ray.config.sizing import reopened
 from sampo_ray.errors import ConfigError
 
 
 def resolve(config: RunConfig, resources: Mapping[str, float], cores: int) -> tuple[RunConfig, list[str]]:
     """The configuration with every open size filled in for one machine, and notes on sizes that were reduced.
 
-    `resources` are those of Ray (CPU, GPU), `cores` the real cores of this machine. See `sized`.
+    `resources` are those of Ray (CPU, GPU), `cores` the real cores of this machine. See `plan_for`.
     """
-    return sized(config, placement(config, Cluster.of(resources, cores)))
+    plan, notes = plan_for(config, Cluster.of(resources, cores))
+    return plan.config, notes
 
 
-def sized(config: RunConfig, plan: Plan) -> tuple[RunConfig, list[str]]:
-    """The configuration with the plan's sizes, and notes on those that were given and are others now.
+def plan_for(config: RunConfig, cluster: Cluster, memory: ModelMemory | None = None) -> tuple[Plan, list[str]]:
+    """The plan of a run on a cluster, with its whole configuration, and notes on sizes that are not those given.
 
-    Raises ConfigError if the weight transport cannot work between trainer and replicas as they are placed, or if the
+    Sizes that an earlier plan chose are chosen anew: a run may go on with more GPUs, or fewer. ConfigError where it
+    cannot fit, where the weight transport cannot work between trainer and replicas as they are placed, or where the
     sizes do not go with the rest.
     """
+    plan = placement(reopened(config), cluster, memory)
+    found, notes = _checked(config, plan)
+    return replace(plan, config=found), notes
+
+
+def _checked(config: RunConfig, plan: Plan) -> tuple[RunConfig, list[str]]:
     found = plan.config
     trainer, generators = found.trainer, found.fleet.generators
     _check_transport(config.publish.transport, trainer.num_gpus or 0, generators.num_gpus or 0)

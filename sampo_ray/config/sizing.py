@@ -67,7 +67,16 @@ class Shares:
     scorer: float
 
 
-WHOLE = Shares(1.0, 1.0, 1.0)
+FLEETS = ("generators", "references", "rewards")
+UTILIZATION = "fleet.generators.engine.gpu_memory_utilization"
+SIZES = (
+    *("profile", "fleet.placement", "trainer.workers", "trainer.min_workers", "trainer.num_gpus", "trainer.num_cpus"),
+    *(f"fleet.{fleet}.{end}_replicas" for fleet in FLEETS for end in ("min", "max")),
+    *(f"fleet.{fleet}.num_{kind}" for fleet in FLEETS for kind in ("gpus", "cpus")),
+    UTILIZATION,
+)
+"""What a plan fills in."""
+
 TIME_SHARED = Shares(0.51, 0.3, 0.1)
 """Beside a rank there is room for one engine, so that no device gets two and another none; a rank is never beside
 another, since NCCL has one rank a device."""
@@ -81,6 +90,8 @@ def shares(config: RunConfig, layout: Layout, ranks: int) -> Shares:
         both = config.reference_workers and bool(config.reward.model)
         return Shares(1.0, 1.0, 0.5 if both else 1.0)
     if layout.placement == "shared":
+        return TIME_SHARED
+    if engine_workers(config.fleet.generators.engine) > 1:  # which are on different devices, as ranks are
         return TIME_SHARED
     # Room for two engines: the live policy, and one that starts for gates, a rollback or a pinned version.
     both = config.reference_workers and bool(config.reward.model)
@@ -138,13 +149,41 @@ def filled(config: RunConfig, layout: Layout, ranks: int, generators: int) -> Ru
 def changed(config: RunConfig, name: str, value: object) -> RunConfig:
     """The configuration with another value of the field `name`, such as `trainer.workers`, unvalidated."""
 
-    def within(section: Section, path: list[str]) -> Section:
-        new = within(getattr(section, path[0]), path[1:]) if len(path) > 1 else value
-        return section.model_copy(update={path[0]: new})
+    def within(section: object, path: list[str]) -> object:
+        if not path:
+            return value
+        if isinstance(section, Mapping):  # engine arguments, which are not there where they are not given
+            rest = {key: each for key, each in section.items() if key != path[0]}
+            return rest if value is None else {**rest, path[0]: value}
+        assert isinstance(section, Section)
+        return section.model_copy(update={path[0]: within(getattr(section, path[0]), path[1:])})
 
-    changed = within(config, name.split("."))
-    assert isinstance(changed, RunConfig)
-    return changed
+    new = within(config, name.split("."))
+    assert isinstance(new, RunConfig)
+    return new
+
+
+def value_of(config: RunConfig, name: str) -> object:
+    """The value of the field `name`, such as `trainer.workers`; None for an engine argument that is not given."""
+    found: object = config
+    for part in name.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else getattr(found, part)
+    return found
+
+
+def reopened(config: RunConfig) -> RunConfig:
+    """The configuration without the sizes that an earlier plan chose, but for those that were changed since."""
+    for name, value in config.chosen.items():
+        if value_of(config, name) == value:
+            config = changed(config, name, "auto" if name in ("profile", "fleet.placement") else None)
+    return config.model_copy(update={"chosen": {}})
+
+
+def with_chosen(config: RunConfig, asked: RunConfig) -> RunConfig:
+    """`config` with a record of the sizes that are not those that were `asked` for."""
+    now = {name: value_of(config, name) for name in SIZES}
+    chosen = {name: value for name, value in now.items() if value is not None and value != value_of(asked, name)}
+    return config.model_copy(update={"chosen": chosen})
 
 
 def layout_size(layout: Layout, asked: int | None, chosen: int) -> int:
@@ -158,11 +197,33 @@ def _decided(config: RunConfig, layout: Layout) -> RunConfig:
     they do, all of them, while one worker would keep them waiting; sizes of workers are taken as a wish for workers."""
     where = config.reference.where
     if where == "auto" and config.method.needs_reference:
-        asked = config.fleet.references
-        sized = any(size is not None for size in (asked.min_replicas, asked.max_replicas, asked.num_gpus))
-        where = "trainer" if layout.gpus and (layout.placement == "shared" or not sized) else "workers"
+        where = "trainer" if layout.gpus and not sizes_workers(config) else "workers"
     reference = config.reference.model_copy(update={"where": where})
     return config.model_copy(update={"profile": layout.profile, "reference": reference})
+
+
+def sizes_workers(config: RunConfig) -> bool:
+    """Whether sizes of reference workers are given."""
+    asked = config.fleet.references
+    return any(size is not None for size in (asked.min_replicas, asked.max_replicas, asked.num_gpus))
+
+
+def not_by_turns(config: RunConfig) -> str | None:
+    """The setting with which engines and ranks cannot take turns on the same devices, if there is one.
+
+    A device then has one engine, which sleeps while ranks train, and is told which version to wake up with.
+    """
+    where = config.reference.where
+    workers = config.method.needs_reference and (where == "workers" or (where == "auto" and sizes_workers(config)))
+    against = {
+        "probing serve.gates": config.serve.gates.probing or (config.online and config.serve.gates.any),
+        f"serve.follow={config.serve.follow}": config.online and config.serve.follow != "latest",
+        f"rollout.ahead={config.rollout.ahead}": config.online and config.rollout.ahead > 0,
+        "reference.where=workers": workers,
+        f"trainer.lifetime={config.trainer.lifetime}": config.trainer.lifetime == "round",
+        f"publish.transport={config.publish.transport}": config.publish.transport != "host",
+    }
+    return next((setting for setting, holds in against.items() if holds), None)
 
 
 def groups_of(config: RunConfig, memory: ModelMemory | None = None) -> list[Group]:
@@ -193,11 +254,11 @@ def _engines(config: RunConfig) -> list[Group]:
     least, most = (int(config.fleet.generators.autoscaling[f"{end}_replicas"]) for end in ("min", "max"))
     groups = []
     if config.serve.enabled:
-        counts = (least, most) if config.shared_replicas else (1, 1)
+        counts = (least, most) if config.shared_replicas or not config.online else (1, 1)
         groups.append(engine(config, "policy", *counts))
     if config.online and not config.shared_replicas:
         groups.append(engine(config, "generators", least, most))
-    elif config.serve.gates.probing:
+    elif config.serve.gates.probing and config.fleet.placement != "shared":
         groups.append(replace(engine(config, "generators", 0, most), note="start when a gate probes"))
     elif config.online and config.fleet.placement == "split":
         spare = engine(config, "generators", 0, most)
