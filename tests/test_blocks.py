@@ -15,7 +15,8 @@ from ray.serve.exceptions import BackPressureError
 
 from sampo_ray.errors import StageError, WeightsNotLoadedError
 from sampo_ray.loop import blocks, stages
-from sampo_ray.loop.blocks import ATTEMPTS, NotTakenError, StageOutput, run_stage
+from sampo_ray.loop.blocks import ATTEMPTS, NotTakenError, StageOutput, of_each, run_stage
+from sampo_ray.loop.reorder import reorder
 from sampo_ray.run.parts import Part, part_place
 from sampo_ray.run.storage import Place
 from tests.waiting import scaled
@@ -161,7 +162,6 @@ def test_parts_whose_objects_were_lost_are_read_from_their_files(
     ray.kill(owner)
     time.sleep(1.0)
     lost = Part(place, 3, ref)
-    (reordered,) = stages.reorder([lost], np.array([2, 0]), out, 8)
+    (reordered,) = reorder([lost], np.array([2, 0]), out, 8)
     assert reordered.table()["n"].to_pylist() == [3, 1]
-    lists = stages._of_each([lost, lost], blocks.count_rows.remote)
-    assert lists == [3, 3]
+    assert of_each([lost, lost], 1, len) == [3, 3]

@@ -10,12 +10,12 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import numpy as np
+import ray
 
 from sampo_ray.config.run import RunConfig
 from sampo_ray.errors import TrainingError
 from sampo_ray.run.manifest import StepResult, Stored
-from sampo_ray.run.parts import Part
+from sampo_ray.run.parts import Part, parts_of
 from sampo_ray.run.storage import Place
 
 EXCHANGE_ANSWER_S = 60.0
@@ -24,7 +24,10 @@ EXCHANGE_ANSWER_S = 60.0
 
 @dataclass(frozen=True)
 class RoundSpec:
-    """What the ranks need of a round: where its pairs are, their lengths [pairs, 3], and the version it starts from."""
+    """What the ranks need of a round: where its pairs are, their `Lengths`, and the version it starts from.
+
+    `in_order`: the pairs of later epochs are parts of their own, in the order of the epoch.
+    """
 
     run: str
     place: Place
@@ -33,7 +36,34 @@ class RoundSpec:
     start_version: int
     steps: int
     parts: tuple[Part, ...]
-    lengths: np.ndarray
+    lengths: ray.ObjectRef
+    in_order: bool = False
+
+    @property
+    def scored_by_ranks(self) -> bool:
+        """Whether the ranks compute the reference log-probs that the loss needs."""
+        return self.config.method.needs_reference and not self.config.reference_workers
+
+    @property
+    def stored(self) -> list[Part]:
+        """The pairs as they are stored, with reference log-probs: those that the ranks compute are there by then."""
+        if not self.scored_by_ranks:
+            return list(self.parts)
+        return parts_of(self.references, [part.rows for part in self.parts])
+
+    @property
+    def references(self) -> Place:
+        """Where the ranks write pairs with reference log-probs."""
+        return self.place.at("rounds", str(self.round), "reference")
+
+    @property
+    def epochs(self) -> Place:
+        """Where the parts of later epochs are."""
+        return self.place.at("rounds", str(self.round), "epochs")
+
+    def epoch_parts(self, epoch: int) -> list[Part]:
+        """The pairs in the order of a later epoch, as many in each part as in those that are stored."""
+        return parts_of(self.epochs.at(str(epoch)), [part.rows for part in self.parts])
 
 
 @dataclass(frozen=True)

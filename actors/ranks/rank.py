@@ -4,9 +4,8 @@ import dataclasses
 import gc
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-import pyarrow as pa
 import ray
 import torch
 import torch.distributed as dist
@@ -18,15 +17,16 @@ from sampo_ray.actors.ranks.checkpoints import restore, write_checkpoint
 from sampo_ray.actors.ranks.exchange import EXCHANGE_ANSWER_S, Closed, RoundSpec
 from sampo_ray.actors.ranks.failures import RoundAbandoned, failure_of
 from sampo_ray.actors.ranks.publishing import Publisher, export
+from sampo_ray.actors.ranks.round_data import StepPairs, read_ahead
 from sampo_ray.actors.weights.client import find_weight_store
 from sampo_ray.config.run import RunConfig
 from sampo_ray.data.preferences import pairs_of, with_reference
 from sampo_ray.errors import TrainingError
 from sampo_ray.run.manifest import StepMetrics, StepResult, Stored
 from sampo_ray.run.node_copies import version_on_disk
-from sampo_ray.run.parts import part_place
+from sampo_ray.run.parts import BLOCK_FETCH_S
 from sampo_ray.run.versions import version_folder
-from sampo_ray.training.batching import plan_round
+from sampo_ray.training.batching import Pair, Step, plan_round
 from sampo_ray.training.learner import Learner
 from sampo_ray.training.memory import check_device
 from sampo_ray.training.objective import reference_positions
@@ -158,14 +158,7 @@ class Rank:
             again = StepMetrics(spec.round, spec.steps, spec.start_version + spec.steps, {})
             yield StepResult(again, unexported=export(spec, self.learner))
             return
-        with_log_probs = config.method.needs_reference and not config.reference_workers
-        tables = self._scored(spec) if with_log_probs else (part.table() for part in spec.parts)
-        pairs = [pair for table in tables for pair in pairs_of(table)]
-        budget = dataclasses.replace(config.row_budget, world=learner.world)
-        seed, epochs = config.run.seed, config.rounds.epochs
-        for step in plan_round(spec.lengths, budget, epochs=epochs, seed=seed, round=spec.round):
-            if step.index <= learner.step:
-                continue
+        for step, pairs in self._steps(spec):
             started = time.monotonic()
             values = learner.optimize(step, pairs, spec.steps)
             values["pairs_per_s"] = step.pairs / (time.monotonic() - started)
@@ -181,23 +174,34 @@ class Rank:
                 self.background.wait()
             yield StepResult(metrics, self.background.collect(), unexported)
 
-    def _scored(self, spec: RoundSpec) -> Iterator[pa.Table]:
-        """The round's parts with reference log-probs: the policy computes and writes them before its first step."""
-        out = spec.place.at("rounds", str(spec.round), "reference")
-        for index, part in enumerate(spec.parts):
-            place = part_place(out, index)
-            found = [self.first and place.exists()]
-            dist.broadcast_object_list(found)
-            if found[0]:
-                yield place.read_table()
-                continue
-            if self.learner.step:
-                raise TrainingError(
-                    f"{place.url} is missing and cannot be computed again, since the policy has been trained since; "
-                    "restore the file, or begin another run"
-                )
-            block, select = part.table(), reference_positions(self.config, spec.round)
+    def _steps(self, spec: RoundSpec) -> Iterator[tuple[Step, Mapping[int, Pair]]]:
+        """The remaining steps of a round with the pairs of this rank's rows."""
+        if spec.scored_by_ranks:
+            self._score(spec)
+        config, learner, pairs = spec.config, self.learner, StepPairs(spec, self.learner.rank)
+        lengths = ray.get(spec.lengths, timeout=BLOCK_FETCH_S)
+        budget = dataclasses.replace(config.row_budget, world=learner.world)
+        seed, epochs = config.run.seed, config.rounds.epochs
+        plan = plan_round(lengths, budget, epochs=epochs, seed=seed, round=spec.round, after=learner.step)
+        try:
+            yield from read_ahead(plan, pairs.of)
+        finally:
+            pairs.close()
+
+    def _score(self, spec: RoundSpec) -> None:
+        """Before its first step, the policy computes and writes reference log-probs that are not there yet."""
+        names = [set(spec.references.names() if self.first else ())]
+        dist.broadcast_object_list(names)
+        missing = [pair for pair in zip(spec.parts, spec.stored, strict=True) if pair[1].place.name not in names[0]]
+        if missing and self.learner.step:
+            raise TrainingError(
+                f"{missing[0][1].place.url} is missing and cannot be computed again, since the policy has been trained "
+                "since; restore the file, or begin another run"
+            )
+        select = reference_positions(self.config, spec.round)
+        for part, stored in missing:
+            block = part.table()
             scored = with_reference(block, self.learner.score(pairs_of(block), select))
             if self.first:
-                place.write_table(scored)
-            yield scored
+                stored.place.write_table(scored)
+        dist.barrier()  # no rank reads what the first has not written yet

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
@@ -89,12 +89,12 @@ class Trainer:
         while self._thread and not self._ask(self._exchange.has_ranks.remote()) and self._wait.look():
             time.sleep(POLL_S)
 
-    def train(self, spec: RoundSpec, after_step: int) -> Iterator[StepResult]:
+    def train(self, spec: RoundSpec, after_step: int, check: Callable[[], None] = lambda: None) -> Iterator[StepResult]:
         """Hands a round to the ranks and yields the results of its steps after `after_step`, as they come.
 
-        Raises TrainingError with the first cause as soon as a rank has failed for good, or when Ray Train ended before
-        the round did; FleetError when the ranks have waited long enough for nodes. The other ranks end meanwhile;
-        `close` waits for them.
+        `check` is called every few seconds, and raises why the round cannot go on. Raises TrainingError with the first
+        cause as soon as a rank has failed for good, or when Ray Train ended before the round did; FleetError when the
+        ranks have waited long enough for nodes. The other ranks end meanwhile; `close` waits for them.
         """
         if after_step >= spec.steps:
             return
@@ -102,6 +102,7 @@ class Trainer:
             self._start()
         self._ask(self._exchange.post.remote(spec))
         while after_step < spec.steps:
+            check()
             results = self._ask(self._exchange.results.remote(after_step, RESULTS_S))
             for result in results:
                 after_step = result.metrics.step

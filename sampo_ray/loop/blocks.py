@@ -7,7 +7,8 @@ references, never the rows.
 
 import heapq
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -18,10 +19,15 @@ from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 from sampo_ray.errors import StageError, first_line
 from sampo_ray.run.parts import BLOCK_FETCH_S, LOST, Part, logger, part_place
 from sampo_ray.run.storage import Place
+from sampo_ray.sources.records import batches
 
 STAGE_STALL_S, ATTEMPTS = 1800.0, 4
 PAUSE_S, GROWTH = 1.0, 4.0
 """Before a part is made again: 1, 4 and 16 s. An actor that restarts refuses calls meanwhile, also the next at once."""
+
+PARTS_PER_CALL = 32
+"""Of calls that only look at parts."""
+READS_AT_ONCE = 16
 
 R = TypeVar("R")
 
@@ -69,8 +75,9 @@ class StageOutput:
     enough: Callable[[], bool] = lambda: False
 
 
-def run_stage(out: StageOutput, window: int, count: int, start: Start) -> list[Part]:
-    """Makes the missing ones of parts 0..count-1, at most `window` at a time.
+def run_stage(out: StageOutput, window: int, count: int, start: Start, keep: bool = True) -> list[Part]:
+    """Makes the missing ones of parts 0..count-1, at most `window` at a time; `keep`: and keeps their copies in the
+    object store, for a next stage.
 
     A part whose process died is made again, after a pause, up to ATTEMPTS times. Raises StageError with the reason of a
     call that failed by itself, and when no part is completed within STAGE_STALL_S.
@@ -80,9 +87,28 @@ def run_stage(out: StageOutput, window: int, count: int, start: Start) -> list[P
         out.progress(part.rows)
     work = Work[int](out, window, [index for index in range(count) if index not in parts], start, count_rows.remote)
     for index, ref, rows in work.completed():
-        parts[index] = Part(part_place(out.folder, index), rows, ref)
+        parts[index] = Part(part_place(out.folder, index), rows, ref if keep else None)
         out.progress(rows)
     return [parts[index] for index in sorted(parts)]
+
+
+def of_each(parts: Sequence[Part], window: int, of: Callable[[pa.Table], R]) -> list[R]:
+    """What `of` makes of each part, in their order: PARTS_PER_CALL a call, at most `window` calls at a time."""
+    groups = list(batches(parts, PARTS_PER_CALL))
+    if not groups:
+        return []
+
+    def start(index: int, place: Place, again: bool) -> ray.ObjectRef:
+        return _of_each.remote([replace(part, ref=None) if again else part for part in groups[index]], of)
+
+    work = Work[list[R]](StageOutput(parts[0].place), window, range(len(groups)), start, lambda ref: ref)
+    made = {index: results for index, _, results in work.completed()}
+    return [result for index in sorted(made) for result in made[index]]
+
+
+@ray.remote(num_cpus=0.1)
+def _of_each(parts: Sequence[Part], of: Callable[[pa.Table], Any]) -> list[Any]:
+    return [of(part.table()) for part in parts]
 
 
 @dataclass(frozen=True, order=True)
@@ -171,7 +197,10 @@ class Work(Generic[R]):
 
 def _present(folder: Place, count: int) -> dict[int, Part]:
     names, places = set(folder.names()), [part_place(folder, index) for index in range(count)]
-    return {i: Part(place, place.table_rows()) for i, place in enumerate(places) if place.name in names}
+    found = {index: place for index, place in enumerate(places) if place.name in names}
+    with ThreadPoolExecutor(READS_AT_ONCE) as reads:
+        rows = reads.map(Place.table_rows, found.values())
+        return {index: Part(place, n) for (index, place), n in zip(found.items(), rows, strict=True)}
 
 
 def _unless_lost(result: ray.ObjectRef, last: bool) -> Any:

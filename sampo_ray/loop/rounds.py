@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import ray
 
 from sampo_ray.actors.ranks.exchange import RoundSpec
 from sampo_ray.config.run import RunConfig
 from sampo_ray.errors import StageError, TrainingError, VersionError
 from sampo_ray.loop import stages, tokenizing
 from sampo_ray.loop.blocks import STAGE_STALL_S, StageOutput
+from sampo_ray.loop.epochs import LaterEpochs
+from sampo_ray.loop.reorder import reorder
 from sampo_ray.loop.tokenizing import Tokenizing
 from sampo_ray.run.directory import Run
 from sampo_ray.run.manifest import Checkpoint, StageRecord, StepMetrics, StepResult
@@ -24,7 +27,7 @@ from sampo_ray.run.versions import complete_versions, export_folder, is_complete
 from sampo_ray.sources.probing import completed
 from sampo_ray.sources.rows import Kind, cut_to_length
 from sampo_ray.sources.source import sources_of
-from sampo_ray.training.batching import steps_in_round
+from sampo_ray.training.batching import has_parts_of_its_own, steps_in_round
 from sampo_ray.training.streams import Stream, rollout_seed
 
 if TYPE_CHECKING:
@@ -151,7 +154,7 @@ class Round:
         """The round's share of the prompts; a run that has used all of them begins again in another order."""
         order = prompts_of(self.config, self.index, sum(part.rows for part in data))
         size = stages.PART_PROMPTS
-        return self._stage("prompts", len(order), "prompts", lambda out: stages.reorder(data, order, out, size))
+        return self._stage("prompts", len(order), "prompts", lambda out: reorder(data, order, out, size))
 
     def sample(self, prompts: Sequence[Part], generators: Callable[[int | None], "DeploymentHandle"]) -> list[Part]:
         """Completions by the policy that the round starts from, or sampled ahead from older ones (age is reported)."""
@@ -220,7 +223,7 @@ class Round:
             order = Stream.FEEDBACK_ORDER.generator(seed=seed, round=self.index).permutation(order)
         batch = self.config.optim.batch_size
         rows, both = -(-stages.PART_PAIRS // batch) * batch, [*source, *votes]
-        return self._stage("pairs", len(order), "pairs", lambda out: stages.reorder(both, order, out, rows))
+        return self._stage("pairs", len(order), "pairs", lambda out: reorder(both, order, out, rows))
 
     def _no_pairs(self) -> str:
         """Why the round has no pairs, with what to change about the most frequent reason."""
@@ -251,25 +254,38 @@ class Round:
 
     def train(self, pairs: Sequence[Part], trainer: "Trainer") -> Iterator[StepResult]:
         """Trains on the pairs from the last checkpoint on, and yields each step's result."""
-        config, lengths = self.config, stages.lengths(pairs)
-        steps = steps_in_round(len(lengths), config.optim.batch_size, config.rounds.epochs)
-        version = self._record.start_version
-        spec = RoundSpec(self.run.id, self.run.place, config, self.index, version, steps, tuple(pairs), lengths)
+        spec, index = self._spec(pairs), self.index
+        steps = spec.steps
         if self._record.steps is None:
             self._record.steps = steps
             self.run.save()
         checkpoint = self.run.manifest.checkpoint
-        done = checkpoint.step if checkpoint and checkpoint.round == self.index else 0
+        done = checkpoint.step if checkpoint and checkpoint.round == index else 0
         if done == steps:  # all is trained and stored, but it was not exported
-            done -= not is_complete(export_folder(self.run.place, self.index).url)
+            done -= not is_complete(export_folder(self.run.place, index).url)
         started = time.monotonic()
-        with self.reporter.stage("train", steps, "steps") as progress:
+        with self.reporter.stage("train", steps, "steps") as progress, LaterEpochs(spec) as epochs:
             progress.advance(done)
-            for step, result in enumerate(trainer.train(spec, after_step=done), start=1):
+            epochs.resume(done, self._oldest_step)
+            for step, result in enumerate(trainer.train(spec, done, epochs.check), start=1):
                 self.seconds_left = (time.monotonic() - started) / step * (steps - done - step)
+                epochs.reached(result.metrics.step, self._oldest_step)
                 yield result
                 progress.advance(1)
         self._record.stages["train"] = StageRecord(steps=steps, seconds=round(time.monotonic() - started, 2))
+
+    def _spec(self, pairs: Sequence[Part]) -> RoundSpec:
+        config, lengths = self.config, stages.lengths(pairs)
+        steps = steps_in_round(len(lengths), config.optim.batch_size, config.rounds.epochs)
+        numbers = self.index, self._record.start_version, steps
+        in_order = has_parts_of_its_own(lengths, config.rounds.epochs)
+        return RoundSpec(self.run.id, self.run.place, config, *numbers, tuple(pairs), ray.put(lengths), in_order)
+
+    @property
+    def _oldest_step(self) -> int:
+        """The step that the older of the kept checkpoints was written after, where ranks may have to go back to."""
+        kept = self.run.manifest.checkpoint, self.run.manifest.earlier
+        return min(each.step if each and each.round == self.index else 0 for each in kept)
 
     def record(self, result: StepResult) -> None:
         """Records a step's metrics and what was stored; deletes versions and checkpoints that are replaced by that.
@@ -307,6 +323,7 @@ class Round:
         """Marks the round as finished. Its export, its last version and its checkpoint are durable by now."""
         self._record.committed = True
         self.run.save()
+        self.folder.at("epochs").remove()
 
     def _stage(
         self,
@@ -372,7 +389,7 @@ def _sample_ahead(round: Round, fleet: "Fleet", prompts: Sequence[Part], over: t
     folder = round.run.place.at("rounds", str(index))
     try:
         order = prompts_of(config, index, sum(part.rows for part in prompts))
-        parts = stages.reorder(prompts, order, StageOutput(folder.at("prompts")), stages.PART_PROMPTS)
+        parts = reorder(prompts, order, StageOutput(folder.at("prompts")), stages.PART_PROMPTS)
         out = StageOutput(folder.at("completions"), enough=over.is_set)
         made = sample(config, index, parts, out, fleet.generators, weights=None)
     except Exception as error:  # of any kind: the next round samples again, and fails if it must

@@ -1,32 +1,32 @@
 """The stages of a round as calls on the fleet: each takes parts and makes parts, and skips what is complete already."""
 
-import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 
 from sampo_ray.actors.policy.messages import RolloutRequest
 from sampo_ray.config.columns import Columns
 from sampo_ray.config.run import RunConfig
 from sampo_ray.config.sections import DataConfig, FleetConfig, RolloutConfig
-from sampo_ray.data.preferences import best_against_worst, pairs_of
+from sampo_ray.data.preferences import best_against_worst
 from sampo_ray.errors import StageError
-from sampo_ray.loop.blocks import NotTakenError, StageOutput, collect, is_lost, run_stage
-from sampo_ray.loop.tokenizing import Tokenizing, record_of, tables
+from sampo_ray.loop.blocks import NotTakenError, StageOutput, collect, is_lost, of_each, run_stage
+from sampo_ray.loop.tokenizing import Tokenizing, record_of, tables, tasks_at_once
 from sampo_ray.run.feedback import as_jsonl, pairs_from, read_votes
 from sampo_ray.run.manifest import Age, StageRecord
-from sampo_ray.run.parts import LOST, Part, part_place
+from sampo_ray.run.parts import Part, part_place
 from sampo_ray.run.storage import Place
 from sampo_ray.run.versions import WeightsId
 from sampo_ray.sources.chunks import decoded
 from sampo_ray.sources.rows import Counts
 from sampo_ray.sources.source import Source
-from sampo_ray.training.batching import Lengths, lengths_of
+from sampo_ray.training.batching import Lengths
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle, DeploymentResponse
@@ -36,9 +36,9 @@ PART_PROMPTS = 32
 CALL_SAMPLES = 8
 """Completions of one generator call, about: few, so that queues tell how busy a replica is; more than one, because with
 a small model a call costs more than a completion."""
-PAIRINGS_AT_ONCE, REORDERINGS_AT_ONCE = 8, 2
-ASSIGN_S, SUMMARY_S, VOTES_S = 900.0, 900.0, 3600.0
-"""Until a replica takes a call; for figures of a stage's parts; for all votes."""
+PAIRINGS_AT_ONCE = 8
+ASSIGN_S, VOTES_S = 900.0, 3600.0
+"""Until a replica takes a call; for all votes."""
 
 VOTED = Columns.model_validate(
     dict.fromkeys(Columns.model_fields) | {name: name for name in ("prompt", "chosen", "rejected")}
@@ -74,24 +74,6 @@ def feedback(out: Place, run: Place, earlier: Sequence[Place], tokenizer: Place,
     """
     task = ray.remote(num_cpus=0.5)(_paired_votes)
     return ray.get(task.remote(out, run, earlier, tokenizer, data), timeout=VOTES_S)
-
-
-@ray.remote(num_cpus=0.2)
-def _take(out: Place, indices: np.ndarray, *tables: pa.Table) -> pa.Table:
-    table = pa.concat_tables(tables).take(pa.array(indices)).combine_chunks()
-    out.write_table(table)
-    return table
-
-
-def reorder(parts: Sequence[Part], order: np.ndarray, out: StageOutput, rows_per_part: int) -> list[Part]:
-    """The rows of `parts` in another order, as parts of `rows_per_part`."""
-    tables = functools.cache(lambda again: [part.argument(again) for part in parts])
-    chunks = [order[start : start + rows_per_part] for start in range(0, len(order), rows_per_part)]
-
-    def start(index: int, place: Place, again: bool) -> ray.ObjectRef:
-        return _take.remote(place, chunks[index], *tables(again))
-
-    return run_stage(out, REORDERINGS_AT_ONCE, len(chunks), start)
 
 
 def sample(
@@ -131,15 +113,15 @@ def sample(
     return run_stage(out, parts_at_once, len(prompts), start)
 
 
-@ray.remote(num_cpus=0.1)
-def _ages(completions: pa.Table, version: int) -> np.ndarray:
-    return version - completions["first_version"].to_numpy()
+def _begun_with(completions: pa.Table) -> Counter[int]:
+    return Counter(completions["first_version"].to_pylist())
 
 
 def age(completions: Sequence[Part], version: int) -> Age:
     """How many steps before `version` the weights were that completions were begun with."""
-    steps = np.concatenate(_of_each(completions, lambda table: _ages.remote(table, version)))
-    return Age(mean=float(steps.mean()), most=int(steps.max()))
+    begun = sum(of_each(completions, tasks_at_once(), _begun_with), Counter[int]())
+    mean = sum((version - first) * n for first, n in begun.items()) / begun.total()
+    return Age(mean=mean, most=version - min(begun))
 
 
 def score(rewards: "DeploymentHandle", completions: Sequence[Part], out: StageOutput, window: int) -> list[Part]:
@@ -159,7 +141,6 @@ def _pair(out: Place, scores: pa.Table) -> pa.Table:
     return pairs
 
 
-@ray.remote(num_cpus=0.1)
 def _dropped(pairs: pa.Table) -> Counter[str]:
     counts = {key: int(n) for key, n in (pairs.schema.metadata or {}).items() if key.startswith(b"dropped:")}
     return Counter({key.decode().removeprefix("dropped:"): n for key, n in counts.items()})
@@ -176,7 +157,7 @@ def pair(scores: Sequence[Part], out: StageOutput) -> list[Part]:
 
 def dropped(candidates: Sequence[Part]) -> Counter[str]:
     """How many prompts gave no pair, by reason."""
-    return sum(_of_each(candidates, _dropped.remote), Counter())
+    return sum(of_each(candidates, tasks_at_once(), _dropped), Counter())
 
 
 def reference(
@@ -188,31 +169,24 @@ def reference(
     config: RunConfig,
     round: int,
 ) -> list[Part]:
-    """Each part of a round's pairs with the token log-probs of (run, version) `weights` as reference."""
+    """Each part of a round's pairs with the token log-probs of (run, version) `weights` as reference. The ranks read
+    their files, so that a round does not lie in the object store while it trains."""
 
     def start(index: int, place: Place, again: bool) -> ray.ObjectRef:
         block = pairs[index].argument(again)
         return as_ref(references.score.remote(block, *weights, versions.url, config, round, place.url))
 
-    return run_stage(out, capacity(config.fleet.references), len(pairs), start)
+    return run_stage(out, capacity(config.fleet.references), len(pairs), start, keep=False)
 
 
-@ray.remote(num_cpus=0.1)
-def _lengths(pairs: pa.Table) -> np.ndarray:
-    return lengths_of(pairs_of(pairs))
+def _lengths(pairs: pa.Table) -> Lengths:
+    sides = [pc.list_value_length(pairs[name]).to_numpy() for name in ("prompt", "chosen", "rejected")]
+    return np.stack(sides, axis=1).astype(np.int32)
 
 
 def lengths(pairs: Sequence[Part]) -> Lengths:
     """[pairs, 3] token counts: all that the driver sees of a round's pairs."""
-    return np.concatenate(_of_each(pairs, _lengths.remote))
-
-
-def _of_each(parts: Sequence[Part], ask: Callable[[ray.ObjectRef], ray.ObjectRef]) -> list[Any]:
-    """What a call makes of each part, again from their files where their copies in the object store are lost."""
-    try:
-        return ray.get([ask(part.argument()) for part in parts], timeout=SUMMARY_S)
-    except LOST:
-        return ray.get([ask(part.argument(again=True)) for part in parts], timeout=SUMMARY_S)
+    return np.concatenate(of_each(pairs, tasks_at_once(), _lengths))
 
 
 def as_ref(response: "DeploymentResponse") -> ray.ObjectRef:

@@ -7,7 +7,7 @@ restarted one finds its place.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -41,18 +41,32 @@ class Pair:
     rejected_ref: Float32[np.ndarray, " rejected"] | None = None
 
 
-Lengths: TypeAlias = "Int64[np.ndarray, 'pairs 3']"
+Pairs: TypeAlias = "Sequence[Pair] | Mapping[int, Pair]"
+"""Pairs by their index in a round: all of them, or those that are needed."""
+
+Lengths: TypeAlias = "Int32[np.ndarray, 'pairs 3']"
 """Tokens of prompt, chosen and rejected."""
+
+HELD_TOKENS = 2**22
+"""Of a round's pairs that a rank holds, at most (16 MB of token ids, and their reference log-probs)."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: `rows[rank]` are the micro-batches of a rank, each an array of pair indices (maybe empty)."""
+    """One optimizer step: `rows[rank]` are the micro-batches of a rank, each an array of pair indices (maybe empty).
+
+    `batch` are the pairs of all ranks in the order of the epoch, in which `first` pairs come before them.
+    """
 
     index: int
     epoch: int
-    pairs: int
+    first: int
+    batch: Int64[np.ndarray, " pairs"]
     rows: tuple[tuple[Int64[np.ndarray, " pairs"], ...], ...]
+
+    @property
+    def pairs(self) -> int:
+        return len(self.batch)
 
 
 def steps_in_round(pairs: int, batch_size: int, epochs: int) -> int:
@@ -60,22 +74,37 @@ def steps_in_round(pairs: int, batch_size: int, epochs: int) -> int:
     return -(-pairs // batch_size) * epochs
 
 
-def plan_round(lengths: Lengths, budget: RowBudget, *, epochs: int, seed: int, round: int) -> Iterator[Step]:
-    """The steps of a round, in order, numbered from 1.
-
-    The first epoch takes the pairs as they are stored (stored order is shuffled already); later ones are permuted.
-    """
+def plan_round(
+    lengths: Lengths, budget: RowBudget, *, epochs: int, seed: int, round: int, after: int = 0
+) -> Iterator[Step]:
+    """The steps of a round that come after step `after`, in order; they are numbered from 1."""
     index = 0
     for epoch in range(epochs):
-        order = np.arange(len(lengths))
-        if epoch:
-            order = Stream.EPOCH_ORDER.generator(seed=seed, round=round, epoch=epoch).permutation(order)
-        for start in range(0, len(order), budget.batch_size):
-            index += 1
-            batch = order[start : start + budget.batch_size]
-            rows = plan_rows(batch, lengths, budget)
-            by_rank = tuple(tuple(rows[rank :: budget.world]) for rank in range(budget.world))
-            yield Step(index, epoch, len(batch), by_rank)
+        starts = range(0, len(lengths), budget.batch_size)
+        if (index := index + len(starts)) <= after:
+            continue
+        order = epoch_order(len(lengths), seed=seed, round=round, epoch=epoch)
+        for number, first in enumerate(starts, start=index - len(starts) + 1):
+            if number > after:
+                batch = order[first : first + budget.batch_size]
+                rows = plan_rows(batch, lengths, budget)
+                by_rank = tuple(tuple(rows[rank :: budget.world]) for rank in range(budget.world))
+                yield Step(number, epoch, first, batch, by_rank)
+
+
+def epoch_order(pairs: int, *, seed: int, round: int, epoch: int) -> Int64[np.ndarray, " pairs"]:
+    """The order of the pairs in an epoch: in the first as they are stored (stored order is shuffled already), in later
+    ones permuted."""
+    stored = np.arange(pairs)
+    if not epoch:
+        return stored
+    return Stream.EPOCH_ORDER.generator(seed=seed, round=round, epoch=epoch).permutation(stored)
+
+
+def has_parts_of_its_own(lengths: Lengths, epochs: int) -> bool:
+    """Whether later epochs are read from parts in their own order: the pairs are too many to be held from the first
+    epoch on, and those of one step are spread over as many parts of the stored order."""
+    return epochs > 1 and int(lengths.sum()) > HELD_TOKENS
 
 
 def plan_rows(pairs: Int64[np.ndarray, " pairs"], lengths: Lengths, budget: RowBudget) -> list[np.ndarray]:
@@ -221,7 +250,7 @@ def assemble(pairs: Sequence[Pair]) -> Row:
 def lengths_of(pairs: Sequence[Pair]) -> Lengths:
     """[pairs, 3] token counts."""
     counts = [(len(pair.prompt), len(pair.chosen), len(pair.rejected)) for pair in pairs]
-    return np.array(counts, np.int64).reshape(-1, 3)
+    return np.array(counts, np.int32).reshape(-1, 3)
 
 
 def predecessors(segments: tuple[Segments, ...], tokens: int) -> Int64[Tensor, " tokens"]:

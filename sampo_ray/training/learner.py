@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from sampo_ray.errors import TrainingError
-from sampo_ray.training.batching import Pair, Row, Step
+from sampo_ray.training.batching import Pair, Pairs, Row, Step
 from sampo_ray.training.lora import Weight, adapter_names, named_weights, without_adapters
 from sampo_ray.training.objective import METRICS, Draw, LossInputs, accumulate, objective_of, zero_loss
 from sampo_ray.training.policy import batch_rows, every_token, row_logprobs, with_logprobs
@@ -131,11 +131,11 @@ class Learner:
         self._engine.train()
         return distributions
 
-    def optimize(self, step: Step, pairs: Sequence[Pair], steps: int) -> StepValues:
+    def optimize(self, step: Step, pairs: Pairs, steps: int) -> StepValues:
         """The round's next step of `steps`: mean loss over the pairs of the global batch, summed over rows and ranks.
 
-        `pairs` are all of the round's. Returns METRICS, `learning_rate`, `grad_norm` and `skipped`: 0, or how many
-        steps in a row had a loss or gradient that is not finite and so changed nothing. Such a step has a `reason`
+        `pairs` has those of this rank's rows. Returns METRICS, `learning_rate`, `grad_norm` and `skipped`: 0, or how
+        many steps in a row had a loss or gradient that is not finite and so changed nothing. Such a step has a `reason`
         instead of METRICS. TrainingError, naming pairs, when there are more of them than `trainer.max_skipped`.
         """
         draw = Draw(self.config.run.seed, self.round, step.epoch)

@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from sampo_ray.config.losses import REDUCTIONS as REDUCTION_SETTINGS
 from sampo_ray.config.losses import LossSettings, PreferenceLoss, find_loss
-from sampo_ray.training.batching import Pair, Row, Step, assemble
+from sampo_ray.training.batching import Pair, Pairs, Row, Step, assemble
 from sampo_ray.training.losses import ScoredPairs, evaluate
 from sampo_ray.training.policy import every_token, pair_divergences, pair_logprobs
 from sampo_ray.training.reduction import REDUCTIONS, MaskKey, Positions, Reduction, reduce_pairs
@@ -135,7 +135,7 @@ def reference_positions(config: RunConfig, round: int) -> SelectPositions:
 def accumulate(
     policy: nn.Module,
     rows: Sequence[Int64[np.ndarray, " pairs"]],
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     inputs: LossInputs,
     weight: float,
     backward: Callable[[Tensor], object] = Tensor.backward,
