@@ -450,7 +450,7 @@ def test_a_round_uses_votes_that_no_earlier_round_used_and_the_same_again_after_
 @pytest.mark.parametrize(("data", "from_feedback"), [("all", 0), ("all", 5), ("split", 5)])
 def test_pairs_from_feedback_come_on_top_of_the_round_s_own(tmp_path, monkeypatch, data, from_feedback):
     from sampo_ray.config.run import load_config
-    from sampo_ray.loop import stages
+    from sampo_ray.loop import rounds
     from sampo_ray.loop.display import open_display
     from sampo_ray.loop.rounds import Round
     from sampo_ray.run.directory import create_run
@@ -460,7 +460,7 @@ def test_pairs_from_feedback_come_on_top_of_the_round_s_own(tmp_path, monkeypatc
     orders = []
     for name, more in (("with", from_feedback), ("without", 0)):
         run = create_run(load_config(tree, [f"run.dir={tmp_path / name}"]))
-        monkeypatch.setattr(stages, "reorder", lambda parts, order, *_: orders.append(sorted(order.tolist())) or [])
+        monkeypatch.setattr(rounds, "reorder", lambda parts, order, *_: orders.append(sorted(order.tolist())) or [])
         for index in range(3):
             round = Round(run, index, open_display())
             assert round.feedback() == [], "it is off"
