@@ -23,8 +23,9 @@ def iterate(run: Run, fleet: Fleet, reporter: Reporter) -> Place:
         if round.committed:
             continue
         votes = round.feedback()  # pairs that the users' votes make
-        source = rollouts(round, fleet, data) if run.config.online else data
-        pairs = round.reference(round.pairs(source, votes), fleet.references)
+        # What the pairs are made of is named nowhere, so that the object store need not hold it while the round trains.
+        pairs = round.pairs(rollouts(round, fleet, data) if run.config.online else data, votes)
+        pairs = round.reference(pairs, fleet.references)
         with prepare_next_round(round, fleet, data):
             for step in round.train(pairs, fleet.trainer):  # publishes versions on its way
                 round.record(step)
