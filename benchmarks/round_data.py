@@ -188,8 +188,8 @@ def epochs_now(rank: Any, folder: str, parts: Any, lengths: Any) -> dict[str, fl
     from sampo_ray.run.storage import Place
     from sampo_ray.training.batching import has_parts_of_its_own, steps_in_round
 
-    tree = {"model": {"path": "m"}, "data": {"train": "d"}, "run": {"dir": folder, "seed": 0}, "rounds": {"epochs": EPOCHS}}
-    tree |= {"optim": {"batch_size": BATCH}, "reference": {"where": "workers"}}
+    tree = {"model": {"path": "m"}, "data": {"train": "d"}, "run": {"dir": folder, "seed": 0}}
+    tree |= {"rounds": {"epochs": EPOCHS}, "optim": {"batch_size": BATCH}, "reference": {"where": "workers"}}
     steps, in_order = steps_in_round(len(lengths), BATCH, EPOCHS), has_parts_of_its_own(lengths, EPOCHS)
     config = load_config(tree)
     spec = RoundSpec("r", Place(folder), config, 0, 0, steps, tuple(parts), ray.put(lengths), in_order)
