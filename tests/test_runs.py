@@ -263,6 +263,22 @@ def test_a_remote_run_directory_works_like_a_local_one(tmp_path):
         assert (folder / "state").read_bytes() == b"x"
 
 
+def checkpoint(path):
+    return Checkpoint(path=path, round=0, step=1, world=1, files={})
+
+
+@pytest.mark.parametrize("url", ["{}/run", "memory://left-behind"])
+def test_what_killed_processes_left_is_removed_when_a_run_goes_on(tmp_path, url):
+    run = new_run(url.format(tmp_path))
+    run.manifest.checkpoint, run.manifest.earlier = checkpoint("checkpoints/0-2"), checkpoint("checkpoints/0-1")
+    folders = ["checkpoints/0-1", "checkpoints/0-2", "checkpoints/0-3", "versions/000000", "versions/000001"]
+    for folder in (*folders, "checkpoints/.draft-x", "versions/.draft-y"):
+        run.place.at(folder, "file").write(b"x")
+    run.versions.at("000000", "version.json").write(b"{}")
+    run.clear_leftovers()
+    assert run.place.at("checkpoints").names() == ["0-1", "0-2"] and run.versions.names() == ["000000"]
+
+
 records = st.builds(
     RoundRecord,
     index=st.integers(0, 5),

@@ -121,6 +121,8 @@ def _run(checked: "Checked", resumed: str | None, keep_serving: bool, check: Che
         run = open_run(resumed, config) if resumed else create_run(config)
         display.note(f"run {run.id} in {run.place.url}")
         run.check = check
+        if resumed:
+            run.clear_leftovers()
         run.log = stack.enter_context(open_trackers(config, run.place, run.id))
         with display.stage("start", None, "engines"):
             fleet = stack.enter_context(open_fleet(run, keep_serving, display.note))

@@ -23,7 +23,7 @@ from sampo_ray.run.manifest import Checkpoint, StageRecord, StepMetrics, StepRes
 from sampo_ray.run.parts import Part, parts_of
 from sampo_ray.run.serving import read_serving
 from sampo_ray.run.storage import Place
-from sampo_ray.run.versions import complete_versions, export_folder, is_complete, version_folder
+from sampo_ray.run.versions import complete_versions, export_folder, is_complete, remove_version, version_folder
 from sampo_ray.sources.probing import completed
 from sampo_ray.sources.rows import Kind, cut_to_length
 from sampo_ray.sources.source import sources_of
@@ -357,7 +357,7 @@ class Round:
         kept = {0} | {r.start_version for r in records} | {r.end_version for r in records}
         others = [v for v in complete_versions(self.run.versions.url) if v not in kept]
         for version in set(others[: -self.config.publish.keep]) - served:
-            Place(version_folder(self.run.versions.url, version)).remove()
+            remove_version(version_folder(self.run.versions.url, version))
 
 
 @contextlib.contextmanager

