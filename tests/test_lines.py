@@ -67,3 +67,25 @@ def test_what_is_left_out_is_said_once(caplog):
 def test_a_line_that_no_append_can_have_left_is_named(line):
     with pytest.raises(DataError, match="f, line 2: is no JSON object"):
         lines.records(b'{"a": 1}\n' + line + b"\n", "f")
+
+
+def test_a_file_on_object_storage_grows_by_parts_and_is_read_as_one(s3, monkeypatch):
+    monkeypatch.setattr(lines, "PART_BYTES", 200)
+    file, written = Place(f"{s3}/run/metrics.jsonl"), list[int]()
+    Place(f"{s3}/run/metrics.jsonl.tmp").write(b"no part of it")
+    write, whole = Place.write, ""
+    monkeypatch.setattr(Place, "write", lambda place, content: written.append(len(content)) or write(place, content))
+    for step in range(40):
+        lines.append(file, json.dumps({"step": step}))
+        whole += json.dumps({"step": step}) + "\n"
+    assert lines.read(file) == whole.encode() == b"".join(part.read() for part in lines._parts(file))
+    assert max(written) <= 230 and len(lines._parts(file)) > 2
+    for size in (1, 100, 250, 10_000):
+        assert lines.read(file, size) == whole.encode()[-size:]
+    assert lines.read(Place(f"{s3}/run/none.jsonl")) == b"" == lines.read(Place("/nowhere/none.jsonl"))
+    assert lines.read(Place(f"{s3}/run/none.jsonl"), 5) == b""
+
+
+def test_the_tail_of_a_local_file_is_read(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"0123456789")
+    assert [lines.read(Place(f"{tmp_path}/a.jsonl"), size) for size in (3, 10, 99)] == [b"789", *[b"0123456789"] * 2]

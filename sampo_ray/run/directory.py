@@ -27,7 +27,7 @@ from pydantic import BaseModel
 
 from sampo_ray.config.run import RunConfig, load_config
 from sampo_ray.errors import ConfigError
-from sampo_ray.run.lines import append
+from sampo_ray.run import lines
 from sampo_ray.run.lock import Check
 from sampo_ray.run.manifest import Manifest, RoundRecord, StepMetrics, parse_metrics, read_manifest
 from sampo_ray.run.storage import Place, absolute
@@ -63,15 +63,14 @@ class Run:
         self.place.at("manifest.json").write(self.manifest.model_dump_json(indent=1).encode())
 
     def metrics(self) -> list[StepMetrics]:
-        file = self.place.at("metrics.jsonl")
-        return parse_metrics(file.read()) if file.exists() else []
+        return parse_metrics(lines.read(self.place.at("metrics.jsonl")))
 
     def record(self, metrics: StepMetrics) -> None:
         """Adds one step's line, unless that step of that round has one already (it was trained again after a crash)."""
         if (key := (metrics.round, metrics.step)) in self._recorded:
             return
         self.check()
-        append(self.place.at("metrics.jsonl"), metrics.line())
+        lines.append(self.place.at("metrics.jsonl"), metrics.line())
         self._recorded.add(key)
         self.log(metrics.numbers, metrics.version)
 

@@ -1,5 +1,8 @@
 """Files of JSON objects, one a line, that one process appends to and any may read.
 
+Object storage cannot append: there the last part of a file is replaced, and once that is long, another is begun beside
+it (`metrics.jsonl.000001` and so on), so that a line costs the same however many there are.
+
 A crash, a full disk or a power failure can cut the last line short. No object is the beginning of another one, so such
 a line is always recognised: readers leave it out, and the next append removes it first.
 """
@@ -15,15 +18,21 @@ from sampo_ray.errors import DataError
 from sampo_ray.run.storage import Place
 
 logger = logging.getLogger(__name__)
+PART_BYTES = 128 << 10
 Record = dict[str, Any]
 _OBJECT = re.compile(rb'\{"')
 
 
 def append(file: Place, record: str) -> None:
-    """Adds a line, durably: a local file is synchronised with the disk, a remote one is replaced as a whole."""
+    """Adds a line, durably: a local file is synchronised with the disk, the last part of a remote one replaced."""
     line = record.encode() + b"\n"
     if not file.local:
-        file.write(_mended(file.read() if file.exists() else b"") + line)
+        parts = _parts(file)
+        content = _mended(parts[-1].read()) if parts else b""
+        if len(content) > PART_BYTES:
+            _part(file, len(parts)).write(line)
+        else:
+            (parts[-1] if parts else file).write(content + line)
         return
     os.makedirs(os.path.dirname(file.path), exist_ok=True)
     with open(file.path, "a+b") as out:
@@ -36,6 +45,26 @@ def append(file: Place, record: str) -> None:
         out.write(line)
         out.flush()
         os.fsync(out.fileno())
+
+
+def read(file: Place, last_bytes: int | None = None) -> bytes:
+    """The file with all of its parts, or its last bytes; empty where there is none."""
+    found, parts = b"", _parts(file)
+    while parts and (last_bytes is None or len(found) < last_bytes):
+        found = parts.pop().read(None if last_bytes is None else len(found) - last_bytes) + found
+    return found
+
+
+def _parts(file: Place) -> list[Place]:
+    if file.local:
+        return [file] if file.exists() else []
+    names = Place(file.url.removesuffix(f"/{file.name}")).names()
+    later = sum(re.fullmatch(rf"{re.escape(file.name)}\.[0-9]{{6}}", name) is not None for name in names)
+    return [_part(file, number) for number in range(later + 1)] if file.name in names else []
+
+
+def _part(file: Place, number: int) -> Place:
+    return Place(f"{file.url}.{number:06d}") if number else file
 
 
 def records(content: bytes, name: str) -> list[Record]:

@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sampo_ray.config.run import load_config
+from sampo_ray.run import lines
 from sampo_ray.run.directory import Status, read_settings, read_status
 from sampo_ray.run.manifest import RoundRecord, StepMetrics, lineage, parse_metrics, read_manifest
 from sampo_ray.run.storage import Place
@@ -127,7 +128,7 @@ def view(run: Place) -> RunView:
 
 def last_steps(run: Place) -> list[StepMetrics]:
     """The last STEPS lines of metrics.jsonl; incomplete ones are left out."""
-    raw = file.read(-TAIL_BYTES) if (file := run.at("metrics.jsonl")).exists() else b""
+    raw = lines.read(run.at("metrics.jsonl"), TAIL_BYTES)
     whole = raw.partition(b"\n")[2] if len(raw) == TAIL_BYTES else raw
     return parse_metrics(whole)[-STEPS:]
 

@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sampo_ray.console.main import app
+from sampo_ray.run import lines
 from sampo_ray.run.directory import open_run
 from sampo_ray.run.node_copies import version_on_disk
 from sampo_ray.run.storage import Place
@@ -70,7 +71,7 @@ def test_a_run_on_object_storage_that_was_killed_ends_in_the_bits_of_a_local_run
     assert "waiting up to" in said, "for the lease of the process that was killed"
 
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_bytes(metrics_file(run))
+    (tmp_path / "run" / "metrics.jsonl").write_bytes(lines.read(run.at("metrics.jsonl")))
     assert facts(tmp_path / "run") == facts(local)
     with run.at("exports", "round-2").on_disk() as export:
         assert same_bits(export, local / "exports" / "round-2")
@@ -87,10 +88,6 @@ def test_a_run_on_object_storage_that_was_killed_ends_in_the_bits_of_a_local_run
     listed = CliRunner().invoke(app, ["versions", run.url])
     assert listed.exit_code == 0 and "final" in listed.output
     assert not list(temporary.glob("sampo-*")), "no copy of a file is left on this machine"
-
-
-def metrics_file(run: Place) -> bytes:
-    return run.at("metrics.jsonl").read()
 
 
 def left_behind(run: Place) -> None:
