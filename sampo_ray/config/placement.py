@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from sampo_ray.config.gpu_fit import gpu_shares, no_gpu_memory, with_utilization
-from sampo_ray.config.machines import Cluster, Growth, Node
+from sampo_ray.config.machines import Cluster, Node
 from sampo_ray.config.packing import Group, Role, Room, in_order
 from sampo_ray.config.plan_text import Lacking, refusal, table, without_room
 from sampo_ray.config.run import RunConfig
@@ -20,7 +20,6 @@ from sampo_ray.config.sizing import (
     ModelMemory,
     Placed,
     Profile,
-    RankMemory,
     changed,
     engine,
     engine_workers,
@@ -31,8 +30,6 @@ from sampo_ray.config.sizing import (
     with_chosen,
 )
 from sampo_ray.errors import ConfigError
-
-__all__ = ["Cluster", "Group", "Growth", "ModelMemory", "Node", "Plan", "RankMemory", "Role", "placement"]
 
 CLUSTER_GPUS = 4
 """From this many GPUs on, ranks, engines and workers have GPUs of their own."""
@@ -78,6 +75,21 @@ def placement(config: RunConfig, cluster: Cluster, memory: ModelMemory | None = 
     if (plan := _plan(config, cluster, memory)) is None:
         raise ConfigError(_refusal(config, cluster, memory))
     return plan
+
+
+def serving_plan(config: RunConfig, cluster: Cluster) -> Plan:
+    """The plan of what serves a run that is not trained here: the live policy, and what it needs. ConfigError where no
+    node has room for it."""
+    config = changed(config, "fleet.placement", "split")
+    gpus = max((node.gpus for node in cluster.nodes), default=0)
+    profile: Profile = "cluster" if cluster.gpus >= CLUSTER_GPUS else "laptop"
+    layout = Layout(profile if config.profile == "auto" else config.profile, "split", gpus, limit=None)
+    sized = with_utilization(filled(config, layout, 1, 1), layout, None)
+    groups = [group for group in groups_of(sized) if group.role in ("policy", "store", "endpoint")]
+    lacking, room = _packed(groups, cluster.nodes)
+    if lacking and not cluster.growth:
+        raise ConfigError(refusal(groups, lacking, cluster.nodes, []))
+    return Plan(with_chosen(sized, config), tuple(groups), cluster.nodes, room)
 
 
 def _plan(config: RunConfig, cluster: Cluster, memory: ModelMemory | None = None) -> Plan | None:
@@ -181,6 +193,8 @@ def _ranks_left(config: RunConfig, layout: Layout, nodes: Sequence[Node], genera
     count = 0
     while count < 4096 and room.place(ranks):
         count += 1
+    while not _placed(config, [replace(ranks, least=count + 1, most=count + 1), *others], nodes)[0]:
+        count += 1  # parts of devices may fit in another order
     return max(1, count)
 
 
@@ -224,17 +238,17 @@ def _refusal(config: RunConfig, cluster: Cluster, memory: ModelMemory | None) ->
     """What does not fit, in the layout that comes nearest to what is asked for."""
     layout, nodes = [*_layouts(config, cluster, memory)][-1]
     sized = _sized(config, layout, nodes)
-    groups = groups_of(sized)
+    groups = groups_of(sized, memory)
     lacking, _ = _placed(sized, groups, nodes)
     on_gpu = gpu_shares(sized, layout, nodes, memory)
     if not lacking and on_gpu:
         return no_gpu_memory(sized, on_gpu)
-    return refusal(groups, lacking, nodes, [*_ways_out(config, cluster)][:3])
+    return refusal(groups, lacking, nodes, [*_ways_out(config, cluster, memory)][:3])
 
 
-def _ways_out(config: RunConfig, cluster: Cluster) -> Iterator[str]:
+def _ways_out(config: RunConfig, cluster: Cluster, memory: ModelMemory | None) -> Iterator[str]:
     """Changes that are enough, each alone."""
-    if config.trainer.workers and (plan := _plan(changed(config, "trainer.workers", None), cluster)):
+    if config.trainer.workers and (plan := _plan(changed(config, "trainer.workers", None), cluster, memory)):
         yield f"trainer.workers={plan.config.trainer.workers}"
     changes: list[tuple[str, object]] = [
         ("reference.where", "trainer"),
@@ -248,5 +262,5 @@ def _ways_out(config: RunConfig, cluster: Cluster) -> Iterator[str]:
         other = changed(config, name, value)
         if value == "shared" and not_by_turns(config):
             continue
-        if value_of(config, name) not in (value, None) and _plan(other, cluster) is not None:
+        if value_of(config, name) not in (value, None) and _plan(other, cluster, memory) is not None:
             yield f"{name}={str(value).lower()}"

@@ -23,7 +23,7 @@ NAMES: dict[Role, str] = {
 }
 SINGULAR: dict[Role, str] = {"ranks": "rank", "generators": "generator", "pinned": "pinned version"}
 HEADINGS = ("actors", "count", "GPUs", "CPUs", "memory", "where")
-WIDTHS = (16, 7, 6, 6, 9)
+WIDTHS = (16, 7, 6, 6, 10)
 Lacking = Mapping[Role, tuple[Group, int]]
 """Groups of which some actors have no room, and how many of them."""
 
@@ -55,6 +55,8 @@ def _where(group: Group, room: Room) -> str:
         place = "a GPU each" if group.gpus == 1 else "part of a GPU" if group.gpus < 1 else "GPUs of one node"
     else:
         place = "not the head" if group.avoids_head and not room.alone else ""
+    if not group.most:
+        return group.note
     taken = f"{group.gpu_memory / 2**30:.1f} GiB of it" if group.gpu_memory else ""
     return ", ".join(part for part in (place, taken, group.note) if part)
 
@@ -72,7 +74,8 @@ def refusal(groups: Sequence[Group], lacking: Lacking, nodes: Sequence[Node], wa
     asks = f"{gpus:g} GPU{'s' * (gpus != 1)} ({each})" if about_gpus else f"{cpus:.3g} CPUs"
     have = f"{there} GPU{'s' * (there != 1)}" if about_gpus else f"{cores:g} CPUs"
     on = "" if len(nodes) == 1 else f" on {len(nodes)} nodes"
-    use = " or ".join(ways_out) or ("smaller sizes, or add nodes" if about_gpus else "Ray with more --num-cpus")
+    on_nodes = any(group.gpus or group.avoids_head for group, _ in lacking.values())
+    use = " or ".join(ways_out) or ("smaller sizes, or other nodes" if on_nodes else "Ray with more --num-cpus")
     return f"this run asks for {asks}, Ray has {have}{on}: no room for {without_room(lacking, nodes)}; use {use}"
 
 

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from sampo_ray.config.machines import Cluster
-from sampo_ray.config.placement import ModelMemory, Plan, placement
+from sampo_ray.config.placement import Plan, placement
 from sampo_ray.config.run import RunConfig, load_config
 from sampo_ray.config.sections import FleetConfig, FleetsConfig
-from sampo_ray.config.sizing import reopened
+from sampo_ray.config.sizing import ModelMemory, reopened
 from sampo_ray.errors import ConfigError
 
 

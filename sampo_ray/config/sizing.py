@@ -259,10 +259,10 @@ def _engines(config: RunConfig) -> list[Group]:
     if config.online and not config.shared_replicas:
         groups.append(engine(config, "generators", least, most))
     elif config.serve.gates.probing and config.fleet.placement != "shared":
-        groups.append(replace(engine(config, "generators", 0, most), note="start when a gate probes"))
+        groups.append(replace(engine(config, "generators", 0, most), note="when a gate probes"))
     elif config.online and config.fleet.placement == "split":
         spare = engine(config, "generators", 0, most)
-        groups.append(replace(spare, spare=not spare.gpus, note="start after a rollback"))
+        groups.append(replace(spare, spare=not spare.gpus, note="after a rollback"))
     return groups
 
 
@@ -283,7 +283,7 @@ def _scorers(config: RunConfig) -> list[Group]:
 def _services(config: RunConfig, memory: ModelMemory | None) -> list[Group]:
     """What every run has besides: none of it needs a GPU, and what is heavy stays off the head node."""
     weights = memory.weights if memory else 0
-    copy = f"and {2 * weights / GIB:.1f} GiB of object store" if weights else ""
+    copy = f"{2 * weights / GIB:.1f} GiB of objects" if weights else ""
     groups = [
         Group("store", 1, 1, cpus=SMALL_CPUS, memory=PYTHON_BYTES, avoids_head=True, note=copy),
         Group("exchange", 1, 1, cpus=SMALL_CPUS),

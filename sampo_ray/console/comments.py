@@ -7,6 +7,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from sampo_ray.config.placement import Plan
 from sampo_ray.data.first_row import FirstRow, Part
 
 WIDTH = 96
@@ -22,6 +23,11 @@ def comment(text: str) -> str:
     """Each line of `text` as a comment of YAML, whatever it quotes. What a line has too much goes on indented."""
     lines = [line for each in map(_printable, text.split("\n")) for line in _wrapped("", each, "  ")]
     return "\n".join(f"# {line}".rstrip() for line in lines)
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """Where the run's actors go, as lines of a table for terminals of 80 columns."""
+    return ["", "where actors go (GPUs, CPUs and memory of one):", *plan.table().split("\n"), ""]
 
 
 def first_row(first: FirstRow) -> str:

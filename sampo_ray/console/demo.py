@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 from rich.console import Console
 
 from sampo_ray.config.columns import Columns
-from sampo_ray.config.profiles import resolve
+from sampo_ray.config.machines import Cluster
+from sampo_ray.config.profiles import plan_for
 from sampo_ray.config.run import load_config
 from sampo_ray.console import session
 from sampo_ray.console.demo_task import ROWS, Answers, DemoAssets, make_demo, render, summarise
@@ -40,8 +41,8 @@ def run_demo(directory: Path, seed: int, keep_serving: bool) -> None:
         stack.enter_context(session.library_output_to(folder / "driver.log"))
         with display.stage("make", None, "model and data"):
             assets = make_demo(folder / "assets", seed)
-        resources = stack.enter_context(session.ray_cluster(display.note))
-        runs = {name: demo_run(folder, name, assets, seed, resources) for name in ROWS}
+        cluster = stack.enter_context(session.ray_cluster(display.note))
+        runs = {name: demo_run(folder, name, assets, seed, cluster) for name in ROWS}
         with display.stage("start", None, "engines"):
             fleet = stack.enter_context(open_fleet(list(runs.values())[-1], keep_serving, display.note))
         session.announce(display, fleet.endpoint)
@@ -61,7 +62,7 @@ def run_demo(directory: Path, seed: int, keep_serving: bool) -> None:
             session.serve_until_interrupt(display, fleet.endpoint, keyed, "Sort these digits: 7305")
 
 
-def demo_run(folder: Path, name: str, assets: DemoAssets, seed: int, resources: dict[str, float]) -> Run:
+def demo_run(folder: Path, name: str, assets: DemoAssets, seed: int, cluster: Cluster) -> Run:
     """A run directory for one row of the table; what all rows share is here, what they differ in is in ROWS."""
     shared = {
         "model": {"path": str(assets.model)},
@@ -74,8 +75,8 @@ def demo_run(folder: Path, name: str, assets: DemoAssets, seed: int, resources: 
         "rollout": {"prompts": 256, "samples": 4, "temperature": 1.0, "top_p": 1.0, "max_tokens": 72},
         "publish": {"every_steps": 6},
     }
-    config, _ = resolve(load_config(shared, ROWS[name]), resources, os.cpu_count() or 1)
-    return create_run(config)
+    plan, _ = plan_for(load_config(shared, ROWS[name]), cluster)
+    return create_run(plan.config)
 
 
 def evaluate(fleet: Fleet, run: Run, version: int, assets: DemoAssets, display: Display) -> Answers:

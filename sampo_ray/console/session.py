@@ -19,9 +19,12 @@ from typing import TYPE_CHECKING
 import typer
 from rich.console import Console
 
-from sampo_ray.config.profiles import resolve
+from sampo_ray.config.machines import Cluster, Node
+from sampo_ray.config.placement import serving_plan
+from sampo_ray.config.profiles import plan_for
 from sampo_ray.config.run import RunConfig, load_config
 from sampo_ray.config.serving import ServeConfig
+from sampo_ray.config.sizing import reopened
 from sampo_ray.console.gpus import check_cluster, installed, usable_here
 from sampo_ray.errors import ConfigError
 from sampo_ray.loop.display import Display, open_display
@@ -75,18 +78,20 @@ def show(recipe: Path | None, overrides: list[str], directory: str | None = None
     checked = _resumed(directory, overrides) if directory else _checked(recipe, overrides)
     if checked is None:
         return
-    from sampo_ray.console.comments import comment, first_row
-    from sampo_ray.loop.validate import check_fit
+    from sampo_ray.console.comments import comment, first_row, plan_lines
+    from sampo_ray.loop.validate import check_fit, memory_of
 
     def note(text: str) -> None:
         typer.echo(comment(text))
 
-    with ray_cluster(note) if os.environ.get("RAY_ADDRESS") else contextlib.nullcontext(here(note)) as resources:
-        resolved, notes = resolve(checked.config, resources, os.cpu_count() or 1)
-    check_fit(resolved)
-    for each in (*checked.notes, *checked.details, *notes, *map(first_row, checked.firsts)):
+    with ray_cluster(note) if os.environ.get("RAY_ADDRESS") else contextlib.nullcontext(here(note)) as cluster:
+        plan, notes = plan_for(checked.config, cluster, memory_of(checked.config))
+    check_fit(plan.config)
+    for each in (*checked.notes, *checked.details, *notes, *map(first_row, checked.firsts), *plan_lines(plan)):
         note(each)
-    typer.echo(dump_config(resolved), nl=False)
+    if missing := plan.missing(cluster):
+        note(f"a start would wait for nodes with room for {missing}")
+    typer.echo(dump_config(plan.config), nl=False)
 
 
 def _checked(recipe: Path | Mapping[str, object] | None, overrides: list[str], run: Run | None = None) -> "Checked":
@@ -104,9 +109,10 @@ def _checked(recipe: Path | Mapping[str, object] | None, overrides: list[str], r
 
 def _run(checked: "Checked", resumed: str | None, keep_serving: bool, check: Check) -> None:
     """Trains in a new run directory, or in the one of a run that is `resumed`; `check` is made before it is written."""
+    from sampo_ray.console.comments import plan_lines
     from sampo_ray.iterate import iterate
     from sampo_ray.loop.fleet import open_fleet
-    from sampo_ray.loop.validate import check_fit
+    from sampo_ray.loop.validate import check_fit, memory_of
     from sampo_ray.run.trackers import open_trackers
     from sampo_ray.serve.endpoint import start_serve
 
@@ -114,9 +120,12 @@ def _run(checked: "Checked", resumed: str | None, keep_serving: bool, check: Che
     check_port(config.serve)
     with open_display(Console(file=sys.stdout)) as display, contextlib.ExitStack() as stack:
         stack.enter_context(library_output_to(driver_log(config)))
-        config, notes = resolve(config, stack.enter_context(ray_cluster(display.note)), os.cpu_count() or 1)
-        check_fit(config)
-        for note in (*checked.notes, *notes, *start_serve(config.serve)):  # what is refused leaves no run directory
+        cluster = stack.enter_context(ray_cluster(display.note))
+        plan, notes = plan_for(config, cluster, memory_of(config))
+        check_fit(config := plan.config)
+        for note in (*checked.notes, *notes, *plan_lines(plan)):
+            display.note(note)
+        for note in start_serve(config.serve):  # what is refused leaves no run directory
             display.note(note)
         run = open_run(resumed, config) if resumed else create_run(config)
         display.note(f"run {run.id} in {run.place.url}")
@@ -155,7 +164,7 @@ def serve(directory: str, overrides: list[str]) -> None:
     check_port(config.serve)
     with open_display(Console(file=sys.stdout)) as display, contextlib.ExitStack() as stack:
         stack.enter_context(library_output_to(driver_log(config)))
-        config, _ = resolve(config, stack.enter_context(ray_cluster(display.note)), os.cpu_count() or 1)
+        config = serving_plan(reopened(config), stack.enter_context(ray_cluster(display.note))).config
         for note in start_serve(config.serve):
             display.note(note)
         with display.stage("start", None, "engine"):
@@ -206,8 +215,8 @@ def library_output_to(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ray_cluster(note: Callable[[str], None]) -> Iterator[dict[str, float]]:
-    """Joins the cluster at RAY_ADDRESS, or starts Ray on this machine; yields its resources. Its logs go to files.
+def ray_cluster(note: Callable[[str], None]) -> Iterator[Cluster]:
+    """Joins the cluster at RAY_ADDRESS, or starts Ray on this machine; yields what it has. Its logs go to files.
 
     `note` takes a line for the user, if there is one.
     """
@@ -217,30 +226,32 @@ def ray_cluster(note: Callable[[str], None]) -> Iterator[dict[str, float]]:
 
     where, on_term = dict[str, object](), signal.getsignal(signal.SIGTERM)
     if not os.environ.get("RAY_ADDRESS"):
-        found = here(note)
-        where = {"address": "local", "num_cpus": found["CPU"], "num_gpus": found["GPU"], "include_dashboard": False}
+        (one,) = here(note).nodes
+        where = {"address": "local", "num_cpus": one.cpus, "num_gpus": one.gpus, "include_dashboard": False}
     allow_slow_start()
     ray.init(log_to_driver=False, logging_level=logging.ERROR, namespace="sampo", **where)
     signal.signal(signal.SIGTERM, on_term)  # Ray sets a handler of its own
     try:
-        resources = dict(ray.cluster_resources())
-        check_cluster(resources.get("GPU", 0), installed())
-        yield resources
+        cluster = Cluster.of(ray.cluster_resources(), os.cpu_count() or 1)
+        check_cluster(cluster.gpus, installed())
+        yield cluster
     finally:
         ray.shutdown()
         silence_services()
 
 
-def here(note: Callable[[str], None]) -> dict[str, float]:
-    """Resources of a Ray that is started on this machine for one command. It has the GPUs that what is installed can
-    use; `note` takes a line on others.
+def here(note: Callable[[str], None]) -> Cluster:
+    """What a Ray has that is started on this machine for one command. It has the GPUs that what is installed can use;
+    `note` takes a line on others.
     """
     from sampo_ray.internals.ray import gpus_here
+    from sampo_ray.training.memory import device_memory
 
     gpus, unused = usable_here(gpus_here(), installed())
     if unused:
         note(unused)
-    return {"CPU": LOCAL_CPUS, "GPU": gpus}
+    memory = device_memory()[1] if gpus else 0
+    return Cluster((Node(gpus, LOCAL_CPUS, gpu_memory=memory, head=True),), cores=os.cpu_count() or 1)
 
 
 def announce(display: Display, endpoint: str | None) -> None:

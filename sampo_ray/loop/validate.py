@@ -8,6 +8,7 @@ from transformers import AutoConfig, PretrainedConfig
 from sampo_ray.config.keys import is_json, parse
 from sampo_ray.config.run import RunConfig
 from sampo_ray.config.section import Section
+from sampo_ray.config.sizing import ModelMemory, RankMemory
 from sampo_ray.data.chat import ChatFormat
 from sampo_ray.data.first_row import FirstRow
 from sampo_ray.data.reward_functions import check_function
@@ -19,9 +20,9 @@ from sampo_ray.loop.data_check import check_sources, columns_of, made_up_samples
 from sampo_ray.run.directory import Run
 from sampo_ray.run.storage import Place, absolute
 from sampo_ray.run.trackers import check_trackers
-from sampo_ray.training.architecture import keys_picked
+from sampo_ray.training.architecture import keys_picked, on_meta
 from sampo_ray.training.choice import choose_attention
-from sampo_ray.training.memory import check_device
+from sampo_ray.training.memory import Shape, check_device, plan_memory
 from sampo_ray.training.model_files import ModelFiles
 from sampo_ray.training.pretrained import open_model
 
@@ -124,6 +125,29 @@ def check_fit(config: RunConfig) -> None:
         )
     if config.profile == "laptop":
         check_device(AutoConfig.from_pretrained(config.model.path), config)
+
+
+def memory_of(config: RunConfig) -> ModelMemory:
+    """What the run's model takes: estimates, for the plan of where actors go."""
+    model = AutoConfig.from_pretrained(config.model.path)
+    shape = Shape.of(on_meta(model, config.model.lora))
+    text = model.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    cached = 2 * 2 * shape.layers * heads * width if isinstance(heads, int) and isinstance(width, int) else 0
+    resident = config.method.needs_distributions and config.model.lora is None
+
+    def rank(sized: RunConfig) -> RankMemory:
+        trainer, tokens = sized.trainer, sized.row_budget.tokens_per_row
+        device = "cuda" if trainer.num_gpus else "cpu"
+        on_device = plan_memory(shape, trainer, tokens, device, resident).total
+        # Beside the device's: what is offloaded, and the copies that are published and stored while it trains on.
+        each = shape.trained // trainer.fewest
+        offloaded = 16 * each * (trainer.offload != "none") + 2 * shape.parameters * (trainer.offload == "parameters")
+        host = offloaded + 2 * shape.parameters // trainer.fewest + 12 * each
+        return RankMemory(on_device, host + (0 if trainer.num_gpus else on_device))
+
+    return ModelMemory(2 * shape.parameters, cached, rank)
 
 
 def check_keys_file(file: str | None) -> None:
