@@ -198,6 +198,11 @@ def test_what_cannot_fit_is_refused_in_one_message_that_says_what_is_enough(over
     assert "\n" not in str(error.value)
 
 
+def test_a_cluster_without_gpus_is_refused():
+    with pytest.raises(ConfigError, match="profile='cluster' needs GPUs, and Ray has none; use profile=laptop"):
+        resolve(config("profile=cluster"), {"CPU": 16}, 4)
+
+
 def test_what_a_message_advises_is_enough():
     for change in ("trainer.workers=7", "serve.enabled=false", "fleet.placement=shared"):
         resolve(config("trainer.workers=8", change), {"GPU": 8, "CPU": 64}, 4)

@@ -72,6 +72,8 @@ def placement(config: RunConfig, cluster: Cluster, memory: ModelMemory | None = 
     against = not_by_turns(config)
     if config.fleet.placement == "shared" and against:
         raise ConfigError(f"fleet.placement=shared does not go with {against}; use fleet.placement=split")
+    if config.profile == "cluster" and not any(node.gpus for node in cluster.grown()) and not _may_be_any(cluster):
+        raise ConfigError("profile='cluster' needs GPUs, and Ray has none; use profile=laptop, or auto")
     if (plan := _plan(config, cluster, memory)) is None:
         raise ConfigError(_refusal(config, cluster, memory))
     return plan
@@ -127,14 +129,16 @@ def _supplies(config: RunConfig, cluster: Cluster) -> Iterator[Sequence[Node]]:
     if not cluster.growth:
         yield cluster.nodes
         return
-    if any(kind.unknown for kind in cluster.growth):
-        grown = (*cluster.nodes, *_nodes_for(config, cluster))
-    else:
-        grown = cluster.grown(CLUSTER_GPUS)
+    grown = (*cluster.nodes, *_nodes_for(config, cluster)) if _may_be_any(cluster) else cluster.grown(CLUSTER_GPUS)
     more = sum(node.gpus for node in grown) > cluster.gpus
     if cluster.gpus >= CLUSTER_GPUS or not more or (config.profile != "auto" and cluster.gpus):
         yield cluster.nodes
     yield grown
+
+
+def _may_be_any(cluster: Cluster) -> bool:
+    """Whether nodes may come of which it is not known what they have."""
+    return any(kind.unknown for kind in cluster.growth)
 
 
 def _nodes_for(config: RunConfig, cluster: Cluster) -> Iterator[Node]:
@@ -188,7 +192,7 @@ def _ranks_left(config: RunConfig, layout: Layout, nodes: Sequence[Node], genera
     """Ranks for which the other actors leave room."""
     ranks, *others = groups_of(filled(config, layout, 1, generators))
     _, room = _placed(config, others, nodes)
-    if 0 < ranks.gpus <= 0.5:  # Ray may place two on one GPU, where NCCL has no two ranks
+    if ranks.gpus <= 0.5:  # Ray may place two on one GPU, where NCCL has no two ranks
         return 1
     count = 0
     while count < 4096 and room.place(ranks):
