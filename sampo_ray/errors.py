@@ -48,6 +48,10 @@ class WeightsNotLoadedError(WeightsError):
     """A replica holds other weights than those a call asks for, and will not hold them soon; another one may."""
 
 
+class PausedError(UserError, RuntimeError):
+    """A policy replica that answers nothing for some time, since the ranks that train it use its GPUs."""
+
+
 class PublishError(UserError, RuntimeError):
     """A version that is durable, but that the weight store did not take; the message says why. Training can go on."""
 

@@ -10,9 +10,10 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
+from sampo_ray.errors import PausedError
 from sampo_ray.serve.middleware.headers import SECURITY_HEADERS
 
-RETRY_AFTER_S = 2
+RETRY_AFTER_S, PAUSED_RETRY_S = 2, 30
 NO_ROUTE = "no such route; this endpoint has POST /v1/chat/completions, POST /v1/completions and GET /v1/models"
 OPTIONS = re.compile(r"(?<![\w-])--[a-z][a-z-]+|\b(?:VLLM|RAY)_[A-Z]+")  # of another program, or its environment
 VALUE = re.compile(r" \((?:parameter|value)=.*\)$", re.DOTALL)  # what vLLM adds to its messages
@@ -56,6 +57,12 @@ def unavailable(reason: str = "the policy is not available just now; try again s
     return ApiError(503, reason, code="policy_unavailable")
 
 
+def paused() -> ApiError:
+    """The policy's GPUs are in use by the training ranks, for minutes at least."""
+    message = "the policy is paused while its GPUs train it; try again later"
+    return ApiError(503, message, code="policy_paused", retry_s=PAUSED_RETRY_S)
+
+
 def from_engine(status: int, message: str, param: str | None = None) -> ApiError:
     """The engine answered with an error: a 4xx stays as it is, 501 (not implemented) becomes 400, the rest 503.
 
@@ -72,7 +79,9 @@ def from_engine(status: int, message: str, param: str | None = None) -> ApiError
 
 
 def from_policy(error: RayError | RayServeException) -> ApiError:
-    """A call of a policy replica failed: the replica is gone, dying, or its queue is full."""
+    """A call of a policy replica failed: the replica is gone, dying, or paused, or its queue is full."""
+    if isinstance(error, PausedError):  # Ray's error is of its cause's class, too
+        return paused()
     if isinstance(error, BackPressureError):
         return ApiError(429, "the policy has as many requests as it can queue; try again soon", code="queue_full")
     return ReplicaLost()

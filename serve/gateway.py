@@ -8,7 +8,7 @@ which a choice ends. A request whose replica dies before anything was streamed i
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from typing import Literal, cast
 
@@ -51,11 +51,17 @@ ROUTES = {
 }
 
 
-class PolicyApp:
-    """A Serve application of policy replicas, by name; it may start, die and come back while this object lives."""
+async def _never() -> bool:
+    return False
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+
+class PolicyApp:
+    """A Serve application of policy replicas, by name; it may start, die and come back while this object lives.
+    `paused`: whether its replicas have left their GPUs to the training ranks.
+    """
+
+    def __init__(self, name: str, paused: Callable[[], Awaitable[bool]] = _never) -> None:
+        self._name, self.paused = name, paused
         self._handle: DeploymentHandle | None = None
         self._status = CachedRead(lambda: asyncio.to_thread(self._look), STATUS_FRESH_S, STATUS_TIMEOUT_S)
         self.seen = messages.LivePosition()  # the latest that an answer has had; no answer begins earlier
@@ -106,6 +112,9 @@ class Answer:
         first = asyncio.ensure_future(self._item())
         try:
             while not (await asyncio.wait({first}, timeout=PATIENCE_S))[0]:
+                if await self._policy.paused():  # a replica says so at once, but there may be none
+                    self._items.cancel()
+                    raise errors.paused()
                 if asyncio.get_running_loop().time() > start_by and not (await self._policy.up_and_runs())[1]:
                     self._items.cancel()
                     raise unavailable()
@@ -151,7 +160,7 @@ class PolicyIngress(AdminRoutes, FeedbackRoutes, PageRoutes):
         self.live: WeightsId | None = None
         self.catalogue, self.assets, self._config = Catalogue(policy_app, store), load_assets(), config
         self.feedback_store = FeedbackStore(self.catalogue.run_place, config.feedback)
-        self._policy = PolicyApp(policy_app)
+        self._policy = PolicyApp(policy_app, self._paused)
         self._apps = {policy_app: self._policy}
 
     def commanded(self, state: StoreState) -> None:
@@ -161,6 +170,8 @@ class PolicyIngress(AdminRoutes, FeedbackRoutes, PageRoutes):
 
     async def health(self) -> Response:
         """200 when a request would be answered, else 503."""
+        if await self._paused():
+            raise errors.paused()
         if not (await self._policy.up_and_runs())[0]:
             raise unavailable()
         return JSONResponse({"status": "ok"})
@@ -192,7 +203,7 @@ class PolicyIngress(AdminRoutes, FeedbackRoutes, PageRoutes):
         start_by = min(deadline, now + self._config.start_timeout_s)
         target, asked_for = await self.catalogue.target(body.model), body.model
         body.model = target.engine_model
-        policy = self._apps.setdefault(target.app, PolicyApp(target.app))
+        policy = self._apps.setdefault(target.app, PolicyApp(target.app, self._paused))
 
         def call(handle: DeploymentHandle) -> Answer:
             return Answer(policy, getattr(handle, method).remote(body, None, policy.seen), deadline, counter)
@@ -209,6 +220,14 @@ class PolicyIngress(AdminRoutes, FeedbackRoutes, PageRoutes):
         if pending:
             stream = self.feedback_store.keep_stream(stream, pending)
         return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
+
+    async def _paused(self) -> bool:
+        """Whether the training ranks use the GPUs of all that answers here."""
+        if self._config.while_training != "pause":
+            return False
+        with suppress(ApiError):  # the store has not answered yet
+            return (await self.catalogue.state()).gpus == "ranks"
+        return False
 
     @retry(
         retry=retry_if_exception_type(ReplicaLost),

@@ -35,6 +35,7 @@ from sampo_ray.actors.policy.lifecycle import (
 )
 from sampo_ray.actors.policy.messages import AnsweredBy, AnswerItem, LivePosition, ReplicaStatus, RolloutRequest
 from sampo_ray.actors.policy.replica_weights import LoadedWeights, ReplicaWeights, WeightsSource
+from sampo_ray.actors.policy.turns import EngineTurns
 from sampo_ray.actors.transfer.backend import BACKEND
 from sampo_ray.config.sections import GeneratorsConfig
 from sampo_ray.data.chat import ChatFormat
@@ -65,6 +66,9 @@ class PolicyServer(EngineServer):
 
     async def __init__(self, llm_config: LLMConfig, *, source: WeightsSource, chat_folder: str) -> None:  # type: ignore[misc]
         self._source = source
+        self._turns = EngineTurns(source.store) if source.takes_turns else None
+        if self._turns:
+            await self._turns.may_start()
         chat_folder = await asyncio.to_thread(local_folder, chat_folder)
         model_folder = await asyncio.to_thread(local_version, llm_config.model_loading_config.model_source)
         use_local_folders(llm_config, model_folder, chat_folder)
@@ -83,6 +87,8 @@ class PolicyServer(EngineServer):
         work = [self._watch()] if source.pinned else [self._watch(), self._weights.follow()]
         work += [self._adapters.follow()] if self._adapters else []
         self._tasks = [end_process_with(asyncio.create_task(each)) for each in work]
+        if self._turns:
+            self._turns.follow(self._weights.sleep, self._weights.wake)
 
     async def _adapters_of(self, run: str) -> ReplicaAdapters:
         if not all(await asyncio.wait_for(self.client.collective_rpc("base_is_kept"), ENGINE_S)):
@@ -134,9 +140,10 @@ class PolicyServer(EngineServer):
         raw_request_info: object,
         at_least: LivePosition,
     ) -> AsyncGenerator[AnswerItem, None]:
+        self._gate.refuse_in_pause()  # which may be longer than anybody waits
         await self._weights.wait_until_at(at_least)
         model = request.model
-        async with self._adapter(model), self._gate.request():
+        async with self._adapter(model), self._gate.request(waits=False):
             weights = self._weights_of(model)
             request.cache_salt = f"{weights.salt}/{request.cache_salt or ''}"
             request.request_id = os.urandom(16).hex()  # a user's may not be unique, and a request may come again
@@ -280,6 +287,7 @@ def engine_arguments(source: WeightsSource, config: GeneratorsConfig, max_model_
         # Named, because vLLM would otherwise keep for good the backend that the first such request happens to need.
         "structured_outputs_config": {"backend": "xgrammar"},
         **({"enable_lora": True, "max_lora_rank": source.max_rank, "max_loras": SLOTS} if source.adapters else {}),
+        **({"enable_sleep_mode": True} if source.takes_turns and config.num_gpus else {}),
         **({"dtype": "bfloat16"} if config.num_gpus else cpu_engine(max_model_len)),
         **config.engine,
     }

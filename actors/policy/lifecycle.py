@@ -4,11 +4,12 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from enum import StrEnum
 from typing import NoReturn
 
 from sampo_ray.actors.policy.messages import VersionSpan
+from sampo_ray.errors import PausedError
 from sampo_ray.internals.vllm import RequestProgress
 
 logger = logging.getLogger("ray.serve")  # the one that Serve sends to its log files
@@ -17,6 +18,7 @@ logger = logging.getLogger("ray.serve")  # the one that Serve sends to its log f
 class ReplicaState(StrEnum):
     STARTING = "starting"  # its engine is not up yet
     STALE = "stale"  # the engine is up, but holds other weights than those to serve; it answers no requests
+    ASLEEP = "asleep"  # its engine has left the GPUs to the training ranks; it answers no requests
     LOADING = "loading"  # weights are being replaced; requests in flight are paused
     READY = "ready"  # it serves the weights that it has, also while newer ones are on their way
     DEAD = "dead"  # its process is ending: it failed, or Serve stops it, which lets requests in flight end before
@@ -25,6 +27,7 @@ class ReplicaState(StrEnum):
 class ReplicaEvent(StrEnum):
     ENGINE_UP = "engine up"
     LOAD, LOADED = "load", "loaded"
+    SLEEP, WAKE = "sleep", "wake"
     END = "end"
 
 
@@ -33,6 +36,8 @@ _NEXT = {
     (ReplicaState.STALE, ReplicaEvent.LOAD): ReplicaState.LOADING,
     (ReplicaState.LOADING, ReplicaEvent.LOADED): ReplicaState.READY,
     (ReplicaState.READY, ReplicaEvent.LOAD): ReplicaState.LOADING,
+    (ReplicaState.READY, ReplicaEvent.SLEEP): ReplicaState.ASLEEP,
+    (ReplicaState.ASLEEP, ReplicaEvent.WAKE): ReplicaState.READY,
     **{(state, ReplicaEvent.END): ReplicaState.DEAD for state in ReplicaState},
 }
 
@@ -43,6 +48,7 @@ def next_state(state: ReplicaState, event: ReplicaEvent) -> ReplicaState:
     * `stale` to `ready` without `loading`: the replica would answer with the weights that it was built from.
     * `loading` to `ready` or `stale` other than by `loaded`: an engine whose update failed half-way holds a mixture of
       weights and must die.
+    * `asleep` to `loading`: a sleeping engine has no memory to load weights into.
     * out of `dead`: Serve sends it no more requests, and a new replica is easier to trust.
 
     Any replica can end, also one that starts or loads.
@@ -53,18 +59,23 @@ def next_state(state: ReplicaState, event: ReplicaEvent) -> ReplicaState:
 
 
 class RequestGate:
-    """Lets a swap wait until no request is in flight (`serve.swap: wait`), so that each answer has one version."""
+    """Lets a swap wait until no request is in flight (`serve.swap: wait`), so that each answer has one version; and
+    keeps requests from an engine that sleeps.
+    """
 
     def __init__(self) -> None:
-        self._in_flight = 0
+        self._in_flight, self._paused = 0, False
         self._open, self._empty = asyncio.Event(), asyncio.Event()
         self._open.set()
         self._empty.set()
 
     @asynccontextmanager
-    async def request(self) -> AsyncIterator[None]:
-        """Around a request, from before it reads which weights it begins with. Waits until no swap waits or runs."""
+    async def request(self, waits: bool = True) -> AsyncIterator[None]:
+        """Around a request, from before it reads which weights it begins with. Waits until no swap waits or runs, and
+        for the end of a pause; a request that never `waits` so long gets a PausedError."""
         while not self._open.is_set():
+            if not waits:
+                self.refuse_in_pause()
             await self._open.wait()
         self._in_flight += 1
         self._empty.clear()
@@ -81,6 +92,25 @@ class RequestGate:
         self._open.clear()
         await self._empty.wait()
         yield
+        if not self._paused:
+            self._open.set()
+
+    def refuse_in_pause(self) -> None:
+        """PausedError in a pause."""
+        if self._paused:
+            raise PausedError("the policy is paused while its GPUs train it")
+
+    async def pause(self, drain_s: float) -> None:
+        """Begins a pause; returns once no request is in flight, or after `drain_s`."""
+        self._paused = True
+        self._open.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(drain_s):
+                await self._empty.wait()
+
+    def resume(self) -> None:
+        """Ends a pause."""
+        self._paused = False
         self._open.set()
 
 

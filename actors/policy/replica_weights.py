@@ -28,6 +28,9 @@ POLL_S, RETRY_S = 30.0, 2.0
 FETCH_TIMEOUT_S = 300.0
 SWAP_TIMEOUT_S = 120.0
 POSITION_TIMEOUT_S = 10.0
+PAUSE_DRAIN_S, SLEEP_TIMEOUT_S = 60.0, 300.0
+"""Until answers that are in flight when their engine is to sleep are cut off; until it sleeps, or is awake."""
+MEMORY_TIMEOUT_S, MEMORY_LOOK_S = 120.0, 0.5
 PREPARE_TIMEOUT_S, PREPARE_SLICE_S = 600.0, 0.025
 FIRST_WEIGHTS_TIMEOUT_S = 600.0
 SHARE_OF_A_CORE = 0.2  # of the time: for staging new weights where the engine computes on the same cores
@@ -46,6 +49,7 @@ class WeightsSource:
     drain_s: float = 300.0  # with swap=wait: seconds that answers in flight may take to finish
     adapters: str | None = None  # run directory with LoRA adapters to serve, each loaded when `policy@NAME` names it
     max_rank: int = 0
+    takes_turns: bool = False  # with the training ranks, on the GPUs of both (actors/policy/turns.py)
     transport: Literal["host", "ipc", "broadcast"] = "host"  # of new weights (actors/transfer/transport.py)
 
 
@@ -75,6 +79,9 @@ class ReplicaWeights:
         self._client, self._source, self._gate, self._answers = client, source, gate, answers
         self.loaded, self.state = LoadedWeights(NO_WEIGHTS), ReplicaState.STARTING
         self._replaced, self._changed = set[WeightsId](), asyncio.Condition()
+        self._changing, self._awake = asyncio.Lock(), asyncio.Event()
+        self._awake.set()
+        self._needed = list[int]()  # bytes on each GPU that waking takes
         receives = source.pinned is None and source.transport != "host"
         self._receiver = Receiver(client, source.transport, source.channel) if receives else None
 
@@ -138,18 +145,68 @@ class ReplicaWeights:
                 raise WeightsError(f"{waited}; publish version 0")
             weights = await self._newer(POLL_S if self.loaded.id == NO_WEIGHTS else 0)
 
+    async def sleep(self) -> None:
+        """Lets answers end, for a while, and leaves the GPUs: the weights go to host memory, the KV cache is dropped.
+        Until `wake`, requests wait or are refused, and newer weights stay in the store."""
+        async with self._changing:
+            self._awake.clear()
+            await self._gate.pause(min(self._source.drain_s, PAUSE_DRAIN_S))
+            self.advance(ReplicaEvent.SLEEP)
+            async with asyncio.timeout(SLEEP_TIMEOUT_S):
+                before = await self._client.collective_rpc("free_bytes")
+                await self._client.sleep(level=1, mode="abort")
+                after = await self._client.collective_rpc("free_bytes")
+        self._needed = [now - then for then, now in zip(before, after, strict=True)]
+        logger.info("asleep; freed %.1f GiB on each GPU", min(self._needed) / 2**30)
+
+    async def wake(self) -> None:
+        """Takes the GPUs back, and the store's weights if they are newer, before it answers."""
+        async with self._changing:
+            await self._memory_is_free()
+            async with asyncio.timeout(SLEEP_TIMEOUT_S):
+                await self._client.wake_up()
+            self.advance(ReplicaEvent.WAKE)
+            self._awake.set()
+        async with self._serving_on():
+            while weights := await self._newer(0):
+                await self.adopt(weights)
+        self._gate.resume()
+        logger.info("awake on %s", self.loaded.id)
+
+    async def _memory_is_free(self) -> None:
+        """Waits for what sleeping had freed: ranks whose driver was killed may be ending just now."""
+        until = time.monotonic() + MEMORY_TIMEOUT_S
+        while time.monotonic() < until:
+            free = await self._client.collective_rpc("free_bytes")
+            if all(each >= needed for each, needed in zip(free, self._needed, strict=True)):
+                return
+            await asyncio.sleep(MEMORY_LOOK_S)
+        raise WeightsError(f"its GPUs were not free within {MEMORY_TIMEOUT_S:.0f} s")
+
     async def follow(self) -> None:
         """Loads each newer version of the store, for ever."""
         while True:
-            try:
+            await self._awake.wait()
+            async with self._serving_on():
                 if weights := await self._newer(POLL_S):
                     await self.adopt(weights)
-            except (RayError, WeightsError, TimeoutError, ValueError, OSError) as error:
-                # Nothing was changed yet (a failure in the swap itself ends the process): serve on, and ask again.
-                logger.warning("still on %s, could not get newer weights: %s", self.loaded.id, error)
-                await asyncio.sleep(RETRY_S)
+
+    @asynccontextmanager
+    async def _serving_on(self) -> AsyncIterator[None]:
+        """Around what may fail before anything was changed (a failure in a swap itself ends the process)."""
+        try:
+            yield
+        except (RayError, WeightsError, TimeoutError, ValueError, OSError) as error:
+            logger.warning("still on %s, could not get newer weights: %s", self.loaded.id, error)
+            await asyncio.sleep(RETRY_S)
 
     async def adopt(self, weights: Weights) -> None:
+        """Swaps weights in, unless the engine sleeps: it takes the newest when it wakes."""
+        async with self._changing:
+            if self._awake.is_set():
+                await self._adopt(weights)
+
+    async def _adopt(self, weights: Weights) -> None:
         """Gets weights, prepares what can be done beside the engine's work, and swaps them in."""
         if weights.id == self.loaded.id:  # only their place in the order of live weights has changed
             await self._set(replace(self.loaded, sequence=weights.sequence))

@@ -95,6 +95,7 @@ class Exchange:
     def __init__(self, max_failures: int) -> None:
         self._changed = asyncio.Condition()
         self._posted: Posted | None = None
+        self._number = 0  # of the last round that was posted
         self._results: dict[int, StepResult] = {}
         self._stored = Stored()  # reported with steps that had been before; it goes with the next new one
         self._max_failures, self._failures = max_failures, 0
@@ -106,8 +107,14 @@ class Exchange:
     async def post(self, spec: RoundSpec) -> None:
         """Makes a round the current one; the one before must be finished."""
         async with self._changed:
-            self._posted, self._results, self._stored = Posted(self._number + 1, spec), {}, Stored()
+            self._number += 1
+            self._posted, self._results, self._stored = Posted(self._number, spec), {}, Stored()
             self._changed.notify_all()
+
+    async def finish(self) -> None:
+        """The driver has all results of the round: ranks that are started again now take none until the next."""
+        async with self._changed:
+            self._posted = None
 
     async def close(self) -> None:
         """Tells the ranks that no more rounds are posted."""
@@ -119,9 +126,9 @@ class Exchange:
         """The current round once its number is above `after`; None when there is none within `timeout_s`."""
         async with self._changed:
             self._there = True
-            if not await self._until(lambda: self._closed or self._number > after, timeout_s):
+            if not await self._until(lambda: self._closed or self._is_after(after), timeout_s):
                 return None
-            return self._posted if self._number > after else Closed()
+            return self._posted if self._is_after(after) else Closed()
 
     async def report(self, number: int, result: StepResult) -> bool:
         """Keeps a step's result of the round of that number. Returns whether the driver waits for more."""
@@ -182,6 +189,5 @@ class Exchange:
         except TimeoutError:
             return False
 
-    @property
-    def _number(self) -> int:
-        return self._posted.number if self._posted else 0
+    def _is_after(self, number: int) -> bool:
+        return self._posted is not None and self._posted.number > number

@@ -109,6 +109,7 @@ class Trainer:
                 yield result
             if not results:
                 self._look()
+        self._ask(self._exchange.finish.remote())
         if self._config.lifetime == "round":
             self.close()
 

@@ -137,6 +137,11 @@ class WorkerExtension:
         """Frees what the last weight update has replaced; that would take too long in the pause."""
         self.weight_transfer_engine.release()
 
+    def free_bytes(self) -> int:
+        """Bytes of the worker's GPU that nobody uses; 0 on a CPU."""
+        device = self.weight_transfer_engine.device
+        return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 0
+
     def base_is_kept(self) -> bool:
         """Whether adapters leave requests without one alone; for engines with adapters."""
         return base_is_kept(self.weight_transfer_engine.model)

@@ -8,6 +8,7 @@ from typing import Literal
 import ray
 from ray.actor import ActorHandle
 
+from sampo_ray.actors.weights.turns import Turn
 from sampo_ray.run.buckets import Bucket, verify
 from sampo_ray.run.report import PinName, PinState, Trouble
 from sampo_ray.run.serving import Done, Serving, VersionEntry
@@ -44,6 +45,8 @@ class StoreState:
     troubles: tuple[Trouble, ...] = ()
     handed_out: int | None = None
     """The sequence of the live version that readers get; behind `serving` while another one is being loaded."""
+    gpus: Turn = "engines"
+    """Whose turn it is on GPUs that engines and training ranks share by time."""
 
     @property
     def labels(self) -> dict[int, tuple[str, ...]]:

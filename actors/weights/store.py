@@ -17,6 +17,7 @@ from sampo_ray.actors.weights.duty import Duty
 from sampo_ray.actors.weights.live import LivePolicy
 from sampo_ray.actors.weights.loaded import LoadedVersions, LongPoll
 from sampo_ray.actors.weights.pinned import PinnedApps
+from sampo_ray.actors.weights.turns import SharedGpus, Turn
 from sampo_ray.errors import WeightsError
 from sampo_ray.run import serving
 from sampo_ray.run.buckets import Bucket, verify
@@ -40,6 +41,8 @@ class Attachment(BaseModel):
     run: str = ""
     versions: str = ""
     watch: bool = False
+    gpus: Turn = "engines"
+    """Whose turn it is on GPUs that engines and training ranks share by time."""
 
 
 class WeightStore:
@@ -59,6 +62,7 @@ class WeightStore:
         self._transfers = TransferCoordinator(self._current_id)
         self._reporting, self._reported = Duty("the report of this store", self._report, LOOK_S), Report(at=0.0)
         self._attached = Attachment.model_validate_json(self._file.read()) if self._file.exists() else Attachment()
+        self._gpus = SharedGpus(self._attached.gpus)
         self._loaded, self._policy = self._opened()
 
     async def attach(self, run_id: str, versions_url: str, watch: bool = False) -> WeightsId | None:
@@ -67,11 +71,12 @@ class WeightStore:
         it: a serving.json or version that cannot be read."""
         async with self._publishing, self._lock:
             before, self._attached = self._attached, Attachment(run=run_id, versions=versions_url, watch=watch)
-            if before != self._attached:
+            await self._gpus.give("engines", 0)  # the ranks of a driver before this one have ended
+            if before.model_copy(update={"gpus": "engines"}) != self._attached:
                 self._policy.close()
                 self._reported = Report(at=0.0)
                 self._loaded, self._policy = self._opened()
-            await asyncio.to_thread(self._file.write, self._attached.model_dump_json().encode())
+            await self._remember()
             await self._policy.recover()
         await self._ready()
         return self._current_id("live")
@@ -108,6 +113,20 @@ class WeightStore:
         """Long poll: a channel's weights once they are not `known` (or their sequence is another); None on time-out."""
         self._start()
         return await self._poll.wait(lambda: self._loaded.current(channel), known, sequence, timeout_s)
+
+    async def give_gpus(self, turn: Turn, timeout_s: float) -> bool:
+        """Gives GPUs that are shared by time to the engines or to the training ranks. Returns whether these have them
+        within `timeout_s`: for ranks, whether no engine uses them any more. A store that restarts knows it again."""
+        async with self._lock:
+            if turn != self._attached.gpus:
+                self._attached = self._attached.model_copy(update={"gpus": turn})
+                await self._remember()
+        return await self._gpus.give(turn, timeout_s)
+
+    async def gpu_turn(self, replica: str, sleeps: bool, timeout_s: float) -> Turn:
+        """Whose turn it is, for a replica whose engine `sleeps` or not; see `GpuTurns.ask`. Waits for up to `timeout_s`
+        as long as it has nothing to change."""
+        return await self._gpus.ask(replica, sleeps, timeout_s)
 
     # Sending a version by a transport: the calls of its TransferCoordinator. A store that restarts has a new one.
     async def join_transfer(
@@ -146,7 +165,8 @@ class WeightStore:
         state, pins = self._policy.serving, self._pinned.states
         entries = serving.listing(state, await asyncio.to_thread(self._loaded.on_disk), pins)
         live = self._loaded.live.sequence if self._loaded.live else None
-        return StoreState(self._attached.run, self._pinned.apps, state, entries, pins, self._troubles(), live)
+        about = self._attached.run, self._pinned.apps
+        return StoreState(*about, state, entries, pins, self._troubles(), live, self._gpus.turn)
 
     async def command(self, command: Command, id: str) -> CommandAnswer:
         """Carries out an operator's command, unless that of this id has been carried out; VersionError when it cannot
@@ -165,6 +185,9 @@ class WeightStore:
     def _current_id(self, channel: str) -> WeightsId | None:
         now = self._loaded.current(channel)
         return now.id if now else None
+
+    async def _remember(self) -> None:
+        await asyncio.to_thread(self._file.write, self._attached.model_dump_json().encode())
 
     def _check_run(self, run_id: str) -> None:
         if run_id != self._attached.run:
