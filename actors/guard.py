@@ -17,7 +17,7 @@ from sampo_ray.internals.serve import begin_delete
 
 logger = logging.getLogger(__name__)
 
-LOOK_S = 2.0
+LOOK_S, ANSWER_S = 2.0, 60.0
 
 
 class FleetGuard:
@@ -43,9 +43,12 @@ class FleetGuard:
 
     def _take_down(self) -> None:
         # The store first, since it would start applications of pinned versions again.
-        if not self._keeps:
-            with suppress(ValueError):  # it has ended before
-                ray.kill(find_weight_store(self._store))
+        with suppress(ValueError):  # it has ended before
+            store = find_weight_store(self._store)
+            if self._keeps:
+                ray.get(store.give_gpus.remote("engines", 0), timeout=ANSWER_S)  # the driver's ranks may have had them
+            else:
+                ray.kill(store)
         for name in serve.status().applications:
             if name.startswith(f"{self._fleet}-") and not name.startswith(tuple(self._keeps)):
                 begin_delete(name)

@@ -26,14 +26,17 @@ def iterate(run: Run, fleet: Fleet, reporter: Reporter) -> Place:
         # What the pairs are made of is named nowhere, so that the object store need not hold it while the round trains.
         pairs = round.pairs(rollouts(round, fleet, data) if run.config.online else data, votes)
         pairs = round.reference(pairs, fleet.references)
+        fleet.give_gpus("ranks")
         with prepare_next_round(round, fleet, data):
             for step in round.train(pairs, fleet.trainer):  # publishes versions on its way
                 round.record(step)
         round.commit()  # it is never done again
+    fleet.give_gpus("engines")
     return run.finish()
 
 
 def rollouts(round: Round, fleet: Fleet, prompts: Sequence[Part]) -> list[Part]:
     """Preference pairs from the round's policy: n completions a prompt, scored, the best against the worst."""
+    fleet.give_gpus("engines")
     completions = round.sample(round.prompts(prompts), fleet.generators)
     return round.best_against_worst(round.score(completions, fleet.rewards))

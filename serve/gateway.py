@@ -223,8 +223,6 @@ class PolicyIngress(AdminRoutes, FeedbackRoutes, PageRoutes):
 
     async def _paused(self) -> bool:
         """Whether the training ranks use the GPUs of all that answers here."""
-        if self._config.while_training != "pause":
-            return False
         with suppress(ApiError):  # the store has not answered yet
             return (await self.catalogue.state()).gpus == "ranks"
         return False

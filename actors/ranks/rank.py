@@ -30,6 +30,7 @@ from sampo_ray.training.batching import Pair, Step, plan_round
 from sampo_ray.training.learner import Learner
 from sampo_ray.training.memory import check_device
 from sampo_ray.training.objective import reference_positions
+from sampo_ray.training.off_device import OffDevice
 from sampo_ray.training.policy import Policy, load_policy
 from sampo_ray.training.streams import adapter_seed
 
@@ -85,13 +86,18 @@ class Rounds:
             if taken is None:
                 continue
             number, self.config = taken.number, taken.spec.config
-            if rank is None or rank.run != taken.spec.run:
+            shared, lora = self.config.shares_gpus, self.config.model.lora is not None
+            if rank is None or rank.run != taken.spec.run or (shared and lora):
                 if rank is not None:
                     rank.close()
                 rank = None
                 gc.collect()  # DeepSpeed's engine is in reference cycles, and memory may not hold two
                 rank = Rank(taken.spec, running_store(self._settings.store))
+            elif shared:
+                rank.return_to_device()
             for result in rank.train(taken.spec):
+                if shared and result.metrics.step == taken.spec.steps:  # before the driver knows
+                    rank.leave_device()
                 if not rank.first:
                     continue
                 if not ray.get(exchange.report.remote(number, result), timeout=EXCHANGE_ANSWER_S):
@@ -113,6 +119,7 @@ class Rank:
         gpu = torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
         self.first = dist.get_rank() == 0
+        self._off_device = OffDevice(self.device)
         self.background = Background()
         self.publisher = Publisher(store, self.config.publish.transport, self.device)
         self.learner = self._load(spec)
@@ -122,6 +129,17 @@ class Rank:
         """Waits for what is done beside the training."""
         self.background.close()
         self.publisher.wait()
+
+    def leave_device(self) -> None:
+        """Frees the GPUs of all ranks, for engines. With adapters for good: the next round begins on other weights."""
+        self.publisher.wait()
+        if self.device.type == "cuda":
+            self._off_device.take(keep=self.config.model.lora is None)
+        dist.barrier()
+
+    def return_to_device(self) -> None:
+        """Takes the GPU back, as it was."""
+        self._off_device.bring_back()
 
     def _load(self, spec: RoundSpec) -> Learner:
         """A learner on the base or, with adapters, on what the round starts from."""

@@ -89,6 +89,12 @@ class Trainer:
         while self._thread and not self._ask(self._exchange.has_ranks.remote()) and self._wait.look():
             time.sleep(POLL_S)
 
+    def await_ranks(self) -> None:
+        """Returns once the ranks run that are being started. FleetError or TrainingError when they do not start."""
+        while self._thread and not self._ask(self._exchange.has_ranks.remote()):
+            self._look()
+            time.sleep(POLL_S)
+
     def train(self, spec: RoundSpec, after_step: int, check: Callable[[], None] = lambda: None) -> Iterator[StepResult]:
         """Hands a round to the ranks and yields the results of its steps after `after_step`, as they come.
 

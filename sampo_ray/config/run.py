@@ -63,11 +63,16 @@ class RunConfig(Section):
         return self.method.needs_reference and self.reference.where != "trainer"
 
     @property
+    def shares_gpus(self) -> bool:
+        """Whether engines and ranks take turns on the same GPUs (or, without any, cores)."""
+        return self.fleet.placement == "shared"
+
+    @property
     def shared_replicas(self) -> bool:
         """Whether rollouts may use the live policy's replicas: where they share devices, as long as it serves the
         newest version."""
         steady = self.serve.follow == "latest" and not self.serve.gates.any
-        together = self.profile != "cluster" or self.fleet.placement == "shared"
+        together = self.profile != "cluster" or self.shares_gpus
         return self.serve.enabled and steady and together
 
     @property

@@ -361,8 +361,9 @@ class FleetsConfig(Section):
     references: FleetConfig = FleetConfig(max_ongoing_requests=2)
     rewards: FleetConfig = FleetConfig(max_ongoing_requests=8)
     placement: Literal["auto", "shared", "split"] = "auto"
-    """`shared`: engines and ranks take turns on the same GPUs, all sample, then all train. `split`: each has GPUs, or
-    parts of them, of its own. Default: shared on fewer than four GPUs where nothing rules it out, else split."""
+    """`shared`: engines and ranks take turns on the same GPUs, all sample, then all train, and the live policy pauses
+    meanwhile (503 with Retry-After). `split`: each has GPUs, or parts of them, of its own. Default: shared on fewer
+    than four GPUs where nothing rules it out and they have no room for both, else split."""
     start_timeout_s: float = Field(1800.0, gt=0)
     """Seconds that a start, or ranks that are started again, wait for nodes while none comes that they lack."""
 

@@ -107,9 +107,6 @@ class ServeConfig(Section):
     """Which versions go live automatically: all that are published, those that end rounds, or none."""
     swap: Literal["keep", "wait"] = "keep"
     """`keep`: answers in flight continue with the new weights. `wait`: they finish first (one version an answer)."""
-    while_training: Literal["pause", "answer"] = "pause"
-    """Where engines and ranks use the same GPUs by turns (`fleet.placement: shared`): while ranks train, the policy
-    pauses (503 with Retry-After), or answers from a share of a GPU's memory."""
     tools: str | None = None
     """Tool calls: who reads them from an answer, `auto` (by the form of calls in the model's chat template) or a parser
     of vLLM's by name. Default: requests with tools are refused. It needs `model.template: tokenizer`."""

@@ -25,12 +25,14 @@ from sampo_ray.actors.weights.client import Channel
 from sampo_ray.actors.weights.pinned import delete_apps, delete_pinned
 from sampo_ray.actors.weights.publish import NewVersion, publish_version
 from sampo_ray.actors.weights.store import start_weight_store
+from sampo_ray.actors.weights.turns import Turn
 from sampo_ray.config.run import RunConfig
 from sampo_ray.config.sections import GeneratorsConfig
 from sampo_ray.data.chat import ChatFormat
-from sampo_ray.errors import FleetError, UserError
+from sampo_ray.errors import FleetError, StageError, UserError
 from sampo_ray.internals.transformers import saved_tensors
 from sampo_ray.loop.starting import needs_of, run_apps
+from sampo_ray.loop.turns import give_gpus, return_gpus
 from sampo_ray.run.directory import Run
 from sampo_ray.run.manifest import lineage
 from sampo_ray.run.scratch import scratch_folder
@@ -61,18 +63,28 @@ class Fleet:
     shared_policy: DeploymentHandle | None
     wait: Wait
     start_seconds: float  # until all was ready
+    shares_gpus: bool = False  # engines and ranks, by time
 
     def attach(self, run: Run) -> None:
         """Makes the fleet serve this run, from its latest durable version."""
         attach_run(self.store, run, self.wait)
 
+    def give_gpus(self, turn: Turn) -> None:
+        """Wakes the engines, or puts them to sleep and waits until they have left the GPUs; see `loop/turns.py`."""
+        if self.shares_gpus:
+            give_gpus(self.store, turn)
+
     def generators(self, version: int | None = None) -> DeploymentHandle:
         """The replicas for rollouts of a version (None: of the newest): the live policy's where they may be shared and
-        serve it, else those that follow training.
+        serve it, else those that follow training. StageError where there is no room for these.
         """
         if self.shared_policy and ray.get(self.store.serves.remote(version), timeout=STORE_ANSWER_S):
             return self.shared_policy
-        assert self.separate_generators is not None, "the configuration asks for no rollouts"
+        if self.separate_generators is None:
+            raise StageError(
+                "the live policy does not serve the newest version, and on GPUs that engines and ranks share by time "
+                "there is room for no other; promote `latest`, and resume the run"
+            )
         return self.separate_generators
 
     def start_generators(self, settings: GeneratorsConfig, weights: tuple[str, int]) -> None:
@@ -96,18 +108,23 @@ def open_fleet(run: Run, keep_serving: bool = False, note: Callable[[str], None]
     config, started = run.config, time.monotonic()
     with contextlib.ExitStack() as stack:
         serving = PolicyServing(stack, run, run.id, "weights.json", keep_serving)
+        if keep_serving and config.shares_gpus:
+            stack.callback(return_gpus, serving.store)  # once the ranks have ended
         rank = Need("ranks", (resources_of(config.trainer),), "trainer.workers")
         wait, logs = Wait([rank], note, config.fleet.start_timeout_s), run.place.at("logs", "ray-train")
         trainer = Trainer(config.trainer, serving.store_name, logs, wait)  # starts meanwhile
         stack.callback(trainer.close)
         attach_run(serving.store, run, wait)
         apps = applications(run, serving)
+        if config.shares_gpus and config.trainer.num_gpus:
+            trainer.await_ranks()  # one on each GPU; engines go beside them, while Ray would put two on one before
         handles, endpoint = serving.deploy(apps, wait)
         trainer.await_nodes()
         policy, generators = handles.get(f"{run.id}-policy"), handles.get(f"{run.id}-generators")
         references, rewards = handles.get(f"{run.id}-references"), handles.get(f"{run.id}-rewards")
         shared, seconds = policy if is_shared(config) else None, time.monotonic() - started
-        yield Fleet(serving.store, trainer, references, rewards, endpoint, generators, shared, wait, seconds)
+        turns = config.shares_gpus
+        yield Fleet(serving.store, trainer, references, rewards, endpoint, generators, shared, wait, seconds, turns)
 
 
 def is_shared(config: RunConfig) -> bool:
@@ -129,7 +146,8 @@ def applications(run: Run, serving: "PolicyServing") -> dict[str, serve.Applicat
     if config.serve.enabled:
         one = fleet.generators.model_copy(update={"min_replicas": 1, "max_replicas": 1})
         apps[f"{run.id}-policy"] = serving.policy("live", fleet.generators if is_shared(config) else one)
-    if config.online or config.serve.gates.probing:
+    one_engine = config.shares_gpus and config.serve.enabled  # on each GPU: there is no room for another
+    if not one_engine and (config.online or config.serve.gates.probing):
         from_zero = fleet.generators.model_copy(update={"min_replicas": 0})
         needed = config.online and not is_shared(config)
         apps[f"{run.id}-generators"] = serving.policy("training", fleet.generators if needed else from_zero)
@@ -190,7 +208,10 @@ class PolicyServing:
         settings = with_tools(settings, config.serve.tools, tokenizer)
         swap, drain_s = config.serve.swap, config.serve.request_timeout_s
         transport = config.publish.transport
-        source = WeightsSource(self.store_name, channel, swap=swap, drain_s=drain_s, transport=transport)
+        turns = config.shares_gpus
+        source = WeightsSource(
+            self.store_name, channel, swap=swap, drain_s=drain_s, transport=transport, takes_turns=turns
+        )
         return policy_deployment("policy", base, tokenizer.url, source, settings, config.data.max_length)
 
     def deploy(self, apps: dict[str, serve.Application], wait: Wait) -> tuple[dict[str, DeploymentHandle], str | None]:

@@ -23,22 +23,26 @@ class OffDevice:
         self._device, self._buffer = device, HostBuffer()
         self._taken: list[tuple[UntypedStorage, Tensor]] = []
 
-    def take(self) -> int:
-        """Frees the device's memory; returns how many bytes. Does nothing after another `take`."""
+    def take(self, keep: bool = True) -> int:
+        """Frees the device's memory; returns how many bytes. Does nothing after another `take`. Unless it is to `keep`
+        them, the values are lost, and the tensors cannot be used any more.
+        """
         if self._taken:
             return 0
         gc.collect()  # what is in reference cycles need not be copied
         storages = storages_on(self._device)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        copies = self._buffer.copies([_bytes_of(storage) for storage in storages])
-        self._taken = list(zip(storages, copies, strict=True))
+        freed = sum(storage.nbytes() for storage in storages)
+        if keep:
+            copies = self._buffer.copies([_bytes_of(storage) for storage in storages])
+            self._taken = list(zip(storages, copies, strict=True))
         for storage in storages:
             storage.resize_(0)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
             logger.info("%.1f GiB of tensors are left on %s", torch.cuda.memory_allocated() / 2**30, self._device)
-        return sum(copy.numel() for copy in copies)
+        return freed
 
     def bring_back(self) -> None:
         """Puts everything back, if it was taken."""
