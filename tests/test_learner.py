@@ -25,6 +25,7 @@ from sampo_ray.run.versions import VersionInfo
 from sampo_ray.training.batching import Step, assemble, lengths_of, plan_round
 from sampo_ray.training.loading import load_model
 from sampo_ray.training.objective import METRICS, Draw, LossInputs, MasterWeights, train_step
+from sampo_ray.training.off_device import OffDevice
 from sampo_ray.training.policy import load_policy
 
 from .conftest import random_pairs, with_reference
@@ -401,3 +402,33 @@ def test_what_is_given_out_is_what_save_pretrained_writes_and_the_reference_is_t
     copies = {name: tensor.clone() for name, tensor in learner.weights()}
     again = with_reference(load_policy(folder, tensors=copies).requires_grad_(False), pairs)
     assert np.array_equal(logprobs(learner.score(pairs)), logprobs(again))
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_states_that_left_their_device_in_between_go_on_to_the_same_bits(tiny_model, pairs, tmp_path, zero_stage):
+    mp.spawn(_leaving_their_device, (tiny_model, pairs, tmp_path, zero_stage), nprocs=2)
+    seen = torch.load(tmp_path / "seen.pt")
+    assert seen["freed"] > 10 * 62_000 and not seen["left"], "weights, gradients, masters and moments"
+    assert seen["results"][0] == seen["results"][1]
+    assert all(torch.equal(a, b) for a, b in zip(*seen["masters"], strict=True))
+
+
+def _leaving_their_device(rank, tiny_model, pairs, folder, zero_stage):
+    os.environ["LOCAL_RANK"] = str(rank)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    steps = list(plan_round(lengths_of(pairs), RowBudget(2, 256, 2), epochs=1, seed=0, round=0))
+    seen = {"results": [], "masters": []}
+    for leaves in (False, True):
+        learner, off, results = make(tiny_model, "sigmoid", zero_stage=zero_stage), OffDevice(torch.device("cpu")), []
+        for step in steps:
+            results.append(learner.optimize(step, pairs, 4))
+            if leaves:
+                seen["freed"] = off.take()
+                seen["left"] = sum(p.untyped_storage().nbytes() for p in learner.policy.parameters())
+                off.bring_back()
+        seen["results"].append(results)
+        seen["masters"].append(masters(learner))
+    if not rank:
+        torch.save(seen, folder / "seen.pt")
+    dist.destroy_process_group()

@@ -44,7 +44,7 @@ from sampo_ray.actors.weights.store import start_weight_store
 from sampo_ray.config.sections import GeneratorsConfig, LoraConfig
 from sampo_ray.console.demo_task import tiny_llama
 from sampo_ray.data.chat import ChatFormat
-from sampo_ray.errors import WeightsError
+from sampo_ray.errors import PausedError, WeightsError
 from sampo_ray.run.buckets import joined, unpack
 from sampo_ray.run.storage import Place
 from sampo_ray.run.version_files import adapters_info, read_version, write_version
@@ -120,17 +120,22 @@ class Policy:
         ray.get(self.store.attach.remote("run", self.versions), timeout=scaled(60))
         config = GeneratorsConfig(num_cpus=0.5, max_ongoing_requests=32)
         # What nobody sends by a transport comes by the host path, which is how most tests here publish.
-        source, base = WeightsSource("policy-test", transport="broadcast"), version_folder(self.versions, 0)
+        source = WeightsSource("policy-test", transport="broadcast", takes_turns=True)
+        base = version_folder(self.versions, 0)
         app = policy_deployment("policy", base, self.chat_folder, source, config, 640)
         self.handle = serve.run(app, name="policy-test", route_prefix=None)
 
-    def publish(self, seed: int | None) -> int:
+    def publish(self, seed: int | None, awaited: bool = True) -> int:
         """Publishes weights of that seed (None: weights that end every turn at once); returns when they are live."""
         self.version += 10
         tensors = weights(self.shell, seed, self.format.end_of_turn_id)
         publish_version(self.store, self.new(), tensors, self.shell, timeout_s=scaled(60))
-        self.await_version()
+        if awaited:
+            self.await_version()
         return self.version
+
+    def give_gpus(self, turn: str) -> bool:
+        return ray.get(self.store.give_gpus.remote(turn, scaled(60)), timeout=scaled(90))
 
     def new(self, adapters: AdaptersInfo | None = None) -> NewVersion:
         info = VersionInfo(version=self.version, round=0, step=self.version, adapters=adapters)
@@ -381,6 +386,32 @@ def test_a_member_killed_in_mid_broadcast_leaves_the_replica_to_the_host_path(
     policy.send(sender, seed=1)
     policy.send(sender, seed=2)
     assert sendings(caplog)[-1] == f"sent run@{policy.version}"
+
+
+@pytest.mark.slow
+def test_an_engine_leaves_its_gpus_to_the_ranks_and_comes_back_on_the_newest_weights(policy: Policy) -> None:
+    policy.publish(seed=1)
+    first, ends = policy.generate(), list[Any]()
+    asking = threading.Thread(target=lambda: ends.append(policy.chat(max_tokens=64, ignore_eos=True)[-1]))
+    asking.start()
+    assert policy.give_gpus("ranks")
+    assert policy.held()["state"] == "asleep"
+    asking.join(scaled(60))
+    assert ends[0].response.usage.completion_tokens == 64, "an answer in flight ends first"
+    with pytest.raises(PausedError):
+        policy.chat(max_tokens=2)
+    before, version = policy.held()["version"], policy.publish(seed=2, awaited=False)
+    request = RolloutRequest(1, 0.0, top_p=0.95, max_tokens=24, seed=1)
+    rollouts = policy.handle.generate.remote(ray.put(policy.prompts()), [0, 1, 2, 3], request)
+    time.sleep(1.0)
+    assert policy.held() == {**policy.held(), "state": "asleep", "version": before}
+    assert policy.give_gpus("engines")
+    completions = rollouts.result(timeout_s=scaled(120))
+    assert completions["first_version"].to_pylist() == [version] * 4
+    assert_greedy(completions, version_folder(policy.versions, version))
+    assert policy.chat(max_tokens=2)[0].weights.version == version
+    policy.publish(seed=1)
+    assert policy.generate()["completion"].to_pylist() == first["completion"].to_pylist()
 
 
 @pytest.mark.slow

@@ -34,8 +34,10 @@ from sampo_ray.actors.policy.messages import (
     WeightsChanged,
 )
 from sampo_ray.actors.policy.replica_weights import ReplicaWeights, WeightsSource
+from sampo_ray.errors import PausedError
 from sampo_ray.internals.vllm import RequestProgress
 from sampo_ray.run.versions import WeightsId
+from tests.waiting import scaled
 
 
 def test_a_draw_is_seeded_by_run_seed_prompt_and_sample_alone() -> None:
@@ -88,6 +90,46 @@ def test_after_a_swap_that_failed_no_request_passes_the_gate() -> None:
     asyncio.run(main())
 
 
+def test_in_a_pause_rollouts_wait_and_others_are_refused_after_what_was_in_flight_has_ended() -> None:
+    async def main() -> None:
+        gate, log, end = RequestGate(), list[str](), asyncio.Event()
+
+        async def answer(name: str, waits: bool) -> None:
+            async with gate.request(waits):
+                log.append(name)
+                await end.wait()
+
+        first = asyncio.create_task(answer("first", False))
+        await asyncio.sleep(0)
+        pausing = asyncio.create_task(gate.pause(drain_s=60))
+        rollout = asyncio.create_task(answer("rollout", True))
+        await asyncio.sleep(0.01)
+        with pytest.raises(PausedError):
+            await answer("refused", False)
+        with pytest.raises(PausedError):
+            gate.refuse_in_pause()
+        assert not pausing.done() and log == ["first"]
+        end.set()
+        await asyncio.gather(first, pausing)
+        async with gate.closed():  # newer weights, before the pause is over
+            pass
+        assert log == ["first"]
+        gate.resume()
+        await rollout
+        assert log == ["first", "rollout"]
+
+    asyncio.run(main())
+
+
+def test_a_pause_does_not_wait_for_ever_for_an_answer() -> None:
+    async def main() -> None:
+        gate = RequestGate()
+        async with gate.request(waits=False):
+            await asyncio.wait_for(gate.pause(drain_s=0.01), scaled(30))
+
+    asyncio.run(main())
+
+
 def test_tokens_are_counted_by_choice_over_prompts_and_samples() -> None:
     requests = [RequestProgress("chatcmpl-abc", 1, 2, 7), RequestProgress("chatcmpl-other", 0, 1, 9)]
     assert tokens_by_choice("abc", requests) == [None, 7]
@@ -104,6 +146,8 @@ def test_a_replica_goes_through_its_states_and_no_others() -> None:
         (ReplicaEvent.LOADED, ReplicaState.READY),
         (ReplicaEvent.LOAD, ReplicaState.LOADING),
         (ReplicaEvent.LOADED, ReplicaState.READY),
+        (ReplicaEvent.SLEEP, ReplicaState.ASLEEP),
+        (ReplicaEvent.WAKE, ReplicaState.READY),
         (ReplicaEvent.END, ReplicaState.DEAD),
     ):
         state = next_state(state, event)
@@ -118,9 +162,12 @@ def test_a_replica_goes_through_its_states_and_no_others() -> None:
         (ReplicaState.DEAD, ReplicaEvent.ENGINE_UP),
         (ReplicaState.DEAD, ReplicaEvent.LOADED),
         (ReplicaState.READY, ReplicaEvent.ENGINE_UP),
+        (ReplicaState.LOADING, ReplicaEvent.SLEEP),
+        (ReplicaState.ASLEEP, ReplicaEvent.LOAD),
+        (ReplicaState.ASLEEP, ReplicaEvent.SLEEP),
     ]:
         assert (state, event) not in allowed
-    assert len(allowed) == 4 + len(ReplicaState)
+    assert len(allowed) == 6 + len(ReplicaState)
 
 
 def _goes(state: ReplicaState, event: ReplicaEvent) -> bool:

@@ -128,6 +128,8 @@ class PolicyServer(EngineServer):
         # Serve may stop a replica that is starting, and then has not all of its parts, or one that is loading.
         for task in getattr(self, "_tasks", ()):
             task.cancel()
+        if turns := getattr(self, "_turns", None):
+            await asyncio.to_thread(turns.close)
         if (weights := getattr(self, "_weights", None)) is not None:
             weights.end()
         await super().__del__()

@@ -32,7 +32,9 @@ class EngineTurns:
         self._may_start, self._changing = threading.Event(), Future[None]()
         self._changing.set_result(None)
         self._obey: Callable[[Turn], Future[None]] | None = None
-        threading.Thread(target=self._run, name="gpu-turns", daemon=True).start()
+        self._ends = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="gpu-turns", daemon=True)
+        self._thread.start()
 
     async def may_start(self) -> None:
         """Waits until an engine may start. From then on this process counts as one that uses its GPUs."""
@@ -52,8 +54,13 @@ class EngineTurns:
 
         self._obey = lambda turn: asyncio.run_coroutine_threadsafe(change(turn), loop)
 
+    def close(self) -> None:
+        """Asks no more: this process ends."""
+        self._ends.set()
+        self._thread.join(CHANGING_S)
+
     def _run(self) -> None:
-        while True:
+        while not self._ends.is_set():
             try:
                 # Where there is something to do, the store answers at once.
                 asked = find_weight_store(self._store).gpu_turn.remote(self._id, self._sleeps, POLL_S)
