@@ -1,9 +1,11 @@
 """Online rounds on one real fleet: on-policy rollouts, an endpoint that is live meanwhile, and a killed engine."""
 
+import dataclasses
 import json
 import logging
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -53,10 +55,19 @@ def new_run(folder: Path, tiny_model: Path, *overrides: str) -> Run:
 
 @pytest.fixture(scope="module")
 def fleet(own_serve, tiny_model, tmp_path_factory):
+    from sampo_ray.actors.policy import replica_weights
     from sampo_ray.loop.fleet import open_fleet
 
-    with open_fleet(new_run(tmp_path_factory.mktemp("fleet"), tiny_model)) as fleet:
-        yield fleet
+    source = replica_weights.WeightsSource
+
+    def takes_turns(*arguments, **more):
+        """A fleet that takes turns with the ranks if a test wants it to: else the store never has it sleep."""
+        return source(*arguments, **{**more, "takes_turns": True})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replica_weights, "WeightsSource", takes_turns)
+        with open_fleet(new_run(tmp_path_factory.mktemp("fleet"), tiny_model)) as fleet:
+            yield fleet
 
 
 class Client(threading.Thread):
@@ -316,12 +327,41 @@ def fleet_shares(fleet, version: int) -> bool:
     return fleet.generators(version) is fleet.shared_policy
 
 
-def test_within_its_rounds_a_run_with_adapters_publishes_these_alone(fleet, tiny_model, tmp_path):
+def asked_while(work: Callable[[], object], endpoint: str) -> list[httpx.Response]:
+    """What the endpoint answers while `work` is done."""
+    answers, working = list[httpx.Response](), threading.Event()
+
+    def keep_asking() -> None:
+        while not working.wait(0.2):
+            answers.append(ask(endpoint, "policy"))
+
+    asking = threading.Thread(target=keep_asking, daemon=True)
+    asking.start()
+    try:
+        work()
+    finally:
+        working.set()
+        asking.join(scaled(60))
+    return answers
+
+
+def test_within_its_rounds_a_run_with_adapters_publishes_these_alone_and_engines_sleep_while_it_trains(
+    fleet, tiny_model, tmp_path
+):
     from sampo_ray.iterate import iterate
     from sampo_ray.run.versions import complete_versions, read_info, version_folder
 
-    run = new_run(tmp_path, tiny_model, "model.lora.rank=4", "rounds.count=1", "optim.batch_size=2")
-    iterate(run, fleet, Notes())
+    overrides = "model.lora.rank=4", "rounds.count=1", "optim.batch_size=2", "rollout.prompts=16"
+    run = new_run(tmp_path, tiny_model, *overrides, "fleet.placement=shared")
+    taking_turns = dataclasses.replace(fleet, shares_gpus=True)
+    answers = asked_while(lambda: iterate(run, taking_turns, Notes()), fleet.endpoint)
+    assert 503 in [answer.status_code for answer in answers], "the policy pauses while ranks train"
+    for answer in answers:
+        if answer.status_code == 503:
+            assert answer.json()["error"]["code"] == "policy_paused" and int(answer.headers["retry-after"]) >= 10
+        else:
+            assert answer.status_code == 200, answer.text
+    wait_until(lambda: ask(fleet.endpoint, "policy").status_code == 200, "an engine that is awake")
     versions = {v: read_info(version_folder(run.versions.url, v)) for v in complete_versions(run.versions.url)}
     last, adapters = run.manifest.rounds[0].steps, [v for v, info in versions.items() if info.adapters]
     assert versions.keys() - set(adapters) == {0, last} and adapters[-1] == last - 1
