@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from sampo_ray.actors.weights.pinned import last_error
+from sampo_ray.config.machines import Cluster
 from sampo_ray.config.run import load_config
 from sampo_ray.config.serving import ServeConfig
 from sampo_ray.console import session
@@ -78,7 +79,7 @@ def test_a_run_that_serve_refuses_leaves_no_run_directory(
         raise EndpointError("others reach it")
 
     monkeypatch.setattr("sampo_ray.serve.endpoint.start_serve", refuse)
-    monkeypatch.setattr(session, "ray_cluster", lambda note: nullcontext({"CPU": 8.0}))
+    monkeypatch.setattr(session, "ray_cluster", lambda note: nullcontext(Cluster.of({"CPU": 8.0}, 2)))
     tree = {"model": {"path": str(tiny_model)}, "data": {"train": "d", "max_length": 64}, "serve": {"port": 0}}
     config = load_config(tree, [f"run.dir={tmp_path}"])
     with pytest.raises(EndpointError, match="others reach it"):

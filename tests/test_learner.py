@@ -24,9 +24,18 @@ from sampo_ray.run.version_files import adapters_info, write_adapters, write_ver
 from sampo_ray.run.versions import VersionInfo
 from sampo_ray.training.batching import Step, assemble, lengths_of, plan_round
 from sampo_ray.training.loading import load_model
-from sampo_ray.training.objective import METRICS, Draw, LossInputs, MasterWeights, train_step
+from sampo_ray.training.objective import (
+    METRICS,
+    Draw,
+    LossInputs,
+    MasterWeights,
+    accumulate,
+    objective_of,
+    train_step,
+)
 from sampo_ray.training.off_device import OffDevice
 from sampo_ray.training.policy import load_policy
+from sampo_ray.training.statistics import Statistics
 
 from .conftest import random_pairs, with_reference
 from .test_losses import without_reference
@@ -70,6 +79,7 @@ def pairs(tiny_model):
     return with_reference(load_policy(tiny_model).requires_grad_(False), made)
 
 
+TREE = {"model": {"path": "m"}, "data": {"train": "d"}, "run": {"dir": "r"}}
 OURS = ("not_a_number", "infinite", "steep")
 
 
@@ -130,6 +140,27 @@ def test_it_does_what_torch_alone_does(alone, tiny_model, pairs, loss, reduction
             # The next step starts from equal weights: so small a difference may be rounded to another weight in bf16.
             master.data.copy_(expected)
             weight.data.copy_(expected)
+
+
+@pytest.mark.parametrize("world", [3, 7])
+def test_ranks_that_do_not_divide_a_batch_have_the_loss_and_the_gradients_of_the_whole(tiny_model, pairs, world):
+    objective = objective_of(RunConfig.model_validate(TREE).method)
+    inputs = LossInputs(objective, Draw(0, 0, 0), Statistics())
+    lengths = lengths_of(pairs)
+
+    def step(world: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Sums of metrics over the ranks, and gradients as DeepSpeed's mean over them."""
+        (step,) = plan_round(lengths, RowBudget(8, 256, world), epochs=1, seed=0, round=0)
+        assert sorted(len(rows) for rows in step.rows) == [len(step.rows[0])] * world
+        policy = load_policy(tiny_model).float()
+        done = [accumulate(policy, rows, pairs, inputs, world / step.pairs)[0] for rows in step.rows]
+        trained = [weight.grad / world for weight in policy.parameters() if weight.grad is not None]
+        return torch.stack(done).sum(0), trained
+
+    (whole, expected), (ours, gradients) = step(1), step(world)
+    assert_close(ours, whole, rtol=1e-5, atol=1e-5)
+    for gradient, of_whole in zip(gradients, expected, strict=True):
+        assert_close(gradient, of_whole, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])

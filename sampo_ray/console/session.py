@@ -39,7 +39,7 @@ LOCAL_CPUS = 16
 """Logical CPUs of a Ray that is started for one command: more than cores, since its actors share those."""
 CHANGEABLE = (
     *("serve.", "fleet.", "run.trackers", "run.export_dtype", "model.attention"),
-    *("trainer.workers", "trainer.min_workers", "trainer.num_cpus"),
+    *("profile", "trainer.workers", "trainer.min_workers", "trainer.num_cpus", "trainer.num_gpus"),
     *("trainer.checkpoint_every", "trainer.max_failures", "trainer.lifetime"),
     *("trainer.tokens_per_row", "trainer.gradient_checkpointing"),
 )
