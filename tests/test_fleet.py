@@ -15,6 +15,7 @@ from sampo_ray.console import session
 from sampo_ray.errors import EndpointError
 from sampo_ray.loop.fleet import applications, routes_of
 from sampo_ray.loop.rounds import Round
+from sampo_ray.loop.starting import Places
 from sampo_ray.loop.validate import Checked
 from sampo_ray.run.directory import create_run
 from sampo_ray.run.parts import Part
@@ -59,7 +60,8 @@ def test_losses_without_a_reference_have_no_reference_workers_and_no_such_stage(
     tree = {"model": {"path": "m"}, "data": {"train": "d"}, "run": {"dir": str(tmp_path)}, "serve": {"enabled": False}}
     run = create_run(load_config(tree, [f"method.loss={loss}"]))
     serving: Any = SimpleNamespace(store_name="store")
-    assert list(applications(run, serving)) == ([f"{run.id}-references"] if referenced else [])
+    places = Places(run.config, Cluster.of({}, 1))
+    assert list(applications(run, serving, places)) == ([f"{run.id}-references"] if referenced else [])
     if not referenced:
         pairs = [Part(run.place.at("pairs"), 3)]
         round = Round(run, 0, Notes())

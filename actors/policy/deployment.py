@@ -15,6 +15,7 @@ from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionReq
 from vllm.tool_parsers import ToolParserManager
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from sampo_ray.actors.nodes import ANYWHERE, Where
 from sampo_ray.actors.policy.adapters import ENGINE_S, ReplicaAdapters
 from sampo_ray.actors.policy.answers import (
     Rollouts,
@@ -41,6 +42,7 @@ from sampo_ray.config.sections import GeneratorsConfig
 from sampo_ray.data.chat import ChatFormat
 from sampo_ray.data.tools import tool_arguments
 from sampo_ray.errors import ConfigError, WeightsError
+from sampo_ray.internals.logical_gpus import logical_gpus
 from sampo_ray.internals.serve_llm import EngineServer, use_local_folders
 from sampo_ray.internals.torch import cpu_has_bf16
 from sampo_ray.internals.vllm import check_constraints, constraint_trial, requests_in_flight
@@ -231,7 +233,7 @@ def policy_deployment(
     source: WeightsSource,
     config: GeneratorsConfig,
     max_model_len: int,
-    name: str = "policy",
+    where: Where = ANYWHERE,
 ) -> serve.Application:
     """Policy replicas that serve `source`, whose store must run, as `model_id`; on GPUs if `config` has any.
 
@@ -239,23 +241,26 @@ def policy_deployment(
     the run's tokenizer. Both are paths or fsspec URLs that every node reaches.
     """
     gpus = config.num_gpus or 0
+    on_cpus = not gpus or logical_gpus()
+    asked = {"num_cpus": 1 if config.num_cpus is None else config.num_cpus, **where.memory_option}
     llm_config = LLMConfig(
         model_loading_config={"model_id": model_id, "model_source": model_folder},
-        accelerator_config={"kind": "gpu" if gpus else "cpu"},
+        accelerator_config={"kind": "cpu" if on_cpus else "gpu"},
         placement_group_config={"bundle_per_worker": {"GPU": gpus} if gpus else {"CPU": 0}},
-        deployment_config={"ray_actor_options": {"num_cpus": 1 if config.num_cpus is None else config.num_cpus}},
+        deployment_config={"ray_actor_options": asked},
         # By default Ray sends tokens every 50 ms; where a token takes longer, that is only a delay.
-        experimental_configs={} if gpus else {"stream_batching_interval_ms": 0},
-        runtime_env={"env_vars": {"HF_HUB_OFFLINE": "1", **({} if gpus else cpu_environment())}},
+        experimental_configs={"stream_batching_interval_ms": 0} if on_cpus else {},
+        runtime_env={"env_vars": {"HF_HUB_OFFLINE": "1", **(cpu_environment() if on_cpus else {})}},
         engine_kwargs={"tokenizer": chat_folder, **engine_arguments(source, config, max_model_len)},
     )
     options = {
-        "name": name,
+        "name": "policy",
         "autoscaling_config": config.autoscaling,
         "max_ongoing_requests": config.max_ongoing_requests,
         "max_queued_requests": config.max_queued_requests,
         "graceful_shutdown_timeout_s": source.drain_s,  # answers in flight end before the replica does
     }
+    options |= {"placement_group_bundle_label_selector": [dict(where.labels)]} if where.labels else {}
     bound = {"source": source, "chat_folder": chat_folder}
     return build_llm_deployment(
         llm_config, bind_kwargs=bound, override_serve_options=options, deployment_cls=PolicyServer
@@ -290,6 +295,6 @@ def engine_arguments(source: WeightsSource, config: GeneratorsConfig, max_model_
         "structured_outputs_config": {"backend": "xgrammar"},
         **({"enable_lora": True, "max_lora_rank": source.max_rank, "max_loras": SLOTS} if source.adapters else {}),
         **({"enable_sleep_mode": True} if source.takes_turns and config.num_gpus else {}),
-        **({"dtype": "bfloat16"} if config.num_gpus else cpu_engine(max_model_len)),
+        **({"dtype": "bfloat16"} if config.num_gpus and not logical_gpus() else cpu_engine(max_model_len)),
         **config.engine,
     }

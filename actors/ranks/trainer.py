@@ -13,15 +13,17 @@ import ray
 import torch
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as TrainRunConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from sampo_ray.actors.nodes import ANYWHERE, Where
 from sampo_ray.actors.ranks.exchange import EXCHANGE_ANSWER_S, Exchange, RoundSpec
 from sampo_ray.actors.ranks.failures import StopOrRestart
 from sampo_ray.actors.ranks.rank import RankSettings, train_rank
 from sampo_ray.actors.waiting import POLL_S, Wait
 from sampo_ray.config.sections import TrainerConfig
 from sampo_ray.errors import TrainingError, described
+from sampo_ray.internals.logical_gpus import logical_gpus
 from sampo_ray.run.manifest import StepResult
 from sampo_ray.run.storage import Place
 
@@ -40,8 +42,9 @@ class Trainer:
     ever to start ranks that lack nodes; `wait` says what they lack, and ends it.
     """
 
-    def __init__(self, config: TrainerConfig, store: str, storage: Place, wait: Wait) -> None:
-        self._config, self._store, self._storage, self._wait = config, store, storage, wait
+    def __init__(self, config: TrainerConfig, store: str, storage: Place, wait: Wait, where: Where = ANYWHERE) -> None:
+        self._config, self._store, self._storage = config, store, storage
+        self._wait, self._where = wait, where
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
         if config.lifetime == "run":
@@ -56,17 +59,20 @@ class Trainer:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         start_exchange = ray.remote(Exchange).options(num_cpus=0.1, scheduling_strategy=here)
         self._exchange = start_exchange.remote(config.max_failures)
-        workers, gpus = config.workers or 1, config.num_gpus or 0
-        threads = None if gpus else max(1, torch.get_num_threads() // workers)
+        workers, gpus = config.workers or 1, bool(config.num_gpus)
+        on_cpus = not gpus or logical_gpus()
+        threads = max(1, torch.get_num_threads() // workers) if on_cpus else None
         fit = TorchTrainer(
             train_rank,
             train_loop_config={"settings": RankSettings(self._exchange, self._store, threads)},
             scaling_config=ScalingConfig(
                 num_workers=(config.min_workers, workers) if config.min_workers else workers,
-                use_gpu=bool(gpus),
-                resources_per_worker=resources_of(config),
+                use_gpu=gpus,
+                resources_per_worker=resources_of(config, self._where),
+                label_selector=dict(self._where.labels) or None,
                 elastic_resize_monitor_interval_s=ELASTIC_S,
             ),
+            torch_config=TorchConfig(backend="gloo" if on_cpus else "nccl"),
             # A new name each time: the manifest decides where to continue, not Ray's state of an earlier driver.
             run_config=TrainRunConfig(
                 name=f"train-{uuid.uuid4().hex[:8]}",
@@ -151,10 +157,11 @@ class Trainer:
         self._thread = None
 
 
-def resources_of(config: TrainerConfig) -> dict[str, float]:
+def resources_of(config: TrainerConfig, where: Where = ANYWHERE) -> dict[str, float]:
     """What a rank asks Ray for."""
-    gpus = {"GPU": config.num_gpus} if config.num_gpus else {}
-    return {"CPU": 1.0 if config.num_cpus is None else config.num_cpus, **gpus}
+    asked = {"GPU": config.num_gpus, "memory": where.memory}
+    cpus = 1.0 if config.num_cpus is None else config.num_cpus
+    return {"CPU": cpus, **{name: float(amount) for name, amount in asked.items() if amount}}
 
 
 def last_line(error: BaseException | None) -> str:

@@ -14,6 +14,7 @@ import tenacity
 import torch
 from ray import serve
 
+from sampo_ray.actors.nodes import ANYWHERE, Where
 from sampo_ray.actors.weights.client import fetch, find_weight_store
 from sampo_ray.config.run import RunConfig
 from sampo_ray.config.sections import FleetConfig, RewardConfig
@@ -71,9 +72,11 @@ class ReferenceWorker:
         return self._policy
 
 
-def build_reference_app(store: str, fleet: FleetConfig, threads: int | None) -> serve.Application:
+def build_reference_app(
+    store: str, fleet: FleetConfig, threads: int | None, where: Where = ANYWHERE
+) -> serve.Application:
     """The reference workers as a Serve application; they load nothing before the first call."""
-    deployment = _deployment(ReferenceWorker, fleet, 0.5).options(name="references", health_check_timeout_s=120)
+    deployment = _deployment(ReferenceWorker, fleet, 0.5, where).options(name="references", health_check_timeout_s=120)
     return deployment.bind(store, threads)
 
 
@@ -155,17 +158,17 @@ class RewardWorker:
                 self.hung += 1
 
 
-def build_reward_app(config: RewardConfig, fleet: FleetConfig) -> serve.Application:
+def build_reward_app(config: RewardConfig, fleet: FleetConfig, where: Where = ANYWHERE) -> serve.Application:
     """The application of a run's reward workers; its handle has `score(COMPLETIONS) -> SCORES`.
 
     A function in a file is sent as text, so only this machine needs the file. A module must be importable on every
     node (through the job's working directory, for example), and a reward model's path must be readable there.
     """
     source = None if config.function is None else function_source(config.function)
-    return _deployment(RewardWorker, fleet, 0.1).bind(config, source, fleet.max_ongoing_requests)
+    return _deployment(RewardWorker, fleet, 0.1, where).bind(config, source, fleet.max_ongoing_requests)
 
 
-def _deployment(worker: type, fleet: FleetConfig, num_cpus: float) -> serve.Deployment:
+def _deployment(worker: type, fleet: FleetConfig, num_cpus: float, where: Where) -> serve.Deployment:
     return serve.deployment(
         worker,
         max_ongoing_requests=fleet.max_ongoing_requests,
@@ -174,6 +177,7 @@ def _deployment(worker: type, fleet: FleetConfig, num_cpus: float) -> serve.Depl
         ray_actor_options={
             "num_cpus": num_cpus if fleet.num_cpus is None else fleet.num_cpus,
             "num_gpus": fleet.num_gpus or 0,
+            **where.options,
         },
     )
 

@@ -11,6 +11,7 @@ import ray
 from pydantic import BaseModel, ConfigDict
 from ray.actor import ActorHandle
 
+from sampo_ray.actors.nodes import ANYWHERE, Where
 from sampo_ray.actors.transfer.coordinator import ReceivingReplica, TransferCoordinator, TransferGroup, TransferPlan
 from sampo_ray.actors.weights.client import NAMESPACE, Channel, CommandAnswer, StoreState, Weights, put, throttle
 from sampo_ray.actors.weights.duty import Duty
@@ -230,8 +231,8 @@ def copied(bucket: Bucket) -> Bucket:
     return copy
 
 
-def start_weight_store(name: str, state_url: str, apps: str = "") -> ActorHandle:
+def start_weight_store(name: str, state_url: str, apps: str = "", where: Where = ANYWHERE) -> ActorHandle:
     """The store of that name (in namespace "sampo"), started if it does not run yet. It outlives the driver."""
-    options = {"lifetime": "detached", "max_restarts": -1, "max_task_retries": -1, "num_cpus": 0.1}
+    options = {"lifetime": "detached", "max_restarts": -1, "max_task_retries": -1, "num_cpus": 0.1, **where.options}
     actor = ray.remote(WeightStore).options(name=name, namespace=NAMESPACE, get_if_exists=True, **options)
     return actor.remote(state_url, apps)

@@ -27,6 +27,7 @@ from sampo_ray.config.serving import ServeConfig
 from sampo_ray.config.sizing import reopened
 from sampo_ray.console.gpus import check_cluster, installed, usable_here
 from sampo_ray.errors import ConfigError
+from sampo_ray.internals.logical_gpus import logical_gpus
 from sampo_ray.loop.display import Display, open_display
 from sampo_ray.run.directory import Run, create_run, dump_config, find_run, open_run
 from sampo_ray.run.lock import Check, exclusive
@@ -222,6 +223,7 @@ def ray_cluster(note: Callable[[str], None]) -> Iterator[Cluster]:
     """
     import ray
 
+    from sampo_ray.actors.nodes import cluster_now
     from sampo_ray.internals.ray import allow_slow_start, silence_services
 
     where, on_term = dict[str, object](), signal.getsignal(signal.SIGTERM)
@@ -232,8 +234,8 @@ def ray_cluster(note: Callable[[str], None]) -> Iterator[Cluster]:
     ray.init(log_to_driver=False, logging_level=logging.ERROR, namespace="sampo", **where)
     signal.signal(signal.SIGTERM, on_term)  # Ray sets a handler of its own
     try:
-        cluster = Cluster.of(ray.cluster_resources(), os.cpu_count() or 1)
-        check_cluster(cluster.gpus, installed())
+        cluster = cluster_now()
+        check_cluster(0 if logical_gpus() else cluster.gpus, installed())
         yield cluster
     finally:
         ray.shutdown()

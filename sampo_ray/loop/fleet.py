@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import time
 from collections import deque
@@ -19,6 +20,7 @@ from ray.serve.handle import DeploymentHandle
 from transformers import PreTrainedModel
 
 from sampo_ray.actors.guard import start_guard
+from sampo_ray.actors.nodes import cluster_now
 from sampo_ray.actors.scoring.workers import build_reference_app, build_reward_app
 from sampo_ray.actors.waiting import Need, Wait
 from sampo_ray.actors.weights.client import Channel
@@ -30,8 +32,9 @@ from sampo_ray.config.run import RunConfig
 from sampo_ray.config.sections import GeneratorsConfig
 from sampo_ray.data.chat import ChatFormat
 from sampo_ray.errors import FleetError, StageError, UserError
+from sampo_ray.internals.logical_gpus import logical_gpus
 from sampo_ray.internals.transformers import saved_tensors
-from sampo_ray.loop.starting import needs_of, run_apps
+from sampo_ray.loop.starting import Places, needs_of, run_apps
 from sampo_ray.loop.turns import give_gpus, return_gpus
 from sampo_ray.run.directory import Run
 from sampo_ray.run.manifest import lineage
@@ -40,6 +43,7 @@ from sampo_ray.run.storage import Place
 from sampo_ray.run.versions import VersionInfo, WeightsId
 from sampo_ray.serve.endpoint import await_endpoint, deploy_endpoint, start_serve, stop_endpoint
 from sampo_ray.training.loading import load_model
+from sampo_ray.training.model_files import ModelFiles
 from sampo_ray.training.pretrained import is_tied
 from sampo_ray.training.saving import Cast, SavedModel
 
@@ -62,12 +66,13 @@ class Fleet:
     separate_generators: DeploymentHandle | None
     shared_policy: DeploymentHandle | None
     wait: Wait
+    places: Places
     start_seconds: float  # until all was ready
     shares_gpus: bool = False  # engines and ranks, by time
 
     def attach(self, run: Run) -> None:
         """Makes the fleet serve this run, from its latest durable version."""
-        attach_run(self.store, run, self.wait)
+        attach_run(self.store, run, self.wait, self.places)
 
     def give_gpus(self, turn: Turn) -> None:
         """Wakes the engines, or puts them to sleep and waits until they have left the GPUs; see `loop/turns.py`."""
@@ -107,15 +112,17 @@ def open_fleet(run: Run, keep_serving: bool = False, note: Callable[[str], None]
 
     config, started = run.config, time.monotonic()
     with contextlib.ExitStack() as stack:
-        serving = PolicyServing(stack, run, run.id, "weights.json", keep_serving)
+        places = Places(config, cluster_now())
+        serving = PolicyServing(stack, run, run.id, "weights.json", places, keep_serving)
         if keep_serving and config.shares_gpus:
             stack.callback(return_gpus, serving.store)  # once the ranks have ended
-        rank = Need("ranks", (resources_of(config.trainer),), "trainer.workers")
+        ranks = places.of("ranks")
+        rank = Need("ranks", (resources_of(config.trainer, ranks),), "trainer.workers")
         wait, logs = Wait([rank], note, config.fleet.start_timeout_s), run.place.at("logs", "ray-train")
-        trainer = Trainer(config.trainer, serving.store_name, logs, wait)  # starts meanwhile
+        trainer = Trainer(config.trainer, serving.store_name, logs, wait, ranks)  # starts meanwhile
         stack.callback(trainer.close)
-        attach_run(serving.store, run, wait)
-        apps = applications(run, serving)
+        attach_run(serving.store, run, wait, places)
+        apps = applications(run, serving, places)
         if config.shares_gpus and config.trainer.num_gpus:
             trainer.await_ranks()  # one on each GPU; engines go beside them, while Ray would put two on one before
         handles, endpoint = serving.deploy(apps, wait)
@@ -123,8 +130,8 @@ def open_fleet(run: Run, keep_serving: bool = False, note: Callable[[str], None]
         policy, generators = handles.get(f"{run.id}-policy"), handles.get(f"{run.id}-generators")
         references, rewards = handles.get(f"{run.id}-references"), handles.get(f"{run.id}-rewards")
         shared, seconds = policy if is_shared(config) else None, time.monotonic() - started
-        turns = config.shares_gpus
-        yield Fleet(serving.store, trainer, references, rewards, endpoint, generators, shared, wait, seconds, turns)
+        started_with = wait, places, seconds, config.shares_gpus
+        yield Fleet(serving.store, trainer, references, rewards, endpoint, generators, shared, *started_with)
 
 
 def is_shared(config: RunConfig) -> bool:
@@ -132,7 +139,7 @@ def is_shared(config: RunConfig) -> bool:
     return config.shared_replicas
 
 
-def applications(run: Run, serving: "PolicyServing") -> dict[str, serve.Application]:
+def applications(run: Run, serving: "PolicyServing", places: Places) -> dict[str, serve.Application]:
     """The Serve applications of a run by name.
 
     Rollouts have separate replicas, so that they cannot disturb the live policy. Where they may share its replicas, the
@@ -141,18 +148,16 @@ def applications(run: Run, serving: "PolicyServing") -> dict[str, serve.Applicat
     config, fleet = run.config, run.config.fleet
     apps: dict[str, serve.Application] = {}
     if config.reference_workers:
-        threads = None if fleet.references.num_gpus else torch.get_num_threads()
-        apps[f"{run.id}-references"] = build_reference_app(serving.store_name, fleet.references, threads)
+        threads = torch.get_num_threads() if not fleet.references.num_gpus or logical_gpus() else None
+        where = places.of("references")
+        apps[f"{run.id}-references"] = build_reference_app(serving.store_name, fleet.references, threads, where)
     if config.serve.enabled:
-        one = fleet.generators.model_copy(update={"min_replicas": 1, "max_replicas": 1})
-        apps[f"{run.id}-policy"] = serving.policy("live", fleet.generators if is_shared(config) else one)
+        apps[f"{run.id}-policy"] = serving.policy("live", places.sized("policy", fleet.generators))
     one_engine = config.shares_gpus and config.serve.enabled  # on each GPU: there is no room for another
     if not one_engine and (config.online or config.serve.gates.probing):
-        from_zero = fleet.generators.model_copy(update={"min_replicas": 0})
-        needed = config.online and not is_shared(config)
-        apps[f"{run.id}-generators"] = serving.policy("training", fleet.generators if needed else from_zero)
+        apps[f"{run.id}-generators"] = serving.policy("training", places.sized("generators", fleet.generators))
     if config.online:
-        apps[f"{run.id}-rewards"] = build_reward_app(config.reward, fleet.rewards)
+        apps[f"{run.id}-rewards"] = build_reward_app(config.reward, fleet.rewards, places.of("rewards"))
     return apps
 
 
@@ -162,7 +167,8 @@ def open_live(run: Run, note: Callable[[str], None] = logger.info) -> Iterator[s
     as that of `open_fleet`."""
     name = f"serve-{run.id}"
     with contextlib.ExitStack() as stack:
-        serving = PolicyServing(stack, run, name, "weights-serve.json", keep_serving=False)
+        places = Places(run.config, cluster_now())
+        serving = PolicyServing(stack, run, name, "weights-serve.json", places, keep_serving=False)
         apps = {f"{name}-policy": serving.policy("live", run.config.fleet.generators)}
         wait = Wait([], note, run.config.fleet.start_timeout_s)
         if not wait.get(serving.store.attach.remote(run.id, run.versions.url, True), ATTACH_S):
@@ -186,15 +192,17 @@ class PolicyServing:
     the store, the policy and the gateway stay.
     """
 
-    def __init__(self, stack: contextlib.ExitStack, run: Run, name: str, state: str, keep_serving: bool) -> None:
+    def __init__(
+        self, stack: contextlib.ExitStack, run: Run, name: str, state: str, places: Places, keep_serving: bool
+    ) -> None:
         self._stack, self._run, self._name, self._keep = stack, run, name, keep_serving
-        self._serve = run.config.serve
+        self._serve, self._places = run.config.serve, places
         start_serve(self._serve)  # first, since it may be refused
         self.store_name = f"sampo-{name}"
         if os.environ.get("RAY_ADDRESS"):  # a Ray that this process has started ends with it
             keeps = [f"{name}-{each}" for each in ("endpoint", "policy", "pinned-")] if keep_serving else []
             stack.callback(ray.kill, start_guard(name, keeps, self.store_name))
-        self.store = start_weight_store(self.store_name, run.place.at(state).url, name)
+        self.store = start_weight_store(self.store_name, run.place.at(state).url, name, places.of("store"))
         self._at_end(delete_pinned, name)
         self._at_end(ray.kill, self.store)  # before: it would start them again
 
@@ -212,7 +220,8 @@ class PolicyServing:
         source = WeightsSource(
             self.store_name, channel, swap=swap, drain_s=drain_s, transport=transport, takes_turns=turns
         )
-        return policy_deployment("policy", base, tokenizer.url, source, settings, config.data.max_length)
+        where = self._places.of("policy" if channel == "live" else "generators")
+        return policy_deployment("policy", base, tokenizer.url, source, settings, config.data.max_length, where)
 
     def deploy(self, apps: dict[str, serve.Application], wait: Wait) -> tuple[dict[str, DeploymentHandle], str | None]:
         """Starts applications and endpoint, all at once. Returns handles and the endpoint's URL once all are ready."""
@@ -231,7 +240,7 @@ class PolicyServing:
             self._stack.callback(function, *arguments)
 
 
-def attach_run(store: ActorHandle, run: Run, wait: Wait) -> None:
+def attach_run(store: ActorHandle, run: Run, wait: Wait, places: Places) -> None:
     """Makes the store serve this run; a new run first gets its tokenizer with its template, and its version 0."""
     wait.get(store.attach.remote(run.id, run.versions.url), ATTACH_S)
     tokenizer = run.place.at("tokenizer")
@@ -243,13 +252,20 @@ def attach_run(store: ActorHandle, run: Run, wait: Wait) -> None:
         source = lineage(run.config, None)
         base = VersionInfo(version=0, round=0, step=0, created=int(time.time()), base=source.base, recipe=source.recipe)
         new = NewVersion(run.id, run.versions, base, reference=True)
-        published = _publish_base.remote(run.config.model.path, tokenizer, store, new, run.config.run.export_dtype)
+        publish = _publish_base.options(**places.of("base publish", 2 * model_bytes(run.config.model.path)).options)
+        published = publish.remote(run.config.model.path, tokenizer, store, new, run.config.run.export_dtype)
         try:
             wait.get(published, PUBLISH_BASE_S)
         except RayTaskError as error:
             if isinstance(error.cause, UserError):  # without the remote traceback
                 raise error.cause from None
             raise
+
+
+def model_bytes(path: str) -> int:
+    """Bytes of a model's weights in 16 bits."""
+    files = ModelFiles.find("model.path", path)
+    return sum(2 * math.prod(weight.shape) for weight in files.weights(files.settings("config.json")).values())
 
 
 @ray.remote(num_cpus=0.5, max_retries=1)

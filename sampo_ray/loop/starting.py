@@ -2,13 +2,21 @@
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus, ServeStatus
 
+from sampo_ray.actors.nodes import Where
 from sampo_ray.actors.waiting import POLL_S, Need, Wait
 from sampo_ray.actors.weights.pinned import last_error
+from sampo_ray.config.machines import Cluster
+from sampo_ray.config.packing import Role
+from sampo_ray.config.run import RunConfig
+from sampo_ray.config.sections import GeneratorsConfig
+from sampo_ray.config.sizing import groups_of
 from sampo_ray.errors import FleetError
 from sampo_ray.internals.serve import bundles_of
 
@@ -21,6 +29,23 @@ SETTINGS = {
     "rewards": "fleet.rewards.min_replicas",
 }
 """By the ends of applications' names: what is made smaller where nodes are missing."""
+
+
+class Places:
+    """Where the actors of a run go, whose sizes are filled in, on the cluster as it was when it started."""
+
+    def __init__(self, config: RunConfig, cluster: Cluster) -> None:
+        self._groups, self._cluster = {group.role: group for group in groups_of(config)}, cluster
+
+    def of(self, role: Role, bytes: int = 0) -> Where:
+        """Where actors of a role run; each takes `bytes` of memory more than the plan knows."""
+        where = Where.of(self._groups.get(role), self._cluster)
+        return replace(where, memory=where.memory + bytes) if where.memory else where
+
+    def sized(self, role: Literal["policy", "generators"], settings: GeneratorsConfig) -> GeneratorsConfig:
+        """The settings with as many replicas as the plan has for the role."""
+        group = self._groups[role]
+        return settings.model_copy(update={"min_replicas": group.least, "max_replicas": group.most})
 
 
 def needs_of(apps: Mapping[str, serve.Application]) -> list[Need]:

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 import ray
@@ -23,6 +23,7 @@ from sampo_ray.config.columns import Columns
 from sampo_ray.config.sections import DataConfig
 from sampo_ray.data.preferences import PAIRS, PROMPTS, tokenized_pairs, tokenized_prompts
 from sampo_ray.errors import DataError, StageError, UserError
+from sampo_ray.internals.ray_nodes import NODE_ID, cluster_use
 from sampo_ray.loop.blocks import ATTEMPTS, GROWTH, PAUSE_S, STAGE_STALL_S, StageOutput, Work
 from sampo_ray.run.manifest import DataRecord, StageRecord
 from sampo_ray.run.parts import LOST, logger, part_place
@@ -37,9 +38,9 @@ if TYPE_CHECKING:
 
 CPUS = 0.1
 """What reader and tasks ask Ray for. Each keeps a core busy, but by now the run's actors hold most logical CPUs of a
-small machine, and stand idle until the first round. How many tasks run is decided by `tasks_at_once`. Ray's default
-scheduling gives them the same processes again; with SPREAD each task may meet one without a tokenizer, which takes
-seconds to load."""
+small machine, and stand idle until the first round. How many tasks run is decided by `tasks_at_once`. On one machine
+Ray's default scheduling gives them the same processes again, which have loaded the tokenizer. On several it would give
+all of them to one node, since they ask for so little: see `elsewhere`."""
 MARK = b"sampo"
 """The key of a part's metadata."""
 
@@ -170,7 +171,7 @@ def _read_again(reading: Reading, index: int, digest: str) -> bytes:
     raise DataError(_CHANGED)
 
 
-_start_reader = ray.remote(num_cpus=CPUS)(_Reader).remote
+_start_reader = ray.remote(num_cpus=CPUS)(_Reader)
 _CHANGED = "the data source has changed while it was read; resume the run once it is complete"
 
 
@@ -183,7 +184,7 @@ class _Stage:
         self.made: dict[int, Counts] = {}
         self._rows = 0  # of the chunks
         self._contents: dict[int, ray.ObjectRef] = {}
-        self._names = set(out.names())
+        self._names, self._where = set(out.names()), elsewhere()
 
     def run(self) -> None:
         work = Work[Counts](
@@ -228,15 +229,16 @@ class _Stage:
     def _start(self, index: int, place: Place, again: bool) -> ray.ObjectRef:
         chunk = self.chunks[index]
         if again:  # the node that had the content may be gone
-            self._contents[index] = _read_again.remote(self.what.reading, index, chunk.digest)
-        return _tokenize.remote(place, self._contents[index], chunk, self.what)
+            read_again = _read_again.options(**self._where)
+            self._contents[index] = read_again.remote(self.what.reading, index, chunk.digest)
+        return _tokenize.options(**self._where).remote(place, self._contents[index], chunk, self.what)
 
     def _read(self) -> Iterator[tuple[Chunk, ray.ObjectRef]]:
         """Chunks, each while the one after it is read, from a reader that is started again where it is lost."""
         lost = 0
         while True:
             read = [chunk.digest for chunk in self.chunks]
-            reader = _start_reader(self.what.reading, len(read), fingerprint(read))
+            reader = _start_reader.options(**self._where).remote(self.what.reading, len(read), fingerprint(read))
             try:
                 ahead = reader.take.remote()
                 while (chunk := _answer(ahead[0])) is not None:
@@ -265,6 +267,15 @@ def _answer(ref: ray.ObjectRef) -> Chunk | None:
 
 def tasks_at_once() -> int:
     """The cores of the cluster's machines. A Ray that was started for one command has more logical CPUs than cores."""
-    nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-    cores = [min(nodes[0], os.cpu_count() or 1)] if len(nodes) == 1 else nodes
-    return max(1, int(sum(cores)))
+    nodes = cluster_use().nodes
+    cores = [node.total.get("CPU", 0.0) for node in nodes if len(nodes) == 1 or not node.head]
+    return max(1, int(sum(cores) if len(nodes) > 1 else min(cores[0], os.cpu_count() or 1)))
+
+
+def elsewhere() -> dict[str, Any]:
+    """Options of tasks that many nodes share, the head only where no other has room; none on one node."""
+    nodes = cluster_use().nodes
+    others = [{NODE_ID: f"!{node.id}"} for node in nodes if node.head and len(nodes) > 1]
+    if not others:
+        return {}
+    return {"scheduling_strategy": "SPREAD", "label_selector": others[0], "fallback_strategy": [{"label_selector": {}}]}
