@@ -489,3 +489,48 @@ def test_torch_2_13_reads_made_up_values_from_tensors_on_the_meta_device():
         assert bool(nothing[0, 0]) and nothing.long().max().item() == 1 and torch.equal(nothing, nothing + 1)
         assert nothing.nonzero().shape == (1, 2)
         assert torch.zeros(1).item() == 0, "only there"
+
+
+def test_ray_says_what_a_cluster_has_and_what_it_owes() -> None:
+    from ray._private import state
+    from ray.autoscaler._private.kuberay.node_provider import KubernetesHttpApiClient
+    from ray.autoscaler.v2 import schema, sdk, utils
+
+    assert "timeout" in inspect.signature(sdk.get_cluster_status).parameters, ray_serve()
+    fields = set(schema.ClusterStatus.__dataclass_fields__)
+    assert {"active_nodes", "idle_nodes", "pending_nodes", "pending_launches", "failed_launches"} <= fields, ray_serve()
+    assert {"placement_group_demand", "ray_task_actor_demand"} <= set(schema.ResourceDemandSummary.__dataclass_fields__)
+    assert {"bundle", "count"} == set(schema.ResourceRequestByCount.__dataclass_fields__), ray_serve()
+    assert hasattr(state.GlobalState, "get_cluster_config") and utils.is_autoscaler_v2, ray_serve()
+    assert list(inspect.signature(KubernetesHttpApiClient.get).parameters) == ["self", "path"], ray_serve()
+
+
+def test_kuberays_groups_of_workers_are_read_as_its_autoscaler_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sampo_ray.internals import ray_nodes
+
+    def group(limits: dict[str, object], **more: object) -> dict[str, object]:
+        containers = [{"name": "ray", "resources": {"limits": limits}}]
+        return {"rayStartParams": {}, "template": {"spec": {"containers": containers}}, **more}
+
+    gpus = group({"cpu": "64", "memory": "512Gi", "nvidia.com/gpu": 8}, groupName="gpu", minReplicas=0, maxReplicas=4)
+    resource = {"spec": {"headGroupSpec": group({"cpu": 4, "memory": "16Gi"}), "workerGroupSpecs": [gpus]}}
+    monkeypatch.setattr(ray_nodes.state.state, "get_cluster_config", lambda: None)
+    monkeypatch.setattr(ray_nodes, "is_autoscaled", lambda: True)
+    monkeypatch.setattr(ray_nodes, "_ray_cluster", lambda: resource)
+    (kind,) = ray_nodes.node_kinds() or ()
+    assert (kind.name, kind.most) == ("gpu", 4), ray_serve()
+    assert kind.resources == {"CPU": 64, "GPU": 8, "memory": 512 << 30}, ray_serve()
+    monkeypatch.setattr(ray_nodes, "_ray_cluster", lambda: None)
+    assert ray_nodes.node_kinds() is None, "nobody says what may come"
+
+
+def test_a_serve_application_knows_what_its_replicas_ask_for() -> None:
+    from ray import serve
+
+    from sampo_ray.internals.serve import bundles_of
+
+    one = serve.deployment(type("One", (), {}), ray_actor_options={"num_cpus": 0.5, "num_gpus": 1, "memory": 7})
+    assert bundles_of(one.bind()) == ({"CPU": 0.5, "GPU": 1.0, "memory": 7.0},), ray_serve()
+    bundles = [{"CPU": 1.0, "GPU": 1.0}, {"GPU": 1.0}]
+    two = serve.deployment(type("Two", (), {}), placement_group_bundles=bundles)
+    assert bundles_of(two.bind()) == tuple(bundles), ray_serve()

@@ -1,10 +1,13 @@
-"""What a start says and does while the cluster lacks what it asks for."""
+"""Which nodes a start sees and asks for, and what it says and does while the cluster lacks them."""
 
 import pytest
 
+from sampo_ray.actors.nodes import Where, cluster_of
 from sampo_ray.actors.waiting import Need, Wait, given_up, lacks
+from sampo_ray.config.machines import Cluster
+from sampo_ray.config.packing import Group
 from sampo_ray.errors import FleetError
-from sampo_ray.internals.ray_nodes import ClusterUse, NodeUse, Pending
+from sampo_ray.internals.ray_nodes import HEAD, ClusterUse, NodeKind, NodeUse, Pending
 
 RANK, ENGINE = {"GPU": 1.0, "CPU": 1.0}, {"GPU": 1.0, "CPU": 2.0, "memory": float(8 << 30)}
 NEEDS = [Need("ranks", (RANK,), "trainer.workers"), Need("policy", (ENGINE, {"GPU": 1.0}), "fleet.generators.num_gpus")]
@@ -78,3 +81,38 @@ def test_the_demand_of_other_runs_is_no_reason_to_wait_or_to_end() -> None:
 def test_why_no_node_could_be_started_is_said() -> None:
     use = ClusterUse((node(0, 0),), (Pending(RANK, 1, True),), failed="gpu-group: quota of 0 GPUs in this zone")
     assert "a node could not be started: gpu-group: quota of 0" in given_up(use, lacks(use, NEEDS), 60)
+
+
+HEAVY = Group("base publish", 1, 1, cpus=0.5, memory=17 << 30, avoids_head=True)
+SERVERS = NodeUse("h", "head", {"CPU": 4.0, HEAD: 1.0, "memory": float(8 << 30)}, {})
+
+
+def cluster(*nodes: NodeUse, kinds: tuple[NodeKind, ...] | None = ()) -> Cluster:
+    return cluster_of(ClusterUse(nodes), kinds, {})
+
+
+def test_what_is_heavy_stays_off_the_head_where_other_nodes_are_or_may_come() -> None:
+    asked = {"memory": 17 << 30, "label_selector": {"ray.io/node-id": "!h"}}
+    assert Where.of(HEAVY, cluster(SERVERS, node(8, 8))).options == asked
+    gpus = NodeKind("gpu-group", {"CPU": 64.0, "GPU": 8.0}, 4)
+    assert Where.of(HEAVY, cluster(SERVERS, kinds=(gpus,))).options == asked
+    assert Where.of(HEAVY, cluster(SERVERS, kinds=None)).options == asked
+    light = Group("exchange", 1, 1, cpus=0.1)
+    assert Where.of(light, cluster(SERVERS, node(8, 8))).options == {}
+
+
+def test_one_node_does_all_and_nothing_waits_for_its_memory() -> None:
+    """What Ray counts as memory of a machine is what was free when Ray was started."""
+    here = cluster(SERVERS)
+    assert Where.of(HEAVY, here).options == {} and here.nodes[0].memory == 0
+
+
+def test_nodes_that_may_come_are_those_that_an_autoscaler_has_not_started() -> None:
+    gpus, none_left = NodeKind("gpu", {"CPU": 64.0, "GPU": 8.0}, 4), NodeKind("cpu", {"CPU": 8.0}, 1)
+    there = cluster(SERVERS, node(8, 8), NodeUse("c", "cpu", {"CPU": 8.0}, {}), kinds=(gpus, none_left))
+    assert [(each.node.gpus, each.count) for each in there.growth] == [(8, 3)]
+    assert [(each.gpus, each.head) for each in there.nodes] == [(0, True), (8, False), (0, False)]
+    (unknown,) = cluster(SERVERS, kinds=None).growth
+    assert unknown.count is None
+    (endless,) = cluster(SERVERS, kinds=(NodeKind("gpu", {"GPU": 8.0}, None),)).growth
+    assert (endless.node.gpus, endless.count) == (8, None)
