@@ -68,9 +68,9 @@ class Trainer:
             scaling_config=ScalingConfig(
                 num_workers=(config.min_workers, workers) if config.min_workers else workers,
                 use_gpu=gpus,
-                # Ray fills a node by the sum of its GPUs: 15 halves and a bit on 8 devices, which it never gets.
                 resources_per_worker=resources_of(config, self._where),
                 label_selector=dict(self._where.labels) or None,
+                # Packed, Ray would fill nodes by the sums of their GPUs: 15 x 0.51 on 8 devices, and wait for ever.
                 placement_strategy="SPREAD" if (config.num_gpus or 0) % 1 else "PACK",
                 elastic_resize_monitor_interval_s=ELASTIC_S,
             ),
