@@ -284,6 +284,7 @@ def with_tools(config: GeneratorsConfig, tools: str | None, tokenizer: Place) ->
 
 def engine_arguments(source: WeightsSource, config: GeneratorsConfig, max_model_len: int) -> dict[str, object]:
     """vLLM's engine arguments; those of `config.engine` come last."""
+    on_gpus = config.num_gpus and not logical_gpus()
     return {
         "max_model_len": max_model_len,
         "generation_config": "vllm",
@@ -294,7 +295,7 @@ def engine_arguments(source: WeightsSource, config: GeneratorsConfig, max_model_
         # Named, because vLLM would otherwise keep for good the backend that the first such request happens to need.
         "structured_outputs_config": {"backend": "xgrammar"},
         **({"enable_lora": True, "max_lora_rank": source.max_rank, "max_loras": SLOTS} if source.adapters else {}),
-        **({"enable_sleep_mode": True} if source.takes_turns and config.num_gpus else {}),
-        **({"dtype": "bfloat16"} if config.num_gpus and not logical_gpus() else cpu_engine(max_model_len)),
+        **({"enable_sleep_mode": True} if source.takes_turns and on_gpus else {}),
+        **({"dtype": "bfloat16"} if on_gpus else cpu_engine(max_model_len)),
         **config.engine,
     }
