@@ -1,6 +1,5 @@
 """A whole run on object storage, through the command line: kill -9 in a round, and the bits of a local run."""
 
-import contextlib
 import json
 import os
 import subprocess
@@ -67,8 +66,7 @@ def test_a_run_on_object_storage_that_was_killed_ends_in_the_bits_of_a_local_run
         driver.communicate()
     psutil.wait_procs(started, timeout=scaled(60))
     left_behind(run)
-    said = finish(sampo("train", "--resume", run.url))
-    assert "waiting up to" in said, "for the lease of the process that was killed"
+    finish(sampo("train", "--resume", run.url))
 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_bytes(lines.read(run.at("metrics.jsonl")))
@@ -95,5 +93,3 @@ def left_behind(run: Place) -> None:
     without its version.json."""
     for name in ("checkpoints/0-000099/state.pt", "versions/000099/model-00001-of-00002.safetensors"):
         run.at(name).write(b"cut short")
-    with contextlib.suppress(FileNotFoundError):
-        run.at("status.json").remove()
