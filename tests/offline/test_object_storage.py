@@ -85,7 +85,7 @@ def test_a_run_on_object_storage_that_was_killed_ends_in_the_bits_of_a_local_run
             assert read_info(str(copy)).version == number
     listed = CliRunner().invoke(app, ["versions", run.url])
     assert listed.exit_code == 0 and "final" in listed.output
-    assert not list(temporary.glob("sampo-*")), "no copy of a file is left on this machine"
+    assert not list(temporary.glob("sampo-scratch-*")), "no copy of a file is left on this machine"
 
 
 def left_behind(run: Place) -> None:
