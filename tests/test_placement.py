@@ -221,6 +221,15 @@ def test_what_fits_in_total_and_on_no_node_is_refused():
         plan_for(config("trainer.num_gpus=2", "trainer.workers=4"), nodes(9, each=3))
 
 
+def test_gpus_are_not_used_by_turns_on_nodes_of_which_ray_would_overload_the_smaller():
+    uneven = Cluster((Node(8, 64, head=True), Node(4, 64)))
+    with pytest.raises(ConfigError, match="shared does not go with nodes of 4 and 8 GPUs; use fleet.placement=split"):
+        plan_for(config("fleet.placement=shared"), uneven)
+    with pytest.raises(ConfigError, match="no room for"):
+        plan_for(config("fleet.generators.engine.tensor_parallel_size=12"), uneven)
+    assert plan_for(config("fleet.placement=shared"), nodes(16))[0].group("ranks").most == 16
+
+
 def test_nodes_with_few_cpus_keep_no_gpu_idle():
     plan, _ = plan_for(config(), nodes(8, cpus=4))
     assert plan.group("ranks").most == 7 and sum(group.cpus * group.kept for group in plan.groups) <= 4

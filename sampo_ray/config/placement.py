@@ -69,7 +69,7 @@ def placement(config: RunConfig, cluster: Cluster, memory: ModelMemory | None = 
     Sizes that are left open are chosen so that every GPU is used; sizes that are given count as they are. ConfigError,
     naming what is asked for, what there is and what to change, where it can never fit.
     """
-    against = not_by_turns(config)
+    against = not_by_turns(config) or _uneven(cluster.nodes)
     if config.fleet.placement == "shared" and against:
         raise ConfigError(f"fleet.placement=shared does not go with {against}; use fleet.placement=split")
     if config.profile == "cluster" and not any(node.gpus for node in cluster.grown()) and not _may_be_any(cluster):
@@ -119,7 +119,7 @@ def _layouts(
         profile = chosen if config.profile == "auto" else config.profile
         limit = (gpus or cluster.cores) if config.profile == "auto" and profile == "laptop" else None
         known = memory is not None and all(node.gpu_memory for node in nodes if node.gpus)
-        for placed in _placements(config, profile, gpus, known):
+        for placed in _placements(config, profile, nodes, known):
             each = _cpus_each(nodes, 1 if profile == "cluster" and placed == "split" else 2)
             yield Layout(profile, placed, gpus, each, limit), nodes
 
@@ -155,11 +155,20 @@ def _nodes_for(config: RunConfig, cluster: Cluster) -> Iterator[Node]:
         yield from [Node(math.ceil(group.gpus_each))] * (math.ceil(group.kept) if group.gpus else 0)
 
 
-def _placements(config: RunConfig, profile: Profile, gpus: int, known: bool) -> list[Placed]:
+def _uneven(nodes: Sequence[Node]) -> str | None:
+    """Why parts of GPUs cannot be had on these nodes, if so: Ray counts those of ranks by a node's sum, and spreads
+    ranks evenly over nodes, so that one with fewer GPUs gets two ranks on one."""
+    sizes = sorted({node.gpus for node in nodes if node.gpus})
+    uneven = len(sizes) > 1 and sum(node.gpus for node in nodes) >= CLUSTER_GPUS
+    return f"nodes of {' and '.join(map(str, sizes))} GPUs" if uneven else None
+
+
+def _placements(config: RunConfig, profile: Profile, nodes: Sequence[Node], known: bool) -> list[Placed]:
     """Side by side or by turns: what is asked for, or what to try, the better first; `known`: memory is looked at."""
     if config.fleet.placement != "auto":
         return [config.fleet.placement]
-    if not gpus or not_by_turns(config) or not (config.online or config.serve.enabled):
+    turns = not not_by_turns(config) and not _uneven(nodes) and any(node.gpus for node in nodes)
+    if not turns or not (config.online or config.serve.enabled):
         return ["split"]
     if profile == "cluster":  # with too few GPUs for the ranks that are given this is said, for it slows both down
         return ["split"] if config.trainer.workers else ["split", "shared"]
@@ -264,7 +273,7 @@ def _ways_out(config: RunConfig, cluster: Cluster, memory: ModelMemory | None) -
     ]
     for name, value in changes:
         other = changed(config, name, value)
-        if value == "shared" and not_by_turns(config):
+        if value == "shared" and (not_by_turns(config) or _uneven(cluster.nodes)):
             continue
         if value_of(config, name) not in (value, None) and _plan(other, cluster, memory) is not None:
             yield f"{name}={str(value).lower()}"
