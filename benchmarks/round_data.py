@@ -165,7 +165,8 @@ def one(pairs: int) -> dict[str, float]:
             with timed(figures, "lengths"):
                 lengths = stages.lengths(parts)
         figures["driver"] = driver.most
-        rank = ray.remote(num_cpus=1)(read_as_rank)
+        own = {"env_vars": {"SAMPO_BENCH_ROLE": "rank"}}  # a process of its own, which has made no parts
+        rank = ray.remote(num_cpus=1, runtime_env=own)(read_as_rank)
         if new:
             with Memory() as driver:
                 figures |= epochs_now(rank, folder, parts, lengths)
