@@ -50,6 +50,7 @@ def main() -> None:
         for name, checkout in [("this", here), *others]:
             _measure.note(f"{pairs:,} pairs: {name}")
             found[name, pairs] = run(checkout, pairs)
+            _measure.note(json.dumps(found[name, pairs]))
     columns = "pairs", *(f"{name}, MB" for name in MEMORY), *(f"{name}, s" for name in STEPS), "in all, ms/pair"
     rows = [
         (
