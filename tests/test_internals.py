@@ -275,6 +275,24 @@ def test_deepspeed_asks_its_settings_whether_a_checkpoint_is_universal() -> None
         assert DeepSpeedEngine.load_universal_checkpoint(engine) is universal, deepspeed_found()
 
 
+def test_deepspeed_hands_what_it_saves_to_its_checkpoint_engine_and_loads_by_these_names() -> None:
+    from deepspeed import DeepSpeedEngine
+
+    from sampo_ray.internals.deepspeed import _Collected, checkpoint_files
+
+    assert not _Collected().is_decoupled(), deepspeed_found()
+    for writes in (DeepSpeedEngine._save_checkpoint, DeepSpeedEngine._save_zero_checkpoint):
+        assert "self.checkpoint_engine.save(" in inspect.getsource(writes), deepspeed_found()
+        assert "torch.save" not in inspect.getsource(writes), deepspeed_found()
+    names = SimpleNamespace(
+        _get_ckpt_name=lambda folder, tag: f"{folder}/{tag}/mp_rank_00_model_states.pt",
+        _get_zero_ckpt_name=lambda folder, tag: f"{folder}/{tag}/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
+    )
+    for name in vars(names):
+        assert list(inspect.signature(getattr(DeepSpeedEngine, name)).parameters)[1:3] == ["checkpoints_path", "tag"]
+    assert [name.rsplit("_", 2)[1] for name in checkpoint_files(names)] == ["model", "optim"], deepspeed_found()
+
+
 def test_deepspeed_keeps_the_optimizer_that_it_was_given_inside_its_own() -> None:
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer

@@ -13,7 +13,7 @@ from ray.actor import ActorHandle
 from transformers import AutoConfig
 
 from sampo_ray.actors.ranks.background import Background
-from sampo_ray.actors.ranks.checkpoints import restore, write_checkpoint
+from sampo_ray.actors.ranks.checkpoints import Checkpointer, restore
 from sampo_ray.actors.ranks.exchange import EXCHANGE_ANSWER_S, Closed, RoundSpec
 from sampo_ray.actors.ranks.failures import RoundAbandoned, failure_of
 from sampo_ray.actors.ranks.publishing import Publisher, export
@@ -124,6 +124,7 @@ class Rank:
         self.publisher = Publisher(store, self.config.publish.transport, self.device)
         self.learner = self._load(spec)
         restore(spec, self.learner)
+        self.checkpointer = Checkpointer(self.background, self.learner)
 
     def close(self) -> None:
         """Waits for what is done beside the training."""
@@ -186,10 +187,10 @@ class Rank:
                 trouble = self.publisher.publish(spec, learner, metrics, last)
                 self.background.report(Stored((metrics.version,), troubles=(trouble,) if trouble else ()))
             unexported = export(spec, learner) if last else None
-            if last or step.index % config.trainer.checkpoint_every == 0:
-                self.background.report(Stored(checkpoints=(write_checkpoint(spec, learner),)))
+            self.checkpointer.after_step(spec, learner, last)
             if last:
                 self.background.wait()
+                self.checkpointer.check()
             yield StepResult(metrics, self.background.collect(), unexported)
 
     def _steps(self, spec: RoundSpec) -> Iterator[tuple[Step, Mapping[int, Pair]]]:

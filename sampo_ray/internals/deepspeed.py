@@ -1,12 +1,15 @@
 """DeepSpeed's private interfaces, checked with DeepSpeed 0.19.8."""
 
 import io
+import tempfile
 from argparse import Namespace
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 from deepspeed import DeepSpeedEngine, ops
 from deepspeed.checkpoint import ds_to_universal
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
 
 def skip_shared_memory_extension() -> None:
@@ -20,6 +23,45 @@ def clear_moments(engine: DeepSpeedEngine) -> None:
         for name in ("exp_avg", "exp_avg_sq", "step"):
             if name in state:
                 state[name].zero_()
+
+
+class _Collected(CheckpointEngine):
+    """A checkpoint engine that writes nothing: `states` has, by file name, what it was to save."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.states: dict[str, Any] = {}
+
+    def create(self, info: object) -> None: ...
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None: ...
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.states[Path(path).name] = state_dict
+
+    def load(self, path: str, map_location: object = None) -> Any:
+        raise NotImplementedError
+
+    def commit(self, info: object) -> bool:
+        return True
+
+
+def checkpoint_states(engine: DeepSpeedEngine, exclude_frozen: bool) -> dict[str, Any]:
+    """What this rank has to write of a checkpoint, by file name; collective. The tensors are those in use: they change
+    with the next step. DeepSpeed's engines that write beside the training leave that to their user, too."""
+    collected, writing = _Collected(), engine.checkpoint_engine
+    engine.checkpoint_engine = collected
+    try:
+        with tempfile.TemporaryDirectory() as folder:  # for scripts that DeepSpeed puts beside its files
+            engine.save_checkpoint(folder, tag="state", save_latest=False, exclude_frozen_parameters=exclude_frozen)
+    finally:
+        engine.checkpoint_engine = writing
+    return collected.states
+
+
+def checkpoint_files(engine: DeepSpeedEngine) -> list[str]:
+    """Names of the files of a checkpoint by as many ranks that this rank loads."""
+    return [Path(name("", "")).name for name in (engine._get_ckpt_name, engine._get_zero_ckpt_name)]
 
 
 def load_checkpoint(engine: DeepSpeedEngine, folder: Path, tag: str, strict: bool, universal: bool = False) -> None:

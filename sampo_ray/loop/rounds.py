@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from sampo_ray.loop.fleet import Fleet
 
 CHECK_EVERY_S = 0.5
+CHECKPOINT = re.compile(r"(\d+)-(\d+)")
+"""Begin of the names of checkpoints' folders: round and step."""
 
 
 class StageReporter(Protocol):
@@ -310,14 +313,20 @@ class Round:
             raise TrainingError(result.unexported)
 
     def _take(self, new: Checkpoint) -> None:
-        """Names a complete checkpoint in the manifest, and deletes what it replaces."""
-        manifest = self.run.manifest
-        # After a crash it may be one of them that was written again.
-        others = [each for each in (manifest.checkpoint, manifest.earlier) if each and each.path != new.path]
-        manifest.checkpoint, manifest.earlier = new, next(iter(others), None)
+        """Names a complete checkpoint in the manifest, and deletes what it replaces: all that are earlier than it but
+        the last of them, also those that ranks did not complete. Later ones may be being written."""
+        manifest, at = self.run.manifest, (new.round, new.step)
+        known = [each for each in (manifest.checkpoint, manifest.earlier) if each]
+        # After a crash it may be one of them that was written again, or one before a damaged one.
+        earlier = next((each for each in known if (each.round, each.step) < at), None)
+        manifest.checkpoint, manifest.earlier = new, earlier
         self.run.save()
-        for replaced in others[1:]:
-            self.run.place.at(replaced.path).remove()
+        kept = {Place(each.path).name for each in (new, earlier) if each}
+        folder = self.run.place.at("checkpoints")
+        for name in folder.names():
+            numbers = CHECKPOINT.match(name)
+            if numbers and name not in kept and (int(numbers[1]), int(numbers[2])) <= at:
+                folder.at(name).remove()
 
     def commit(self) -> None:
         """Marks the round as finished. Its export, its last version and its checkpoint are durable by now."""

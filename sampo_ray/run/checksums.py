@@ -30,4 +30,9 @@ def checksum_of(pieces: Iterable[Any]) -> str:
     state = xxhash.xxh3_128()
     for piece in pieces:
         state.update(piece)
+    return named(state)
+
+
+def named(state: xxhash.xxh3_128) -> str:
+    """What was hashed, with the name of the hash."""
     return f"xxh3-128:{state.hexdigest()}"

@@ -4,14 +4,18 @@ Memory that a process touches for the first time costs several times what the co
 pinned. So a buffer is taken once, at the size that is needed, and written again and again.
 """
 
+import io
 import mmap
+import pickle
 import weakref
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 ALIGNMENT = 64
+T = TypeVar("T")
 
 
 class HostBuffer:
@@ -62,3 +66,29 @@ def _pin(memory: mmap.mmap) -> Callable[[], object]:
     runtime, address = torch.cuda.cudart(), torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
     torch.cuda.check_error(runtime.cudaHostRegister(address, len(memory), 0))
     return lambda: runtime.cudaHostUnregister(address)
+
+
+def with_copies(state: T, buffer: HostBuffer) -> T:
+    """A copy of what torch.save takes, its tensors in `buffer`: nothing of it changes any more. Tensors that are the
+    same memory, as tied weights are, are copied once; they may hold no attributes of their own."""
+    tensors, numbers = list[Tensor](), dict[tuple[object, ...], int]()
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value: object) -> int | None:
+            if not isinstance(value, Tensor):
+                return None
+            key = (value.data_ptr(), value.dtype, value.shape, value.stride()) if value.numel() else (len(tensors),)
+            if key not in numbers:
+                numbers[key] = len(tensors)
+                tensors.append(value)
+            return numbers[key]
+
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, number: int) -> Tensor:
+            return copies[number]
+
+    Pickler(file := io.BytesIO()).dump(state)
+    copies = buffer.copies(tensors)
+    file.seek(0)
+    copied: T = Unpickler(file).load()
+    return copied

@@ -22,6 +22,7 @@ from torch.nn import Parameter
 
 from sampo_ray.errors import TrainingError
 from sampo_ray.training.batching import Pair, Pairs, Row, Step
+from sampo_ray.training.host_copies import HostBuffer, with_copies
 from sampo_ray.training.lora import Weight, adapter_names, named_weights, without_adapters
 from sampo_ray.training.objective import METRICS, Draw, LossInputs, accumulate, objective_of, zero_loss
 from sampo_ray.training.policy import batch_rows, every_token, row_logprobs, with_logprobs
@@ -240,15 +241,26 @@ class Learner:
         sharded = self.config.trainer.zero_stage == 3 and parameters
         return zero.GatheredParameters(parameters) if sharded else contextlib.nullcontext()
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Writes this rank's share of optimizer and trained weights: pickles, so resuming must trust them."""
-        frozen = self.config.model.lora is not None
-        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=frozen)
+    def snapshot(self, buffer: HostBuffer) -> dict[str, object]:
+        """Copies this rank's share of optimizer and trained weights to `buffer`: what to write with torch.save, by file
+        name. These are pickles, so resuming must trust them."""
+        from sampo_ray.internals.deepspeed import checkpoint_states
+
+        states = checkpoint_states(self._engine, exclude_frozen=self.config.model.lora is not None)
+        return with_copies(states, buffer)
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the files that this rank loads of what as many ranks saved."""
+        from sampo_ray.internals.deepspeed import checkpoint_files
+
+        return checkpoint_files(self._engine)
 
     def load(
         self, folder: Path, tag: str, round: int, step: int, statistics: Statistics, universal: bool = False
     ) -> None:
-        """Continues from what `save` wrote at this step of this round; `universal`: or `write_universal` made of it."""
+        """Continues from what was written of a snapshot at this step of this round; `universal`: or what
+        `write_universal` made of it."""
         from sampo_ray.internals.deepspeed import load_checkpoint
 
         load_checkpoint(self._engine, folder, tag, strict=self.config.model.lora is None, universal=universal)
