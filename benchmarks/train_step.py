@@ -86,6 +86,8 @@ def one_turn(args: Namespace) -> dict[str, float]:
 
 def ours(args: Namespace) -> dict[str, float]:
     """Steps of SamPO, then the same of DPO, of one policy."""
+    from transformers import AutoConfig
+
     from sampo_ray.config.losses import LOSSES, LossSettings
     from sampo_ray.training.batching import lengths_of, plan_round
     from sampo_ray.training.objective import Objective
@@ -117,7 +119,7 @@ def ours(args: Namespace) -> dict[str, float]:
     for step in steps:
         optimize(step, pairs, dpo)
     dpo_s = now() - begun
-    useful = _training.useful_flops(args.model, pairs) / train_s / 1e12
+    useful = _training.useful_flops(AutoConfig.from_pretrained(args.model), pairs) / train_s / 1e12
     more = {"dpo_pairs_per_s": len(pairs) / dpo_s, "useful_tflops": useful}
     return figures(len(pairs), train_s, reference_s, memory) | more
 

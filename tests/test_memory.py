@@ -1,14 +1,17 @@
 """What can be known of a model before its weights are loaded: whether it is supported, and whether training it fits."""
 
 import pytest
+import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
+from sampo_ray.config.run import load_config
 from sampo_ray.config.sections import LoraConfig, TrainerConfig
 from sampo_ray.errors import ConfigError
 from sampo_ray.training.architecture import on_meta
+from sampo_ray.training.learner import deepspeed_config
 from sampo_ray.training.memory import Shape, check_memory, plan_memory
 
 LLAMA_8B = Shape(
@@ -87,3 +90,15 @@ def test_of_widths_that_differ_between_layers_the_widest_counts():
     plain = Shape.of(model)
     model.config.__dict__["intermediate_size"] = [64, 4 * plain.intermediate]
     assert Shape.of(model).intermediate == 4 * plain.intermediate
+
+
+@pytest.mark.parametrize("offload", ["none", "optimizer"])
+def test_gradients_are_reduced_beside_the_backward_pass_on_gpus_and_in_small_buckets_on_cpus(offload):
+    tree = {"model": {"path": "m"}, "data": {"train": "d"}, "run": {"dir": "r"}, "trainer": {"offload": offload}}
+    settings = {kind: deepspeed_config(load_config(tree), torch.device(kind)) for kind in ("cpu", "cuda")}
+    zero = {kind: settings[kind].pop("zero_optimization") for kind in settings}
+    assert settings["cpu"] == settings["cuda"]
+    assert not zero["cpu"]["overlap_comm"] and zero["cpu"]["reduce_bucket_size"] == 2**24
+    assert zero["cuda"]["overlap_comm"] and zero["cuda"]["reduce_bucket_size"] == 2**26
+    pinned = {kind: each["offload_optimizer"]["pin_memory"] for kind, each in zero.items() if offload != "none"}
+    assert pinned in ({}, {"cpu": False, "cuda": True})

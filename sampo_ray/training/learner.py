@@ -50,15 +50,21 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
     return optim.learning_rate * (steps - step + 1) / (steps - warmup)
 
 
-def deepspeed_config(config: RunConfig) -> dict[str, object]:
-    """bf16 compute, fp32 masters, accumulation and reduction; a step whose gradients are not finite is discarded."""
+def deepspeed_config(config: RunConfig, device: torch.device) -> dict[str, object]:
+    """bf16 compute, fp32 masters, accumulation and reduction; a step whose gradients are not finite is discarded.
+
+    On GPUs gradients are reduced while the backward pass goes on, in buckets that are large enough for the network (two
+    of 256 MiB, as the next is filled meanwhile). On CPUs both would use the same cores, and memory is short.
+    """
+    gpu = device.type == "cuda"
     zero: dict[str, object] = {
         "stage": config.trainer.zero_stage,
-        "overlap_comm": False,
+        "overlap_comm": gpu,
         "contiguous_gradients": True,
-        "reduce_bucket_size": 2**24,  # the default makes copies of the gradients of half a billion parameters
+        # Elements; the default makes copies of the gradients of half a billion parameters.
+        "reduce_bucket_size": 2**26 if gpu else 2**24,
     }
-    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    host = {"device": "cpu", "pin_memory": gpu}
     if config.trainer.offload != "none":
         zero["offload_optimizer"] = host
     if config.trainer.offload == "parameters":
@@ -95,7 +101,7 @@ class Learner:
         adamw = torch.optim.AdamW(trained, optim.learning_rate, optim.betas, optim.eps, optim.weight_decay, fused=True)
         self._saved = SavedModel(policy.model)
         self._engine: DeepSpeedEngine = deepspeed.initialize(
-            model=policy, optimizer=adamw, config=deepspeed_config(config), dist_init_required=False
+            model=policy, optimizer=adamw, config=deepspeed_config(config, device), dist_init_required=False
         )[0]
         self._engine.train()
         self.round, self.step, self.statistics = 0, 0, Statistics()
