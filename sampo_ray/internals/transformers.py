@@ -8,7 +8,7 @@ them back at once. Here it is done as they come: a model that is trained is neve
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -172,3 +172,84 @@ def loaded_tensors_stay() -> Iterator[None]:
         yield
     finally:
         PreTrainedModel._initialize_weights = theirs  # type: ignore[method-assign]
+
+
+class StandIn:
+    """Stands for a tensor of a checkpoint when `from_pretrained` is given its tensors; becomes one without data.
+
+    `dtype` is the type of its numbers, from then on the one that the model is loaded in.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.shape, self.dtype = shape, dtype
+
+    def __getitem__(self, _: object) -> StandIn:
+        return self
+
+    def to(self, device: object = None, dtype: torch.dtype | None = None) -> Tensor:
+        self.dtype = dtype or self.dtype
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+
+class Recipe:
+    """What the tensors of a model in memory are made of, as `from_pretrained` made them of a checkpoint's.
+
+    While a model is loaded within `recorded`, it notes what that did.
+    """
+
+    def __init__(self) -> None:
+        self._groups = dict[int, _Sources]()
+        self._by_name = dict[str, _Sources]()
+
+    @contextmanager
+    def recorded(self) -> Iterator[Recipe]:
+        """Wraps two methods of transformers' transforms, which are told of each tensor and name what they make."""
+        add, renamed, converted = WeightTransform.add_tensor, WeightRenaming.convert, WeightConverter.convert
+
+        def add_tensor(transform: WeightTransform, target: str, source: str, pattern: str, future: object) -> None:
+            group = self._groups.setdefault(id(transform), _Sources(target, transform))
+            group.tensors.append((source, pattern))
+            add(transform, target, source, pattern, future)  # type: ignore[arg-type]
+
+        def convert(transform: WeightTransform, *arguments: object, **settings: object) -> dict[str, object]:
+            group, theirs = self._groups[id(transform)], renamed if isinstance(transform, WeightRenaming) else converted
+            made: dict[str, object] = theirs(transform, *arguments, **settings)  # type: ignore[arg-type]
+            self._by_name |= dict.fromkeys(made, group)
+            return made
+
+        for kind in (WeightRenaming, WeightConverter):
+            kind.add_tensor, kind.convert = add_tensor, convert  # type: ignore[method-assign]
+        try:
+            yield self
+        finally:
+            WeightRenaming.convert, WeightConverter.convert = renamed, converted  # type: ignore[method-assign]
+            for kind in (WeightRenaming, WeightConverter):
+                del kind.add_tensor
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the tensor of this name in memory is from the checkpoint."""
+        return name in self._by_name
+
+    def stored_as(self, name: str) -> str | None:
+        """The checkpoint's name of the tensor that this one is; None if it is made of others."""
+        group = self._by_name[name]
+        return group.tensors[0][0] if isinstance(group.transform, WeightRenaming) else None
+
+    def made_with(self, name: str, read: Callable[[str], Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+        """This tensor and those that are made together with it, by their names in memory; `read` gives the tensors of
+        the checkpoint. `model` has their shapes, by these names."""
+        group = self._by_name[name]
+        transform = deepcopy(group.transform)
+        for source, pattern in group.tensors:
+            transform.add_tensor(group.target, source, pattern, read(source))  # type: ignore[arg-type]  # or a future
+        made = transform.convert(group.target, model=model, config=model.config)
+        return {name: each[0] if isinstance(each, list) else each for name, each in made.items()}
+
+
+@dataclass
+class _Sources:
+    """Tensors of a checkpoint with the patterns that their names match, of which `transform` makes those in memory."""
+
+    target: str
+    transform: WeightTransform
+    tensors: list[tuple[str, str]] = field(default_factory=list)

@@ -191,10 +191,14 @@ class ModelFiles:
 
     def read(self, name: str, weight: Weight) -> Tensor:
         """One tensor of a checkpoint."""
-        path = self.folder / weight.file
-        with safe_open(path if path.exists() else hf_hub_download(self.path, weight.file), "pt") as opened:
+        with safe_open(self.on_disk(weight.file), "pt") as opened:
             tensor: Tensor = opened.get_tensor(name)
         return tensor
+
+    def on_disk(self, file: str) -> Path:
+        """The path of one of its files, which is fetched from the hub if it is not here."""
+        path = self.folder / file
+        return path if path.exists() else Path(hf_hub_download(self.path, file))
 
 
 def has_weights(folder: Path) -> bool:

@@ -28,7 +28,7 @@ from sampo_ray.training.architecture import (
 from sampo_ray.training.attention import over_row
 from sampo_ray.training.batching import Pair, Row, Segments, assemble, lengths_of, plan_rows, predecessors
 from sampo_ray.training.head import TiledHead, decoder_of
-from sampo_ray.training.loading import in_training_dtype, load_model
+from sampo_ray.training.loading import Weights, in_training_dtype, without_weights
 from sampo_ray.training.logprobs import Distributions
 from sampo_ray.training.lora import add_adapters
 from sampo_ray.training.noise import silence, without_noise
@@ -160,7 +160,7 @@ class Policy(nn.Module):
 def load_policy(
     path: str | Path,
     gradient_checkpointing: bool | Literal["selective"] = False,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     lora: LoraConfig | None = None,
     seed: int = 0,
     attention: Attention = "segments",
@@ -172,11 +172,35 @@ def load_policy(
     a checkpoint's names, take the place of those in its files, and are shared. ConfigError, naming `model.path`, when
     it cannot be opened or its head is not a plain matrix; naming `model.attention` if that is not exact for its type.
     """
-    model = load_model(path, IMPLEMENTATIONS[attention], tensors, change=without_noise)
+    model, weights = without_weights(path, IMPLEMENTATIONS[attention], tensors, change=without_noise)
+    policy = _policy_without_weights(model, gradient_checkpointing, lora, seed, attention)
+    weights.fill(policy.model, device)
+    return policy.to(device)
+
+
+def policy_without_weights(
+    path: str | Path,
+    gradient_checkpointing: bool | Literal["selective"] = False,
+    lora: LoraConfig | None = None,
+    seed: int = 0,
+    attention: Attention = "segments",
+) -> tuple[Policy, Weights]:
+    """`load_policy` before any weight but those of the adapters is in memory, and what reads them."""
+    model, weights = without_weights(path, IMPLEMENTATIONS[attention], change=without_noise)
+    return _policy_without_weights(model, gradient_checkpointing, lora, seed, attention), weights
+
+
+def _policy_without_weights(
+    model: PreTrainedModel,
+    gradient_checkpointing: bool | Literal["selective"],
+    lora: LoraConfig | None,
+    seed: int,
+    attention: Attention,
+) -> Policy:
     if attention != "own" and (reason := not_exact(model)):
         raise inexact(model, attention, reason)
     in_training_dtype(model)
-    return policy_on(model, gradient_checkpointing, lora, seed, attention).to(device)
+    return policy_on(model, gradient_checkpointing, lora, seed, attention)
 
 
 def policy_on(
