@@ -27,7 +27,7 @@ from sampo_ray.run.node_copies import version_on_disk
 from sampo_ray.run.parts import BLOCK_FETCH_S
 from sampo_ray.run.versions import version_folder
 from sampo_ray.training.batching import Pair, Step, plan_round
-from sampo_ray.training.learner import Learner
+from sampo_ray.training.learner import Learner, load_trained
 from sampo_ray.training.memory import check_device
 from sampo_ray.training.objective import reference_positions
 from sampo_ray.training.off_device import OffDevice
@@ -149,11 +149,9 @@ class Rank:
         with version_on_disk(version_folder(self.place.at("versions").url, version)) as base:
             if self.device.type == "cuda":
                 check_device(AutoConfig.from_pretrained(base), self.config)
-            seed, kind = adapter_seed(self.config.run.seed, spec.round), self.config.model.computed
-            checkpointing = self.config.trainer.gradient_checkpointing
-            policy = load_policy(base, checkpointing, lora=lora, seed=seed, attention=kind)
+            policy = load_trained(self.config, base, adapter_seed(self.config.run.seed, spec.round), self.device)
             dist.barrier()  # ranks of a node share a copy, which is gone when none of them needs it
-        learner = Learner(policy.in_batches(self.config.batches_answers), self.config, self.device)
+        learner = Learner(policy, self.config, self.device)
         learner.begin_round(spec.round, lambda: self._reference(spec))
         return learner
 

@@ -3,18 +3,65 @@
 import io
 import tempfile
 from argparse import Namespace
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from deepspeed import DeepSpeedEngine, ops
+import torch
+from deepspeed import DeepSpeedEngine, ops, zero
+from deepspeed.accelerator import get_accelerator
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.utils import is_zero_param
+from torch import Tensor, nn
 
 
 def skip_shared_memory_extension() -> None:
     """Keeps DeepSpeed from compiling, for minutes, an extension that gloo does not use. Edits its table of ops."""
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+class _Partitioning(zero.Init):
+    """`zero.Init` of a module that gives each parameter the share that is read for this rank, where that takes the
+    whole parameter, has rank 0 send it to all, and keeps a part of it."""
+
+    def __init__(
+        self, module: nn.Module, settings: Mapping[str, object], share: Callable[[nn.Parameter], Tensor]
+    ) -> None:
+        self._share = share
+        super().__init__(module=module, config_dict_or_path=settings, dtype=torch.bfloat16)
+        del self._share  # each parameter keeps this object
+
+    def _convert_to_zero_parameters(self, param_list: Iterable[nn.Parameter]) -> None:
+        for parameter in param_list:
+            if not is_zero_param(parameter):
+                self._convert_to_deepspeed_param(parameter)
+                self._take(parameter, self._share(parameter))
+
+    def _take(self, parameter: nn.Parameter, share: Tensor) -> None:
+        size = self._aligned_size(parameter)
+        count = size // self._partition_world_size(parameter)
+        part = torch.zeros(count, dtype=parameter.dtype, device=self.remote_device)
+        if self.pin_memory:
+            part = get_accelerator().pin_memory(part)
+        part[: len(share)] = share
+        part.ds_numel, part.status, part.final_location = count, PartitionedParamStatus.AVAILABLE, None
+        parameter.ds_tensor, parameter.ds_numel_aligned = part, size
+        parameter.data = torch.empty(0, dtype=parameter.dtype, device=self.local_device)
+        parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+
+
+def partition(module: nn.Module, settings: Mapping[str, object], share: Callable[[nn.Parameter], Tensor]) -> None:
+    """Makes a module one of ZeRO-3 under DeepSpeed's `settings`, as `zero.Init` does, whose parameters need not be in
+    memory: `share` gives this rank's elements of each, flat, without padding.
+
+    Buffers go to the rank's device. Overrides two of `zero.Init`'s methods, and sets what it sets on parameters.
+    """
+    made = _Partitioning(module, settings, share)
+    module.to(made.local_device)
 
 
 def clear_moments(engine: DeepSpeedEngine) -> None:

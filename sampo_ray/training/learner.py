@@ -25,7 +25,7 @@ from sampo_ray.training.batching import Pair, Pairs, Row, Step
 from sampo_ray.training.host_copies import HostBuffer, with_copies
 from sampo_ray.training.lora import Weight, adapter_names, named_weights, without_adapters
 from sampo_ray.training.objective import METRICS, Draw, LossInputs, accumulate, objective_of, zero_loss
-from sampo_ray.training.policy import batch_rows, every_token, row_logprobs, with_logprobs
+from sampo_ray.training.policy import batch_rows, every_token, policy_without_weights, row_logprobs, with_logprobs
 from sampo_ray.training.saving import Cast, SavedModel
 from sampo_ray.training.statistics import Statistics
 
@@ -83,6 +83,25 @@ def deepspeed_config(config: RunConfig, device: torch.device) -> dict[str, objec
         "steps_per_print": 10**9,
         "timers": {"throughput": {"enabled": False}},  # waits for the GPU in each forward
     }
+
+
+def load_trained(config: RunConfig, folder: Path, seed: int, device: torch.device) -> Policy:
+    """The policy that a `Learner` trains, from the base or, with adapters (random by `seed`), what a round starts from.
+
+    Under ZeRO-3 each rank reads its share of the weights, and has no more of them at any time.
+    """
+    checkpointing, lora, kind = config.trainer.gradient_checkpointing, config.model.lora, config.model.computed
+    policy, weights = policy_without_weights(folder, checkpointing, lora, seed, kind)
+    if config.trainer.zero_stage == 3:
+        from sampo_ray.internals.deepspeed import partition, skip_shared_memory_extension
+
+        skip_shared_memory_extension()
+        shares = weights.shares(policy.model, dist.get_rank(), dist.get_world_size())
+        partition(policy, deepspeed_config(config), shares)
+    else:
+        weights.fill(policy.model, device)
+        policy.to(device)
+    return policy.in_batches(config.batches_answers)
 
 
 class Learner:

@@ -59,7 +59,7 @@ class TensorFiles:
         stop = torch.Size(place.shape).numel() if stop is None else stop
         tensor = torch.empty(stop - start, dtype=place.dtype)
         if stop > start:
-            rest, at = memoryview(tensor.view(torch.uint8).numpy()), place.offset + start * place.dtype.itemsize
+            rest, at = memoryview(tensor.view(torch.uint8).numpy().data), place.offset + start * place.dtype.itemsize
             with place.file.open("rb", buffering=0) as opened:
                 while rest:
                     if not (count := os.preadv(opened.fileno(), [rest], at)):
