@@ -35,16 +35,16 @@ class _Partitioning(zero.Init):
         super().__init__(module=module, config_dict_or_path=settings, dtype=torch.bfloat16)
         del self._share  # each parameter keeps this object
 
-    def _convert_to_zero_parameters(self, param_list: Iterable[nn.Parameter]) -> None:
+    def _convert_to_zero_parameters(self, param_list: Iterable[Any]) -> None:
         for parameter in param_list:
             if not is_zero_param(parameter):
                 self._convert_to_deepspeed_param(parameter)
                 self._take(parameter, self._share(parameter))
 
-    def _take(self, parameter: nn.Parameter, share: Tensor) -> None:
+    def _take(self, parameter: Any, share: Tensor) -> None:
         size = self._aligned_size(parameter)
         count = size // self._partition_world_size(parameter)
-        part = torch.zeros(count, dtype=parameter.dtype, device=self.remote_device)
+        part: Any = torch.zeros(count, dtype=parameter.dtype, device=self.remote_device)
         if self.pin_memory:
             part = get_accelerator().pin_memory(part)
         part[: len(share)] = share

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -217,14 +218,12 @@ class Recipe:
             self._by_name |= dict.fromkeys(made, group)
             return made
 
-        for kind in (WeightRenaming, WeightConverter):
-            kind.add_tensor, kind.convert = add_tensor, convert  # type: ignore[method-assign]
+        changed: Any = (WeightTransform, WeightRenaming, WeightConverter)
+        changed[0].add_tensor, changed[1].convert, changed[2].convert = add_tensor, convert, convert
         try:
             yield self
         finally:
-            WeightRenaming.convert, WeightConverter.convert = renamed, converted  # type: ignore[method-assign]
-            for kind in (WeightRenaming, WeightConverter):
-                del kind.add_tensor
+            changed[0].add_tensor, changed[1].convert, changed[2].convert = add, renamed, converted
 
     def __contains__(self, name: str) -> bool:
         """Whether the tensor of this name in memory is from the checkpoint."""
@@ -239,9 +238,9 @@ class Recipe:
         """This tensor and those that are made together with it, by their names in memory; `read` gives the tensors of
         the checkpoint. `model` has their shapes, by these names."""
         group = self._by_name[name]
-        transform = deepcopy(group.transform)
+        transform: Any = deepcopy(group.transform)
         for source, pattern in group.tensors:
-            transform.add_tensor(group.target, source, pattern, read(source))  # type: ignore[arg-type]  # or a future
+            transform.add_tensor(group.target, source, pattern, read(source))
         made = transform.convert(group.target, model=model, config=model.config)
         return {name: each[0] if isinstance(each, list) else each for name, each in made.items()}
 

@@ -65,7 +65,7 @@ def without_weights(
     recipe = Recipe()
     try:
         config = change(AutoConfig.from_pretrained(str(path)))
-        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         text = config.get_text_config()
         stored = files_of(str(path)) if tensors is None else TensorsInMemory(tensors)
         given = {name: StandIn(shape, dtype) for name, (shape, dtype) in stored.shapes().items()}
@@ -94,7 +94,7 @@ def files_of(path: str) -> TensorFiles:
 
 
 def _off_meta(model: nn.Module) -> None:
-    """Has the parameters that are on the meta device on the CPU, without memory: what looks at a parameter's device sees
+    """Has the parameters that are on the meta device on the CPU, without memory: what looks at the device of one sees
     where it will be."""
     made = dict[int, Parameter]()
     for module in model.modules():
