@@ -3,8 +3,10 @@
 import dataclasses
 import gc
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import ray
 import torch
@@ -55,8 +57,7 @@ def train_rank(config: dict[str, RankSettings]) -> None:
     import deepspeed  # noqa: F401  # takes seconds; imported while engines start
 
     settings = config["settings"]
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    torch.set_num_threads(settings.threads or threads_of(int(os.environ["LOCAL_WORLD_SIZE"])))
     rounds = Rounds(settings)
     try:
         rounds.train()
@@ -65,6 +66,16 @@ def train_rank(config: dict[str, RankSettings]) -> None:
         failure = failure_of(error, rounds.config)
         ray.get(settings.exchange.failed.remote(failure), timeout=EXCHANGE_ANSWER_S)
         raise
+
+
+def threads_of(ranks: int, limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Threads of each of a node's `ranks`, which share its cores: Ray sets one thread for one CPU, and an optimizer that
+    is offloaded runs on the CPU. A limit in cores that a container has counts, as far as Linux says it (cgroup 2)."""
+    cores = len(os.sched_getaffinity(0))
+    quota, period = limit.read_text().split() if limit.exists() else ("max", "1")
+    if quota != "max":
+        cores = min(cores, int(quota) // int(period))
+    return max(1, cores // ranks)
 
 
 class Rounds:
