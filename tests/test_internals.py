@@ -301,6 +301,21 @@ def test_deepspeed_keeps_the_optimizer_that_it_was_given_inside_its_own() -> Non
         assert "self.optimizer = init_optimizer" in inspect.getsource(optimizer.__init__), deepspeed_found()
 
 
+def test_deepspeed_partitions_a_module_by_one_method_and_leaves_what_is_partitioned() -> None:
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    source = inspect.getsource(Init.__init__)
+    assert "self._convert_to_zero_parameters(module.parameters(recurse=True))" in source, deepspeed_found()
+    for name in ("local_device", "remote_device", "pin_memory"):
+        assert f"self.{name} = " in source, deepspeed_found()
+    found = inspect.getsource(DeepSpeedZeRoOffload._convert_to_zero_parameters)
+    assert "if not is_zero_param(p)" in found, deepspeed_found()
+    layout = inspect.getsource(Init)
+    for name in ("ds_tensor", "ds_tensor.ds_numel", "ds_tensor.status", "ds_tensor.final_location", "ds_numel_aligned"):
+        assert f"param.{name} = " in layout, deepspeed_found()
+
+
 def test_deepspeed_makes_universal_checkpoints_with_these_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     from deepspeed.checkpoint import ds_to_universal
 

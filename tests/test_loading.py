@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from sampo_ray.actors.ranks.rank import threads_of
 from sampo_ray.config.rows import RowBudget
 from sampo_ray.config.run import RunConfig
 from sampo_ray.config.sections import LoraConfig
@@ -77,11 +79,10 @@ def test_a_model_is_loaded_as_transformers_loads_it(kind, tmp_path):
     assert_same_bits(load_model(folder), as_transformers_loads(folder))
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("targets", [None, "all-linear"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_shares_of_all_ranks_are_the_weights_as_they_were(kind, targets, world, tmp_path):
-    lora = targets and LoraConfig(rank=4, targets=targets)
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "mixtral", "ernie4_5_moe", "deepseek_v3"])
+def test_the_shares_of_all_ranks_are_the_weights_as_they_were(kind, targets, tmp_path):
+    world, lora = 3, targets and LoraConfig(rank=4, targets=targets)
     model = as_transformers_loads(small_files(kind, tmp_path))
     in_training_dtype(model)
     wanted = policy_on(model, True, lora, 3, "own")
@@ -99,6 +100,38 @@ def test_the_shares_of_all_ranks_are_the_weights_as_they_were(kind, targets, wor
     for name, parameter in found.items():
         assert torch.equal(torch.cat(parts[name]), parameter.detach().flatten()), name
     assert_same_bits(load_policy(tmp_path, True, "cpu", lora, 3, "own"), wanted)
+
+
+def test_a_rank_reads_its_share_of_the_files_and_no_more(tmp_path, monkeypatch):
+    small_files("llama", tmp_path)
+    read, size = list[int](), sum(each.nbytes for each in load_file(tmp_path / "model.safetensors").values())
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *asked: read.append(preadv(*asked)) or read[-1])
+    policy, weights = policy_without_weights(tmp_path, attention="own")
+    share = weights.shares(policy.model, 1, 4)
+    for parameter in policy.parameters():
+        share(parameter)
+    assert size // 8 < sum(read) <= size // 4
+
+
+def test_files_that_have_a_tied_weight_twice_tie_it_only_if_it_is_the_same(tmp_path):
+    small_files("llama", tmp_path, tie_word_embeddings=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for head in (tensors["model.embed_tokens.weight"].clone(), tensors["model.embed_tokens.weight"] + 1):
+        save_file({**tensors, "lm_head.weight": head}, tmp_path / "model.safetensors", {"format": "pt"})
+        found = load_model(tmp_path)
+        assert_same_bits(found, as_transformers_loads(tmp_path))
+        same = torch.equal(head, tensors["model.embed_tokens.weight"])
+        assert (found.lm_head.weight is found.model.embed_tokens.weight) == same
+
+
+def test_a_rank_has_its_share_of_the_cores_that_its_container_may_use(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(96)))
+    limit = tmp_path / "cpu.max"
+    assert threads_of(8, limit) == 12
+    for said, threads in (("max 100000", 12), ("3200000 100000", 4), ("50000 100000", 1)):
+        limit.write_text(said)
+        assert threads_of(8, limit) == threads
 
 
 @pytest.mark.slow

@@ -69,8 +69,8 @@ def train_rank(config: dict[str, RankSettings]) -> None:
 
 
 def threads_of(ranks: int, limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Threads of each of a node's `ranks`, which share its cores: Ray sets one thread for one CPU, and an optimizer that
-    is offloaded runs on the CPU. A limit in cores that a container has counts, as far as Linux says it (cgroup 2)."""
+    """Threads of each of a node's `ranks`, which share its cores: Ray sets one thread for one CPU, and an optimizer
+    that is offloaded runs on the CPU. `limit`: where Linux says how many cores a container may use (cgroup 2)."""
     cores = len(os.sched_getaffinity(0))
     quota, period = limit.read_text().split() if limit.exists() else ("max", "1")
     if quota != "max":

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from sampo_ray.errors import ConfigError, first_line
 from sampo_ray.internals.torch import parameters_of
@@ -67,11 +67,14 @@ def without_weights(
         config = change(AutoConfig.from_pretrained(str(path)))
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         text = config.get_text_config()
-        stored = files_of(str(path)) if tensors is None else TensorsInMemory(tensors)
+        files = ModelFiles.find("model.path", str(path))
+        stored = stored_in(files) if tensors is None else TensorsInMemory(tensors)
         given = {name: StandIn(shape, dtype) for name, (shape, dtype) in stored.shapes().items()}
         settings |= {"config": text if kind.config_class is type(text) else config, "state_dict": given}
         with loaded_tensors_stay(), recipe.recorded():
             model, found = kind.from_pretrained(None, use_safetensors=True, **settings)
+        if "generation_config.json" in files.names:
+            model.generation_config = GenerationConfig.from_pretrained(str(path))
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path={str(path)!r} cannot be loaded: {first_line(error)}") from error
     weights = Weights(recipe, stored, {name: each.dtype for name, each in given.items()}, model)
@@ -86,9 +89,8 @@ def without_weights(
     return model, weights
 
 
-def files_of(path: str) -> TensorFiles:
+def stored_in(files: ModelFiles) -> TensorFiles:
     """The tensors of a model's files. ConfigError if there are none that can be read."""
-    files = ModelFiles.find("model.path", path)
     found = files.weights(files.settings("config.json"))
     return TensorFiles(files.on_disk(name) for name in sorted({weight.file for weight in found.values()}))
 
