@@ -97,7 +97,7 @@ def load_trained(config: RunConfig, folder: Path, seed: int, device: torch.devic
 
         skip_shared_memory_extension()
         shares = weights.shares(policy.model, dist.get_rank(), dist.get_world_size())
-        partition(policy, deepspeed_config(config), shares)
+        partition(policy, deepspeed_config(config, device), shares)
     else:
         weights.fill(policy.model, device)
         policy.to(device)
