@@ -57,7 +57,12 @@ def asked_for(plan: Plan) -> Iterator[PlacementGroup]:
         bundles, count = bundles_of(group, where), 1 if group.role == "ranks" else group.kept
         bundles = bundles * (group.kept if group.role == "ranks" else 1)
         labels = [dict(where.labels)] * len(bundles) if where.labels else None
-        yield from (placement_group(bundles, bundle_label_selector=labels) for _ in range(count))
+        spread = group.role == "ranks" and group.gpus % 1  # as in actors/ranks/trainer.py
+        for _ in range(count):
+            asked = placement_group(bundles, "SPREAD" if spread else "PACK", bundle_label_selector=labels)
+            if spread:
+                asked.wait(scaled(30))  # engines come once ranks are there
+            yield asked
 
 
 def free_gpus() -> float:

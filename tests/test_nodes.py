@@ -1,5 +1,11 @@
 """Which nodes a start sees and asks for, and what it says and does while the cluster lacks them."""
 
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
 import pytest
 
 from sampo_ray.actors.nodes import Where, cluster_of
@@ -8,6 +14,7 @@ from sampo_ray.config.machines import Cluster
 from sampo_ray.config.packing import Group
 from sampo_ray.errors import FleetError
 from sampo_ray.internals.ray_nodes import HEAD, ClusterUse, NodeKind, NodeUse, Pending
+from tests.waiting import scaled
 
 RANK, ENGINE = {"GPU": 1.0, "CPU": 1.0}, {"GPU": 1.0, "CPU": 2.0, "memory": float(8 << 30)}
 NEEDS = [Need("ranks", (RANK,), "trainer.workers"), Need("policy", (ENGINE, {"GPU": 1.0}), "fleet.generators.num_gpus")]
@@ -116,3 +123,33 @@ def test_nodes_that_may_come_are_those_that_an_autoscaler_has_not_started() -> N
     assert unknown.count is None
     (endless,) = cluster(SERVERS, kinds=(NodeKind("gpu", {"GPU": 8.0}, None),)).growth
     assert (endless.node.gpus, endless.count) == (8, None)
+
+
+def on_a_ray_of_its_own(module: str) -> list[dict[str, Any]]:
+    """The lines that a script of the tests prints, in a process of its own: the tests' Ray has other nodes."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    ran = subprocess.run(
+        [sys.executable, "-m", module], env=env, capture_output=True, text=True, timeout=scaled(280), check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    return [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.slow
+def test_ray_grants_each_plan_as_it_is_made() -> None:
+    grants = on_a_ray_of_its_own("tests.grants")
+    assert {grant["gpus"] for grant in grants} == {8, 16, 64}
+    for grant in grants:
+        assert grant["pending"] == 0 and grant["left"] == pytest.approx(grant["planned_left"], abs=0.001), grant
+        if "shared" not in grant["case"]:
+            assert grant["planned_left"] == 0, grant
+
+
+@pytest.mark.slow
+def test_a_start_says_what_it_lacks_takes_what_comes_and_ends_where_nothing_does() -> None:
+    (found,) = on_a_ray_of_its_own("tests.starts")
+    assert found["said_after_s"] < scaled(15)
+    assert "waiting for nodes: policy 1 x {1 GPU, 0.5 CPU}" in found["said"]
+    assert found["status"] == "RUNNING", "a node that joined has the replica"
+    assert "ranks 3 x {1 GPU, 0.5 CPU}" in found["ranks"] and "trainer.workers" in found["ranks"]
+    assert found["closed_after_s"] < scaled(30), "ranks that never started are not waited for"
