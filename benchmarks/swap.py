@@ -38,7 +38,7 @@ def main() -> None:
     args = parser.parse_args()
     _rig.quiet()
     with _rig.scratch() as folder, _rig.policy_rig(folder, args.model, 64) as rig:
-        versions = Versions(rig, args.swaps + 400)
+        versions = Versions(rig)
         ratios: dict[str, list[float]] = {}
         rows = [("model", rig.label, "")]
         check(rig, versions, rows)
@@ -53,17 +53,16 @@ def main() -> None:
 class Versions:
     """Versions 1, 2, 3 ... with the weights of two models in turn (odd: disturbed, even: the base), to publish."""
 
-    def __init__(self, rig: _rig.Rig, count: int) -> None:
+    def __init__(self, rig: _rig.Rig) -> None:
         import ray
         import torch
 
-        from sampo_ray.actors.weights.client import put
         from sampo_ray.run.buckets import unpack
         from sampo_ray.run.version_files import read_version, write_version
         from sampo_ray.run.versions import VersionInfo, version_folder
 
         self.rig, self._numbers = rig, itertools.count(1)
-        base, disturbed = (version_folder(rig.versions, number) for number in (0, 1))
+        base = version_folder(rig.versions, 0)
         torch.manual_seed(0)
 
         def noisy() -> Any:
@@ -71,18 +70,16 @@ class Versions:
                 for name, tensor in unpack(bucket):
                     yield name, tensor + 0.1 * tensor.float().std().to(tensor.dtype) * torch.randn_like(tensor)
 
-        write_version(disturbed, noisy(), base, VersionInfo(version=1, round=0, step=1))
-        for number in range(2, count):
-            link(Path(base if number % 2 == 0 else disturbed), Path(version_folder(rig.versions, number)), number)
-        self.buckets = [[put(bucket) for bucket in read_version(folder)] for folder in (base, disturbed)]
-        self.nbytes = sum(spec.nbytes for bucket in self.buckets[0] for spec in bucket.specs)
-        self._ray = ray
+        aside = f"{rig.versions}-disturbed"
+        write_version(aside, noisy(), base, VersionInfo(version=1, round=0, step=1))
+        self._sources, self._ray = (Path(base), Path(aside)), ray
+        self.nbytes = sum(spec.nbytes for bucket in read_version(base) for spec in bucket.specs)
 
     def publish(self) -> int:
         """Makes the next version live; returns its number at once, while replicas still load it."""
         number = next(self._numbers)
-        store = self.rig.store.publish.remote(_rig.RUN, number, False, self.buckets[number % 2])
-        self._ray.get(store, timeout=120)
+        link(self._sources[number % 2], Path(f"{self.rig.versions}/{number:06d}"), number)
+        self._ray.get(self.rig.store.publish.remote(_rig.RUN, number), timeout=120)
         return number
 
     def await_held(self, number: int, every_s: float = 0.05) -> None:

@@ -150,8 +150,7 @@ class Policy:
     async def publish(self, *versions: int) -> None:
         for version in versions:
             self.write(version)
-            self.loaded.read_newest()
-            await self.live.publish(version)
+            await self.live.publish()
 
     def saved(self) -> Serving:
         return serving.read_serving(Place(str(self.folder)))

@@ -59,6 +59,7 @@ def exported_by_a_rank(run: Run, dtype: str) -> Any:
         cast.check()
 
     rank: Any = object.__new__(Rank)
+    rank.background = MagicMock(collect=Stored)
     rank.learner = SimpleNamespace(step=STEPS, round=0, rank=0, masters=masters)
     parts, lengths = (), np.zeros((0, 3))
     (result,) = rank.train(RoundSpec(run.id, run.place, in_dtype(run.config, dtype), 0, 0, STEPS, parts, lengths))

@@ -1,6 +1,7 @@
 """The training core by itself: DeepSpeed in this process, one rank, no Ray."""
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from sampo_ray.errors import TrainingError
 from sampo_ray.internals.transformers import saved_tensors
 from sampo_ray.run import durable
 from sampo_ray.run.buckets import unpack
-from sampo_ray.run.version_files import adapters_info, write_adapters, write_version
+from sampo_ray.run.version_files import adapters_info, read_version, write_adapters, write_version
 from sampo_ray.run.versions import VersionInfo
 from sampo_ray.training.batching import Step, assemble, lengths_of, plan_round
 from sampo_ray.training.host_copies import HostBuffer
@@ -37,6 +38,7 @@ from sampo_ray.training.objective import (
 )
 from sampo_ray.training.off_device import OffDevice
 from sampo_ray.training.policy import load_policy
+from sampo_ray.training.saving import Cast
 from sampo_ray.training.statistics import Statistics
 
 from .conftest import random_pairs, with_reference
@@ -117,6 +119,18 @@ def plan(pairs) -> list[Step]:
 
 def masters(learner) -> list[torch.Tensor]:
     return [weight.clone() for _, weight in learner.masters()]
+
+
+def weights(learner, group=None) -> dict[str, torch.Tensor]:
+    """What a version holds, as far as this rank writes it."""
+    files = learner.weights(HostBuffer()).own_files(group)
+    return {name: tensor.clone() for _, tensors in files for name, tensor in tensors}
+
+
+def gathered(learner) -> dict[str, torch.Tensor]:
+    """The same, each weight gathered from all ranks as the model computes with it."""
+    tensors = learner._saved.tensors(Cast(torch.bfloat16), gathered=lambda weight: learner._gathered(weight.parts))
+    return {name: tensor.clone() for name, tensor in learner._saved.converted(tensors)}
 
 
 def test_a_step_learns_and_says_how(alone, tiny_model, pairs):
@@ -285,6 +299,49 @@ def test_what_two_ranks_saved_goes_on_with_one(alone, tiny_model, pairs, tmp_pat
     assert all(torch.equal(a, b) for a, b in zip(masters(learner), expected, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("kind", "zero_stage", "lora"), [("llama", 2, None), ("mixtral", 3, None), ("llama", 3, {"rank": 4})]
+)
+def test_two_ranks_copy_a_half_each_of_what_a_version_holds(tmp_path, kind, zero_stage, lora):
+    """In files of at most 4 kB. What is copied stays as it was when the training goes on."""
+    folder = small_files(kind, tmp_path / "model", attention_dropout=0.0)
+    mp.spawn(_two_copy, (folder, tmp_path, zero_stage, lora), nprocs=2)
+    found, halves = dict[str, torch.Tensor](), list[int]()
+    for rank in range(2):
+        copied, nbytes = torch.load(tmp_path / f"copied-{rank}.pt"), (tmp_path / f"bytes-{rank}").read_text()
+        assert not found.keys() & copied.keys()
+        found |= copied
+        halves.append(int(nbytes))
+    expected = torch.load(tmp_path / "gathered.pt")
+    assert_same(found, expected)
+    changing = sum(halves) if lora else sum(each.nbytes for each in expected.values())
+    assert max(halves) < 0.6 * changing
+
+
+def _two_copy(rank, model, folder, zero_stage, lora):
+    os.environ["LOCAL_RANK"] = str(rank)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    learner, pairs = (
+        make(model, "sigmoid", zero_stage=zero_stage, lora=lora),
+        random_pairs(8, longest=20, vocabulary=60),
+    )
+    group, pairs = dist.new_group(backend="gloo"), learner.score(pairs)
+    steps = list(plan_round(lengths_of(pairs), RowBudget(2, 256, 2), epochs=1, seed=0, round=0))
+    learner.optimize(steps[0], pairs, 4)
+    learner._saved.files = functools.partial(learner._saved.files, nbytes=4_000)
+    snapshot, whole = learner.weights(HostBuffer()), gathered(learner)
+    assert len(snapshot.files) > 4
+    copied = sum(each.nbytes for each in snapshot._copies.values())
+    learner.optimize(steps[1], pairs, 4)
+    files = snapshot.own_files(group)
+    torch.save({name: each.clone() for _, tensors in files for name, each in tensors}, folder / f"copied-{rank}.pt")
+    (folder / f"bytes-{rank}").write_text(str(copied))
+    if rank == 0:
+        torch.save(whole, folder / "gathered.pt")
+    dist.destroy_process_group()
+
+
 def _two_ranks(rank, tiny_model, pairs, folder, zero_stage, lora):
     """Trains on the four steps and saves after two; `masters.pt` has the results beyond, and masters then and after."""
     os.environ["LOCAL_RANK"] = str(rank)
@@ -316,7 +373,9 @@ def test_where_the_states_are_does_not_change_what_is_learned(alone, tiny_model,
 def test_adapters_begin_at_the_reference_and_what_is_given_out_has_them_merged_in(alone, tiny_model, pairs, zero_stage):
     learner = make(tiny_model, "sigmoid", lora={"rank": 4}, zero_stage=zero_stage)
     base = load_file(tiny_model / "model.safetensors")
-    assert {name: weight.tolist() for name, weight in learner.weights()} == {k: v.tolist() for k, v in base.items()}
+    assert {name: weight.tolist() for name, weight in weights(learner).items()} == {
+        k: v.tolist() for k, v in base.items()
+    }
     first, *rest = plan(pairs)
     begin = learner.optimize(first, pairs, 4)
     assert (begin["loss"], begin["margin"]) == (pytest.approx(math.log(2), abs=1e-6), 0.0)
@@ -345,14 +404,20 @@ def test_adapters_alone_make_the_merged_weights_of_their_base(alone, tiny_model,
         learner.optimize(step, pairs, 4)
     lora, folder, base = learner.config.model.lora, str(tmp_path / "000004"), str(tmp_path / "000000")
     info = VersionInfo(version=4, round=0, step=4, adapters=adapters_info(lora, 0))
-    adapters = write_adapters(folder, learner.adapters(), lora, info)
-    again = write_adapters(folder, iter(()), lora, info)
+    ((_, tensors),) = learner.adapters(HostBuffer()).own_files()
+    write_adapters(folder, tensors, lora, info)
+    (adapters,) = read_version(folder)
+    write_adapters(folder, iter(()), lora, info)
+    (again,) = read_version(folder)
     assert_close(dict(unpack(again)), dict(unpack(adapters)), msg="what is complete is not written again")
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
-    buckets = write_version(base, plain.state_dict().items(), str(tiny_model), VersionInfo(version=0, round=0, step=0))
+    write_version(base, plain.state_dict().items(), str(tiny_model), VersionInfo(version=0, round=0, step=0))
+    buckets = list(read_version(base))
     merge = merging(adapters, info.adapters.scaling)
     merged = {name: weight for bucket in buckets for name, weight in unpack(merge(bucket))}
-    assert_close({name: merged[name] for name, _ in learner.weights()}, dict(learner.weights()), rtol=0, atol=0)
+    expected = weights(learner)
+    assert_close({name: merged[name] for name in expected}, expected, rtol=0, atol=0)
+    assert_close(gathered(learner), expected, rtol=0, atol=0)
     assert sum(a.nbytes for a in adapters.specs) < sum(spec.nbytes for bucket in buckets for spec in bucket.specs) / 2
 
     ids, loaded = torch.arange(5, 30)[None], peft.PeftModel.from_pretrained(plain, folder)
@@ -379,12 +444,13 @@ def test_what_is_given_out_has_the_adapters_of_experts_merged_in(alone, tiny_mod
     begin, *rest = [learner.optimize(step, given, 4) for step in plan(pairs)]
     assert (begin["loss"], begin["margin"]) == (pytest.approx(math.log(2), abs=1e-6), 0.0)
     assert all(result["margin"] != 0 and result["grad_norm"] > 0 for result in rest)
-    assert learner.adapter_names is None and not list(learner.adapters())
+    assert learner.adapter_names is None
+    assert_close(gathered(learner), weights(learner), rtol=0, atol=0)
     after = dict(learner.masters())
     moved = {name.split(".")[4] for name, weight in after.items() if not torch.equal(weight, before[name])}
     assert moved == {"q_proj", "experts"}
     info = VersionInfo(version=4, round=0, step=4)
-    write_version(str(tmp_path / "4"), learner.weights(), str(tmp_path / "base"), info)
+    write_version(str(tmp_path / "4"), weights(learner).items(), str(tmp_path / "base"), info)
     plain = load_policy(tmp_path / "4")
     ours, theirs = (logprobs(with_reference(policy, asked)) for policy in (learner.policy, plain))
     assert np.abs(ours - theirs).max() < 0.1
@@ -430,7 +496,7 @@ def test_what_is_given_out_is_what_save_pretrained_writes_and_the_reference_is_t
     assert np.array_equal(logprobs(learner.score(pairs)), logprobs(reference))
     for step in plan(reference):
         assert learner.optimize(step, reference, 2)["skipped"] == 0
-    for dtype, given in ((torch.bfloat16, learner.weights()), (torch.float16, learner.masters(torch.float16))):
+    for dtype, given in ((torch.bfloat16, weights(learner).items()), (torch.float16, learner.masters(torch.float16))):
         found = {name: tensor.clone() for name, tensor in given}
         start = saved_by(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), tmp_path / "saved")
         assert {name: (each.dtype, each.shape) for name, each in found.items()} == {
@@ -438,7 +504,8 @@ def test_what_is_given_out_is_what_save_pretrained_writes_and_the_reference_is_t
         }
         kept = load_model(folder, tensors=found, dtype=dtype)
         assert_same({name: each.clone() for name, each in saved_tensors(kept)}, found)
-    copies = {name: tensor.clone() for name, tensor in learner.weights()}
+    copies = weights(learner)
+    assert_same(copies, gathered(learner))
     again = with_reference(load_policy(folder, tensors=copies).requires_grad_(False), pairs)
     assert np.array_equal(logprobs(learner.score(pairs)), logprobs(again))
 

@@ -19,12 +19,20 @@ from sampo_ray.config.sections import LoraConfig
 from sampo_ray.errors import ConfigError, WeightsError
 from sampo_ray.run.adapters import SETTINGS, WEIGHTS, read_adapter
 from sampo_ray.run.buckets import pack, unpack
-from sampo_ray.run.version_files import adapters_info, write_adapters
+from sampo_ray.run.version_files import adapters_info, read_version, write_adapters
 from sampo_ray.run.versions import VersionInfo
 from sampo_ray.training import lora
 from sampo_ray.training.architecture import on_meta
 from sampo_ray.training.batching import assemble
-from sampo_ray.training.lora import adapter_names, add_adapters, named_weights, notes_on, without_adapters
+from sampo_ray.training.lora import (
+    MATRICES,
+    adapter_names,
+    add_adapters,
+    file_name,
+    named_weights,
+    notes_on,
+    without_adapters,
+)
 from sampo_ray.training.policy import Policy, every_token, pair_logprobs
 from tests.conftest import random_pairs
 
@@ -192,7 +200,13 @@ def test_adapters_alone_make_the_merged_weights_to_the_bit_or_are_not_published(
         return
     parts = {name: weight.parts[1:] for name, weight in named_weights(model) if weight.adapter}
     info = VersionInfo(version=4, round=0, step=4, adapters=adapters_info(lora, 0))
-    adapters = write_adapters(str(tmp_path / "4"), ((names[name], each) for name, each in parts.items()), lora, info)
+    adapted = [
+        (file_name(names[name], side), part)
+        for name, each in parts.items()
+        for side, part in zip(MATRICES, each, strict=True)
+    ]
+    write_adapters(str(tmp_path / "4"), adapted, lora, info)
+    (adapters,) = read_version(str(tmp_path / "4"))
     base = saved(plain, tmp_path / "base")
     plain.load_state_dict(merged_weights(model), strict=False)
     expected = saved(plain, tmp_path / "merged")

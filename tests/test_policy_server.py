@@ -38,7 +38,7 @@ from sampo_ray.actors.transfer import transport
 from sampo_ray.actors.transfer.coordinator import ReceivingReplica
 from sampo_ray.actors.transfer.sending import Sender, StoreTransfers
 from sampo_ray.actors.transfer.transport import BroadcastSender, digest
-from sampo_ray.actors.weights.client import Weights, put
+from sampo_ray.actors.weights.client import Weights
 from sampo_ray.actors.weights.publish import NewVersion, publish_adapters, publish_version
 from sampo_ray.actors.weights.store import start_weight_store
 from sampo_ray.config.sections import GeneratorsConfig, LoraConfig
@@ -49,6 +49,7 @@ from sampo_ray.run.buckets import joined, unpack
 from sampo_ray.run.storage import Place
 from sampo_ray.run.version_files import adapters_info, read_version, write_version
 from sampo_ray.run.versions import AdaptersInfo, VersionInfo, WeightsId, version_folder
+from sampo_ray.training.lora import file_name
 from tests.conftest import assert_greedy, assert_own_logprobs
 from tests.waiting import scaled, wait_until
 
@@ -145,12 +146,16 @@ class Policy:
         """Publishes weights of that seed, a bucket a tensor, by a transport too; returns when they are live."""
         self.version += 10
         folder, tensors = version_folder(self.versions, self.version), weights(self.shell, seed)
-        buckets = write_version(folder, tensors, self.shell, self.new().info, 1, keep=put)
-        ray.get(self.store.publish.remote("run", self.version, False, buckets, True), timeout=scaled(60))
-        sender.send(WeightsId("run", self.version), buckets)
+        ray.get(self.store.offer_transfer.remote(WeightsId("run", self.version)), timeout=scaled(60))
+        write_version(folder, tensors, self.shell, self.new().info, 1)
+        ray.get(self.store.publish.remote("run", self.version), timeout=scaled(60))
+        sender.send(WeightsId("run", self.version), self.newest().buckets)
         self.await_version()
         sender.wait()
         return self.version
+
+    def newest(self) -> Weights:
+        return ray.get(self.store.wait.remote(None, 0.0, "training"), timeout=scaled(60))
 
     def adapt(self, seed: int) -> str:
         """Publishes adapters on the version that is live; returns a folder of the model that has them merged in."""
@@ -158,9 +163,10 @@ class Policy:
         lora, draws = LoraConfig(rank=2), torch.Generator().manual_seed(seed)
         info = adapters_info(lora, base)
         adapted = [
-            (name, [0.2 * torch.randn(shape, generator=draws) for shape in ((2, w.shape[1]), (w.shape[0], 2))])
+            (file_name(name, side), 0.2 * torch.randn(shape, generator=draws))
             for name, w in weights(self.shell, 0)
             if "_proj" in name
+            for side, shape in (("A", (2, w.shape[1])), ("B", (w.shape[0], 2)))
         ]
         publish_adapters(self.store, self.new(info), adapted, lora, timeout_s=scaled(60))
         self.await_version()
@@ -366,7 +372,7 @@ def test_a_member_killed_in_mid_broadcast_leaves_the_replica_to_the_host_path(
             plan = None
             while plan is None:
                 plan = ray.get(policy.store.join_transfer.remote(doomed, coming, 10), timeout=scaled(60))
-            places, _ = joined(ray.get(policy.store.get.remote("run", coming.version), timeout=scaled(60)).buckets)
+            places, _ = joined(policy.newest().buckets)
             process.stdin.write(json.dumps([dataclasses.asdict(plan), places]) + "\n")
             process.stdin.flush()
 

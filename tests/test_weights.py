@@ -1,7 +1,8 @@
 """Buckets, durable versions and the weight store."""
 
 import asyncio
-import shutil
+import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,19 +17,21 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from sampo_ray.actors.policy.replica_weights import merging
+from sampo_ray.actors.weights import loaded as loaded_module
+from sampo_ray.actors.weights import store as store_module
 from sampo_ray.actors.weights.client import Weights, fetch, find_weight_store
 from sampo_ray.actors.weights.loaded import LoadedVersions, LongPoll
 from sampo_ray.actors.weights.publish import NewVersion, publish_adapters, publish_version
-from sampo_ray.actors.weights.store import start_weight_store
+from sampo_ray.actors.weights.store import WeightStore, start_weight_store
 from sampo_ray.config.sections import LoraConfig
 from sampo_ray.console.demo_task import tiny_llama, tiny_tokenizer
 from sampo_ray.errors import VersionError, WeightsError
 from sampo_ray.internals.transformers import saved_tensors
 from sampo_ray.run import commands
-from sampo_ray.run.buckets import pack, unpack
+from sampo_ray.run.buckets import Bucket, pack, unpack
 from sampo_ray.run.serving import Serving
 from sampo_ray.run.storage import Place
-from sampo_ray.run.version_files import adapters_info, read_version, write_version
+from sampo_ray.run.version_files import adapters_info, begin_version, read_version, write_version
 from sampo_ray.run.versions import (
     AdaptersInfo,
     VersionInfo,
@@ -37,6 +40,7 @@ from sampo_ray.run.versions import (
     read_info,
     version_folder,
 )
+from sampo_ray.training.lora import file_name
 from tests.waiting import scaled
 
 BASE = VersionInfo(version=0, round=0, step=0)
@@ -89,13 +93,13 @@ def test_a_written_version_loads_with_plain_transformers(tmp_path: Path, tied: b
     model.config.save_pretrained(shell)
     tokenizer.save_pretrained(shell)
     folder = str(tmp_path / "versions" / "000000")
-    written = write_version(folder, saved_tensors(model), str(shell), BASE, bucket_bytes)
+    write_version(folder, saved_tensors(model), str(shell), BASE, bucket_bytes)
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     for name, value in model.state_dict().items():
         assert loaded.state_dict()[name].dtype == torch.bfloat16
         assert torch.equal(loaded.state_dict()[name], value)
     names = {spec.name for bucket in read_version(folder) for spec in bucket.specs}
-    assert names == {spec.name for bucket in written for spec in bucket.specs}
+    assert names == dict(saved_tensors(model)).keys()
     assert ("lm_head.weight" in names) != tied
     assert (Path(folder) / "tokenizer.json").exists()
 
@@ -125,8 +129,9 @@ def test_a_complete_version_is_never_rewritten_but_its_source_is_drained(tmp_pat
     folder = str(tmp_path / "000000")
     write_version(folder, [("w", torch.ones(5))], str(tiny_model), BASE)
     source = iter([("w", torch.zeros(5))])
-    (bucket,) = write_version(folder, source, str(tiny_model), BASE)
+    write_version(folder, source, str(tiny_model), BASE)
     assert next(source, None) is None
+    (bucket,) = read_version(folder)
     assert dict(unpack(bucket))["w"].tolist() == [1] * 5
 
 
@@ -157,13 +162,13 @@ class Run:
     def call(self, method: str, *args: object) -> object:
         return ray.get(getattr(self.store, method).remote(*args), timeout=scaled(90))
 
-    def publish(self, version: int, value: float, reference: bool = False) -> WeightsId:
+    def publish(self, version: int, value: float) -> WeightsId:
         tensors = [("w", torch.full((5,), value))]
-        return publish_version(self.store, self.new(version, reference), tensors, self.shell, timeout_s=scaled(60))
+        return publish_version(self.store, self.new(version), tensors, self.shell, timeout_s=scaled(60))
 
-    def new(self, version: int, reference: bool = False, adapters: AdaptersInfo | None = None) -> NewVersion:
+    def new(self, version: int, adapters: AdaptersInfo | None = None) -> NewVersion:
         info = VersionInfo(version=version, round=0, step=version, adapters=adapters)
-        return NewVersion(self.name, Place(self.versions), info, reference)
+        return NewVersion(self.name, Place(self.versions), info)
 
     def value(self, weights: object) -> float:
         (bucket,) = weights.buckets  # type: ignore[attr-defined]
@@ -208,25 +213,12 @@ def test_weights_never_go_backwards_and_publishing_again_changes_nothing(run: Ru
 
 @pytest.mark.slow
 def test_a_version_that_is_not_durable_does_not_go_live(run: Run) -> None:
-    (bucket,) = pack([("w", torch.ones(5))])
-    bucket = replace(bucket, data=ray.put(bucket.data))
+    begin_version(version_folder(run.versions, 10))
     with pytest.raises(WeightsError, match="not a complete version"):
-        run.call("publish", run.name, 10, False, [bucket])
+        run.call("publish", run.name, 10)
     with pytest.raises(WeightsError, match="is not attached"):
-        run.call("publish", "another", 10, False, [bucket])
+        run.call("publish", "another", 10)
     assert run.call("wait", None, 0.1) is None
-
-
-@pytest.mark.slow
-def test_the_reference_stays_in_memory_and_older_versions_come_from_disk(run: Run) -> None:
-    for version, reference in ((0, False), (10, True), (20, False), (30, False)):
-        run.publish(version, float(version), reference)
-    assert run.value(run.call("get", run.name, 20)) == 20.0
-    for version in (10, 20):
-        shutil.rmtree(version_folder(run.versions, version))
-    assert run.value(run.call("get", run.name, 10)) == 10.0
-    with pytest.raises(WeightsError, match="not a complete version"):
-        run.call("get", run.name, 20)
 
 
 @pytest.mark.slow
@@ -238,18 +230,15 @@ def test_adapters_are_handed_out_with_the_weights_that_they_belong_to(run: Run) 
         (bucket,) = weights.buckets
         return dict(unpack(merge(fetch(bucket, 30))))["layer.weight"].tolist()
 
-    publish_version(
-        run.store, run.new(10, True), [(name, torch.ones(2, 2).bfloat16())], run.shell, timeout_s=scaled(60)
-    )
-    parts = [torch.tensor([[1.0, 2.0]]).bfloat16(), torch.tensor([[1.0], [0.0]]).bfloat16()]
-    new = run.new(15, adapters=adapters_info(lora, 10))
-    assert publish_adapters(run.store, new, [(name, parts)], lora, timeout_s=scaled(60)).version == 15
+    publish_version(run.store, run.new(10), [(name, torch.ones(2, 2).bfloat16())], run.shell, timeout_s=scaled(60))
+    a, b = torch.tensor([[1.0, 2.0]]).bfloat16(), torch.tensor([[1.0], [0.0]]).bfloat16()
+    parts, new = [(file_name(name, "A"), a), (file_name(name, "B"), b)], run.new(15, adapters_info(lora, 10))
+    assert publish_adapters(run.store, new, parts, lora, timeout_s=scaled(60)).version == 15
     weights = run.call("wait", WeightsId(run.name, 10), 30)
     assert weights.id.version == 15 and value(weights) == [[3.0, 5.0], [1.0, 1.0]]
-    assert run.call("get", run.name, 10).adapters is None
     ray.kill(run.store, no_restart=False)
     assert value(run.call("wait", WeightsId(run.name, 10), 30)) == [[3.0, 5.0], [1.0, 1.0]]
-    publish_version(run.store, run.new(20, True), [(name, torch.zeros(2, 2))], run.shell, timeout_s=scaled(60))
+    publish_version(run.store, run.new(20), [(name, torch.zeros(2, 2))], run.shell, timeout_s=scaled(60))
     assert run.call("wait", weights.id, 30).adapters is None
 
 
@@ -291,35 +280,39 @@ def test_a_store_serves_one_run_after_another(run: Run) -> None:
     assert run.call("wait", None, 30).id == WeightsId("other", 0)
 
 
-@pytest.mark.slow
-def test_a_command_does_not_wait_for_weights_that_are_being_published(run: Run) -> None:
-    for version in (0, 10, 20):
-        run.publish(version, float(version))
-    write_version(version_folder(run.versions, 30), [("w", torch.ones(5))], run.shell, run.new(30).info)
-    (bucket,) = pack([("w", torch.full((5,), 3.0))])
-    gate = ray.remote(num_cpus=0)(Gate).remote()
-    slow = gate.data.remote(bucket.data)
-    publishing = run.store.publish.remote(run.name, 30, False, [replace(bucket, data=slow)])
-    answer = run.call("command", commands.Rollback(), "first")
-    assert (answer.done.live, answer.repeated, answer.state.serving.live) == (10, False, 10)
-    assert not ray.wait([publishing], timeout=0)[0]
-    ray.get(gate.open.remote(), timeout=scaled(60))
-    assert ray.get(publishing, timeout=scaled(60)) == WeightsId(run.name, 10)
-    assert run.call("wait", None, 0, "training").id.version == 30
+def test_a_command_does_not_wait_for_weights_that_are_being_read(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, entered = threading.Event(), threading.Event()
 
+    def slow(bucket: Bucket) -> Bucket:
+        if not bucket.data[-1]:  # the last version's, which is zero
+            entered.set()
+            assert gate.wait(scaled(60))
+        return bucket
 
-class Gate:
-    """Hands data out once it is open."""
+    monkeypatch.setattr(store_module, "kept", slow)
 
-    def __init__(self) -> None:
-        self._open = asyncio.Event()
+    async def work() -> None:
+        store = WeightStore(str(tmp_path / "store.json"))
+        for version in (0, 10, 20):
+            write(tmp_path / "versions", tiny_model, version, 1.0)
+        await store.attach("run", str(tmp_path / "versions"))
+        write(tmp_path / "versions", tiny_model, 30, 0.0)
+        publishing = asyncio.create_task(store.publish("run", 30))
+        assert await asyncio.to_thread(entered.wait, scaled(60))
+        command = asyncio.create_task(store.command(commands.Promote("10"), "first"))
+        while store._policy.serving.live != 10:
+            await asyncio.sleep(0.01)
+        assert not publishing.done()
+        gate.set()
+        answer = await command
+        assert (answer.done.live, answer.repeated, answer.state.serving.live) == (10, False, 10)
+        assert await publishing in (WeightsId("run", 10), WeightsId("run", 20)), "it may still be read"
+        newest = await store.wait(None, scaled(30), "training")
+        assert newest is not None and newest.id.version == 30
 
-    async def data(self, data: np.ndarray) -> np.ndarray:
-        await self._open.wait()
-        return data
-
-    async def open(self) -> None:
-        self._open.set()
+    asyncio.run(work())
 
 
 @pytest.mark.slow
@@ -361,9 +354,9 @@ def loaded(folder: Path) -> LoadedVersions:
     return LoadedVersions("run", str(folder), put=lambda bucket: bucket)
 
 
-def write(folder: Path, shell: Path, version: int) -> None:
+def write(folder: Path, shell: Path, version: int, value: float = 1.0) -> None:
     info = VersionInfo(version=version, round=0, step=version)
-    write_version(version_folder(str(folder), version), [("w", torch.full((5,), version))], str(shell), info)
+    write_version(version_folder(str(folder), version), [("w", torch.full((5,), value))], str(shell), info)
 
 
 def test_the_newest_version_on_disk_is_read_once(tmp_path: Path, tiny_model: Path) -> None:
@@ -373,7 +366,67 @@ def test_the_newest_version_on_disk_is_read_once(tmp_path: Path, tiny_model: Pat
         write(tmp_path, tiny_model, version)
     assert versions.read_newest() == 5
     assert versions.read_newest() is None
-    assert versions.training is versions.get(5) and versions.get(0).id == WeightsId("run", 0)
+    assert versions.training is not None and versions.training.id == WeightsId("run", 5)
+
+
+class Objects:
+    """Stands for the object store: the bytes that it has, and the most that there ever were."""
+
+    def __init__(self) -> None:
+        self.held = self.most = 0
+
+    def put(self, bucket: Bucket) -> Bucket:
+        data = np.array(bucket.data)
+        self.held += data.nbytes
+        self.most = max(self.most, self.held)
+        weakref.finalize(data, self._free, data.nbytes)
+        return replace(bucket, data=data)
+
+    def _free(self, nbytes: int) -> None:
+        self.held -= nbytes
+
+
+VERSIONS = range(0, 60, 10)
+
+
+@given(st.lists(st.sampled_from([None, *VERSIONS]), max_size=20))
+@settings(deadline=None, max_examples=60)
+def test_no_more_than_two_versions_are_ever_in_memory(
+    versions_on_disk: tuple[Path, int], events: list[int | None]
+) -> None:
+    """None: the next version is published; else one that is there goes live, as an operator may want."""
+    folder, nbytes = versions_on_disk
+    objects, there = Objects(), list[int]()
+    versions = LoadedVersions("run", str(folder), objects.put)
+
+    def newest(url: str, after: int) -> int | None:
+        return max((version for version in there if version > after), default=None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loaded_module, "newest_version", newest)
+        for sequence, event in enumerate(events, start=1):
+            if event is None and len(there) < len(VERSIONS):
+                there.append(VERSIONS[len(there)])
+                assert versions.read_newest() == there[-1]
+                assert versions.training is not None and versions.training.id.version == there[-1]
+            elif event in there:
+                versions.make_live(Serving(live=event, sequence=sequence))
+                assert versions.live is not None and versions.live.id.version == event
+    assert objects.most <= 2.3 * nbytes, "two whole versions, and adapters"
+
+
+@pytest.fixture(scope="module")
+def versions_on_disk(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[Path, int]:
+    """Versions 0, 10, ... 50, every other of adapters alone on the one before; the bytes of a whole one."""
+    folder, whole = tmp_path_factory.mktemp("versions"), 10_000
+    for version in VERSIONS:
+        alone = version % 20 == 10
+        info = VersionInfo(version=version, round=0, step=version)
+        if alone:
+            info = VersionInfo(**{**dict(info), "adapters": AdaptersInfo(base=version - 10, rank=1, scaling=1.0)})
+        tensors = [("w", torch.zeros(10 if alone else whole))]
+        write_version(version_folder(str(folder), version), tensors, str(tiny_model), info)
+    return folder, 4 * whole
 
 
 def test_a_version_is_live_once_for_each_sequence(tmp_path: Path, tiny_model: Path) -> None:

@@ -132,10 +132,11 @@ class Rank:
         self.first = dist.get_rank() == 0
         self._off_device = OffDevice(self.device)
         self.background = Background()
-        self.publisher = Publisher(store, self.config.publish.transport, self.device)
+        self.publisher = Publisher(store, self.config.publish.transport, self.device, self.background)
         self.learner = self._load(spec)
         restore(spec, self.learner)
         self.checkpointer = Checkpointer(self.background, self.learner)
+        self.publisher.warm(self.learner)
 
     def close(self) -> None:
         """Waits for what is done beside the training."""
@@ -193,13 +194,13 @@ class Rank:
             metrics = StepMetrics(spec.round, step.index, spec.start_version + step.index, values)
             last = step.index == spec.steps
             if last or (step.index % config.publish.every_steps == 0 and not values["skipped"]):
-                trouble = self.publisher.publish(spec, learner, metrics, last)
-                self.background.report(Stored((metrics.version,), troubles=(trouble,) if trouble else ()))
+                self.publisher.publish(spec, learner, metrics, last)
             unexported = export(spec, learner) if last else None
             self.checkpointer.after_step(spec, learner, last)
             if last:
                 self.background.wait()
                 self.checkpointer.check()
+                self.publisher.check()
             yield StepResult(metrics, self.background.collect(), unexported)
 
     def _steps(self, spec: RoundSpec) -> Iterator[tuple[Step, Mapping[int, Pair]]]:

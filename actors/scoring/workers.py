@@ -9,13 +9,11 @@ import traceback
 from collections.abc import Callable
 
 import pyarrow as pa
-import ray
 import tenacity
 import torch
 from ray import serve
 
 from sampo_ray.actors.nodes import ANYWHERE, Where
-from sampo_ray.actors.weights.client import fetch, find_weight_store
 from sampo_ray.config.run import RunConfig
 from sampo_ray.config.sections import FleetConfig, RewardConfig
 from sampo_ray.data.preferences import SCORES, pairs_of, with_reference
@@ -23,25 +21,23 @@ from sampo_ray.data.reward_functions import call_function, function_source, load
 from sampo_ray.data.reward_models import RewardModel
 from sampo_ray.data.rewards import Rewards, Samples, Scorer
 from sampo_ray.errors import RewardError
-from sampo_ray.run.buckets import unpack
+from sampo_ray.run.buckets import flat, views
 from sampo_ray.run.storage import Place
-from sampo_ray.run.versions import WeightsId
+from sampo_ray.run.version_files import read_version
+from sampo_ray.run.versions import WeightsId, version_folder
 from sampo_ray.training.objective import reference_positions
 from sampo_ray.training.policy import Policy, load_policy, score_pairs
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS_S = 300.0
-"""For the store to load a version, and for each of its buckets to arrive."""
-
 
 class ReferenceWorker:
-    """Scores pairs with the version that each call names, without gradients; keeps the last one loaded."""
+    """Scores pairs with the version that each call names, read from its folder, without gradients; keeps the last one
+    loaded."""
 
-    def __init__(self, store: str, threads: int | None) -> None:
+    def __init__(self, threads: int | None) -> None:
         if threads:
             torch.set_num_threads(threads)
-        self._store = find_weight_store(store)
         self._computing = threading.Lock()  # Serve runs calls in threads, and each may load another version
         self._loaded: WeightsId | None = None
         self._policy: Policy | None = None
@@ -62,8 +58,8 @@ class ReferenceWorker:
             return self._policy
         started = time.monotonic()
         self._loaded = self._policy = None  # frees its memory
-        weights = ray.get(self._store.get.remote(wanted.run, wanted.version), timeout=WEIGHTS_S)
-        tensors = {name: each.clone() for part in weights.buckets for name, each in unpack(fetch(part, WEIGHTS_S))}
+        buckets = read_version(version_folder(versions_url, wanted.version))  # verified
+        tensors = {name: each.clone() for part in buckets for name, each in views(part.specs, flat(part.data))}
         with Place(versions_url).at("000000").on_disk(["config.json"]) as base:
             policy = load_policy(base, device=_device(), attention=config.model.computed, tensors=tensors)
         self._policy = policy.in_batches(config.batches_answers).eval().requires_grad_(False)
@@ -72,12 +68,10 @@ class ReferenceWorker:
         return self._policy
 
 
-def build_reference_app(
-    store: str, fleet: FleetConfig, threads: int | None, where: Where = ANYWHERE
-) -> serve.Application:
+def build_reference_app(fleet: FleetConfig, threads: int | None, where: Where = ANYWHERE) -> serve.Application:
     """The reference workers as a Serve application; they load nothing before the first call."""
     deployment = _deployment(ReferenceWorker, fleet, 0.5, where).options(name="references", health_check_timeout_s=120)
-    return deployment.bind(store, threads)
+    return deployment.bind(threads)
 
 
 class RewardWorker:

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 from sampo_ray.actors.weights.duty import Duty, result_within
 from sampo_ray.actors.weights.gates import Verdict, check
@@ -19,6 +18,8 @@ from sampo_ray.run.versions import VersionInfo, is_complete, version_folder
 
 CHECK_TIMEOUT_S = 1800.0
 LOOK_S = 1.0
+REMOTE_LOOK_S = 15.0
+"""For versions in object storage of which the store is told."""
 LOCK_WAIT_S = 2.0
 """The store's own edits are tried again, so they need not wait long for serving.json."""
 PUBLISH_WAIT_S, LOAD_WAIT_S = 10.0, 40.0
@@ -38,10 +39,12 @@ class LivePolicy:
         self.serving = Serving()
         self._carried_out: Serving | None = None
         self._config: ServeConfig | None = None
+        self._reading = asyncio.Lock()
         self._published = set[int]()
         """Versions that serving.json does not know yet."""
         self._file = Duty("serving.json", self._follow, LOOK_S)
-        self._newest = Duty("the newest version", self._read_newest, LOOK_S)
+        looks = LOOK_S if watch or self.place.local else REMOTE_LOOK_S
+        self._newest = Duty("the newest version", self._read_newest, looks)
         self._live = Duty("the live version", self._load, 10 * LOOK_S)
         self._checks = Duty("the checks of a version", self._check, 10 * LOOK_S)
         self._duties = self._file, self._newest, self._live, self._checks
@@ -78,11 +81,11 @@ class LivePolicy:
         """Waits until serving.json has been read, or could not be."""
         await self._file.first_step(timeout_s)
 
-    async def publish(self, version: int) -> None:
-        """Announces the newest version; it goes live if it is followed, after its checks if there are any. Trouble with
-        that is no trouble of the publisher's: the version is considered again."""
-        self._published.add(version)
-        await self._poll.announce()
+    async def publish(self) -> None:
+        """Looks for the newest version; it goes live if it is followed, after its checks if there are any. Raises what
+        stands against reading it. Trouble with serving.json is no trouble of the publisher's: the version is considered
+        again."""
+        await self._find_newest()
         self._checks.wake()
         await self._file.stepped(PUBLISH_WAIT_S)
 
@@ -158,26 +161,27 @@ class LivePolicy:
         self._config = config
 
     async def _read_newest(self) -> bool:
-        """Finds versions that another process has published and, after a restart, the newest of this one's."""
-        if self._watch or self._loaded.training is None:
-            newest = await asyncio.to_thread(self._loaded.read_newest)
-            if newest is not None:
-                self._published.add(newest)
-                await self._poll.announce()
-                self._file.wake()
+        """Finds versions of which nobody has told: another process has published them, or the one that did ended."""
+        if await self._find_newest():
+            self._checks.wake()
+            self._file.wake()
         return True
+
+    async def _find_newest(self) -> bool:
+        async with self._reading:
+            newest = await asyncio.to_thread(self._loaded.read_newest)
+        if newest is not None:
+            self._published.add(newest)
+            await self._poll.announce()
+        return newest is not None
 
     async def _load(self) -> bool:
         """Reads the live version from disk if it is not in memory, and hands it out."""
-        state = self.serving
-        if state.live is None or self._loaded.is_live(state):
-            return True
-        weights = await asyncio.to_thread(self._loaded.get, state.live)
-        if (state.live, state.sequence) != (self.serving.live, self.serving.sequence):
-            return False
-        self._loaded.live = replace(weights, sequence=state.sequence)
+        async with self._reading:
+            state = self.serving
+            await asyncio.to_thread(self._loaded.make_live, state)
         await self._poll.announce()
-        return True
+        return self._loaded.is_live(self.serving)
 
     @property
     def _are_checked(self) -> bool:
@@ -186,10 +190,9 @@ class LivePolicy:
 
     async def _candidate(self) -> int | None:
         """The newest version if it is to be checked here."""
-        newest = self._loaded.training
-        if self._watch or not self._are_checked or newest is None or newest.id.version == 0:
+        version, state = self._loaded.newest, self.serving
+        if self._watch or not self._are_checked or not version:
             return None
-        version, state = newest.id.version, self.serving
         known = version in state.passed or version in state.refused
         folder = version_folder(self._loaded.url, version)
         return None if known or not await asyncio.to_thread(is_complete, folder) else version
@@ -211,7 +214,7 @@ class LivePolicy:
                 labels = serving.all_labels(self.serving, await asyncio.to_thread(self._loaded.on_disk))
                 await self._edit(lambda state: serving.trim(_judged(state, version, labels, verdict), labels))
                 await self._carry_out()
-        elif self._loaded.training is not None and self._loaded.training.id.version == version:
+        elif self._loaded.newest == version:
             raise WeightsError(f"no generator holds version {version} yet")
         return False
 

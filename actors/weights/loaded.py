@@ -9,17 +9,26 @@ from sampo_ray.run import serving
 from sampo_ray.run.buckets import Bucket
 from sampo_ray.run.serving import Serving
 from sampo_ray.run.version_files import read_version
-from sampo_ray.run.versions import VersionInfo, WeightsId, complete_versions, read_info, version_folder
+from sampo_ray.run.versions import (
+    VersionInfo,
+    WeightsId,
+    complete_versions,
+    newest_version,
+    read_info,
+    version_folder,
+)
 
 
 class LoadedVersions:
-    """The newest version of a run, the live one and the round's reference; any other is read from disk and `put`."""
+    """The newest version of a run and the live one, which are read from disk and `put`. There are never more than two
+    whole ones: what nobody needs is let go before another is read. Not for several threads at once."""
 
     def __init__(self, run: str, versions_url: str, put: Callable[[Bucket], Bucket]) -> None:
         self.run, self.url, self._put = run, versions_url, put
         self.training: Weights | None = None
         self.live: Weights | None = None
-        self.reference: Weights | None = None
+        self.newest: int | None = None
+        """The version of `training`, also while that is being read."""
         self._infos: dict[int, VersionInfo] = {}
 
     def current(self, channel: str) -> Weights | None:
@@ -37,26 +46,15 @@ class LoadedVersions:
     def labels(self, state: Serving, version: int) -> list[str]:
         return serving.all_labels(state, {version: self.info(version)})[version]
 
-    def get(self, version: int) -> Weights:
-        held = [w for w in (self.training, self.live, self.reference) if w and w.id.version == version]
-        return held[0] if held else self._read(version)
-
-    def is_newer(self, version: int) -> bool:
-        return self.training is None or version > self.training.id.version
-
-    def add(self, version: int, buckets: tuple[Bucket, ...]) -> None:
-        self.training = self._of(version, buckets)
-
     def read_newest(self) -> int | None:
         """Reads the newest version on disk; None when there is none that is newer than the newest in memory."""
-        newest = max(complete_versions(self.url), default=None)
-        if newest is None or not self.is_newer(newest):
+        version = newest_version(self.url, after=-1 if self.newest is None else self.newest)
+        if version is None:
             return None
-        weights = self._read(newest)
-        if not self.is_newer(newest):  # another was published meanwhile
-            return None
-        self.training = weights
-        return newest
+        if self.training is not None and not self._is_in_use(self.training, version):
+            self.training = None  # readers wait for the next one
+        self.training, self.newest = self._read(version), version
+        return version
 
     def is_live(self, state: Serving) -> bool:
         """Whether readers get what is live, or nothing is."""
@@ -65,27 +63,40 @@ class LoadedVersions:
 
     def make_live(self, state: Serving) -> None:
         """Hands out the live version. It is read from disk if it is not in memory; WeightsError when it cannot be."""
-        if state.live is not None and not self.is_live(state):
-            self.live = replace(self.get(state.live), sequence=state.sequence)
+        if state.live is None or self.is_live(state):
+            return
+        if self.live is not None and not self.holds(state.live) and not self._is_in_use(self.live, state.live):
+            self.info(state.live)
+            self.live = None
+        held = [w for w in (self.training, self.live) if w and w.id.version == state.live]
+        self.live = replace(held[0] if held else self._read(state.live), sequence=state.sequence)
 
     def holds(self, version: int | None) -> bool:
         """Whether a version is in memory."""
-        return any(w is not None and w.id.version == version for w in (self.training, self.live, self.reference))
+        return any(w is not None and w.id.version == version for w in (self.training, self.live))
+
+    def _is_in_use(self, weights: Weights, coming: int) -> bool:
+        """Whether the buckets of these weights are needed besides, or those of the version that comes are its base."""
+        other = self.live if weights is self.training else self.training
+        adapters = self.info(coming).adapters
+        shared = other is not None and other.buckets is weights.buckets
+        return shared or (adapters is not None and adapters.base == _whole(weights))
 
     def _read(self, version: int) -> Weights:
-        buckets = read_version(version_folder(self.url, version))
-        return self._of(version, tuple(self._put(bucket) for bucket in buckets))
-
-    def _of(self, version: int, buckets: tuple[Bucket, ...]) -> Weights:
-        """The weights of these buckets; of adapters, with the buckets of their base."""
+        """A version's weights; of adapters, with the buckets of their base, which are shared."""
         weights_id, info = WeightsId(self.run, version), self.info(version)
+        buckets = tuple(self._put(bucket) for bucket in read_version(version_folder(self.url, version)))
         if info.adapters is None:
             return Weights(weights_id, info, buckets, version)
         (adapters,) = buckets
-        base = self.get(info.adapters.base)
-        if self.reference is None or self.reference.id.version < base.id.version:
-            self.reference = base  # the next version needs it again
+        held = [w for w in (self.training, self.live) if w and _whole(w) == info.adapters.base]
+        base = held[0] if held else self._read(info.adapters.base)
         return Weights(weights_id, info, base.buckets, version, adapters)
+
+
+def _whole(weights: Weights) -> int:
+    """The version that the buckets of weights are of."""
+    return weights.id.version if weights.info.adapters is None else weights.info.adapters.base
 
 
 def _position(state: Serving) -> tuple[int | None, int]:

@@ -4,8 +4,6 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import replace
 
 import ray
 from pydantic import BaseModel, ConfigDict
@@ -21,7 +19,7 @@ from sampo_ray.actors.weights.pinned import PinnedApps
 from sampo_ray.actors.weights.turns import SharedGpus, Turn
 from sampo_ray.errors import WeightsError
 from sampo_ray.run import serving
-from sampo_ray.run.buckets import Bucket, verify
+from sampo_ray.run.buckets import Bucket
 from sampo_ray.run.commands import Command
 from sampo_ray.run.report import REFRESH_S, Report, Trouble, report_place
 from sampo_ray.run.storage import Place
@@ -49,7 +47,8 @@ class Attachment(BaseModel):
 class WeightStore:
     """Ray actor (async, detached) that holds a run's weights in the object store and follows its `serving.json`.
 
-    The bytes are put again under this actor's ownership, since objects die with the process that put them. `state_url`
+    It reads them from the run directory, since objects die with the process that put them: the newest version and the
+    live one, with adapters their base, are there, and no third. `state_url`
     is a small file (local path or fsspec URL) that names the attached run, so that a restarted actor returns to it.
     `apps` is the prefix of the fleet's Serve applications ("": no fleet, so no checks and no pins). Methods are
     idempotent: the actor is started with unlimited retries. What is wanted of it is brought about in duties, which try
@@ -82,30 +81,22 @@ class WeightStore:
         await self._ready()
         return self._current_id("live")
 
-    async def publish(
-        self, run_id: str, version: int, reference: bool, buckets: Sequence[Bucket], offered: bool = False
-    ) -> WeightsId | None:
-        """Makes a durable version the newest, and the round's reference if so marked; returns what is live afterwards.
+    async def publish(self, run_id: str, version: int) -> WeightsId | None:
+        """Reads the newest version on disk, which is this one or was made since; returns what is live afterwards.
 
         It goes live at once if the live policy follows such versions and the recipe names no checks, else after its
         checks; where serving.json cannot be changed just now, as soon as it can be. Idempotent; a version older than
-        the newest is ignored. `offered`: the publisher also sends it by a transport. Raises WeightsError for a run that
-        is not attached or a version that is not complete on disk.
+        the newest is ignored. Raises WeightsError for a run that is not attached or a version that is not complete on
+        disk, or is damaged.
         """
         async with self._publishing:
             self._check_run(run_id)
             self._start()
-            if self._loaded.is_newer(version):
-                here = tuple([await asyncio.to_thread(copied, replace(b, data=await b.data)) for b in buckets])
-                if offered:
-                    await self._transfers.offer(WeightsId(run_id, version))
-                await asyncio.to_thread(self._loaded.add, version, here)
-                await self._policy.publish(version)
-            newest = self._loaded.training
-            if newest is not None and version < newest.id.version:
-                logger.warning("ignored version %d of run %s: %s is newer", version, run_id, newest.id)
-            elif reference:
-                self._loaded.reference = newest
+            await asyncio.to_thread(self._loaded.info, version)
+            await self._policy.publish()
+            newest = self._loaded.newest
+            if newest is not None and version < newest:
+                logger.warning("ignored version %d of run %s: %d is newer", version, run_id, newest)
             return self._current_id("live")
 
     async def wait(
@@ -130,6 +121,9 @@ class WeightStore:
         return await self._gpus.ask(replica, sleeps, timeout_s)
 
     # Sending a version by a transport: the calls of its TransferCoordinator. A store that restarts has a new one.
+    async def offer_transfer(self, weights: WeightsId) -> None:
+        await self._transfers.offer(weights)
+
     async def join_transfer(
         self, replica: ReceivingReplica, weights: WeightsId, timeout_s: float
     ) -> TransferPlan | None:
@@ -146,11 +140,6 @@ class WeightStore:
 
     async def finish_transfer(self, weights: WeightsId, timeout_s: float, succeeded: bool) -> list[str]:
         return await self._transfers.finish(weights, timeout_s, succeeded)
-
-    async def get(self, run_id: str, version: int) -> Weights:
-        """A version of the attached run: from memory if it is there, else from disk."""
-        self._check_run(run_id)
-        return await asyncio.to_thread(self._loaded.get, version)
 
     async def serves(self, version: int | None) -> bool:
         """Whether this version is live (None: any), and each version goes live as soon as it is published."""
@@ -180,7 +169,7 @@ class WeightStore:
         return CommandAnswer(done, repeated, await self.state())
 
     def _opened(self) -> tuple[LoadedVersions, LivePolicy]:
-        loaded = LoadedVersions(self._attached.run, self._attached.versions, put)
+        loaded = LoadedVersions(self._attached.run, self._attached.versions, kept)
         return loaded, LivePolicy(loaded, self._poll, self._pinned, self._lock, self._attached.watch)
 
     def _current_id(self, channel: str) -> WeightsId | None:
@@ -222,13 +211,12 @@ class WeightStore:
         return True
 
 
-def copied(bucket: Bucket) -> Bucket:
-    """A verified copy that this process owns. Ray copies in six threads: where cores are few, a pause follows."""
+def kept(bucket: Bucket) -> Bucket:
+    """The bucket in the object store. Ray copies in six threads: where cores are few, a pause follows."""
     begun = time.perf_counter()
-    verify(bucket)
-    copy = put(bucket)
+    put_there = put(bucket)
     throttle(begun, min(1.0, (os.cpu_count() or 1) / AMPLE_CORES))
-    return copy
+    return put_there
 
 
 def start_weight_store(name: str, state_url: str, apps: str = "", where: Where = ANYWHERE) -> ActorHandle:

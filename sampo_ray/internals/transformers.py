@@ -69,7 +69,7 @@ class CheckpointFormat:
             kept.pop(name, None)
         kept = remove_tied_weights_from_state_dict(kept, model)
         reverse, self._groups = _Reverse(model), dict[str, _Group]()
-        groups = dict[str, _Group]()
+        self._by_target = groups = dict[str, _Group]()
         for name in sorted(kept, key=dot_natural_key):
             target, transform, pattern = reverse.renamed(name)
             self._groups[name] = group = groups.setdefault(target, _Group(target, transform))
@@ -85,6 +85,19 @@ class CheckpointFormat:
             return dtype
         return torch.float32 if build_glob_alternation(kept)[0].search(name) else dtype
 
+    @property
+    def groups(self) -> list[tuple[str, ...]]:
+        """The names in memory, together those of which tensors of the checkpoint are made together."""
+        return [tuple(group.patterns) for group in self._by_target.values()]
+
+    def made_of(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """The checkpoint's tensors that are made of the tensors in memory of one group."""
+        group = self._groups[next(iter(tensors))]
+        if group.transform is None:
+            yield group.target, next(iter(tensors.values()))
+        else:
+            yield from group.converted(tensors, self._model.config)
+
     def converted(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The checkpoint's tensors, of those in memory: each as soon as all that it is made of have come.
 
@@ -96,13 +109,10 @@ class CheckpointFormat:
             if (group := self._groups.get(name)) is None:
                 continue
             missing.discard(name)
-            if group.transform is None:
-                yield group.target, tensor
-                continue
             members = waiting[group.target]
             members[name] = tensor if len(group.patterns) == 1 else tensor.to("cpu", copy=True)
             if len(members) == len(group.patterns):
-                yield from group.converted(waiting.pop(group.target), self._model.config)
+                yield from self.made_of(waiting.pop(group.target))
         if missing:
             raise RuntimeError(f"no {min(missing)}, nor {len(missing) - 1} others, of the tensors that are to be saved")
 

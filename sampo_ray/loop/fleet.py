@@ -149,8 +149,7 @@ def applications(run: Run, serving: "PolicyServing", places: Places) -> dict[str
     apps: dict[str, serve.Application] = {}
     if config.reference_workers:
         threads = torch.get_num_threads() if not fleet.references.num_gpus or logical_gpus() else None
-        where = places.of("references")
-        apps[f"{run.id}-references"] = build_reference_app(serving.store_name, fleet.references, threads, where)
+        apps[f"{run.id}-references"] = build_reference_app(fleet.references, threads, places.of("references"))
     if config.serve.enabled:
         apps[f"{run.id}-policy"] = serving.policy("live", places.sized("policy", fleet.generators))
     one_engine = config.shares_gpus and config.serve.enabled  # on each GPU: there is no room for another
@@ -251,7 +250,7 @@ def attach_run(store: ActorHandle, run: Run, wait: Wait, places: Places) -> None
     if not run.versions.at("000000", "version.json").exists():
         source = lineage(run.config, None)
         base = VersionInfo(version=0, round=0, step=0, created=int(time.time()), base=source.base, recipe=source.recipe)
-        new = NewVersion(run.id, run.versions, base, reference=True)
+        new = NewVersion(run.id, run.versions, base)
         publish = _publish_base.options(**places.of("base publish", 2 * model_bytes(run.config.model.path)).options)
         published = publish.remote(run.config.model.path, tokenizer, store, new, run.config.run.export_dtype)
         try:

@@ -93,8 +93,26 @@ def read_info(folder_url: str) -> VersionInfo:
 
 def complete_versions(versions_url: str) -> list[int]:
     """The numbers of all complete versions under `versions_url`, ascending."""
-    numbers = sorted(int(name) for name in Place(versions_url).names() if re.fullmatch(r"[0-9]{6,}", name))
-    return [number for number in numbers if is_complete(version_folder(versions_url, number))]
+    return [number for number in _numbers(versions_url) if is_complete(version_folder(versions_url, number))]
+
+
+def newest_version(versions_url: str, after: int = -1) -> int | None:
+    """The newest complete version, if it is newer than `after`."""
+    newer = (number for number in reversed(_numbers(versions_url)) if number > after)
+    return next((number for number in newer if is_complete(version_folder(versions_url, number))), None)
+
+
+def clear_incomplete(versions_url: str) -> None:
+    """Removes what is left in object storage of versions whose writers died; nobody may be writing one. On local disks
+    there is nothing of the kind but drafts, which the next writer removes."""
+    if not Place(versions_url).local:
+        for number in _numbers(versions_url):
+            if not is_complete(version_folder(versions_url, number)):
+                Place(version_folder(versions_url, number)).remove()
+
+
+def _numbers(versions_url: str) -> list[int]:
+    return sorted(int(name) for name in Place(versions_url).names() if re.fullmatch(r"[0-9]{6,}", name))
 
 
 def remove_version(folder_url: str) -> None:

@@ -23,10 +23,11 @@ from torch.nn import Parameter
 from sampo_ray.errors import TrainingError
 from sampo_ray.training.batching import Pair, Pairs, Row, Step
 from sampo_ray.training.host_copies import HostBuffer, with_copies
-from sampo_ray.training.lora import Weight, adapter_names, named_weights, without_adapters
+from sampo_ray.training.lora import Weight, adapter_names, without_adapters
 from sampo_ray.training.objective import METRICS, Draw, LossInputs, accumulate, objective_of, zero_loss
 from sampo_ray.training.policy import batch_rows, every_token, policy_without_weights, row_logprobs, with_logprobs
 from sampo_ray.training.saving import Cast, SavedModel
+from sampo_ray.training.snapshots import Snapshot
 from sampo_ray.training.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
     from sampo_ray.config.run import RunConfig
     from sampo_ray.config.sections import OptimConfig
+    from sampo_ray.training.host_copies import HostBuffer
     from sampo_ray.training.logprobs import Distributions
     from sampo_ray.training.policy import Policy, Reference, Scores, SelectPositions
 
@@ -223,26 +225,18 @@ class Learner:
         """See `lora.adapter_names`."""
         return adapter_names(self.policy.model)
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of a checkpoint in bf16, but buffers and what transformers keeps in fp32, as they are computed
-        with. They come one by one, under ZeRO-3 each gathered until the next is taken. Only rank 0 gets a checkpoint's
-        names and shapes; the others take part.
-        """
-        tensors = self._saved.tensors(Cast(torch.bfloat16), gathered=lambda weight: self._gathered(weight.parts))
-        return tensors if self.rank else self._saved.converted(tensors)
+    def weights(self, buffer: HostBuffer) -> Snapshot:
+        """A checkpoint's tensors as they are computed with: bf16, but buffers and what transformers keeps in fp32."""
+        return Snapshot(self._saved.files(self.world, Cast(torch.bfloat16)), buffer, self.rank, self.world)
 
-    def adapters(self) -> Iterator[tuple[str, list[Tensor]]]:
-        """The adapters as they are computed with: the checkpoint's name of each adapted weight, with A [rank, in] and
-        B [out, rank]; none where `adapter_names` is None."""
-        names = self.adapter_names or {}
-        for name, weight in named_weights(self.policy.model):
-            if name in names:
-                _, *parts = weight.parts
-                with self._gathered(parts):
-                    yield names[name], [part.data for part in parts]
+    def adapters(self, buffer: HostBuffer) -> Snapshot:
+        """The adapters as they are computed with, in a file of peft's; `adapter_names` must not be None."""
+        assert self.adapter_names is not None
+        return Snapshot([self._saved.adapters_file(self.adapter_names)], buffer, self.rank, self.world)
 
     def masters(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of a checkpoint from the fp32 masters, in `dtype`; see `weights`. In the end an
+        """The tensors of a checkpoint from the fp32 masters, in `dtype`: one by one, under ZeRO-3 gathered until the
+        next is taken. Only rank 0 gets a checkpoint's names and shapes; the others take part. In the end an
         OverflowingWeightsError, on all ranks, if some were finite and are not in `dtype`.
         """
         tensors = self._masters(Cast(dtype))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +13,11 @@ from transformers import PreTrainedModel
 
 from sampo_ray.errors import OverflowingWeightsError
 from sampo_ray.internals.transformers import CheckpointFormat
-from sampo_ray.training.lora import Weight, named_buffers, named_weights
+from sampo_ray.internals.zero import whole_shape
+from sampo_ray.training.lora import MATRICES, Weight, file_name, named_buffers, named_weights
+from sampo_ray.training.snapshots import Named, Value, WeightFile
+
+FILE_BYTES = 64 << 20
 
 
 def data_of(parameter: Parameter) -> Tensor:
@@ -43,9 +48,72 @@ class SavedModel:
                     yield name, cast(name, weight.merged(value), self._format.dtype(name, cast.dtype))
         yield from (each for each in named_buffers(self._model) if each[0] in self._format)
 
+    def files(self, world: int, cast: Cast, nbytes: int = FILE_BYTES) -> list[WeightFile]:
+        """What is saved as files of at most `nbytes` (a larger tensor has its own), evenly divided among ranks. What is
+        converted together is in one file."""
+        weights, buffers = dict(named_weights(self._model)), dict(named_buffers(self._model))
+
+        def parts(group: Sequence[str]) -> list[Tensor]:
+            return [part for name in group for part in (weights[name].parts if name in weights else [buffers[name]])]
+
+        def size(group: Sequence[str]) -> int:
+            saved = ((weights[name].parameter if name in weights else buffers[name], name) for name in group)
+            types = ((each, self._format.dtype(name, cast.dtype)) for each, name in saved)
+            return sum(whole_shape(each).numel() * dtype.itemsize for each, dtype in types)
+
+        def made(groups: Sequence[Sequence[str]], value: Value) -> Named:
+            def tensor(name: str) -> Tensor:
+                if name not in weights:
+                    return value(buffers[name])
+                return cast(name, weights[name].merged(value), self._format.dtype(name, cast.dtype))
+
+            for group in groups:
+                yield from self._format.made_of({name: tensor(name) for name in group})
+
+        groups = self._format.groups
+        sizes = [size(group) for group in groups]
+        together = [[groups[index] for index in indices] for indices in filled(sizes, nbytes)]
+        ranks = divided([sum(map(size, each)) for each in together], world)
+        return [
+            WeightFile(rank, tuple(part for group in each for part in parts(group)), partial(made, each))
+            for rank, each in zip(ranks, together, strict=True)
+        ]
+
+    def adapters_file(self, names: Mapping[str, str]) -> WeightFile:
+        """The adapters as one file of peft's, which rank 0 writes. `names`: see `lora.adapter_names`."""
+        adapters = {names[name]: each.parts[1:] for name, each in named_weights(self._model) if name in names}
+
+        def made(value: Value) -> Named:
+            for name, parts in adapters.items():
+                for side, part in zip(MATRICES, parts, strict=True):
+                    yield file_name(name, side), value(part)
+
+        return WeightFile(0, tuple(part for parts in adapters.values() for part in parts), made)
+
     def converted(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The same under the names and in the shapes of the checkpoint."""
         return self._format.converted(tensors)
+
+
+def filled(sizes: Sequence[int], most: int) -> list[list[int]]:
+    """Indices of the sizes, in their order, in lists whose sum is at most `most`, or of one that is larger."""
+    lists, end = list[list[int]](), most + 1
+    for index, size in enumerate(sizes):
+        if end + size > most:
+            lists.append([])
+            end = 0
+        lists[-1].append(index)
+        end += size
+    return lists
+
+
+def divided(sizes: Sequence[int], among: int) -> list[int]:
+    """Who of so many gets each, so that all get about the same: the largest first, each to who has least."""
+    loads, owners = [0] * among, [0] * len(sizes)
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        owners[index] = loads.index(min(loads))
+        loads[owners[index]] += sizes[index]
+    return owners
 
 
 class Cast:
