@@ -209,7 +209,7 @@ def read_version(folder_url: str) -> Iterator[Bucket]:
 def _bytes_of(file: Place) -> np.ndarray:
     """Read-only uint8 [bytes] of the file, of a local one as they are used."""
     if file.local and os.path.getsize(file.path):
-        return np.memmap(file.path, np.uint8, "r")
+        return np.asarray(np.memmap(file.path, np.uint8, "r"))  # of its class, Ray would copy the bytes once more
     return np.frombuffer(file.read(), np.uint8)
 
 
