@@ -24,7 +24,7 @@ from sampo_ray.actors.weights.client import find_weight_store
 from sampo_ray.config.run import RunConfig
 from sampo_ray.data.preferences import pairs_of, with_reference
 from sampo_ray.errors import TrainingError
-from sampo_ray.run.manifest import StepMetrics, StepResult, Stored
+from sampo_ray.run.manifest import StepMetrics, StepResult
 from sampo_ray.run.node_copies import version_on_disk
 from sampo_ray.run.parts import BLOCK_FETCH_S
 from sampo_ray.run.versions import version_folder
