@@ -69,8 +69,9 @@ def exported_by_a_rank(run: Run, dtype: str) -> Any:
 def first_step_asked_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> int:
     """The step after which the driver wants the results of the round's ranks."""
     asked = []
-    trainer: Any = SimpleNamespace(train=lambda spec, after_step: iter(asked.append(after_step) or ()))
+    trainer: Any = SimpleNamespace(train=lambda spec, after_step, check: iter(asked.append(after_step) or ()))
     monkeypatch.setattr(stages, "lengths", lambda pairs: np.ones((STEPS * run.config.optim.batch_size, 3)))
+    monkeypatch.setattr("ray.put", lambda lengths: lengths)
     reporter = MagicMock(stage=lambda *_: nullcontext(MagicMock()))
     list(Round(run, 0, reporter).train([], trainer))
     return asked[0] + 1
