@@ -504,6 +504,7 @@ def test_what_is_given_out_is_what_save_pretrained_writes_and_the_reference_is_t
         }
         kept = load_model(folder, tensors=found, dtype=dtype)
         assert_same({name: each.clone() for name, each in saved_tensors(kept)}, found)
+    assert learner.adapter_names is None, "whole versions are published"
     copies = weights(learner)
     assert_same(copies, gathered(learner))
     again = with_reference(load_policy(folder, tensors=copies).requires_grad_(False), pairs)

@@ -222,8 +222,8 @@ class Learner:
 
     @functools.cached_property
     def adapter_names(self) -> dict[str, str] | None:
-        """See `lora.adapter_names`."""
-        return adapter_names(self.policy.model)
+        """See `lora.adapter_names`; None also where there are no adapters."""
+        return adapter_names(self.policy.model) or None
 
     def weights(self, buffer: HostBuffer) -> Snapshot:
         """A checkpoint's tensors as they are computed with: bf16, but buffers and what transformers keeps in fp32."""
