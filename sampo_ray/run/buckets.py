@@ -13,6 +13,7 @@ from sampo_ray.run.checksums import checksum as checksum
 from sampo_ray.run.checksums import checksum_of as checksum_of
 from sampo_ray.run.checksums import checksum_of_file as checksum_of_file
 from sampo_ray.run.checksums import checksums as checksums
+from sampo_ray.training.host_copies import as_bytes
 
 BUCKET_BYTES = 64 << 20
 ALIGNMENT = 64
@@ -44,7 +45,7 @@ def pack(tensors: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int = BUCKET
     specs: list[TensorSpec] = []
     data, end = np.zeros(0, np.uint8), 0
     for name, tensor in tensors:
-        source = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
+        source = as_bytes(tensor.to("cpu")).numpy()
         start = -(-end // ALIGNMENT) * ALIGNMENT
         if specs and start + source.size > bucket_bytes:
             yield Bucket(tuple(specs), data[:end], checksum(data[:end]))

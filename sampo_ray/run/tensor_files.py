@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from sampo_ray.run.buckets import ALIGNMENT, TensorSpec
 from sampo_ray.run.checksums import checksum_of
+from sampo_ray.training.host_copies import as_bytes
 
 LENGTH = 8
 TYPES = {
@@ -60,7 +60,7 @@ def pieces(tensors: Mapping[str, Tensor]) -> Iterator[memoryview | bytes]:
     text += b" " * (-(LENGTH + len(text)) % ALIGNMENT)
     yield len(text).to_bytes(LENGTH, "little") + text
     for _, tensor in ordered:
-        yield tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        yield as_bytes(tensor).numpy().data
 
 
 def specs_of(data: np.ndarray) -> tuple[TensorSpec, ...]:

@@ -54,6 +54,12 @@ class HostBuffer:
         return self._memory
 
 
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The tensor's values as uint8 [bytes], without a copy where they are contiguous. One value may have any stride,
+    which a view of other element sizes refuses."""
+    return tensor.detach().contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
 def _copy(memory: mmap.mmap, start: int, tensor: Tensor) -> Tensor:
     if not tensor.numel():
         return torch.empty(tensor.shape, dtype=tensor.dtype)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -18,9 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from sampo_ray.internals.zero import partition, whole
-
-if TYPE_CHECKING:
-    from sampo_ray.training.host_copies import HostBuffer
+from sampo_ray.training.host_copies import HostBuffer, as_bytes
 
 Value: TypeAlias = Callable[[Tensor], Tensor]
 Named: TypeAlias = Iterator[tuple[str, Tensor]]
@@ -73,7 +71,7 @@ class Snapshot:
         ]
         if not any(split):
             return {}
-        sent = [[_bytes(self._copy(part)) for part in parts] for parts in split]
+        sent = [[as_bytes(self._copy(part)) for part in parts] for parts in split]
         sizes, mine = [sum(map(len, each)) for each in sent], [len(each) for each in sent[self._rank]]
         ours = torch.cat([torch.empty(0, dtype=torch.uint8), *(each for parts in sent for each in parts)])
         theirs = torch.empty(self._world * sum(mine), dtype=torch.uint8)
@@ -98,7 +96,3 @@ def _here(part: Tensor) -> Tensor:
     """What this rank holds of a parameter or buffer."""
     own = partition(part)
     return (part if own is None else own).detach()
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
