@@ -188,8 +188,10 @@ def test_a_job_continues_with_as_many_ranks_as_there_is_room_for(cluster: Cluste
     assert steps == list(range(1, len(steps) + 1)), "each step is recorded once"
 
 
-def ranks_of_checkpoint(run: Path) -> int:
-    return json.loads((run / "manifest.json").read_text())["checkpoint"]["world"]
+def ranks_of_checkpoint(run: Path) -> int | None:
+    """None before there is one, which is complete some steps after its own."""
+    checkpoint = json.loads((run / "manifest.json").read_text())["checkpoint"]
+    return checkpoint and checkpoint["world"]
 
 
 @pytest.mark.parametrize(
