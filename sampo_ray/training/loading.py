@@ -107,13 +107,18 @@ def _off_meta(model: nn.Module) -> None:
                 own[name] = made.setdefault(id(parameter), Parameter(empty, parameter.requires_grad))
 
 
+_NO_VALUES: dict[torch.dtype, Tensor] = {}
+"""The memory of what has no values yet, one number a data type: by it such tensors are told from others."""
+
+
 def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor on the CPU in the memory of one number."""
-    return torch.empty((), dtype=dtype).expand(like.shape)
+    """A tensor on the CPU without values, in the memory of one number."""
+    return _NO_VALUES.setdefault(dtype, torch.zeros((), dtype=dtype)).expand(like.shape)
 
 
 def _is_empty(tensor: Tensor) -> bool:
-    return not tensor.is_meta and tensor.untyped_storage().nbytes() < tensor.nbytes
+    none = _NO_VALUES.get(tensor.dtype)
+    return none is not None and tensor.untyped_storage().data_ptr() == none.untyped_storage().data_ptr()
 
 
 class Weights:
