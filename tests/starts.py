@@ -38,14 +38,11 @@ def start_with_a_node_that_comes(nodes: Nodes) -> dict[str, object]:
         said.append((time.monotonic() - begun, text))
         lacking.set()
 
-    def join() -> None:
-        if lacking.wait(scaled(60)):
-            nodes.add_node(num_gpus=1, **SIZE)
-
     apps = {"r-policy": serve.deployment(Replica, ray_actor_options={"num_cpus": 0.5, "num_gpus": 1}).bind()}
-    thread = threading.Thread(target=join)
+    thread = threading.Thread(target=run_apps, args=(apps, Wait(needs_of(apps), note, scaled(120))))
     thread.start()
-    run_apps(apps, Wait(needs_of(apps), note, scaled(120)))
+    if lacking.wait(scaled(60)):
+        nodes.add_node(num_gpus=1, **SIZE)  # only in the main thread
     thread.join()
     status = serve.status().applications["r-policy"].status
     serve.shutdown()
