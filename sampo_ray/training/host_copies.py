@@ -29,6 +29,11 @@ class HostBuffer:
         self._memory: mmap.mmap | None = None
         self._unpin: Callable[[], object] = lambda: None
 
+    @property
+    def nbytes(self) -> int:
+        """Of the memory that it has."""
+        return len(self._memory) if self._memory is not None else 0
+
     def copies(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The tensors' values on the CPU, contiguous, complete on return. Each has a storage of its own, so that
         torch.save writes what it holds and nothing beside it."""
