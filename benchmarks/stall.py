@@ -85,9 +85,6 @@ def make_model(folder: Path, args: argparse.Namespace) -> int:
     )
     model = AutoModelForCausalLM.from_config(shape(layers), dtype=torch.bfloat16)
     model.save_pretrained(folder / "model")
-    small, _ = _rig.model_folder(None, folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(Path(small) / name, folder / "model" / name)
     _measure.note(
         f"{layers} of the 16 layers of Llama-3.2-1B's shape, {model.num_parameters() / 1e9:.2f}B parameters: what two "
         f"ranks have room for in the {available / 2**30:.1f} GiB that are free"
