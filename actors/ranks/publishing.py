@@ -39,7 +39,8 @@ from sampo_ray.training.snapshots import Snapshot
 
 logger = logging.getLogger(__name__)
 
-TELL_S = 300.0
+TELL_S = 60.0
+"""For the store, which finds new versions by looking, too: a checkpoint may wait behind this, where it is gone."""
 ATTEMPTS, PAUSE_S = 3, 5.0
 """To write a version, and the growing pauses between them."""
 
