@@ -206,6 +206,17 @@ def steps_with_stops(side: Side, args: argparse.Namespace) -> float:
     return lost
 
 
+def make_moments(learner: Any) -> None:
+    """Makes what AdamW makes in its first step."""
+    import torch
+
+    optimizer = learner._engine.optimizer
+    sharded = hasattr(optimizer, "fp32_partitioned_groups_flat")
+    for master in optimizer.fp32_partitioned_groups_flat if sharded else optimizer.single_partition_of_fp32_groups:
+        moments = {name: torch.full_like(master, 1e-8, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.optimizer.state[master] = {"step": torch.zeros(()), **moments}
+
+
 def tree_of(args: argparse.Namespace) -> dict[str, Any]:
     model = {"path": str(args.folder.parent / "model")}
     trainer = {"zero_stage": args.stage, "workers": RANKS, "checkpoint_every": 1}
@@ -237,6 +248,7 @@ def ours(args: argparse.Namespace) -> tuple[Side, int, dict[str, int]]:
     spec: Any = RoundSpec(run.id, run.place, run.config, 0, 0, 1000, (), None)  # type: ignore[arg-type]
     rank = Rank(spec, None)  # type: ignore[arg-type]
     learner = rank.learner
+    make_moments(learner)
 
     def publish(step: int) -> None:
         learner.step = step
@@ -282,6 +294,8 @@ def base(args: argparse.Namespace) -> tuple[Side, int, dict[str, int]]:
     run = run or open_run(config.run.dir)
     work = Work(run.id, run.place, run.config, 0, 0, 1000, (), None)
     rank = Rank(work, SimpleNamespace(publish=SimpleNamespace(remote=lambda *_: None)))
+
+    make_moments(rank.learner)
 
     def publish(step: int) -> None:
         rank.learner.step = step

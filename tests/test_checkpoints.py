@@ -47,6 +47,9 @@ class Counter:
             states["model.pt"] = {"step": self.step}
         return with_copies(states, buffer)
 
+    def warm(self, buffer: HostBuffer) -> None:
+        self.snapshot(buffer)
+
     def load(self, folder: Path, tag: str, round: int, step: int, *_: object, universal: bool = False) -> None:
         state = torch.load(folder / tag / self.files[1])["state"]
         self.state, self.round, self.step, self.loaded = state, round, step, (folder / tag, universal)

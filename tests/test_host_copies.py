@@ -30,6 +30,9 @@ def test_memory_is_taken_once_and_again_only_for_more() -> None:
     buffer = HostBuffer()
     first, again, fewer = (buffer.copies(tensors)[0].data_ptr() for tensors in (TENSORS, TENSORS, TENSORS[:2]))
     assert first == again == fewer
+    before = buffer.nbytes
+    buffer.add(1 << 12)
+    assert buffer.nbytes == before + (1 << 12)
     larger = buffer.copies([torch.ones(1 << 20)])[0]
     assert torch.equal(larger, torch.ones(1 << 20))
 

@@ -284,6 +284,7 @@ def test_deepspeed_hands_what_it_saves_to_its_checkpoint_engine_and_loads_by_the
     for writes in (DeepSpeedEngine._save_checkpoint, DeepSpeedEngine._save_zero_checkpoint):
         assert "self.checkpoint_engine.save(" in inspect.getsource(writes), deepspeed_found()
         assert "torch.save" not in inspect.getsource(writes), deepspeed_found()
+    assert "self._copy_recovery_script(" in inspect.getsource(DeepSpeedEngine._save_zero_checkpoint), deepspeed_found()
     names = SimpleNamespace(
         _get_ckpt_name=lambda folder, tag: f"{folder}/{tag}/mp_rank_00_model_states.pt",
         _get_zero_ckpt_name=lambda folder, tag: f"{folder}/{tag}/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",

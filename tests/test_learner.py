@@ -342,6 +342,20 @@ def _two_copy(rank, model, folder, zero_stage, lora):
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize(("zero_stage", "lora"), [(2, None), (3, None), (2, {"rank": 4})])
+def test_a_snapshot_writes_no_file_and_fits_in_the_memory_that_was_taken_before_the_first_step(
+    alone, tiny_model, pairs, tmp_path, monkeypatch, zero_stage, lora
+):
+    learner, buffer = make(tiny_model, "sigmoid", lora=lora, zero_stage=zero_stage), HostBuffer()
+    learner.warm(buffer)
+    taken, folder = buffer.nbytes, tmp_path / "empty"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    learner.optimize(plan(pairs)[0], pairs, 4)
+    learner.snapshot(buffer)
+    assert buffer.nbytes == taken and not list(folder.iterdir())
+
+
 def _two_ranks(rank, tiny_model, pairs, folder, zero_stage, lora):
     """Trains on the four steps and saves after two; `masters.pt` has the results beyond, and masters then and after."""
     os.environ["LOCAL_RANK"] = str(rank)

@@ -35,7 +35,7 @@ class Checkpointer:
     def __init__(self, background: Background, learner: Learner) -> None:
         self._background, self._buffer = background, HostBuffer()
         self._due, self._written = False, _done()
-        learner.snapshot(self._buffer)  # memory is slow when it is written for the first time: not within a step
+        learner.warm(self._buffer)
 
     def after_step(self, spec: RoundSpec, learner: Learner, last: bool) -> None:
         """Begins a checkpoint if one is due, as it is after a round's `last` step; collective where that is so."""

@@ -1,7 +1,6 @@
 """DeepSpeed's private interfaces, checked with DeepSpeed 0.19.8."""
 
 import io
-import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stdout
@@ -95,15 +94,25 @@ class _Collected(CheckpointEngine):
 
 def checkpoint_states(engine: DeepSpeedEngine, exclude_frozen: bool) -> dict[str, Any]:
     """What this rank has to write of a checkpoint, by file name; collective. The tensors are those in use: they change
-    with the next step. DeepSpeed's engines that write beside the training leave that to their user, too."""
+    with the next step. DeepSpeed's engines that write beside the training leave that to their user, too. Nothing is
+    written, no script of DeepSpeed's either: on a busy disk that takes seconds, for which all ranks would wait."""
     collected, writing = _Collected(), engine.checkpoint_engine
-    engine.checkpoint_engine = collected
+    engine.checkpoint_engine, engine._copy_recovery_script = collected, lambda folder: None
     try:
-        with tempfile.TemporaryDirectory() as folder:  # for scripts that DeepSpeed puts beside its files
-            engine.save_checkpoint(folder, tag="state", save_latest=False, exclude_frozen_parameters=exclude_frozen)
+        engine.save_checkpoint("nowhere", tag="state", save_latest=False, exclude_frozen_parameters=exclude_frozen)
     finally:
         engine.checkpoint_engine = writing
+        del engine._copy_recovery_script
     return collected.states
+
+
+def missing_moments(engine: DeepSpeedEngine) -> int:
+    """Bytes of the moments, and of the counts of steps, that this rank does not have yet: AdamW makes them in its
+    first step."""
+    optimizer = engine.optimizer
+    sharded = hasattr(optimizer, "fp32_partitioned_groups_flat")
+    masters = optimizer.fp32_partitioned_groups_flat if sharded else optimizer.single_partition_of_fp32_groups
+    return sum(2 * master.nbytes + 256 for master in masters if not optimizer.optimizer.state.get(master))
 
 
 def checkpoint_files(engine: DeepSpeedEngine) -> list[str]:

@@ -28,11 +28,17 @@ class HostBuffer:
     def __init__(self) -> None:
         self._memory: mmap.mmap | None = None
         self._unpin: Callable[[], object] = lambda: None
+        self._pinned = False
 
     @property
     def nbytes(self) -> int:
         """Of the memory that it has."""
         return len(self._memory) if self._memory is not None else 0
+
+    def add(self, nbytes: int) -> None:
+        """Takes so much more memory than it has, and writes all of it for the first time."""
+        memory = self._at_least(self.nbytes + nbytes, self._pinned)
+        torch.frombuffer(memory, dtype=torch.uint8).zero_()
 
     def copies(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The tensors' values on the CPU, contiguous, complete on return. Each has a storage of its own, so that
@@ -53,6 +59,7 @@ class HostBuffer:
             self._unpin()
             self._memory = None  # the system has it back before the larger one is taken
             self._memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._pinned = pinned
             if pinned:
                 self._unpin = finalizer = weakref.finalize(self, _pin(self._memory))
                 finalizer.atexit = False  # CUDA may be gone by then

@@ -268,6 +268,13 @@ class Learner:
         states = checkpoint_states(self._engine, exclude_frozen=self.config.model.lora is not None)
         return with_copies(states, buffer)
 
+    def warm(self, buffer: HostBuffer) -> None:
+        """Takes the memory that snapshots need, which is slow when it is written for the first time; collective."""
+        from sampo_ray.internals.deepspeed import missing_moments
+
+        self.snapshot(buffer)
+        buffer.add(missing_moments(self._engine))
+
     @property
     def files(self) -> list[str]:
         """Names of the files that this rank loads of what as many ranks saved."""
