@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import ray
 import torch
@@ -40,7 +40,7 @@ from sampo_ray.training.snapshots import Snapshot
 logger = logging.getLogger(__name__)
 
 TELL_S = 60.0
-"""For the store, which finds new versions by looking, too: a checkpoint may wait behind this, where it is gone."""
+"""For the store, which finds new versions by looking, too; a round's end waits for it."""
 ATTEMPTS, PAUSE_S = 3, 5.0
 """To write a version, and the growing pauses between them."""
 
@@ -54,6 +54,7 @@ class Publisher:
         self._store, self._device, self._background = store, device, background
         self._buffer, self._written = HostBuffer(), Future[None]()
         self._written.set_result(None)
+        self._tellers, self._told = ThreadPoolExecutor(1, "tell"), self._written
         self._sender = start_sender(transport, store, device) if dist.get_rank() == 0 else None
         self._cleared = False
 
@@ -80,12 +81,15 @@ class Publisher:
         self._written = self._background.start(what, lambda: self._publish(version, snapshot))
 
     def check(self) -> None:
-        """Raises why the last version could not be written, if so; for a round's end."""
+        """Raises why the last version could not be written, if so; for a round's end. The store knows of it then, if it
+        can be told."""
+        wait([self._told], JOB_S)
         if (error := self._written.exception(JOB_S)) is not None:
             raise error
 
     def wait(self) -> None:
         """Returns when nothing is being sent from this process any more."""
+        wait([self._told], JOB_S)
         if self._sender is not None:
             self._sender.wait()
 
@@ -111,6 +115,11 @@ class Publisher:
         if dist.get_rank():
             return
         self._background.report(Stored(published=(version.number,)))
+        self._told.cancel()  # of an older version, if that has not begun
+        self._told = self._tellers.submit(self._tell, version, sent)
+
+    def _tell(self, version: "_Version", sent: bool) -> None:
+        """Tells the store and sends the version; in a thread of its own, as checkpoints do not wait for a store."""
         try:
             tell(self._store, version.new.id, TELL_S)
             if sent:
