@@ -72,6 +72,10 @@ class EndpointError(UserError, RuntimeError):
     """An endpoint that could not be started; the message says why."""
 
 
+class EvaluationError(UserError, RuntimeError):
+    """Something could not be evaluated, compared or described; the message says what is missing."""
+
+
 class SubmitError(UserError, RuntimeError):
     """A cluster that cannot be reached or refuses a job; the message says which and what to do."""
 

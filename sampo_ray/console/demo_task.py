@@ -8,7 +8,6 @@ judges the answer alone.
 """
 
 import json
-import math
 import random
 import re
 import zlib
@@ -25,6 +24,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sampo_ray.data.chat import ChatFormat
+from sampo_ray.evaluation.statistics import mean_interval, wilson
 
 CARELESS = 0.45
 """Share of the demonstrations that sort in descending order."""
@@ -279,20 +279,11 @@ def _outcome(name: str, answers: Answers, right: Sequence[bool], base: Sequence[
     wins: tuple[float | None, float | None, float | None] = (None, None, None)
     if base is not None:
         scores = [0.5 + 0.5 * (ours - theirs) for ours, theirs in zip(right, base, strict=True)]
-        reach = 1.96 * stdev(scores) / math.sqrt(count)
-        wins = (fmean(scores), max(0.0, fmean(scores) - reach), min(1.0, fmean(scores) + reach))
+        low, high = mean_interval(scores) or (0.0, 1.0)
+        wins = (fmean(scores), max(0.0, low), min(1.0, high))
     return Outcome(
-        name, count, fmean(right), *_wilson(sum(right), count), *wins, fmean(answers.tokens), stdev(answers.tokens)
+        name, count, fmean(right), *wilson(sum(right), count), *wins, fmean(answers.tokens), stdev(answers.tokens)
     )
-
-
-def _wilson(successes: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's score interval of a proportion."""
-    p, n = successes / count, count
-    centre = p + z * z / (2 * n)
-    reach = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    # At 0 and at 1 a bound is the proportion itself, but for rounding.
-    return (max(0.0, min(p, (centre - reach) / (1 + z * z / n))), min(1.0, max(p, (centre + reach) / (1 + z * z / n))))
 
 
 def _percent(value: float, low: float | None, high: float | None) -> str:
