@@ -77,7 +77,7 @@ def check_reachable(config: RunConfig) -> None:
         ("model.path", config.model.path),
         *(("data.train", name) for name in config.data.names(online=False)),
         *(("data.prompts", name) for name in config.data.names(online=True)),
-        ("reward.model", config.reward.model),
+        *(("reward.model", part.model) for part in config.reward.parts),
         ("serve.keys_file", config.serve.keys_file),
     ]
     for field, value in named:
@@ -89,16 +89,17 @@ def check_reachable(config: RunConfig) -> None:
 
 
 def stage_files(recipe: Path, config: RunConfig, folder: Path) -> None:
-    """Copies into `folder` what travels with the job: the recipe, and the file of a reward function given by path."""
+    """Copies into `folder` what travels with the job: the recipe, and the files of reward functions given by path."""
     (folder / recipe.name).write_bytes(recipe.read_bytes())
-    source, _, _ = (config.reward.function or "").rpartition(":")
-    if not source.endswith(".py") or os.path.isabs(source):
-        return
-    target = (folder / source).resolve()
-    if not target.is_relative_to(folder.resolve()):
-        raise ConfigError(f"reward.function={config.reward.function!r} lies outside this folder; run submit beside it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(Path(source).read_bytes())
+    for part in config.reward.parts:
+        source, _, _ = (part.function or "").rpartition(":")
+        if not source.endswith(".py") or os.path.isabs(source):
+            continue
+        target = (folder / source).resolve()
+        if not target.is_relative_to(folder.resolve()):
+            raise ConfigError(f"reward.function={part.function!r} lies outside this folder; run submit beside it")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(Path(source).read_bytes())
 
 
 def submit_entrypoint(command: str, folder: Path, address: str, console: Console) -> int:

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pyarrow as pa
 import tenacity
@@ -15,11 +15,11 @@ from ray import serve
 
 from sampo_ray.actors.nodes import ANYWHERE, Where
 from sampo_ray.config.run import RunConfig
-from sampo_ray.config.sections import FleetConfig, RewardConfig
+from sampo_ray.config.sections import FleetConfig, RewardConfig, RewardSource
 from sampo_ray.data.preferences import SCORES, pairs_of, with_reference
 from sampo_ray.data.reward_functions import call_function, function_source, load_function
 from sampo_ray.data.reward_models import RewardModel
-from sampo_ray.data.rewards import Rewards, Samples, Scorer
+from sampo_ray.data.rewards import Rewards, Samples, Scorer, weighted_sum
 from sampo_ray.errors import RewardError
 from sampo_ray.run.buckets import flat, views
 from sampo_ray.run.storage import Place
@@ -75,18 +75,13 @@ def build_reference_app(fleet: FleetConfig, threads: int | None, where: Where = 
 
 
 class RewardWorker:
-    """Scores with a Python function or a reward model. `source` is the text of the file in `file.py:function`, which
-    need not exist on this node.
+    """Scores with Python functions and reward models. `files` are the texts of the files in `file.py:function`, which
+    need not exist on this node, None for others.
     """
 
-    def __init__(self, config: RewardConfig, source: str | None, hung_limit: int) -> None:
+    def __init__(self, config: RewardConfig, files: Sequence[str | None], hung_limit: int) -> None:
         self.config, self.hung_limit, self.hung = config, hung_limit, 0
-        self.scorer: Scorer
-        if config.function is not None:
-            self.scorer = functools.partial(call_function, load_function(config.function, source))
-        else:
-            assert config.model is not None
-            self.scorer = RewardModel(config.model, _device())
+        self.scorers = [_scorer_of(part, file) for part, file in zip(config.parts, files, strict=True)]
 
     async def score(self, completions: pa.Table) -> pa.Table:
         """COMPLETIONS -> SCORES, in the same order; the source gets the whole block in one call.
@@ -96,7 +91,7 @@ class RewardWorker:
         returns anything else than a finite number or None for each completion.
         """
         samples = Samples.of(completions)
-        call = functools.partial(self.scorer, samples)
+        call = functools.partial(self._score, samples)
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(lambda e: isinstance(e, Exception) and not isinstance(e, RewardError)),
             stop=tenacity.stop_after_attempt(1 + self.config.retries),
@@ -106,6 +101,10 @@ class RewardWorker:
         )
         rewards: Rewards = await retrying(self._call, call) if samples.prompts else []
         return completions.append_column(SCORES.field("reward"), pa.array(rewards, pa.float64()))
+
+    def _score(self, samples: Samples) -> Rewards:
+        rewards = [scorer(samples) for scorer in self.scorers]
+        return weighted_sum(rewards, [part.weight for part in self.config.parts])
 
     def check_health(self) -> None:
         """Fails when too many calls hang: threads cannot be stopped, so Serve must replace the replica."""
@@ -152,14 +151,22 @@ class RewardWorker:
                 self.hung += 1
 
 
+def _scorer_of(source: RewardSource, file: str | None) -> Scorer:
+    if source.function is None:
+        assert source.model is not None
+        return RewardModel(source.model, _device())
+    function = load_function(source.function, file)
+    return lambda samples: call_function(function, samples, source.arguments)
+
+
 def build_reward_app(config: RewardConfig, fleet: FleetConfig, where: Where = ANYWHERE) -> serve.Application:
     """The application of a run's reward workers; its handle has `score(COMPLETIONS) -> SCORES`.
 
     A function in a file is sent as text, so only this machine needs the file. A module must be importable on every
     node (through the job's working directory, for example), and a reward model's path must be readable there.
     """
-    source = None if config.function is None else function_source(config.function)
-    return _deployment(RewardWorker, fleet, 0.1, where).bind(config, source, fleet.max_ongoing_requests)
+    files = [None if part.function is None else function_source(part.function) for part in config.parts]
+    return _deployment(RewardWorker, fleet, 0.1, where).bind(config, files, fleet.max_ongoing_requests)
 
 
 def _deployment(worker: type, fleet: FleetConfig, num_cpus: float, where: Where) -> serve.Deployment:

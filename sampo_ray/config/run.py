@@ -93,7 +93,7 @@ class RunConfig(Section):
             raise ValueError("data.train is missing; rounds.mode=offline trains on preference pairs, so name a file")
         if self.online and not self.data.prompts:
             raise ValueError("data.prompts is missing; rounds.mode=online samples for prompts, so name a file")
-        if self.online and not (self.reward.function or self.reward.model):
+        if self.online and not self.reward.parts:
             raise ValueError("reward.function or reward.model is missing; rounds.mode=online needs a reward source")
         if self.online and self.rounds.data == "split":
             raise ValueError("rounds.data=split is for offline rounds; online ones take rollout.prompts each")

@@ -119,21 +119,61 @@ class RolloutConfig(Section):
     round before. They are then off-policy by at most that round's steps, and differ from run to run."""
 
 
-class RewardConfig(Section):
+class RewardSource(Section):
     function: str | None = None
     """`package.module:function` or `file.py:function`. It gets what it names of prompts, completions, completion_ids
-    and the prompt file's columns, and returns one float each."""
+    and the prompt file's columns, and returns one float each. `sampo_ray.rewards` has some that are ready to use."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of `function` by name, instead of columns of that name."""
     model: str | None = None
     """Folder or hub name of a Hugging Face sequence-classification reward model."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "RewardSource":
+        if self.function and self.model:
+            raise ValueError("both function and model are set; keep one reward source, or add them up with reward.sum")
+        if self.arguments and not self.function:
+            raise ValueError(f"arguments={self.arguments} are for a function; set it, or drop them")
+        return self
+
+
+class RewardPart(RewardSource):
+    """A reward source in a sum."""
+
+    weight: float = Field(1.0, allow_inf_nan=False)
+    """What its rewards are multiplied by."""
+
+    @model_validator(mode="after")
+    def _counts(self) -> "RewardPart":
+        if not (self.function or self.model):
+            raise ValueError("function or model is missing; each part of a sum is a reward source")
+        if not self.weight:
+            raise ValueError(f"weight={self.weight:g} makes a part that does not count; drop the part")
+        return self
+
+
+class RewardConfig(RewardSource):
+    sum: tuple[RewardPart, ...] = ()
+    """Instead of one source several, each with a `weight`: the reward is the weighted sum of theirs."""
     timeout_s: float = Field(60.0, gt=0)
     """Seconds one scoring call may take."""
     retries: int = Field(3, ge=0)
     """Further tries of a failed call, with backoff, before its completions are dropped."""
 
+    @property
+    def parts(self) -> tuple[RewardPart, ...]:
+        """The sources with their weights: those of the sum, or the one that is set; none where there is no source."""
+        alone = self.model_dump(include=set(RewardSource.model_fields))
+        return self.sum or ((RewardPart.model_validate(alone),) if self.function or self.model else ())
+
+    @property
+    def has_model(self) -> bool:
+        return any(part.model for part in self.parts)
+
     @model_validator(mode="after")
-    def _one_source(self) -> "RewardConfig":
-        if self.function and self.model:
-            raise ValueError("both function and model are set; keep one reward source")
+    def _sum_or_source(self) -> "RewardConfig":
+        if self.sum and (self.function or self.model):
+            raise ValueError("sum is set beside function or model; make that a part of the sum")
         return self
 
 

@@ -87,14 +87,14 @@ def shares(config: RunConfig, layout: Layout, ranks: int) -> Shares:
     if not layout.gpus:
         return Shares(0.0, 0.0, 0.0)
     if layout.whole:  # a reward model shares the GPU of reference workers, if there are any
-        both = config.reference_workers and bool(config.reward.model)
+        both = config.reference_workers and config.reward.has_model
         return Shares(1.0, 1.0, 0.5 if both else 1.0)
     if layout.placement == "shared":
         return TIME_SHARED
     if engine_workers(config.fleet.generators.engine) > 1:  # which are on different devices, as ranks are
         return TIME_SHARED
     # Room for two engines: the live policy, and one that starts for gates, a rollback or a pinned version.
-    both = config.reference_workers and bool(config.reward.model)
+    both = config.reference_workers and config.reward.has_model
     return Shares(0.5 if ranks == 1 else 0.51, 0.2, 0.04 if both else 0.09)
 
 
@@ -141,7 +141,7 @@ def filled(config: RunConfig, layout: Layout, ranks: int, generators: int) -> Ru
         start_timeout_s=fleets.start_timeout_s,
         generators=fleet(fleets.generators, generators, each, share.engine),
         references=fleet(fleets.references, 1, each, share.scorer),
-        rewards=fleet(fleets.rewards, 1, min(each, 0.1), share.scorer if config.reward.model else 0.0),
+        rewards=fleet(fleets.rewards, 1, min(each, 0.1), share.scorer if config.reward.has_model else 0.0),
     )
     return config.model_copy(update={"trainer": trainer.model_copy(update=update), "fleet": sized})
 

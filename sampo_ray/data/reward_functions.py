@@ -3,7 +3,8 @@
 A function is called with keywords only. It gets what it names as parameters, all of it if it takes `**kwargs`:
 
 * `prompts`: lists of messages; `completions`: texts; `completion_ids`: lists of token ids;
-* any other column of the prompt file by its name, as a list with None where a row lacks it.
+* any other column of the prompt file by its name, as a list with None where a row lacks it;
+* what the recipe gives in `reward.arguments`, as it is there, instead of columns of that name.
 
 Each list has one entry a completion, and so has what the function returns: finite numbers, higher is better, or None
 where it has no score. It may be a coroutine function, and may be called from several threads at once.
@@ -16,14 +17,17 @@ import sys
 import threading
 import traceback
 import types
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from sampo_ray.data.rewards import Rewards, Samples, as_rewards
-from sampo_ray.errors import ConfigError, RewardError
+from sampo_ray.errors import ConfigError, RewardError, suggestion
 
 RewardFunction = Callable[..., object]
+Arguments = Mapping[str, object]
+OURS = {"prompts", "completions", "completion_ids"}
+NONE: Arguments = types.MappingProxyType({})
 
 
 def function_source(spec: str) -> str | None:
@@ -60,7 +64,7 @@ def load_function(spec: str, source: str | None = None) -> RewardFunction:
     return function
 
 
-def call_function(function: RewardFunction, samples: Samples) -> Rewards:
+def call_function(function: RewardFunction, samples: Samples, arguments: Arguments = NONE) -> Rewards:
     """The function's rewards for the samples.
 
     A column that it needs and none of the samples has is None for all. RewardError if it returns anything but a finite
@@ -68,23 +72,25 @@ def call_function(function: RewardFunction, samples: Samples) -> Rewards:
     """
     given, parameters = _given(samples), _Parameters.of(function)
     nothing: list[object] = [None] * len(samples.prompts)
-    arguments = {name: given.get(name, nothing) for name in parameters.needed}
-    arguments |= {name: value for name, value in given.items() if parameters.takes_all or name in parameters.optional}
-    returned = function(**arguments)
+    named = {name: given.get(name, nothing) for name in parameters.needed}
+    named |= {name: value for name, value in given.items() if parameters.takes_all or name in parameters.optional}
+    returned = function(**{**named, **arguments})
     if inspect.isawaitable(returned):
         returned = asyncio.run(_awaited(returned))
     return as_rewards(returned, samples)
 
 
-def check_function(spec: str, samples: Samples, timeout_s: float) -> None:
-    """Loads a function and tries it on `samples`. ConfigError if it cannot be called or does not score them in time."""
+def check_function(spec: str, samples: Samples, timeout_s: float, arguments: Arguments = NONE) -> Rewards:
+    """Loads a function, tries it on `samples`, and returns their rewards. ConfigError if it cannot be called or does
+    not score them in time."""
     function = load_function(spec)
-    _check_parameters(spec, function, samples)
+    _check_parameters(spec, function, samples, arguments)
     errors: list[BaseException] = []
+    rewards: Rewards = []
 
     def work() -> None:
         try:
-            call_function(function, samples)
+            rewards.extend(call_function(function, samples, arguments))
         except BaseException as error:  # also SystemExit, which a thread would swallow
             errors.append(error)
 
@@ -105,6 +111,7 @@ def check_function(spec: str, samples: Samples, timeout_s: float) -> None:
             "made-up completions of the first prompt; prompts are lists of messages, completions are texts (one of "
             "the two is empty)"
         ) from error
+    return rewards
 
 
 def _given(samples: Samples) -> dict[str, list[object]]:
@@ -138,7 +145,7 @@ class _Parameters:
         )
 
 
-def _check_parameters(spec: str, function: RewardFunction, samples: Samples) -> None:
+def _check_parameters(spec: str, function: RewardFunction, samples: Samples, arguments: Arguments) -> None:
     """ConfigError unless all that the function needs is there, and the completions are among it."""
     try:
         parameters = _Parameters.of(function)
@@ -146,13 +153,21 @@ def _check_parameters(spec: str, function: RewardFunction, samples: Samples) -> 
         raise ConfigError(f"reward.function={spec!r}: has no signature; name a Python function") from None
     if by_place := ", ".join(parameters.by_place):
         raise ConfigError(f"reward.function={spec!r}: takes {by_place} by place only; drop the `/` from its parameters")
-    known = _given(samples)
+    named = [*parameters.needed, *parameters.optional]
+    for name in arguments:
+        if name in OURS:
+            raise ConfigError(f"reward.arguments has {name!r}, which is given to every reward function; drop it")
+        if name not in named and not parameters.takes_all:
+            meant = suggestion(name, [each for each in named if each not in OURS]) if {*named} - OURS else "drop it"
+            raise ConfigError(f"reward.arguments has {name!r}, which {spec!r} does not take; {meant}")
+    known = {**_given(samples), **arguments}
     if unknown := ", ".join(name for name in parameters.needed if name not in known):
         raise ConfigError(
             f"reward.function={spec!r}: nothing is given for its parameter {unknown}; arguments go by name, so rename "
-            f"it to one of {', '.join(known)}, give it a default, or add the column to data.prompts"
+            f"it to one of {', '.join(known)}, give it a default or a value in reward.arguments, or add the column to "
+            "data.prompts"
         )
-    if not parameters.takes_all and not {"completions", "completion_ids"} & {*parameters.needed, *parameters.optional}:
+    if not parameters.takes_all and not {"completions", "completion_ids"} & {*named}:
         raise ConfigError(f"reward.function={spec!r}: does not look at completions; give it a parameter `completions`")
 
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import SupportsFloat, cast
 
@@ -44,6 +44,16 @@ Scorer = Callable[[Samples], Rewards]
 """A loaded reward source. A reward is finite, or None where the source has none to give. Raises RewardError."""
 
 
+def weighted_sum(rewards: Sequence[Rewards], weights: Sequence[float]) -> Rewards:
+    """Of the rewards of several sources, each a list with one entry a sample; None where a source has none, or where
+    the sum is not finite."""
+    sums = [
+        None if None in of_one else sum(weight * value for weight, value in zip(weights, of_one, strict=True) if value)
+        for of_one in zip(*rewards, strict=True)
+    ]
+    return [None if each is None or not math.isfinite(each) else float(each) for each in sums]
+
+
 def as_rewards(returned: object, samples: Samples) -> Rewards:
     """What a source returned as one reward a sample. Raises RewardError, quoting a prompt, where it is none."""
     prompts = samples.prompts
@@ -65,7 +75,7 @@ def _reward(value: SupportsFloat | None, prompt: list[Message]) -> float | None:
         return None
     try:
         reward = math.nan if isinstance(value, str | bytes) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         reward = math.nan
     if math.isfinite(reward):
         return reward

@@ -8,6 +8,7 @@ from transformers import AutoConfig, PretrainedConfig
 from sampo_ray.config.keys import is_json, parse
 from sampo_ray.config.run import RunConfig
 from sampo_ray.config.section import Section
+from sampo_ray.config.sections import RewardSource
 from sampo_ray.config.sizing import ModelMemory, RankMemory
 from sampo_ray.data.chat import ChatFormat
 from sampo_ray.data.first_row import FirstRow
@@ -55,7 +56,7 @@ def check(config: RunConfig, run: Run | None = None) -> Checked:
     sources = [] if tokenized else check_sources(config, chat)
     if config.online:
         rows = tokenized_rows(tokenized) if tokenized else sources[0].rows
-        check_reward(config, made_up_samples(rows, chat))
+        said += check_reward(config, made_up_samples(rows, chat))
     if config.serve.tools is not None:
         tool_arguments(config.serve.tools, chat.tokenizer)
     check_trackers(config)
@@ -81,12 +82,28 @@ def decided(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"run": config.run.model_copy(update={"export_dtype": dtype})})
 
 
-def check_reward(config: RunConfig, samples: Samples) -> None:
-    """Tries the reward function on `samples`, or opens the reward model's configuration and tokenizer. ConfigError."""
-    if config.reward.function is not None:
-        check_function(config.reward.function, samples, config.reward.timeout_s)
-    if config.reward.model is not None:
-        check_model(config.reward.model, samples, config.data.max_length)
+def check_reward(config: RunConfig, samples: Samples) -> list[str]:
+    """Tries each reward function on `samples`, or opens a reward model's configuration and tokenizer. ConfigError;
+    returns notes."""
+    notes = []
+    for n, part in enumerate(config.reward.parts):
+        where = f"reward.sum.{n}: " if config.reward.sum else ""
+        try:
+            notes += [f"{where}{note}" for note in _check_source(config, part, samples)]
+        except ConfigError as error:
+            raise ConfigError(f"{where}{error}") from error.__cause__
+    return notes
+
+
+def _check_source(config: RunConfig, source: RewardSource, samples: Samples) -> list[str]:
+    if source.model is not None:
+        check_model(source.model, samples, config.data.max_length)
+    if source.function is None:
+        return []
+    rewards = check_function(source.function, samples, config.reward.timeout_s, source.arguments)
+    if any(reward is not None for reward in rewards):
+        return []
+    return [f"reward.function={source.function!r}: has no reward for made-up completions of the first prompt (None)"]
 
 
 def check_sizes(config: RunConfig, model: PretrainedConfig, tokens: int) -> None:

