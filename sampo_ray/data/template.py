@@ -157,6 +157,15 @@ def marks_of_thinking(tokens: Sequence[str]) -> list[str]:
     return [token for token in tokens if _MARK.fullmatch(token)]
 
 
+def thinking_in(text: str) -> tuple[str, str] | None:
+    """The first mark in a text that opens thinking, and the one that closes it; None if there is none."""
+    for found in _MARK.finditer(text):
+        mark = found[0]
+        if mark[1] != "/":
+            return mark, f"{mark[0]}/{mark[1:]}"
+    return None
+
+
 def with_date(template: str, where: str) -> str:
     """The template with today in the place of each later day's date, so that a run has one prompt format."""
     if "strftime_now" not in template or "macro strftime_now(" in template:

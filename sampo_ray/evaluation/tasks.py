@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sampo_ray.errors import EvaluationError, suggestion
-from sampo_ray.evaluation.records import Unit
+from sampo_ray.evaluation.records import Score, TaskResult, Unit
 
 Kind = Literal["generative", "likelihood", "verified", "judged", "probe"]
 """`generative`: answers through chat, scored by lm-eval. `likelihood`: choices through completions, scored by lm-eval.
@@ -14,11 +14,17 @@ what a run asks of itself each round."""
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the tables: the score of that name, as the harness calls it."""
+    """A column of the tables: a score as the harness calls it, with its filter or judge after a comma. A name without
+    one is of the first such score (`win_rate` of `win_rate,judge`)."""
 
     title: str
     score: str
     unit: Unit = "share"
+
+    def of(self, result: TaskResult) -> Score | None:
+        names = [score.name for score in result.scores]
+        found = next((name for name in names if name == self.score or name.partition(",")[0] == self.score), None)
+        return None if found is None else result.score(found)
 
 
 @dataclass(frozen=True)
@@ -33,27 +39,36 @@ class Task:
     """As the card of Llama-3-8B-Instruct-Iterative-SamPO names it; None: it names none, or has no such column."""
     packages: tuple[str, ...] = ("lm_eval",)
     """Modules that it cannot be run without; all are of the extra `eval` but `ifbench`."""
+    dataset: str | None = None
+    """The name by which lm-eval loads its data, and their folder in a data folder."""
 
 
 CARD = (
-    Task("gsm8k", "generative", (Column("GSM8K", "exact_match,strict-match"),), 8, 8),
+    Task("gsm8k", "generative", (Column("GSM8K", "exact_match,strict-match"),), 8, 8, dataset="openai/gsm8k"),
     Task(
         "ifeval",
         "generative",
         (Column("IFEval", "inst_level_strict_acc,none"),),
         card_shots=3,
         packages=("lm_eval", "langdetect", "immutabledict", "nltk"),
+        dataset="google/IFEval",
     ),
-    Task("piqa", "likelihood", (Column("PiQA", "acc,none"),), 3, 3),
-    Task("mmlu", "likelihood", (Column("MMLU", "acc,none"),), 0, 0),
-    Task("truthfulqa_mc1", "likelihood", (Column("TruthfulQA", "acc,none"),), card_shots=3),
+    Task("piqa", "likelihood", (Column("PiQA", "acc,none"),), 3, 3, dataset="baber/piqa"),
+    Task("mmlu", "likelihood", (Column("MMLU", "acc,none"),), 0, 0, dataset="cais/mmlu"),
+    Task(
+        "truthfulqa_mc1",
+        "likelihood",
+        (Column("TruthfulQA", "acc,none"),),
+        card_shots=3,
+        dataset="truthfulqa/truthful_qa",
+    ),
     Task(
         "alpaca_eval",
         "judged",
         (
             Column("AlpacaEval2", "win_rate"),
             Column("LC AlpacaEval2", "length_controlled_winrate"),
-            Column("tokens", "mean_tokens", "tokens"),
+            Column("tokens", "tokens", "tokens"),
         ),
         packages=("alpaca_eval",),
     ),
