@@ -14,6 +14,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from sampo_ray.config.machines import Cluster, Node
+from sampo_ray.config.profiles import plan_for
 from sampo_ray.config.run import load_config
 from tests.waiting import scaled
 
@@ -80,6 +82,28 @@ def test_the_recipe_is_short_and_holds_the_values_of_the_card():
     assert (config.method.loss, config.method.reduction, config.method.beta) == ("sigmoid", "sample", 0.1)
     assert (config.optim.learning_rate, config.optim.batch_size, config.optim.warmup_ratio) == (4e-7, 128, 0.1)
     assert (config.rounds.count, config.rounds.mode, config.data.prompt_limit) == (3, "offline", 6144)
+
+
+ROWS = {"dpo": ("sum", 1, 3), "iterative-dpo": ("sum", 3, 1), "iterative-sampo": ("sample", 3, 1)}
+"""What makes the rows of the published comparison: reduction, rounds, epochs."""
+
+
+@pytest.mark.parametrize("base", ["llama3-8b", "smollm2-135m"])
+def test_recipes_of_one_model_differ_in_what_makes_the_rows(base):
+    configs = {row: load_config(ROOT / "recipes" / f"{base}-{row}.yaml") for row in ROWS}
+    for row, config in configs.items():
+        assert (config.method.reduction, config.rounds.count, config.rounds.epochs) == ROWS[row]
+    alike = [
+        config.model_dump(exclude={"run": True, "rounds": True, "method": {"reduction"}}) for config in configs.values()
+    ]
+    assert alike[0] == alike[1] == alike[2]
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_leave_no_gpu_idle(recipe):
+    plan, _ = plan_for(load_config(recipe), Cluster((Node(8, 64, id="n", head=True),), cores=4))
+    assert sum(group.most * group.gpus for group in plan.groups if group.kept) == pytest.approx(8)
+    assert plan.config.run.dir == f"runs/{recipe.stem}"
 
 
 def test_the_top_folders_are_relative_links_inside_the_package():
