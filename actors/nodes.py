@@ -9,7 +9,7 @@ import torch
 
 from sampo_ray.config.machines import Cluster, Growth, Node
 from sampo_ray.config.packing import Group
-from sampo_ray.internals.ray_nodes import NODE_ID, ClusterUse, NodeKind, NodeUse, cluster_use, node_kinds
+from sampo_ray.internals.ray_nodes import ANY_NODE, NODE_ID, ClusterUse, NodeKind, NodeUse, cluster_use, node_kinds
 
 
 def cluster_now() -> Cluster:
@@ -49,10 +49,12 @@ def _gpu_memory() -> int:
 
 @dataclass(frozen=True)
 class Where:
-    """What an actor asks of its node besides GPUs and CPUs: bytes of memory, and labels, by Ray's selectors."""
+    """What an actor asks of its node besides GPUs and CPUs: bytes of memory, and labels, by Ray's selectors. `awaited`:
+    no node has the labels yet, and one may come."""
 
     memory: int = 0
     labels: Mapping[str, str] = field(default_factory=dict)
+    awaited: bool = False
 
     @classmethod
     def of(cls, group: Group | None, cluster: Cluster) -> "Where":
@@ -61,7 +63,8 @@ class Where:
         if group is None or (len(cluster.nodes) == 1 and not cluster.growth):
             return cls()
         head = next((node for node in cluster.nodes if node.head), None)
-        return cls(group.memory, {NODE_ID: f"!{head.id}"} if head and group.avoids_head else {})
+        labels = {NODE_ID: f"!{head.id}"} if head and group.avoids_head else {}
+        return cls(group.memory, labels, bool(labels) and len(cluster.nodes) == 1)
 
     @property
     def memory_option(self) -> dict[str, int]:
@@ -71,6 +74,13 @@ class Where:
     def options(self) -> dict[str, object]:
         """For an actor, a task, or `ray_actor_options` of a deployment."""
         return {**self.memory_option, **({"label_selector": dict(self.labels)} if self.labels else {})}
+
+    @property
+    def lasting_options(self) -> dict[str, object]:
+        """For an actor that is to outlive its node: on any node where none with the labels has room. Ray would look for
+        one with the labels for ever. While none is there an autoscaler starts it only for what insists on it."""
+        insists = self.awaited or not self.labels
+        return self.options | ({} if insists else {"fallback_strategy": ANY_NODE})
 
 
 ANYWHERE = Where()

@@ -19,11 +19,12 @@ MISSING = 1e-4
 @dataclass(frozen=True)
 class Need:
     """What one actor of a role asks Ray for: a bundle, or several of a placement group. `setting`: what is made smaller
-    to ask for less."""
+    to ask for less, if anything is. `avoids_head`: the head does not do."""
 
     role: str
     bundles: tuple[Mapping[str, float], ...]
-    setting: str
+    setting: str = ""
+    avoids_head: bool = False
 
     def asks(self, bundle: Mapping[str, float]) -> bool:
         return any(_asked(each) == _asked(bundle) for each in self.bundles)
@@ -98,16 +99,19 @@ class Wait:
 
 def lacks(use: ClusterUse, needs: Sequence[Need]) -> list[Lack]:
     """What Ray cannot grant now. Not what it is about to grant: a bundle that some node has room for."""
+    asked = [(each, next((need for need in needs if need.asks(each.bundle)), None)) for each in use.pending]
     return [
-        Lack(next((need for need in needs if need.asks(each.bundle)), None), each.bundle, each.count)
-        for each in use.pending
-        if each.together or not _has_room(each, use.nodes)
+        Lack(need, each.bundle, each.count)
+        for each, need in asked
+        if each.together or not _has_room(each, use.nodes, need is not None and need.avoids_head)
     ]
 
 
-def _has_room(pending: Pending, nodes: Sequence[NodeUse]) -> bool:
+def _has_room(pending: Pending, nodes: Sequence[NodeUse], avoids_head: bool) -> bool:
     return any(
-        all(node.free.get(name, 0.0) + MISSING >= amount for name, amount in pending.bundle.items()) for node in nodes
+        all(node.free.get(name, 0.0) + MISSING >= amount for name, amount in pending.bundle.items())
+        for node in nodes
+        if not (avoids_head and node.head)
     )
 
 
@@ -130,11 +134,11 @@ def _both(nodes: Sequence[NodeUse]) -> tuple[list[Mapping[str, float]], list[Map
 def given_up(use: ClusterUse, lacking: Sequence[Lack], limit_s: float) -> str:
     """The message of a start that has waited long enough."""
     own = [lack for lack in lacking if lack.need]
-    settings = list(dict.fromkeys(lack.need.setting for lack in own if lack.need))
+    settings = list(dict.fromkeys(lack.need.setting for lack in own if lack.need and lack.need.setting))
+    less = f"or ask for less ({', '.join(settings)}), " if settings else ""
     return (
         f"the cluster lacks what the run asks for, {'; '.join(map(str, own))}, and {limit_s:.0f} s brought nothing "
-        f"more ({there(use)}); add nodes, or ask for less ({', '.join(settings)}), or wait longer "
-        f"(fleet.start_timeout_s={limit_s:g})"
+        f"more ({there(use)}); add nodes, {less}or wait longer (fleet.start_timeout_s={limit_s:g})"
     )
 
 

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 LOOK_S = 1.0
 READY_S = 10.0
 AMPLE_CORES = 10
+STORE_CPUS = 0.1
 
 
 class Attachment(BaseModel):
@@ -220,7 +221,9 @@ def kept(bucket: Bucket) -> Bucket:
 
 
 def start_weight_store(name: str, state_url: str, apps: str = "", where: Where = ANYWHERE) -> ActorHandle:
-    """The store of that name (in namespace "sampo"), started if it does not run yet. It outlives the driver."""
-    options = {"lifetime": "detached", "max_restarts": -1, "max_task_retries": -1, "num_cpus": 0.1, **where.options}
+    """The store of that name (in namespace "sampo"), started if it does not run yet. It outlives the driver and, where
+    others have room, its node."""
+    asked = {"num_cpus": STORE_CPUS, **where.lasting_options}
+    options = {"lifetime": "detached", "max_restarts": -1, "max_task_retries": -1, **asked}
     actor = ray.remote(WeightStore).options(name=name, namespace=NAMESPACE, get_if_exists=True, **options)
     return actor.remote(state_url, apps)

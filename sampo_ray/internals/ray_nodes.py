@@ -25,6 +25,8 @@ HEAD, READ_ONLY = "node:__internal_head__", "node_"
 """The resource that the head alone has, and how kinds of nodes begin that no autoscaler has made."""
 NODE_ID = "ray.io/node-id"
 """The label that Ray gives to each node."""
+ANY_NODE: list[dict[str, dict[str, str]]] = [{"label_selector": {}}]
+"""As `fallback_strategy`: where no node with the labels that are asked for has room, any other will do."""
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 

@@ -118,7 +118,7 @@ def open_fleet(run: Run, keep_serving: bool = False, note: Callable[[str], None]
             stack.callback(return_gpus, serving.store)  # once the ranks have ended
         ranks = places.of("ranks")
         rank = Need("ranks", (resources_of(config.trainer, ranks),), "trainer.workers")
-        wait, logs = Wait([rank], note, config.fleet.start_timeout_s), run.place.at("logs", "ray-train")
+        wait, logs = Wait([rank, places.store], note, config.fleet.start_timeout_s), run.place.at("logs", "ray-train")
         trainer = Trainer(config.trainer, serving.store_name, logs, wait, ranks)  # starts meanwhile
         stack.callback(trainer.close)
         attach_run(serving.store, run, wait, places)
@@ -169,7 +169,7 @@ def open_live(run: Run, note: Callable[[str], None] = logger.info) -> Iterator[s
         places = Places(run.config, cluster_now())
         serving = PolicyServing(stack, run, name, "weights-serve.json", places, keep_serving=False)
         apps = {f"{name}-policy": serving.policy("live", run.config.fleet.generators)}
-        wait = Wait([], note, run.config.fleet.start_timeout_s)
+        wait = Wait([places.store], note, run.config.fleet.start_timeout_s)
         if not wait.get(serving.store.attach.remote(run.id, run.versions.url, True), ATTACH_S):
             raise FleetError(f"{run.place.url} has no version to serve yet; wait until the run has published one")
         _, endpoint = serving.deploy(apps, wait)

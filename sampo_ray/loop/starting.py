@@ -12,6 +12,7 @@ from ray.serve.schema import ApplicationStatus, ServeStatus
 from sampo_ray.actors.nodes import Where
 from sampo_ray.actors.waiting import POLL_S, Need, Wait
 from sampo_ray.actors.weights.pinned import last_error
+from sampo_ray.actors.weights.store import STORE_CPUS
 from sampo_ray.config.machines import Cluster
 from sampo_ray.config.packing import Role
 from sampo_ray.config.run import RunConfig
@@ -41,6 +42,13 @@ class Places:
         """Where actors of a role run; each takes `bytes` of memory more than the plan knows."""
         where = Where.of(self._groups.get(role), self._cluster)
         return replace(where, memory=where.memory + bytes) if where.memory else where
+
+    @property
+    def store(self) -> Need:
+        """What the weight store asks Ray for."""
+        where = self.of("store")
+        asked = {"CPU": STORE_CPUS, **{name: float(amount) for name, amount in where.memory_option.items()}}
+        return Need("weight store", (asked,), avoids_head=bool(where.labels))
 
     def sized(self, role: Literal["policy", "generators"], settings: GeneratorsConfig) -> GeneratorsConfig:
         """The settings with as many replicas as the plan has for the role."""

@@ -23,7 +23,7 @@ from sampo_ray.config.columns import Columns
 from sampo_ray.config.sections import DataConfig
 from sampo_ray.data.preferences import PAIRS, PROMPTS, tokenized_pairs, tokenized_prompts
 from sampo_ray.errors import DataError, StageError, UserError
-from sampo_ray.internals.ray_nodes import NODE_ID, cluster_use
+from sampo_ray.internals.ray_nodes import ANY_NODE, NODE_ID, cluster_use
 from sampo_ray.loop.blocks import ATTEMPTS, GROWTH, PAUSE_S, STAGE_STALL_S, StageOutput, Work
 from sampo_ray.run.manifest import DataRecord, StageRecord
 from sampo_ray.run.parts import LOST, logger, part_place
@@ -278,4 +278,4 @@ def elsewhere() -> dict[str, Any]:
     others = [{NODE_ID: f"!{node.id}"} for node in nodes if node.head and len(nodes) > 1]
     if not others:
         return {}
-    return {"scheduling_strategy": "SPREAD", "label_selector": others[0], "fallback_strategy": [{"label_selector": {}}]}
+    return {"scheduling_strategy": "SPREAD", "label_selector": others[0], "fallback_strategy": ANY_NODE}
