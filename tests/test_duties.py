@@ -1,8 +1,10 @@
 """What the weight store brings about in the end: pins, live versions and checks, whatever fails on the way."""
 
 import asyncio
+import errno
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Awaitable, Callable
@@ -186,6 +188,40 @@ def test_a_version_that_cannot_go_live_yet_stops_nobody_and_does_so_later(tmp_pa
         assert policy.saved().previous == [0] and policy.live.is_steady
 
     with_policy(tmp_path, tiny_model, scenario, apps="fleet")
+
+
+def test_an_edit_of_serving_json_that_fails_is_completed_by_another(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a version that is on disk; also by the next store, where this one has ended meanwhile."""
+    replace, full = os.replace, [True]
+
+    def fails(source: str, target: str) -> None:
+        if full[0] and str(target).endswith("serving.json"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    async def scenario(policy: Policy) -> None:
+        full[0] = False
+        await policy.publish(0)
+        full[0] = True
+        await policy.publish(5)
+        assert policy.what == ["serving.json"] and "No space left" in policy.live.troubles[0].reason
+        assert policy.saved().live == policy.at == 0 and policy.loaded.newest == 5
+        full[0] = False
+        await until(lambda: policy.at == policy.saved().live == 5 and not policy.what)
+        full[0] = True
+        await policy.publish(8)
+        assert policy.saved().live == 5 and sorted(path.name for path in policy.folder.glob("serving*")) == names
+
+    async def restarted(policy: Policy) -> None:
+        full[0] = False
+        await until(lambda: policy.at == policy.saved().live == 8)
+
+    names = ["serving.json", "serving.lock"]
+    monkeypatch.setattr(os, "replace", fails)
+    with_policy(tmp_path, tiny_model, scenario)
+    with_policy(tmp_path, tiny_model, restarted)
 
 
 def test_a_damaged_serving_json_leaves_what_is_live_and_is_followed_once_it_is_mended(

@@ -5,6 +5,7 @@ A test that fails after an upgrade names the version that the wrapper was writte
 
 import importlib
 import inspect
+import math
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from torch import nn
 
 from tests.waiting import scaled
@@ -315,6 +317,37 @@ def test_deepspeed_partitions_a_module_by_one_method_and_leaves_what_is_partitio
     layout = inspect.getsource(Init)
     for name in ("ds_tensor", "ds_tensor.ds_numel", "ds_tensor.status", "ds_tensor.final_location", "ds_numel_aligned"):
         assert f"param.{name} = " in layout, deepspeed_found()
+
+
+def test_deepspeed_keeps_equal_padded_parts_of_a_parameter_in_the_order_of_ranks(tmp_path: Path) -> None:
+    mp.spawn(_of_two_ranks, (tmp_path,), nprocs=2)
+
+
+def _of_two_ranks(rank: int, folder: Path) -> None:
+    import torch.distributed as dist
+    from deepspeed import zero
+
+    from sampo_ray.internals.deepspeed import skip_shared_memory_extension
+    from sampo_ray.internals.zero import partition, whole, whole_shape
+
+    os.environ["LOCAL_RANK"] = str(rank)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    skip_shared_memory_extension()
+    module = nn.Linear(3, 5)  # 15 values and 5, of which two ranks have no equal parts
+    for parameter in module.parameters():
+        parameter.data = torch.arange(parameter.numel(), dtype=parameter.dtype).view(parameter.shape)
+    assert partition(module.weight) is None and whole_shape(module.weight) == (5, 3), "of a tensor that is not parted"
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    zero.Init(module=module, config_dict_or_path=settings, dtype=torch.float32)
+    for parameter, shape in ((module.weight, (5, 3)), (module.bias, (5,))):
+        part = partition(parameter)
+        assert part is not None and part.dim() == 1 and parameter.numel() == 0, deepspeed_found()
+        numel = math.prod(shape)
+        assert whole_shape(parameter) == shape and len(part) == -(-numel // 2), deepspeed_found()
+        dist.all_gather(parts := [torch.empty_like(part) for _ in range(2)], part.data)
+        expected = torch.arange(numel, dtype=torch.float32).view(shape)
+        assert torch.equal(whole(parameter, torch.stack(parts)), expected), deepspeed_found()
+    dist.destroy_process_group()
 
 
 def test_deepspeed_makes_universal_checkpoints_with_these_settings(monkeypatch: pytest.MonkeyPatch) -> None:

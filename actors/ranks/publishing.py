@@ -110,7 +110,11 @@ class Publisher:
             before_sleep=lambda state: self._background.report(Stored(troubles=(_failed(version, state),))),
             reraise=True,
         )
-        sent = retrying(self._write, version, snapshot)
+        try:
+            sent = retrying(self._write, version, snapshot)
+        except Exception:
+            self._background.report(Stored(unwritten=(version.number,)))
+            raise
         del snapshot
         if dist.get_rank():
             return
@@ -135,19 +139,20 @@ class Publisher:
         draft = together(lambda: self._begin(version) if first else None)[0]
         if draft is None:  # complete already: ranks that went back make it again
             return False
-        count = len(snapshot.files)
-        written = together(lambda: _own_files(draft, snapshot, version, self._background))
-        files = sorted((file for each in written for file in each), key=lambda file: file.name)
-        assert len(files) == count
+        try:
+            written = together(lambda: _own_files(draft, snapshot, version, self._background))
+            files = sorted((file for each in written for file in each), key=lambda file: file.name)
+            assert len(files) == len(snapshot.files)
+            return together(lambda: self._complete(version, draft, files) if first else False)[0]
+        except Exception:
+            if first:
+                draft.discard()
+            raise
 
-        def complete() -> bool:
-            if not first:
-                return False
-            sent = version.lora is None and offer(self._sender, self._store, version.new.id, EXCHANGE_ANSWER_S)
-            version.complete(draft, files)
-            return sent
-
-        return together(complete)[0]
+    def _complete(self, version: "_Version", draft: Draft, files: list[WrittenFile]) -> bool:
+        sent = version.lora is None and offer(self._sender, self._store, version.new.id, EXCHANGE_ANSWER_S)
+        version.complete(draft, files)
+        return sent
 
     def _begin(self, version: "_Version") -> Draft | None:
         if not self._cleared:

@@ -135,7 +135,7 @@ class Round:
         self.run, self.index, self.reporter, self.config = run, index, reporter, run.config
         self.folder = run.place.at("rounds", str(index))
         self.seconds_left: float | None = None  # of the training, at its present pace; None before the first step
-        self._record, self._overtaken = run.round(index), 0
+        self._record, self._overtaken, self._unwritten = run.round(index), 0, 0
         if not self.committed:
             reporter.begin_round(index, run.config.rounds.count)
 
@@ -304,13 +304,24 @@ class Round:
         for checkpoint in result.stored.checkpoints:
             self._take(checkpoint)
         self._overtaken += len(result.stored.overtaken)
-        if self._overtaken and result.metrics.step == self._record.steps:
+        self._unwritten += len(result.stored.unwritten)
+        if result.metrics.step == self._record.steps:
+            self._note_unpublished()
+        if result.unexported:
+            raise TrainingError(result.unexported)
+
+    def _note_unpublished(self) -> None:
+        """At the round's end, how many versions it lacks and why."""
+        if self._overtaken:
             self.reporter.note(
                 f"{self._overtaken} versions of round {self.index + 1} were not published, as the one before was still "
                 f"being written; raise publish.every_steps={self.config.publish.every_steps} to have them made evenly"
             )
-        if result.unexported:
-            raise TrainingError(result.unexported)
+        if self._unwritten:
+            self.reporter.note(
+                f"{self._unwritten} versions of round {self.index + 1} could not be written, which was said then; look "
+                "at the storage of run.dir"
+            )
 
     def _take(self, new: Checkpoint) -> None:
         """Names a complete checkpoint in the manifest, and deletes what it replaces: all that are earlier than it but

@@ -143,6 +143,8 @@ class Stored:
     troubles: tuple[str, ...] = ()
     overtaken: tuple[int, ...] = ()
     """Versions that were not made, as the one before was still being written."""
+    unwritten: tuple[int, ...] = ()
+    """Versions that could not be written."""
 
     def __add__(self, later: "Stored") -> "Stored":
         return Stored(
@@ -150,6 +152,7 @@ class Stored:
             self.checkpoints + later.checkpoints,
             self.troubles + later.troubles,
             self.overtaken + later.overtaken,
+            self.unwritten + later.unwritten,
         )
 
 

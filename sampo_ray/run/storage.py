@@ -74,11 +74,15 @@ class Place:
             return
         os.makedirs(os.path.dirname(path), exist_ok=True)
         draft = f"{path}.{uuid.uuid4().hex}.tmp"
-        with open(draft, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
+        try:
+            with open(draft, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, path)
+        except BaseException:
+            Path(draft).unlink(missing_ok=True)
+            raise
 
     def create(self, content: bytes) -> bool:
         """Writes the file unless there is one; False: there is. Of several processes one has True, on storage with

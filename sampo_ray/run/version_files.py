@@ -42,6 +42,10 @@ class Draft:
     folder: Place
     files: Place
 
+    def discard(self) -> None:
+        """Removes what was written of a version that could not be completed, which may be what fills a disk."""
+        (Place(os.path.dirname(self.files.path)) if self.files.local else self.folder).remove()
+
 
 @dataclass(frozen=True)
 class WrittenFile:
@@ -136,7 +140,7 @@ def _drafted(folder_url: str) -> Iterator[Draft | None]:
             yield draft
         finally:
             if draft is not None:
-                Place(os.path.dirname(draft.files.path)).remove()
+                draft.discard()
         return
     with scratch_folder() as folder:
         yield Draft(draft.folder, Place(str(folder)))
