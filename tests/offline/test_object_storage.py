@@ -23,10 +23,7 @@ from tests.waiting import scaled, wait_until
 
 from .conftest import STEPS, finish
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skip(reason="not yet seen to pass since versions and checkpoints are written beside the steps"),
-]
+pytestmark = pytest.mark.slow
 
 COMMAND = """
 import sys
@@ -64,7 +61,7 @@ def test_a_run_on_object_storage_that_was_killed_ends_in_the_bits_of_a_local_run
     try:
         wait_until(midst_of_the_second_round, "second round", 300)
     finally:
-        started = psutil.Process(driver.pid).children(recursive=True)
+        started = [each for each in psutil.Process(driver.pid).children(recursive=True) if not is_agent(each)]
         driver.kill()
         driver.communicate()
     psutil.wait_procs(started, timeout=scaled(60))
@@ -81,14 +78,24 @@ def test_a_run_on_object_storage_that_was_killed_ends_in_the_bits_of_a_local_run
     named = {each["path"].rpartition("/")[2] for each in (manifest["checkpoint"], manifest["earlier"])}
     assert set(run.at("checkpoints").names()) == named, "what the killed ranks left is removed"
     numbers = [int(name) for name in run.at("versions").names()]
-    assert numbers == complete_versions(run.at("versions").url) == sorted(map(int, os.listdir(local / "versions")))
-    for number in numbers:  # as a replica does
+    assert numbers == complete_versions(run.at("versions").url)
+    both = {*numbers} & {*map(int, os.listdir(local / "versions"))}
+    assert both >= {0, STEPS, 2 * STEPS}, "within a round it depends on time which are made"
+    for number in both:  # as a replica does
         with version_on_disk(run.at("versions", f"{number:06d}").url) as copy:
             assert same_bits(copy, local / "versions" / f"{number:06d}")
             assert read_info(str(copy)).version == number
     listed = CliRunner().invoke(app, ["versions", run.url])
     assert listed.exit_code == 0 and "final" in listed.output
     assert not list(temporary.glob("sampo-scratch-*")), "no copy of a file is left on this machine"
+
+
+def is_agent(process: psutil.Process) -> bool:
+    """Whether it is one of Ray's agents, which may stay for a minute and write nothing of a run."""
+    try:
+        return "agent" in " ".join(process.cmdline()).lower()
+    except psutil.Error:
+        return False
 
 
 def left_behind(run: Place) -> None:
