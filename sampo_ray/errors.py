@@ -36,6 +36,10 @@ class RewardError(UserError, RuntimeError):
     """A reward source that answers, but not with one finite number for each completion. Not retried."""
 
 
+class JudgeError(RewardError):
+    """A judge that cannot be used: it does not answer, rejects its calls, or lacks what is needed of it."""
+
+
 class WeightsError(UserError, RuntimeError):
     """Weights that are incomplete, damaged, or not what was asked for."""
 
