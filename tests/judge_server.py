@@ -83,7 +83,7 @@ def serving(answer: Callable[[Body], Answer]) -> Iterator[JudgeServer]:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             with judge.lock:
                 judge.bodies.append(body)
-                judge.headers.append(dict(self.headers))
+                judge.headers.append({name.lower(): value for name, value in self.headers.items()})
                 judge.now += 1
                 judge.most = max(judge.most, judge.now)
             try:

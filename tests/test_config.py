@@ -100,7 +100,7 @@ def test_what_is_advised_for_a_losss_other_name_can_be_configured(settings):
 
 
 def test_an_online_run_needs_a_reward_source():
-    with pytest.raises(ConfigError, match=r"reward\.function or reward\.model is missing"):
+    with pytest.raises(ConfigError, match=r"reward\.function, reward\.model or reward\.judge is missing"):
         load_config(MINIMAL, ONLINE[:2])
 
 

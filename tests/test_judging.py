@@ -171,7 +171,7 @@ def test_a_judge_that_stays_silent_is_given_up() -> None:
 def test_nobody_there_is_one_message() -> None:
     with serving(by_length) as server:
         config = settings(server, retries=0)
-    with pytest.raises(JudgeError, match=r"127.0.0.1.* no connection .*start the judge"):
+    with pytest.raises(JudgeError, match=r"127.0.0.1.*no connection.*start the judge"):
         decided(config)
 
 
@@ -184,7 +184,7 @@ def test_a_refused_key_or_model_ends_it_at_once_and_the_key_is_in_no_message(
         with pytest.raises(JudgeError, match=advice) as caught:
             compare(settings(server, key_env="JUDGE_KEY", concurrency=1), comparisons(5))
         assert "very-secret-key" not in str(caught.value)
-        assert {headers["Authorization"] for headers in server.headers} == {"Bearer very-secret-key"}
+        assert {headers["authorization"] for headers in server.headers} == {"Bearer very-secret-key"}
         assert len(server.bodies) <= 2
 
 

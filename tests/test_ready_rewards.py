@@ -130,7 +130,7 @@ def test_a_worker_adds_up_its_parts():
         {"function": f"{READY}length:reward", "arguments": {"target": 1, "limit": 2}, "weight": 0.5},
         {"function": f"{READY}regex:reward", "arguments": {"pattern": "four"}, "weight": -1},
     ]
-    worker = RewardWorker(RewardConfig(sum=parts), [None] * 3, hung_limit=1)
+    worker = RewardWorker(RewardConfig(sum=parts), [None] * 3, None, hung_limit=1)
     table = block(["#### 4", "four"], '{"answer": "#### 4"}')
     assert asyncio.run(worker.score(table))["reward"].to_pylist() == [2.0, -1.0]
 
@@ -165,8 +165,8 @@ def test_bad_settings_are_one_message_before_a_run_starts(module, arguments, col
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        ({"sum": [{"function": "a:b"}], "function": "a:b"}, "sum is set beside function or model"),
-        ({"sum": [{"weight": 2}]}, "function or model is missing"),
+        ({"sum": [{"function": "a:b"}], "function": "a:b"}, "sum is set beside function; make that a part"),
+        ({"sum": [{"weight": 2}]}, "function, model or judge is missing"),
         ({"sum": [{"function": "a:b", "weight": 0}]}, "weight=0 makes a part that does not count"),
         ({"sum": [{"function": "a:b", "weight": "inf"}]}, "finite number"),
         ({"sum": [{"function": "a:b", "wieght": 2}]}, "wieght"),

@@ -312,7 +312,7 @@ def test_samples_have_the_blocks_columns_with_none_where_a_row_lacks_them():
 
 def worker(file, name, **config):
     spec = f"{file}:{name}"
-    return RewardWorker(RewardConfig(function=spec, **config), [function_source(spec)], hung_limit=1)
+    return RewardWorker(RewardConfig(function=spec, **config), [function_source(spec)], None, hung_limit=1)
 
 
 def test_a_failing_call_is_retried_and_then_its_rewards_are_null(file):

@@ -14,6 +14,7 @@ import torch
 from ray import serve
 
 from sampo_ray.actors.nodes import ANYWHERE, Where
+from sampo_ray.config.judging import JudgeConfig
 from sampo_ray.config.run import RunConfig
 from sampo_ray.config.sections import FleetConfig, RewardConfig, RewardSource
 from sampo_ray.data.preferences import SCORES, pairs_of, with_reference
@@ -21,6 +22,9 @@ from sampo_ray.data.reward_functions import call_function, function_source, load
 from sampo_ray.data.reward_models import RewardModel
 from sampo_ray.data.rewards import Rewards, Samples, Scorer, weighted_sum
 from sampo_ray.errors import RewardError
+from sampo_ray.judging.cache import Cache
+from sampo_ray.judging.judge import Judge
+from sampo_ray.judging.tally import Tally, with_tally
 from sampo_ray.run.buckets import flat, views
 from sampo_ray.run.storage import Place
 from sampo_ray.run.version_files import read_version
@@ -75,13 +79,17 @@ def build_reference_app(fleet: FleetConfig, threads: int | None, where: Where = 
 
 
 class RewardWorker:
-    """Scores with Python functions and reward models. `files` are the texts of the files in `file.py:function`, which
-    need not exist on this node, None for others.
+    """Scores with Python functions, reward models and judges. `files` are the texts of the files in `file.py:function`,
+    which need not exist on this node, None for others; `verdicts` is where judges keep theirs if they name no place.
     """
 
-    def __init__(self, config: RewardConfig, files: Sequence[str | None], hung_limit: int) -> None:
+    def __init__(
+        self, config: RewardConfig, files: Sequence[str | None], verdicts: Place | None, hung_limit: int
+    ) -> None:
         self.config, self.hung_limit, self.hung = config, hung_limit, 0
-        self.scorers = [_scorer_of(part, file) for part, file in zip(config.parts, files, strict=True)]
+        parts = list(enumerate(zip(config.parts, files, strict=True)))
+        self.scorers = {n: _scorer_of(part, file) for n, (part, file) in parts if part.judge is None}
+        self.judges = {n: _judge_of(part.judge, verdicts) for n, (part, _) in parts if part.judge is not None}
 
     async def score(self, completions: pa.Table) -> pa.Table:
         """COMPLETIONS -> SCORES, in the same order; the source gets the whole block in one call.
@@ -89,22 +97,33 @@ class RewardWorker:
         A reward is null where the source returns None. A call that raises or takes longer than `timeout_s` is repeated
         `retries` times with growing pauses; if all fail, the block's rewards are null. Raises RewardError if the source
         returns anything else than a finite number or None for each completion.
+
+        Judges have limits of their own; what they took is in the table's metadata: see `tally_of`.
         """
-        samples = Samples.of(completions)
+        samples, tally = Samples.of(completions), Tally()
+        found = await self._by_scorers(samples) if self.scorers and samples.prompts else {}
+        for n, judge in self.judges.items():
+            judged = await asyncio.to_thread(judge.score, samples)
+            found[n], tally = judged.values, tally + judged.tally
+        rewards = weighted_sum([found[n] for n in sorted(found)], [part.weight for part in self.config.parts])
+        scores = completions.append_column(SCORES.field("reward"), pa.array(rewards, pa.float64()))
+        return with_tally(scores, tally) if self.judges else scores
+
+    async def _by_scorers(self, samples: Samples) -> dict[int, Rewards]:
+        """The rewards of each function and model; None for all samples where calls failed."""
         call = functools.partial(self._score, samples)
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(lambda e: isinstance(e, Exception) and not isinstance(e, RewardError)),
             stop=tenacity.stop_after_attempt(1 + self.config.retries),
             wait=tenacity.wait_exponential(0.5, max=30.0),
             after=self._warn,
-            retry_error_callback=lambda _: [None] * len(samples.prompts),
+            retry_error_callback=lambda _: {n: [None] * len(samples.prompts) for n in self.scorers},
         )
-        rewards: Rewards = await retrying(self._call, call) if samples.prompts else []
-        return completions.append_column(SCORES.field("reward"), pa.array(rewards, pa.float64()))
+        rewards: dict[int, Rewards] = await retrying(self._call, call)
+        return rewards
 
-    def _score(self, samples: Samples) -> Rewards:
-        rewards = [scorer(samples) for scorer in self.scorers]
-        return weighted_sum(rewards, [part.weight for part in self.config.parts])
+    def _score(self, samples: Samples) -> dict[int, Rewards]:
+        return {n: scorer(samples) for n, scorer in self.scorers.items()}
 
     def check_health(self) -> None:
         """Fails when too many calls hang: threads cannot be stopped, so Serve must replace the replica."""
@@ -122,10 +141,10 @@ class RewardWorker:
             "reward call %d of %d failed: %s in %s:%s", state.attempt_number, 1 + self.config.retries, *found
         )
 
-    async def _call(self, call: functools.partial[Rewards]) -> Rewards:
+    async def _call(self, call: functools.partial[dict[int, Rewards]]) -> dict[int, Rewards]:
         """Runs the call in a new thread, so that a call that hangs does not delay the others."""
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[Rewards] = loop.create_future()
+        answer: asyncio.Future[dict[int, Rewards]] = loop.create_future()
 
         def finish(set_outcome: Callable[[], None]) -> None:
             if answer.done():  # given up, but it returned after all
@@ -159,14 +178,22 @@ def _scorer_of(source: RewardSource, file: str | None) -> Scorer:
     return lambda samples: call_function(function, samples, source.arguments)
 
 
-def build_reward_app(config: RewardConfig, fleet: FleetConfig, where: Where = ANYWHERE) -> serve.Application:
-    """The application of a run's reward workers; its handle has `score(COMPLETIONS) -> SCORES`.
+def _judge_of(config: JudgeConfig, verdicts: Place | None) -> Judge:
+    place = Place(config.cache) if config.cache else verdicts
+    return Judge(config, Cache(place) if place else None)
+
+
+def build_reward_app(
+    config: RewardConfig, fleet: FleetConfig, where: Where = ANYWHERE, verdicts: Place | None = None
+) -> serve.Application:
+    """The application of a run's reward workers; its handle has `score(COMPLETIONS) -> SCORES`. `verdicts`: where
+    judges keep what they said.
 
     A function in a file is sent as text, so only this machine needs the file. A module must be importable on every
     node (through the job's working directory, for example), and a reward model's path must be readable there.
     """
     files = [None if part.function is None else function_source(part.function) for part in config.parts]
-    return _deployment(RewardWorker, fleet, 0.1, where).bind(config, files, fleet.max_ongoing_requests)
+    return _deployment(RewardWorker, fleet, 0.1, where).bind(config, files, verdicts, fleet.max_ongoing_requests)
 
 
 def _deployment(worker: type, fleet: FleetConfig, num_cpus: float, where: Where) -> serve.Deployment:

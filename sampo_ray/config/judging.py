@@ -4,7 +4,7 @@ import re
 from typing import Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import Field, model_validator
 
 from sampo_ray.config.section import Section
 
@@ -37,24 +37,19 @@ class JudgeConfig(Section):
     cache: str | None = None
     """Folder or fsspec URL where verdicts are kept by the content of their calls. None: in the run directory."""
 
-    @field_validator("url")
-    @classmethod
-    def _plain_url(cls, url: str) -> str:
-        parts = urlsplit(url)
+    @model_validator(mode="after")
+    def _can_be_called(self) -> "JudgeConfig":
+        parts = urlsplit(self.url)
         if parts.username or parts.password or parts.query:  # not quoted, since it may hold a key
             raise ValueError("url holds credentials or a query; name the key's environment variable in key_env instead")
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"url={url!r} is no base URL; write it as in http://127.0.0.1:8000/v1")
+            raise ValueError(f"url={self.url!r} is no base URL; write it as in http://127.0.0.1:8000/v1")
         if parts.path.rstrip("/").endswith("/chat/completions"):
-            raise ValueError(f"url={url!r} names a route; end it before /chat/completions, as in http://host/v1")
-        return url.rstrip("/")
-
-    @field_validator("key_env")
-    @classmethod
-    def _name_of_a_variable(cls, name: str | None) -> str | None:
-        if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):  # not quoted: it may be the key
+            raise ValueError(f"url={self.url!r} names a route; end it before /chat/completions, as in http://host/v1")
+        if self.key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_env):
+            # Not quoted either: it may be the key.
             raise ValueError("key_env is no name of an environment variable; the key itself does not go here")
-        return name
+        return self
 
     @property
     def needs_logprobs(self) -> bool:

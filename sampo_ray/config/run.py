@@ -94,11 +94,18 @@ class RunConfig(Section):
         if self.online and not self.data.prompts:
             raise ValueError("data.prompts is missing; rounds.mode=online samples for prompts, so name a file")
         if self.online and not self.reward.parts:
-            raise ValueError("reward.function or reward.model is missing; rounds.mode=online needs a reward source")
+            raise ValueError(
+                "reward.function, reward.model or reward.judge is missing; rounds.mode=online needs a reward source"
+            )
         if self.online and self.rounds.data == "split":
             raise ValueError("rounds.data=split is for offline rounds; online ones take rollout.prompts each")
         if self.serve.gates.min_win_rate is not None and not self.online:
             raise ValueError("serve.gates.min_win_rate needs a reward source: use rounds.mode=online, or drop it")
+        if self.serve.gates.min_win_rate is not None and self.reward.compares:
+            raise ValueError(
+                "serve.gates.min_win_rate compares rewards of different calls, and reward.judge.mode=pairwise gives "
+                "rewards within a call only; use reward.judge.mode=pointwise, or drop the gate"
+            )
         if self.online and self.rollout.samples < 2:
             raise ValueError(
                 f"rollout.samples={self.rollout.samples} gives no pairs; rounds.mode=online needs 2 or more"

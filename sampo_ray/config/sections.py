@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from sampo_ray.config.columns import ColumnsOfSources
+from sampo_ray.config.judging import JudgeConfig
 from sampo_ray.config.losses import LOSSES, REDUCTIONS, PreferenceLoss, advice, find_loss
 from sampo_ray.config.rows import Attention
 from sampo_ray.config.section import Section
@@ -127,11 +128,19 @@ class RewardSource(Section):
     """Further arguments of `function` by name, instead of columns of that name."""
     model: str | None = None
     """Folder or hub name of a Hugging Face sequence-classification reward model."""
+    judge: JudgeConfig | None = None
+    """A language model behind an endpoint that compares the completions of a prompt, or rates each."""
+
+    @property
+    def kinds(self) -> list[str]:
+        """Which kinds of source are set: one, or none."""
+        return [kind for kind in ("function", "model", "judge") if getattr(self, kind)]
 
     @model_validator(mode="after")
     def _one_source(self) -> "RewardSource":
-        if self.function and self.model:
-            raise ValueError("both function and model are set; keep one reward source, or add them up with reward.sum")
+        if len(self.kinds) > 1:
+            both = " and ".join(self.kinds)
+            raise ValueError(f"{both} are set together; keep one reward source, or add them up with reward.sum")
         if self.arguments and not self.function:
             raise ValueError(f"arguments={self.arguments} are for a function; set it, or drop them")
         return self
@@ -145,8 +154,8 @@ class RewardPart(RewardSource):
 
     @model_validator(mode="after")
     def _counts(self) -> "RewardPart":
-        if not (self.function or self.model):
-            raise ValueError("function or model is missing; each part of a sum is a reward source")
+        if not self.kinds:
+            raise ValueError("function, model or judge is missing; each part of a sum is a reward source")
         if not self.weight:
             raise ValueError(f"weight={self.weight:g} makes a part that does not count; drop the part")
         return self
@@ -155,8 +164,10 @@ class RewardPart(RewardSource):
 class RewardConfig(RewardSource):
     sum: tuple[RewardPart, ...] = ()
     """Instead of one source several, each with a `weight`: the reward is the weighted sum of theirs."""
+    length_controlled: bool = False
+    """Whether rewards lose what the lengths of completions explain of them: a fit over each round, within prompts."""
     timeout_s: float = Field(60.0, gt=0)
-    """Seconds one scoring call may take."""
+    """Seconds one scoring call of functions and models may take."""
     retries: int = Field(3, ge=0)
     """Further tries of a failed call, with backoff, before its completions are dropped."""
 
@@ -164,16 +175,21 @@ class RewardConfig(RewardSource):
     def parts(self) -> tuple[RewardPart, ...]:
         """The sources with their weights: those of the sum, or the one that is set; none where there is no source."""
         alone = self.model_dump(include=set(RewardSource.model_fields))
-        return self.sum or ((RewardPart.model_validate(alone),) if self.function or self.model else ())
+        return self.sum or ((RewardPart.model_validate(alone),) if self.kinds else ())
 
     @property
     def has_model(self) -> bool:
         return any(part.model for part in self.parts)
 
+    @property
+    def compares(self) -> bool:
+        """Whether rewards only tell answers to a prompt apart that are scored in one call."""
+        return any(part.judge is not None and part.judge.mode == "pairwise" for part in self.parts)
+
     @model_validator(mode="after")
     def _sum_or_source(self) -> "RewardConfig":
-        if self.sum and (self.function or self.model):
-            raise ValueError("sum is set beside function or model; make that a part of the sum")
+        if self.sum and self.kinds:
+            raise ValueError(f"sum is set beside {self.kinds[0]}; make that a part of the sum")
         return self
 
 

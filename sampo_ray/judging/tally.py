@@ -1,6 +1,13 @@
 """What judging took, and how it went."""
 
+from typing import TYPE_CHECKING
+
 from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_METADATA = b"judge"
 
 
 class Tally(BaseModel):
@@ -48,6 +55,20 @@ class Tally(BaseModel):
     def flip_share(self) -> float | None:
         return self.flipped / self.both_orders if self.both_orders else None
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """By the names of metrics."""
+        counts = {
+            "judge_calls": self.calls,
+            "judge_cached": self.cached,
+            "judge_refused": self.refused,
+            "judge_nonsense": self.nonsense,
+            "judge_failed": self.failed,
+            "judge_tokens": self.prompt_tokens + self.completion_tokens,
+        }
+        bias = {} if self.first_share is None else {"judge_first_share": self.first_share}
+        return {**{name: float(count) for name, count in counts.items()}, **bias}
+
     def text(self) -> str:
         """For people, in one line."""
         parts = [
@@ -62,3 +83,15 @@ class Tally(BaseModel):
         if self.flip_share is not None:
             parts.append(f"{self.flip_share:.0%} change with the order")
         return ", ".join(parts)
+
+
+def with_tally(scores: "pa.Table", tally: Tally) -> "pa.Table":
+    """The table with what its rewards took, in its metadata."""
+    metadata = {**(scores.schema.metadata or {}), _METADATA: tally.model_dump_json()}
+    return scores.replace_schema_metadata(metadata)
+
+
+def tally_of(scores: "pa.Table") -> Tally:
+    """What the rewards of a table took; nothing where no judge gave them."""
+    found = (scores.schema.metadata or {}).get(_METADATA)
+    return Tally.model_validate_json(found) if found else Tally()

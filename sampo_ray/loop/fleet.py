@@ -156,7 +156,9 @@ def applications(run: Run, serving: "PolicyServing", places: Places) -> dict[str
     if not one_engine and (config.online or config.serve.gates.probing):
         apps[f"{run.id}-generators"] = serving.policy("training", places.sized("generators", fleet.generators))
     if config.online:
-        apps[f"{run.id}-rewards"] = build_reward_app(config.reward, fleet.rewards, places.of("rewards"))
+        apps[f"{run.id}-rewards"] = build_reward_app(
+            config.reward, fleet.rewards, places.of("rewards"), run.place.at("verdicts")
+        )
     return apps
 
 

@@ -1,11 +1,13 @@
 """One round of a run: its stages, each done once, what the run directory records of them, and how the next begins."""
 
 import contextlib
+import functools
 import itertools
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -177,15 +179,35 @@ class Round:
     def score(self, completions: Sequence[Part], rewards: "DeploymentHandle") -> list[Part]:
         window = stages.capacity(self.config.fleet.rewards)
         total = sum(part.rows for part in completions)
-        return self._stage("scores", total, "samples", lambda out: stages.score(rewards, completions, out, window))
+        judged = any(part.judge for part in self.config.reward.parts)
+
+        def count(parts: list[Part]) -> StageRecord:
+            return StageRecord(judge=stages.judged(parts)) if judged else StageRecord()
+
+        make = functools.partial(stages.score, rewards, completions, window=window)
+        parts = self._stage("scores", total, "samples", make, count)
+        if tally := self._record.stages["scores"].judge:
+            self.reporter.note(f"judge: {tally.text()}")
+        return parts
 
     def best_against_worst(self, scores: Sequence[Part]) -> list[Part]:
         """Candidate pairs; prompts without a usable pair are dropped and counted."""
+        controlled, fit = self.config.reward.length_controlled, None
+
+        def make(out: StageOutput) -> list[Part]:
+            nonlocal fit
+            fit = stages.length_fit(scores) if controlled else None
+            return stages.pair(scores, out, fit)
 
         def count(parts: list[Part]) -> StageRecord:
-            return StageRecord(dropped=stages.dropped(parts))
+            record = StageRecord(dropped=stages.dropped(parts))
+            return record.model_copy(update={"length_fit": fit}) if controlled else record
 
-        parts = self._stage("candidates", None, "pairs", lambda out: stages.pair(scores, out), count)
+        parts = self._stage("candidates", None, "pairs", make, count)
+        if controlled:
+            fit = self._record.stages["candidates"].length_fit
+            said = fit.text() if fit else "not corrected: no prompt has finished completions of different lengths"
+            self.reporter.note(f"rewards and length: {said}")
         if dropped := self._record.stages["candidates"].dropped:
             self.reporter.note("no pair: " + ", ".join(f"{n} {reason}" for reason, n in dropped.items()))
         return parts
@@ -293,7 +315,8 @@ class Round:
     def record(self, result: StepResult) -> None:
         """Records a step's metrics and what was stored; deletes versions and checkpoints that are replaced by that.
         TrainingError when the round's weights could not be exported, from which a resumed run goes on."""
-        self.run.record(result.metrics)
+        values = {**result.metrics.values, **self._record.figures}
+        self.run.record(replace(result.metrics, values=values))
         self.reporter.metrics(result.metrics)
         for trouble in result.stored.troubles:
             self.reporter.note(trouble)

@@ -14,8 +14,11 @@ from sampo_ray.actors.policy.messages import RolloutRequest
 from sampo_ray.config.columns import Columns
 from sampo_ray.config.run import RunConfig
 from sampo_ray.config.sections import DataConfig, FleetConfig, RolloutConfig
+from sampo_ray.data.length_control import Moments, fit, moments_of, without_length
+from sampo_ray.data.length_fit import LengthFit
 from sampo_ray.data.preferences import best_against_worst
 from sampo_ray.errors import StageError
+from sampo_ray.judging.tally import Tally, tally_of
 from sampo_ray.loop.blocks import NotTakenError, StageOutput, collect, is_lost, of_each, run_stage
 from sampo_ray.loop.tokenizing import Tokenizing, record_of, tables, tasks_at_once
 from sampo_ray.run.feedback import as_jsonl, pairs_from, read_votes
@@ -133,9 +136,19 @@ def score(rewards: "DeploymentHandle", completions: Sequence[Part], out: StageOu
     return run_stage(out, window, len(completions), start)
 
 
+def judged(scores: Sequence[Part]) -> Tally:
+    """What the rewards of judges took."""
+    return sum(of_each(scores, tasks_at_once(), tally_of), Tally())
+
+
+def length_fit(scores: Sequence[Part]) -> LengthFit | None:
+    """How rewards go with length over all parts."""
+    return fit(sum(of_each(scores, tasks_at_once(), moments_of), Moments()))
+
+
 @ray.remote(num_cpus=0.1)
-def _pair(out: Place, scores: pa.Table) -> pa.Table:
-    pairs, counts = best_against_worst(scores)
+def _pair(out: Place, scores: pa.Table, found: LengthFit | None) -> pa.Table:
+    pairs, counts = best_against_worst(without_length(scores, found) if found else scores)
     pairs = pairs.replace_schema_metadata({f"dropped:{reason}": str(n) for reason, n in counts.items()})
     out.write_table(pairs)
     return pairs
@@ -146,11 +159,11 @@ def _dropped(pairs: pa.Table) -> Counter[str]:
     return Counter({key.decode().removeprefix("dropped:"): n for key, n in counts.items()})
 
 
-def pair(scores: Sequence[Part], out: StageOutput) -> list[Part]:
-    """Best against worst for each part of scores."""
+def pair(scores: Sequence[Part], out: StageOutput, found: LengthFit | None = None) -> list[Part]:
+    """Best against worst for each part of scores, of rewards that are corrected for length by what was `found`."""
 
     def start(index: int, place: Place, again: bool) -> ray.ObjectRef:
-        return _pair.remote(place, scores[index].argument(again))
+        return _pair.remote(place, scores[index].argument(again), found)
 
     return run_stage(out, PAIRINGS_AT_ONCE, len(scores), start)
 

@@ -18,6 +18,7 @@ from sampo_ray.data.rewards import Samples
 from sampo_ray.data.tools import tool_arguments
 from sampo_ray.errors import ConfigError, KeysError
 from sampo_ray.loop.data_check import check_sources, columns_of, made_up_samples, tokenized_rows
+from sampo_ray.loop.judge_check import check_judges
 from sampo_ray.run.directory import Run
 from sampo_ray.run.storage import Place, absolute
 from sampo_ray.run.trackers import check_trackers
@@ -57,16 +58,17 @@ def check(config: RunConfig, run: Run | None = None) -> Checked:
     if config.online:
         rows = tokenized_rows(tokenized) if tokenized else sources[0].rows
         said += check_reward(config, made_up_samples(rows, chat))
+    reward, judges = check_judges(config) if config.online else (config.reward, [])
     if config.serve.tools is not None:
         tool_arguments(config.serve.tools, chat.tokenizer)
     check_trackers(config)
     check_keys_file(config.serve.keys_file)
-    found: dict[str, Section] = {"model": config.model.model_copy(update={"attention": attention})}
+    found: dict[str, Section] = {"model": config.model.model_copy(update={"attention": attention}), "reward": reward}
     if sources:
         found["data"] = config.data.model_copy(update={"columns": columns_of(sources)})
     return Checked(
         decided(config.model_copy(update=found)),
-        [*opened.notes, *said, *chat.notes(), *(note for source in sources for note in source.notes)],
+        [*opened.notes, *said, *judges, *chat.notes(), *(note for source in sources for note in source.notes)],
         [detail for source in sources for detail in source.details],
         [source.first for source in sources],
     )

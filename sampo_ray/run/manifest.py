@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer
 
 from sampo_ray.config.run import RunConfig
+from sampo_ray.data.length_fit import LengthFit
 from sampo_ray.errors import DataError
+from sampo_ray.judging.tally import Tally
 from sampo_ray.run.lines import records
 from sampo_ray.run.storage import Place
 from sampo_ray.training.statistics import Statistics
@@ -44,6 +46,8 @@ class StageRecord(BaseModel):
     prompts_cut: int = 0
     questions_cut: int = 0  # of those, prompts whose last question lost its beginning; the others lost earlier turns
     responses_cut: int = 0
+    judge: Tally | None = None  # what the rewards of a judge took
+    length_fit: LengthFit | None = None  # by which rewards were corrected
     votes: int = 0  # how many the pairs come from
     left: dict[str, int] = {}  # votes that made no pair, by reason
 
@@ -73,6 +77,15 @@ class RoundRecord(BaseModel):
     def end_version(self) -> int:
         """The version that the round ends with, once its number of steps is known."""
         return self.start_version + (self.steps or 0)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Of its rewards, by the names that they have among the metrics of its steps."""
+        stages = self.stages.values()
+        judge = next((stage.judge for stage in stages if stage.judge), None)
+        fit = next((stage.length_fit for stage in stages if stage.length_fit), None)
+        figures = {} if judge is None else judge.figures
+        return figures if fit is None else {**figures, **fit.figures}
 
 
 class Manifest(BaseModel):
