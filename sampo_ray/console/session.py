@@ -31,6 +31,7 @@ from sampo_ray.internals.logical_gpus import logical_gpus
 from sampo_ray.loop.display import Display, open_display
 from sampo_ray.run.directory import Run, create_run, dump_config, find_run, open_run
 from sampo_ray.run.lock import Check, exclusive
+from sampo_ray.run.reach import check_reach
 from sampo_ray.run.storage import Place, absolute
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ def _checked(recipe: Path | Mapping[str, object] | None, overrides: list[str], r
     if recipe is None:
         raise ConfigError("name a recipe, or a run to continue: --resume RUN_DIR")
     config = load_config(recipe, overrides)
+    check_reach(config.run.dir)
     config.serve.check_keyed()
     config.method.check_loss()
     quiet_libraries()

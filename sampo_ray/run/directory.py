@@ -30,6 +30,7 @@ from sampo_ray.errors import ConfigError
 from sampo_ray.run import lines
 from sampo_ray.run.lock import Check
 from sampo_ray.run.manifest import Manifest, RoundRecord, StepMetrics, parse_metrics, read_manifest
+from sampo_ray.run.reach import check_reach
 from sampo_ray.run.storage import Place, absolute
 from sampo_ray.run.trackers import Log
 from sampo_ray.run.versions import export_folder, is_complete
@@ -145,7 +146,8 @@ def open_run(url: str, config: RunConfig | None = None) -> Run:
 
 
 def find_run(url: str) -> Place:
-    """The run directory there. ConfigError when it holds no run."""
+    """The run directory there. ConfigError when it holds no run, or cannot be reached."""
+    check_reach(url)
     place = Place(absolute(url))
     if not place.at("manifest.json").exists():
         raise ConfigError(f"{url!r} holds no run (no manifest.json); name a run directory")

@@ -11,6 +11,7 @@ import filelock
 
 from sampo_ray.errors import ConfigError, RunLostError
 from sampo_ray.run.claims import Claims
+from sampo_ray.run.reach import explained
 from sampo_ray.run.storage import Place, absolute
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,9 @@ class Lease:
     @contextlib.contextmanager
     def held(self, note: Callable[[str], None]) -> Iterator[Check]:
         """Takes the lease, renews it, and gives it back."""
-        if not self._claims.take(lambda text: note(f"run.dir={self._url!r}: {text}")):
+        with explained(self._url):
+            taken = self._claims.take(lambda text: note(f"run.dir={self._url!r}: {text}"))
+        if not taken:
             raise ConfigError(f"run.dir={self._url!r} is in use by another process, which renews its lease; stop it")
         if not self._claims.exclusive:
             note(f"run.dir={self._url!r}: this storage has no conditional writes; begin no two runs there at once")
