@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from sampo_ray.console.compare import app as compare
 from sampo_ray.console.keys import app as keys
 from sampo_ray.console.signals import orderly_end
 from sampo_ray.console.versions import app as versions
@@ -96,6 +97,7 @@ def serve(run: RunDirectory, overrides: Overrides = None) -> None:
 
 
 app.add_typer(versions)
+app.add_typer(compare)
 app.add_typer(keys, name="keys")
 app.add_typer(feedback, name="feedback")
 

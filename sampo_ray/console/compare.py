@@ -1,0 +1,81 @@
+"""`sampo compare`, `sampo card` and `sampo push`: what a run's evaluations show, and how its model is given away."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from sampo_ray.evaluation.comparison import Comparison
+
+app = typer.Typer()
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs, RUN@VERSION, or exported folders.")],
+    names: Annotated[str | None, typer.Option(help="What to call them: A,B,...", show_default=False)] = None,
+    out: Annotated[str | None, typer.Option(help="Write one self-contained HTML page.", show_default=False)] = None,
+) -> None:
+    """Compares evaluated runs: scores with intervals, differences to the base, win rate against length."""
+    from rich.console import Console
+
+    from sampo_ray.evaluation.comparison import compare as compared
+    from sampo_ray.evaluation.page import page
+    from sampo_ray.evaluation.subjects import read_results, with_names
+    from sampo_ray.run.storage import Place, absolute
+
+    named = [name.strip() for name in names.split(",")] if names else []
+    found, console = compared(with_names([read_results(run) for run in runs], named)), Console()
+    console.print(scores(found))
+    if any(row.differences for row in found.rows):
+        console.print(differences(found))
+    for note in found.notes:
+        console.print(f"- {note}", markup=False, highlight=False)
+    if out is not None:
+        Place(absolute(out)).write(page(found).encode())
+        typer.echo(f"page: {out}")
+
+
+def scores(found: "Comparison") -> "Table":
+    """Rows of methods; under each value its interval and what was published."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from sampo_ray.evaluation.shown import bracketed, published_value, value
+
+    units = {"share": " %", "slope": "", "reward": "", "tokens": ""}
+    caption = "in brackets 95 % intervals; * not all samples of the benchmark"
+    table = Table("", title="Scores", caption=caption, show_lines=True)
+    for column in found.columns:
+        table.add_column(Text(column.title + units[column.unit]), justify="right")
+    for row in found.rows:
+        cells = []
+        for column in found.columns:
+            cell = row.cells.get(column.title)
+            lines = [value(cell), bracketed(cell.score), published_value(cell)] if cell else ["-"]
+            cells.append(Text("\n".join(line for line in lines if line)))
+        table.add_row(Text(f"{row.name}\n{row.about}"), *cells)
+    return table
+
+
+def differences(found: "Comparison") -> "Table":
+    """Rows of methods; each with its differences to the base."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from sampo_ray.evaluation.shown import change
+
+    table = Table("", title="Differences to base", caption="percentage points, tokens", show_lines=True)
+    for column in found.columns:
+        table.add_column(Text(column.title), justify="right")
+    for row in found.rows:
+        if not row.differences:
+            continue
+        cells = []
+        for column in found.columns:
+            gap = row.differences.get(column.title)
+            cells.append(Text("\n".join(filter(None, [change(gap, column.unit), gap.why])) if gap else "-"))
+        table.add_row(Text(row.name), *cells)
+    return table
