@@ -601,3 +601,17 @@ def test_a_serve_application_knows_what_its_replicas_ask_for() -> None:
     bundles = [{"CPU": 1.0, "GPU": 1.0}, {"GPU": 1.0}]
     two = serve.deployment(type("Two", (), {}), placement_group_bundles=bundles)
     assert bundles_of(two.bind()) == tuple(bundles), ray_serve()
+
+
+def test_alpaca_evals_length_control_loads_its_files_by_one_function_and_writes_only_if_told_to() -> None:
+    pytest.importorskip("alpaca_eval")
+    from sampo_ray.internals import alpaca_eval
+
+    with alpaca_eval._environment():
+        from alpaca_eval.metrics import glm_winrate
+    known, source = found("alpaca_eval", "0.6.6"), inspect.getsource(glm_winrate._get_featurized_data)
+    parameters = inspect.signature(glm_winrate.get_length_controlled_winrate).parameters
+    assert {"save_weights_dir", "is_add_glm_preference_inplace", "is_warn_extreme_changes"} <= set(parameters), known
+    assert source.count("hf_hub_download(") == 1 and 'filename="df_gamed.csv"' in source, known
+    assert "hf_hub_download" in vars(glm_winrate), known
+    assert "- 1  # easier to work with in [0,1]" in source, f"preferences have another scale: {known}"
