@@ -38,6 +38,17 @@ def compare(
         typer.echo(f"page: {out}")
 
 
+@app.command()
+def card(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The run directory.")],
+    name: Annotated[str | None, typer.Option(help="The model's name. Default: base model and method.")] = None,
+) -> None:
+    """Writes the Hugging Face model card (README.md) beside the run's newest exported weights."""
+    from sampo_ray.evaluation.card import write_card
+
+    typer.echo(f"card: {write_card(run, name).url}")
+
+
 def scores(found: "Comparison") -> "Table":
     """Rows of methods; under each value its interval and what was published."""
     from rich.table import Table

@@ -45,15 +45,28 @@ def read_results(named: str) -> Results:
         known = "no results of evaluations" if place.exists() else "not there"
         raise EvaluationError(f"{url!r}: {known}; name a run or an exported folder that `sampo evaluate` has evaluated")
     versions = _versions(found)
+    return _results(place, found, versions, _chosen(url, version, versions) if version else None)
+
+
+def results_at(run: Place, version: int) -> Results | None:
+    """Of one version of a run, and of its base; None where that version has none."""
+    versions = _versions(found := list(results_in(run)))
+    shown = next((each for each in versions if each.version == version), None)
+    return None if shown is None else _results(run, found, versions, shown)
+
+
+def _results(
+    place: Place, found: Sequence[TaskResult], versions: Sequence[Evaluated], chosen: Evaluated | None
+) -> Results:
     base = next((each for each in versions if each.version == 0), None)
     later = tuple(each for each in versions if each.version != 0)
-    shown = _chosen(url, version, versions) if version else later[-1] if later else None
+    shown = chosen or (later[-1] if later else None)
     config = load_config(read_settings(place)) if place.at("manifest.json").exists() else None
     name, method = (method_name(config), published_method(config)) if config else (place.name, None)
     if base is not None and shown is base:
         name, method = BASE, BASE
-    elif version and shown:
-        name = f"{name}, {shown.label}"
+    elif chosen:
+        name = f"{name}, {chosen.label}"
     return Results(name, place, found[0].model, method, base, later, shown)
 
 
