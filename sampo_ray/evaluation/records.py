@@ -13,7 +13,7 @@ FOLDER, RESULT, SAMPLES = "evaluations", "result.json", "samples.jsonl"
 MOST_LOST = 0.05
 """Share of answers that may have failed or be empty; with more of them a task has no score."""
 
-Unit = Literal["share", "tokens", "reward", "slope"]
+Unit = Literal["share", "tokens", "characters", "reward", "slope"]
 """`share`: from 0 to 1. `slope`: reward for each further token."""
 
 
@@ -48,8 +48,12 @@ class JudgeRecord(Record):
     refused: int = 0
     nonsense: int = 0
     """Judgements that name neither answer; they are counted and not used."""
+    failed: int = 0
+    """Calls that were not answered, or were rejected."""
     first_share: float | None = None
     """Share of wins of the answer that is shown first; 0.5 without position bias."""
+    flip_share: float | None = None
+    """Share of the pairs whose winner changes with the order."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     repeats: int = 1

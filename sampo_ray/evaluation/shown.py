@@ -6,7 +6,7 @@ from sampo_ray.evaluation.comparison import Cell, Comparison
 from sampo_ray.evaluation.differences import Difference
 from sampo_ray.evaluation.records import Conditions, Score, Unit
 
-PLACES: dict[Unit, int] = {"share": 1, "tokens": 0, "reward": 3, "slope": 5}
+PLACES: dict[Unit, int] = {"share": 1, "tokens": 0, "characters": 0, "reward": 3, "slope": 5}
 LIMITED = "*"
 """Behind a number that is not the benchmark's full one."""
 
