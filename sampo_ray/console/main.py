@@ -8,6 +8,7 @@ from typer.core import TyperGroup
 
 from sampo_ray.console.compare import app as compare
 from sampo_ray.console.keys import app as keys
+from sampo_ray.console.options import EvaluateOptions, takes
 from sampo_ray.console.signals import orderly_end
 from sampo_ray.console.versions import app as versions
 from sampo_ray.errors import UserError
@@ -94,6 +95,18 @@ def serve(run: RunDirectory, overrides: Overrides = None) -> None:
     from sampo_ray.console import session
 
     session.serve(run, overrides or [])
+
+
+@app.command()
+@takes(EvaluateOptions)
+def evaluate(
+    where: Annotated[str, typer.Argument(metavar="RUN_OR_FOLDER", help="A run directory, or a model's folder.")],
+    options: EvaluateOptions,
+) -> None:
+    """Scores versions of a run, or a model's folder, in the tasks of the model card."""
+    from sampo_ray.console.evaluate import evaluate as evaluate_target
+
+    evaluate_target(where, options)
 
 
 app.add_typer(versions)

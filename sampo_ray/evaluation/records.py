@@ -98,6 +98,16 @@ class Conditions(Record):
     judge: JudgeRecord | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def lost(self) -> dict[str, int]:
+        return {"empty": self.empty, "cut": self.cut, "failed": self.failed}
+
+    @property
+    def planned(self) -> "Conditions":
+        """What of them is known before anything is asked: by it a result is known to be one of the same evaluation."""
+        judge = self.judge and JudgeRecord(name=self.judge.name, preset=self.judge.preset, weighted=self.judge.weighted)
+        return self.model_copy(update={"empty": 0, "cut": 0, "failed": 0, "notes": (), "judge": judge})
+
 
 class TaskResult(Record):
     """What one version scored in one task. `samples.jsonl` beside it has a line for each sample."""

@@ -41,6 +41,10 @@ class Task:
     """Modules that it cannot be run without; all are of the extra `eval` but `ifbench`."""
     dataset: str | None = None
     """The name by which lm-eval loads its data, and their folder in a data folder."""
+    parts: int = 1
+    """Tasks of lm-eval that it is a group of: without one of them it has no score."""
+    examples_in_task: int = 0
+    """Solved examples that the task itself writes into each prompt; lm-eval calls that 0-shot."""
 
 
 CARD = (
@@ -54,13 +58,14 @@ CARD = (
         dataset="google/IFEval",
     ),
     Task("piqa", "likelihood", (Column("PiQA", "acc,none"),), 3, 3, dataset="baber/piqa"),
-    Task("mmlu", "likelihood", (Column("MMLU", "acc,none"),), 0, 0, dataset="cais/mmlu"),
+    Task("mmlu", "likelihood", (Column("MMLU", "acc,none"),), 0, 0, dataset="cais/mmlu", parts=57),
     Task(
         "truthfulqa_mc1",
         "likelihood",
         (Column("TruthfulQA", "acc,none"),),
         card_shots=3,
         dataset="truthfulqa/truthful_qa",
+        examples_in_task=6,
     ),
     Task(
         "alpaca_eval",

@@ -36,6 +36,7 @@ from sampo_ray.internals.logical_gpus import logical_gpus
 from sampo_ray.internals.transformers import saved_tensors
 from sampo_ray.loop.starting import Places, needs_of, run_apps
 from sampo_ray.loop.turns import give_gpus, return_gpus
+from sampo_ray.run.addresses import remove_address, write_address
 from sampo_ray.run.directory import Run
 from sampo_ray.run.manifest import lineage
 from sampo_ray.run.scratch import scratch_folder
@@ -234,7 +235,12 @@ class PolicyServing:
             self._at_end(stop_endpoint, gateway)
         wait.add(needs_of(apps))
         handles = run_apps(apps, wait)
-        return handles, await_endpoint(gateway, route, wait.look) if self._serve.enabled else None
+        if not self._serve.enabled:
+            return handles, None
+        url = await_endpoint(gateway, route, wait.look)
+        write_address(self._run.place, self._name, url)
+        self._at_end(remove_address, self._run.place, self._name)
+        return handles, url
 
     def _at_end(self, function: Callable[..., object], *arguments: object) -> None:
         if not self._keep:

@@ -7,6 +7,8 @@ Layout under `run.dir` (a local path or any fsspec URL):
     tokenizer/                                     with the run's chat template
     data/        rounds/<k>/<stage>/               blocks as Parquet parts; a part is complete once it exists
     versions/<step>/                               published bf16 weights, Hugging Face folders; or adapters, peft's
+    endpoints/                                     where the run is served, if it is
+    evaluations/<version>/<task>/                  results of evaluations
     feedback/                                      answers that users may vote on, and votes
     checkpoints/<round>-<step>/                    trainer state; complete once the manifest names it
     exports/round-<k>/                             Hugging Face folders made from the fp32 masters
