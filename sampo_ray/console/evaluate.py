@@ -22,6 +22,7 @@ from sampo_ray.evaluation.tasks import Task, task_named
 from sampo_ray.run.storage import Place
 
 if TYPE_CHECKING:
+    from sampo_ray.evaluation.alpaca_eval import AlpacaSettings
     from sampo_ray.evaluation.plans import Plan
     from sampo_ray.evaluation.subject import Subject
     from sampo_ray.evaluation.targets import Chosen, Target
@@ -32,7 +33,14 @@ if TYPE_CHECKING:
 def evaluate(where: str, options: EvaluateOptions) -> None:
     """Evaluates the run or folder at `where`. EvaluationError, which names each task without a score, at the end."""
     tasks = [task_named(name) for name in options.task_names]
+    if probes := [task.name for task in tasks if task.kind == "probe"]:
+        raise EvaluationError(
+            f"tasks: {probes[0]} is what a run asks of itself each round (evaluate.every); leave it out"
+        )
+    if not tasks:
+        raise EvaluationError("tasks: none is named")
     check_place(where)
+    _check_judged(tasks, options)
     check_packages(tasks)
     check_data(tasks, options.data)
     os.environ.update(environment(options.data))  # before the libraries are imported, which read it once
@@ -53,7 +61,9 @@ class Evaluation:
         from sampo_ray.loop.evaluated import find_live
 
         self._console, self._target, self._tasks, self._options = console, target, tasks, options
-        self._asking = Asking(options.limit, options.seed, options.max_tokens, options.data and options.data.resolve())
+        alpaca = _alpaca(target, options) if "alpaca_eval" in options.task_names else None
+        data = options.data and options.data.resolve()
+        self._asking = Asking(options.limit, options.seed, options.max_tokens, data, alpaca)
         self._live = find_live(target, options.endpoint)
         self._context = target.served_context if self._live else target.context
 
@@ -163,3 +173,41 @@ class Evaluation:
 
     def _say(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _alpaca(target: "Target", options: EvaluateOptions) -> "AlpacaSettings":
+    """What alpaca_eval needs, with a judge that was tried. EvaluationError."""
+    from sampo_ray.evaluation.alpaca_eval import AlpacaSettings, check
+    from sampo_ray.evaluation.alpaca_judging import read_judge
+    from sampo_ray.evaluation.win_rates import check_model
+
+    assert options.judge is not None and options.alpaca_data is not None
+    check_model(target.name)
+    settings = AlpacaSettings(
+        data=options.alpaca_data.resolve(),
+        judge=read_judge(options.judge),
+        llama3=options.llama3_tokenizer and options.llama3_tokenizer.resolve(),
+        max_tokens=options.max_tokens,
+        repeats=options.repeats,
+        limit=options.limit,
+        seed=options.seed,
+        verdicts=target.root.at("verdicts"),
+    )
+    return check(settings)
+
+
+def _check_judged(tasks: Sequence[Task], options: EvaluateOptions) -> None:
+    """EvaluationError for a judged task without a judge or its files, and for those without such a task."""
+    given = {"--judge": options.judge, "--alpaca-data": options.alpaca_data}
+    judged = [task.name for task in tasks if task.kind == "judged"]
+    missing = [name for name, value in given.items() if value is None]
+    if judged and missing:
+        raise EvaluationError(
+            f"tasks: {judged[0]} needs {' and '.join(missing)} (a YAML file that says who judges, and the folder with "
+            "the benchmark's official files)"
+        )
+    for name, value in given.items():
+        if value is not None and not judged:
+            raise EvaluationError(f"{name}={value}: none of the tasks is judged; add alpaca_eval, or leave it out")
+        if value is not None and not value.exists():
+            raise EvaluationError(f"{name}={value}: there is no such file or folder")

@@ -58,6 +58,14 @@ class EvaluateOptions:
         typer.Option(help="URL of the run's; `new`: start one.", show_default="the live one, else a new one"),
     ] = None
     out: Annotated[str | None, typer.Option(help="Where results go.", show_default="RUN_OR_FOLDER")] = None
+    judge: Annotated[
+        Path | None, typer.Option(help="YAML file that says who judges alpaca_eval.", show_default=False)
+    ] = None
+    alpaca_data: Annotated[Path | None, typer.Option(help="Folder with its official files.", show_default=False)] = None
+    llama3_tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder of Llama 3's, in whose tokens it counts lengths.", show_default=False)
+    ] = None
+    repeats: Annotated[int, typer.Option(min=1, help="Of its judgements, for their spread.")] = 1
     seed: Annotated[int, typer.Option(min=0, help="Of shots and answers.")] = 1234
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer.", show_default="the task's")] = None
     at_once: Annotated[int, typer.Option(min=1, help="Tasks at a time.")] = 2

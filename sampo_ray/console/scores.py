@@ -26,6 +26,7 @@ def plan_text(plan: Plan, context: int) -> str:
         f"  longest prompt {about.longest_prompt:,} tokens"
         + (f", answers of up to {answer:,}" if answer else "")
         + f", context {context:,}; {about.bos} BOS in the first prompt",
+        *([f"  the judge is asked up to {plan.judge_calls:,} times"] if plan.judge_calls else []),
         *([f"  stops at {', '.join(map(repr, plan.stop))}"] if plan.stop else []),
         *(f"  {note}" for note in about.notes),
         f"  first prompt, {len(ids):,} tokens: {' '.join(shown)}",

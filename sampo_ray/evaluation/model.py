@@ -16,7 +16,7 @@ from lm_eval.api.model import TemplateLM
 from sampo_ray.data.chat import ChatFormat
 from sampo_ray.errors import EvaluationError
 from sampo_ray.evaluation.asking import Answer, Question, Scored, Scoring, answers_to, scores_of
-from sampo_ray.evaluation.subject import Subject
+from sampo_ray.evaluation.subject import Subject, leading_bos
 from sampo_ray.sources.messages import Message
 
 DEFAULT_MAX_TOKENS = 256
@@ -176,16 +176,3 @@ class EndpointModel(TemplateLM):
 def stops(settings: dict[str, Any]) -> tuple[str, ...]:
     until = settings.get("until") or []
     return (until,) if isinstance(until, str) else tuple(until)
-
-
-def leading_bos(chat: ChatFormat) -> int | None:
-    """The BOS that a text begins with for this model: where its tokenizer adds one, or its chat template begins with
-    it. None if there is none. A token that opens each turn (ChatML's) is no BOS, whatever the tokenizer calls it."""
-    bos = chat.bos_id
-    if bos is None:
-        return None
-    if chat.tokenizer("a").input_ids[:1] == [bos]:
-        return bos
-    turns: list[Message] = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
-    ids = chat.prompt_ids(turns)
-    return bos if ids[0] == bos and ids.count(bos) == 1 else None

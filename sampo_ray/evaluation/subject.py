@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from sampo_ray.data.chat import ChatFormat
 from sampo_ray.data.template import opened_by, thinking_in
+from sampo_ray.sources.messages import Message
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,19 @@ class Subject:
 def template_digest(chat: ChatFormat) -> str:
     """Of the chat template: the first 16 hexadecimal digits of its SHA-256."""
     return hashlib.sha256(str(chat.tokenizer.chat_template).encode()).hexdigest()[:16]
+
+
+def leading_bos(chat: ChatFormat) -> int | None:
+    """The BOS that a text begins with for this model: where its tokenizer adds one, or its chat template begins with
+    it. None if there is none. A token that opens each turn (ChatML's) is no BOS, whatever the tokenizer calls it."""
+    bos = chat.bos_id
+    if bos is None:
+        return None
+    if chat.tokenizer("a").input_ids[:1] == [bos]:
+        return bos
+    turns: list[Message] = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
+    ids = chat.prompt_ids(turns)
+    return bos if ids[0] == bos and ids.count(bos) == 1 else None
 
 
 class Thinking:

@@ -81,7 +81,7 @@ CARD = (
 """The tasks of the card, in its order of columns."""
 
 OTHERS = (
-    Task("ifbench", "verified", (Column("IFBench", "inst_level_strict_acc"),), packages=("ifbench",)),
+    Task("ifbench", "verified", (Column("IFBench", "prompt_level_loose_acc"),), packages=("ifbench",)),
     Task(
         "probe",
         "probe",

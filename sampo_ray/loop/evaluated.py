@@ -217,7 +217,9 @@ def _served_config(target: Target, folder: Path, context: int) -> RunConfig:
         config = target.run.config
     else:
         model = {"path": str(target.folder), "template": "tokenizer"}
-        config = load_config({"model": model, "data": {"train": str(folder / "none.jsonl")}})
+        config = load_config(
+            {"model": model, "data": {"train": str(folder / "none.jsonl")}, "run": {"dir": str(folder)}}
+        )
     serve = ServeConfig(port=0, api_keys=(), request_timeout_s=OWN_REQUEST_S, start_timeout_s=600.0, follow="manual")
     data = config.data.model_copy(update={"max_length": context})
     named = config.run.model_copy(update={"dir": str(folder)})
