@@ -88,7 +88,7 @@ class Evaluation:
     def _plans(self) -> "list[Plan]":
         """What each task asks. EvaluationError where one cannot be asked."""
         from sampo_ray.data.chat import ChatFormat
-        from sampo_ray.evaluation.plans import plan
+        from sampo_ray.evaluation.harnesses import plan
 
         chat, plans = ChatFormat.load(self._target.tokenizer, "tokenizer"), []
         for task in self._tasks:
@@ -150,7 +150,7 @@ class Evaluation:
         )
 
     def _jobs(self, subject: "Subject", plans: "list[Plan]") -> "Iterator[Outcome]":
-        from sampo_ray.evaluation.plans import run
+        from sampo_ray.evaluation.harnesses import run
         from sampo_ray.loop.evaluation_jobs import Job, run_jobs
 
         for plan in plans:
