@@ -49,6 +49,36 @@ def card(
     typer.echo(f"card: {write_card(run, name).url}")
 
 
+@app.command()
+def push(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The run directory, or an exported folder.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hugging Face hub.")],
+    private: Annotated[bool, typer.Option(help="Only its owners may see it.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check everything, print what would go, send nothing.")] = False,
+) -> None:
+    """Uploads the newest exported model with its card to the Hugging Face hub."""
+    from sampo_ray.errors import UserError
+    from sampo_ray.evaluation.push import folder_of, plan
+    from sampo_ray.evaluation.push import push as upload
+
+    with folder_of(run).on_disk() as folder:
+        found = plan(folder, repo)
+        for name, size in found.files:
+            typer.echo(f"{size:>15,}  {name}")
+        typer.echo(
+            f"{found.total:>15,}  bytes in all" + (f"; stays here: {', '.join(found.stays)}" if found.stays else "")
+        )
+        if dry_run:
+            typer.echo(f"nothing was sent; would go to {repo}{' (private)' if private else ''}")
+        else:
+            try:
+                url = upload(found, repo, private)
+            except UserError:
+                typer.echo(err=True)  # the library's progress bar leaves its line open
+                raise
+            typer.echo(f"pushed: {url}")
+
+
 def scores(found: "Comparison") -> "Table":
     """Rows of methods; under each value its interval and what was published."""
     from rich.table import Table
