@@ -18,13 +18,15 @@ LLAMA = {
 GIB = 1 << 30
 
 
-def needs(size: str, lora: bool, offload: str, max_length: int) -> Needs:
+def needs(size: str, lora: bool, offload: str, max_length: int, sharded: bool = False) -> Needs:
     parameters, layers, hidden, intermediate, kv = LLAMA[size]
     adapters = 16 * layers * (2 * (hidden + hidden) + 2 * (hidden + kv) + 3 * (hidden + intermediate))
-    shape = Shape(
-        parameters + lora * adapters, adapters if lora else parameters, layers, hidden, intermediate, vocabulary=128_256
+    trained, largest = (adapters, 16 * intermediate) if lora else (parameters, 128_256 * hidden)
+    shape = Shape(parameters + lora * adapters, trained, layers, hidden, intermediate, 128_256, largest)
+    stage = 3 if sharded else 2
+    plan = plan_memory(
+        shape, TrainerConfig(workers=1, offload=offload, zero_stage=stage), default_row(max_length), "cuda"
     )
-    plan = plan_memory(shape, TrainerConfig(workers=1, offload=offload), default_row(max_length), "cuda")
     return Needs(plan.total, 2 * parameters, 2 * 2 * layers * kv, max_length)
 
 
@@ -35,7 +37,8 @@ def needs(size: str, lora: bool, offload: str, max_length: int) -> Needs:
         (24, "1B", "offloaded", "side by side"),
         (24, "1B", "lora", "side by side"),
         (24, "3B", "full", "no"),
-        (24, "3B", "offloaded", "side by side"),
+        (24, "3B", "offloaded", "no"),  # the gradients stay on the device
+        (24, "3B", "offloaded, ZeRO-3", "side by side"),
         (24, "3B", "lora", "side by side"),
         (24, "8B", "full", "no"),
         (24, "8B", "lora", "by turns"),
@@ -47,18 +50,20 @@ def needs(size: str, lora: bool, offload: str, max_length: int) -> Needs:
         (80, "1B", "full", "side by side"),
         (80, "3B", "full", "side by side"),
         (80, "8B", "full", "no"),
+        (40, "8B", "offloaded, ZeRO-3", "side by side"),
         (80, "8B", "offloaded", "side by side"),
         (80, "8B", "lora", "side by side"),
     ],
 )
 def test_what_fits_on_one_gpu_with_answers_of_2048_tokens(gpu: int, size: str, how: str, fits: str) -> None:
-    need = needs(size, how == "lora", "optimizer" if how == "offloaded" else "none", 2048)
+    offloads, sharded = how.startswith("offloaded"), how.endswith("ZeRO-3")
+    need = needs(size, how == "lora", "optimizer" if offloads else "none", 2048, sharded)
     memory = int(0.98 * gpu * GIB)  # a GPU has a little less than it is called
     beside, turns = side_by_side(need, memory), by_turns(need, memory)
     assert ("side by side" if beside.fit else "by turns" if turns.fit else "no") == fits
     if fits == "no":
-        assert turns.advice(how == "offloaded", how == "lora").startswith(
-            "a smaller data.max_length" if how == "offloaded" else "trainer.offload=optimizer"
+        assert ("trainer.zero_stage=3" if offloads else "trainer.offload=optimizer") in turns.advice(
+            offloads, how == "lora", sharded
         )
 
 

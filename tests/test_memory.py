@@ -12,10 +12,16 @@ from sampo_ray.config.sections import LoraConfig, TrainerConfig
 from sampo_ray.errors import ConfigError
 from sampo_ray.training.architecture import on_meta
 from sampo_ray.training.learner import deepspeed_config
-from sampo_ray.training.memory import Shape, check_memory, plan_memory
+from sampo_ray.training.memory import AT_ONCE, BUCKET, Shape, check_memory, plan_memory
 
 LLAMA_8B = Shape(
-    parameters=8_030_261_248, trained=8_030_261_248, layers=32, hidden=4096, intermediate=14336, vocabulary=128_256
+    parameters=8_030_261_248,
+    trained=8_030_261_248,
+    layers=32,
+    hidden=4096,
+    intermediate=14336,
+    vocabulary=128_256,
+    largest=128_256 * 4096,
 )
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
 
@@ -56,6 +62,40 @@ def test_adapters_need_gradients_and_optimizer_for_themselves_alone():
     assert plan.states == 2 * adapted.parameters + 16 * adapted.trained
 
 
+def test_with_offloading_gradients_are_on_the_device_under_zero_2_alone_and_nothing_is_counted_twice_or_left_out():
+    n = LLAMA_8B.parameters // 8
+    plans = {
+        (stage, offload): plan_memory(
+            LLAMA_8B, TrainerConfig(workers=8, zero_stage=stage, offload=offload), 128, "cuda"
+        )
+        for stage, offload in ((2, "none"), (2, "optimizer"), (3, "none"), (3, "optimizer"), (3, "parameters"))
+    }
+    assert plans[2, "optimizer"].states == plans[2, "none"].states - 12 * n
+    assert plans[3, "optimizer"].states == 2 * n and plans[3, "parameters"].states == 0
+    # Masters, moments and the gradients that they are stepped with; under ZeRO-3 also those that are accumulated, under
+    # ZeRO-2 what is sent back; and the weights.
+    assert [plan.offloaded for plan in plans.values()] == [0, 18 * n, 0, 20 * n, 22 * n]
+
+
+def test_what_zero_3_steps_and_gathers_at_once_is_limited():
+    def plan(workers, **trainer):
+        return plan_memory(LLAMA_8B, TrainerConfig(workers=workers, zero_stage=3, **trainer), 128, "cuda")
+
+    assert plan(4).gathered == 2 * AT_ONCE and plan(1).gathered == 0, "one rank has the weights"
+    assert plan(1, offload="parameters").gathered == 2 * AT_ONCE
+    assert plan(4).flattened == 4 * AT_ONCE and plan(16).flattened == 4 * (LLAMA_8B.parameters // 16)
+    assert plan(4, offload="optimizer").flattened == 0
+
+
+def test_a_gradient_that_no_bucket_holds_is_copied_whole_and_a_frozen_head_has_none():
+    config = transformers.LlamaConfig(vocab_size=2**21, **SMALL)
+    whole, adapted = (Shape.of(on_meta(config, lora)) for lora in (None, LoraConfig(rank=4)))
+    assert whole.largest == 2**21 * 64
+    plan, frozen = (plan_memory(shape, TrainerConfig(), 128, "cuda") for shape in (whole, adapted))
+    assert plan.reduced == 6 * whole.largest and plan.buffers == 2 * 2 * BUCKET["cuda"]
+    assert plan.head - frozen.head == 2 * whole.largest
+
+
 def test_adapters_that_would_be_nowhere_are_refused():
     config = transformers.LlamaConfig(vocab_size=512, **SMALL)
     with pytest.raises(ConfigError, match=r"model\.lora\.targets: 'query' names no linear layer .* has .*q_proj"):
@@ -71,7 +111,9 @@ def test_a_model_that_can_never_fit_is_refused_with_the_fix():
     ):
         check_memory(LLAMA_8B, TrainerConfig(workers=2), 2048, "cuda", gpu // 2)
     check_memory(LLAMA_8B, TrainerConfig(workers=8), 2048, "cuda", gpu)
-    check_memory(LLAMA_8B, TrainerConfig(offload="optimizer"), 2048, "cuda", gpu // 2)
+    check_memory(LLAMA_8B, TrainerConfig(offload="optimizer", zero_stage=3), 2048, "cuda", gpu // 2)
+    with pytest.raises(ConfigError, match=r"44\.9 GiB.*zero_stage=3"):  # ZeRO-2 has the gradients on the device
+        check_memory(LLAMA_8B, TrainerConfig(offload="optimizer"), 2048, "cuda", gpu // 2)
     with pytest.raises(ConfigError, match="134.6 GiB"):
         check_memory(LLAMA_8B, TrainerConfig(), 2048, "cpu", 64 << 30)
 

@@ -43,7 +43,8 @@ def no_gpu_memory(config: RunConfig, on_gpu: GpuShares) -> str:
         for who, bytes in (("a rank", on_gpu.rank_lacks), ("an engine", on_gpu.engine_lacks))
         if bytes
     ]
-    advice = on_gpu.advice(config.trainer.offload != "none", config.model.lora is not None)
+    trainer, adapters = config.trainer, config.model.lora is not None
+    advice = on_gpu.advice(trainer.offload != "none", adapters, trainer.zero_stage == 3)
     return f"model.path={config.model.path!r} does not fit on a GPU here: {' and '.join(lacks)}; use {advice}"
 
 

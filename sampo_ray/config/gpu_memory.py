@@ -44,9 +44,10 @@ class GpuShares:
     def fit(self) -> bool:
         return not self.rank_lacks and not self.engine_lacks
 
-    def advice(self, offloads: bool, adapters: bool) -> str:
-        """What to change where they do not fit, for a run that has (or has not) optimizer offload and adapters."""
+    def advice(self, offloads: bool, adapters: bool, sharded: bool = False) -> str:
+        """What to change where they do not fit, for a run that has (or has not) optimizer offload, adapters, ZeRO-3."""
         rank = ["trainer.offload=optimizer"] * (not offloads) + ["model.lora.rank=16"] * (not adapters)
+        rank += ["trainer.zero_stage=3"] * (offloads and not sharded)  # which leaves the gradients on the host
         each = rank * bool(self.rank_lacks) + ["a smaller data.max_length", "a smaller model.path"]
         return f"{', '.join(each[:-1])} or {each[-1]}"
 

@@ -158,13 +158,8 @@ def memory_of(config: RunConfig) -> ModelMemory:
 
     def rank(sized: RunConfig) -> RankMemory:
         trainer, tokens = sized.trainer, sized.row_budget.tokens_per_row
-        device = "cuda" if trainer.num_gpus else "cpu"
-        on_device = plan_memory(shape, trainer, tokens, device, resident).total
-        # Beside the device's: what is offloaded, and the copies that are published and stored while it trains on.
-        each = shape.trained // trainer.fewest
-        offloaded = 16 * each * (trainer.offload != "none") + 2 * shape.parameters * (trainer.offload == "parameters")
-        host = offloaded + 2 * shape.parameters // trainer.fewest + 12 * each
-        return RankMemory(on_device, host + (0 if trainer.num_gpus else on_device))
+        plan = plan_memory(shape, trainer, tokens, "cuda" if trainer.num_gpus else "cpu", resident)
+        return RankMemory(plan.total, plan.host + (0 if trainer.num_gpus else plan.total))
 
     return ModelMemory(2 * shape.parameters, cached, rank)
 

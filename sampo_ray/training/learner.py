@@ -24,6 +24,7 @@ from sampo_ray.errors import TrainingError
 from sampo_ray.training.batching import Pair, Pairs, Row, Step
 from sampo_ray.training.host_copies import HostBuffer, with_copies
 from sampo_ray.training.lora import Weight, adapter_names, without_adapters
+from sampo_ray.training.memory import BUCKET
 from sampo_ray.training.objective import METRICS, Draw, LossInputs, accumulate, objective_of, zero_loss
 from sampo_ray.training.policy import batch_rows, every_token, policy_without_weights, row_logprobs, with_logprobs
 from sampo_ray.training.saving import Cast, SavedModel
@@ -63,8 +64,8 @@ def deepspeed_config(config: RunConfig, device: torch.device) -> dict[str, objec
         "stage": config.trainer.zero_stage,
         "overlap_comm": gpu,
         "contiguous_gradients": True,
-        # Elements; the default makes copies of the gradients of half a billion parameters.
-        "reduce_bucket_size": 2**26 if gpu else 2**24,
+        # The default makes copies of the gradients of half a billion parameters.
+        "reduce_bucket_size": BUCKET["cuda" if gpu else "cpu"],
     }
     host = {"device": "cpu", "pin_memory": gpu}
     if config.trainer.offload != "none":

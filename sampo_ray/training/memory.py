@@ -17,9 +17,16 @@ if TYPE_CHECKING:
     from sampo_ray.config.sections import TrainerConfig
 
 
+BUCKET = {"cpu": 2**24, "cuda": 2**26}
+"""Elements of gradients that are reduced at a time: enough for the network of GPUs, few where memory is a host's."""
+AT_ONCE = 10**9
+"""Elements that ZeRO-3 keeps gathered at most, and those of a rank that it steps at a time: DeepSpeed's defaults."""
+
+
 @dataclass(frozen=True)
 class Shape:
-    """A model's number of parameters, all and trained, and of layers; widths of hidden states, MLP and vocabulary."""
+    """A model's number of parameters, all and trained, and of layers; widths of hidden states, MLP and vocabulary;
+    elements of the largest trained weight."""
 
     parameters: int
     trained: int
@@ -27,6 +34,7 @@ class Shape:
     hidden: int
     intermediate: int
     vocabulary: int
+    largest: int
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Shape:
@@ -37,22 +45,32 @@ class Shape:
         if not isinstance(intermediate, int):  # one for each layer, in Gemma-3n
             intermediate = max(intermediate)
         parameters = sum(p.numel() for p in model.parameters())  # tied ones once
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        return cls(parameters, trained, config.num_hidden_layers, hidden, intermediate, config.vocab_size)
+        trained = [p.numel() for p in model.parameters() if p.requires_grad]
+        layers, vocabulary = config.num_hidden_layers, config.vocab_size
+        return cls(parameters, sum(trained), layers, hidden, intermediate, vocabulary, max(trained, default=0))
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of one data-parallel rank, without what is offloaded.
+    """Bytes of one data-parallel rank.
 
-    The first three are exact except for DeepSpeed's buckets, the last two are estimates.
+    Its device has `weights`, `gradients`, `optimizer` and `buffers` at all times. In a backward pass it also has
+    `activations`, what the `head` works with, the weights that are `gathered` and the gradients that are `reduced`; in
+    the optimizer's step, instead, a copy of gradients (`flattened`). In host memory are the states that are `offloaded`
+    and the `copies` that are published and stored while it trains on.
     """
 
     weights: int
     gradients: int
     optimizer: int
+    buffers: int
     activations: int
     head: int
+    gathered: int
+    reduced: int
+    flattened: int
+    offloaded: int
+    copies: int
 
     @property
     def states(self) -> int:
@@ -61,7 +79,14 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        return self.states + self.activations + self.head
+        """Bytes of the device at most."""
+        backward = self.activations + self.head + self.gathered + self.reduced
+        return self.states + self.buffers + max(backward, self.flattened)
+
+    @property
+    def host(self) -> int:
+        """Bytes of host memory beside what the process itself takes."""
+        return self.offloaded + self.copies
 
 
 def plan_memory(
@@ -71,13 +96,42 @@ def plan_memory(
     gradients, masters and two moments, the last three (at stage 3 all) divided over the ranks. A `resident` reference
     is a second copy of the weights.
 
+    `device`: cpu or cuda. The rest is as DeepSpeed 0.19.8 has it (`zero/stage_1_and_2.py`, `zero/stage3.py`). With
+    offloading gradients are accumulated on the device at stage 2 and on the host at stage 3, and copied to a second
+    place on the host, where the step reads them; at stage 2 the host has what is sent back as well (bf16).
+    """
+    world, sharded, kept = trainer.fewest, trainer.zero_stage == 3, trainer.offload == "none"
+    each = -(-shape.trained // world)
+    weights = 2 * (-(-shape.parameters // world) if sharded else shape.parameters)
+    here = weights * (trainer.offload != "parameters")
+    activations, head = _rows(shape, trainer, tokens_per_row, device)
+    buffers, reduced = _reduction(shape, sharded, device)
+    gathers = sharded and (world > 1 or trainer.offload == "parameters")
+    offloaded = weights - here + (0 if kept else (20 if sharded else 18) * each)
+    # A checkpoint's masters and moments, with the weights on ZeRO-2's first rank, and a rank's share of a version.
+    copies = 12 * each + 2 * shape.trained * (not sharded) + 2 * each
+    return MemoryPlan(
+        weights=here + 2 * shape.parameters * resident,
+        gradients=4 * each * (kept or not sharded),
+        optimizer=12 * each * kept,
+        buffers=buffers,
+        activations=activations,
+        head=head,
+        gathered=2 * min(shape.parameters, AT_ONCE) * gathers,
+        reduced=reduced,
+        flattened=4 * min(each, AT_ONCE) * (kept and sharded),
+        offloaded=offloaded,
+        copies=copies,
+    )
+
+
+def _rows(shape: Shape, trainer: TrainerConfig, tokens_per_row: int, device: str) -> tuple[int, int]:
+    """Bytes of activations and head.
+
     Activations are those of a Llama layer for one row. With gradient checkpointing they are the inputs of all layers
     and one whole layer, with the selective kind also attention and the MLP's first products. The head takes its bf16
-    gradient and, twice in fp32, a tile of logits and the tile's part of the weight.
+    gradient where it is trained and, twice in fp32, a tile of logits and the tile's part of the weight.
     """
-    world = trainer.fewest
-    each = -(-shape.trained // world)
-    weights = 2 * (-(-shape.parameters // world) if trainer.zero_stage == 3 else shape.parameters)
     inputs = 2 * shape.hidden * tokens_per_row
     layer = tokens_per_row * (2 * (10 * shape.hidden + 4 * shape.intermediate) + 4 * 4 * shape.hidden)
     activations = shape.layers * layer
@@ -85,11 +139,21 @@ def plan_memory(
         selected = 2 * (shape.hidden + 2 * shape.intermediate) * tokens_per_row
         activations = shape.layers * (inputs + selected * (recomputing == "selective")) + layer
     tile = Tile.of(torch.device(device))
-    entries = min(tile.vocabulary, shape.vocabulary)
-    head = 2 * shape.vocabulary * shape.hidden + 8 * entries * (tile.tokens + shape.hidden)
-    kept = trainer.offload == "none"
-    weights = weights * (trainer.offload != "parameters") + 2 * shape.parameters * resident
-    return MemoryPlan(weights, 4 * each * kept, 12 * each * kept, activations, head)
+    entries, weight = min(tile.vocabulary, shape.vocabulary), shape.vocabulary * shape.hidden
+    return activations, 2 * weight * (shape.largest >= weight) + 8 * entries * (tile.tokens + shape.hidden)
+
+
+def _reduction(shape: Shape, sharded: bool, device: str) -> tuple[int, int]:
+    """Bytes of the buckets, and of the copies that are made to reduce one or a larger gradient.
+
+    ZeRO-3 fills an fp32 bucket, of which each rank's parts are put together in a copy. ZeRO-2 has bf16 ones, two where
+    communication overlaps, and copies what is reduced, once more in fp32. So is a gradient that no bucket holds.
+    """
+    bucket = min(BUCKET[device], shape.trained) if device == "cpu" else BUCKET[device]  # what is not used is not there
+    piece = max(min(bucket, shape.trained), shape.largest)
+    if sharded:
+        return 4 * bucket, 4 * piece
+    return 2 * bucket * (1 if device == "cpu" else 2), 6 * piece
 
 
 def check_memory(
@@ -115,7 +179,7 @@ def check_memory(
     elif device != "cpu" and trainer.zero_stage == 2:
         fix += ", or trainer.zero_stage=3"
     if device != "cpu" and trainer.offload == "none":
-        fix += ", or trainer.offload=optimizer"
+        fix += ", or trainer.offload=optimizer with trainer.zero_stage=3"
     raise ConfigError(
         f"model.path: training its {shape.parameters / 1e9:.2f}B parameters with {asked} takes {need} for weights, "
         f"gradients and optimizer alone{where}, but there are only {have}; use {fix}"
