@@ -130,7 +130,8 @@ def push(upload: Upload, repo: str, private: bool) -> str:
     except HfHubHTTPError as error:
         raise EvaluationError(_refused(error, repo)) from None
     except (httpx2.HTTPError, RuntimeError) as error:
-        cause = error.__cause__ or error  # threads that upload raise RuntimeError from what happened
+        # Threads that upload raise RuntimeError from what happened.
+        cause = error.__cause__ if isinstance(error, RuntimeError) else error
         if not isinstance(cause, httpx2.HTTPError):
             raise
         raise EvaluationError(_interrupted(repo, first_line(cause))) from None
