@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 import ray
-from ray import serve
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from sampo_ray.actors.weights.client import NAMESPACE, find_weight_store
 from sampo_ray.internals.ray import job_has_ended
-from sampo_ray.internals.serve import begin_delete
+from sampo_ray.internals.serve import begin_delete, serve_status
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ class FleetGuard:
                 ray.get(store.give_gpus.remote("engines", 0), timeout=ANSWER_S)  # the driver's ranks may have had them
             else:
                 ray.kill(store)
-        for name in serve.status().applications:
+        for name in serve_status().applications:
             if name.startswith(f"{self._fleet}-") and not name.startswith(tuple(self._keeps)):
                 begin_delete(name)
         ray.kill(ray.get_runtime_context().current_actor)

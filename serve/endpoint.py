@@ -19,7 +19,16 @@ from ray.serve.exceptions import RayServeException
 
 from sampo_ray.config.serving import ServeConfig, is_loopback
 from sampo_ray.errors import EndpointError
-from sampo_ray.internals.serve import HttpProxies, http_proxies
+from sampo_ray.internals.serve import (
+    CALL_S,
+    DEPLOY_S,
+    HttpProxies,
+    delete_app,
+    deploy,
+    http_proxies,
+    serve_status,
+    within,
+)
 
 POLL_S, HEALTH_TIMEOUT_S = 0.5, 5.0
 DEPLOY_TIMEOUT_S, ANSWER_TIMEOUT_S = 900.0, 120.0
@@ -79,11 +88,11 @@ def _started(config: ServeConfig) -> HttpProxies:
     timeout_s = config.request_timeout_s + 10  # the proxy's limit is for requests that never reach the endpoint
     options = {"host": host, "port": port, "request_timeout_s": timeout_s}
     try:
-        serve.start(proxy_location="HeadOnly", http_options=options)
+        within(DEPLOY_S, serve.start, proxy_location="HeadOnly", http_options=options)
     except TimeoutError:
         pass  # after a minute, where cores are busy: Serve goes on starting it, and `await_endpoint` has more patience
     except RayError as error:
-        serve.shutdown()  # it would keep this address
+        within(CALL_S, serve.shutdown)  # it would keep this address
         raise _unusable(port, f"Serve's proxy did not start: {_cause(error)}") from None
     return _proxies()
 
@@ -119,7 +128,7 @@ def deploy_endpoint(name: str, policy_app: str, store: str, config: ServeConfig,
     app, reason = build_endpoint_app(name, policy_app, store, config, _proxies().host), ""
     for route in routes:
         try:
-            serve.run_many([serve.RunTarget(app, name=name, route_prefix=route)], wait_for_applications_running=False)
+            deploy([serve.RunTarget(app, name=name, route_prefix=route)])
             return route
         except TimeoutError:
             return (
@@ -141,7 +150,7 @@ def await_endpoint(name: str, route_prefix: str = "/", look: Callable[[], bool] 
     # Certificates may be for other names, and another machine's loopback is out of reach: then Serve's word counts.
     asks_serve = proxies.tls or (proxy_ip is not None and is_loopback(proxies.host))
     while True:
-        now = serve.status()
+        now = serve_status()
         if (app := now.applications.get(name)) is None:
             raise EndpointError("the endpoint could not be deployed: it was taken down while it started")
         if app.status == "DEPLOY_FAILED":
@@ -162,7 +171,7 @@ def await_endpoint(name: str, route_prefix: str = "/", look: Callable[[], bool] 
 
 def stop_endpoint(name: str) -> None:
     """Stops the endpoint once its requests in flight have ended. The policy keeps running."""
-    serve.delete(name)
+    delete_app(name)
 
 
 def base_url(proxies: HttpProxies, route_prefix: str = "/", proxy_ip: str | None = None) -> str:
@@ -188,7 +197,7 @@ def _proxies() -> HttpProxies:
 
 def _proxy_ip() -> str | None:
     """The address of a machine that has one of Serve's proxies; None where this one does."""
-    nodes = serve.status().proxies
+    nodes = serve_status().proxies
     if not nodes or ray.get_runtime_context().get_node_id() in nodes:
         return None
     return next((str(node["NodeManagerAddress"]) for node in ray.nodes() if node["NodeID"] in nodes), None)

@@ -24,6 +24,8 @@ from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_in
 from sampo_ray.actors.policy import messages, sse
 from sampo_ray.actors.weights.client import StoreState
 from sampo_ray.config.serving import ServeConfig
+from sampo_ray.errors import FleetError
+from sampo_ray.internals.serve import app_handle, serve_status
 from sampo_ray.run.versions import WeightsId
 from sampo_ray.serve import errors
 from sampo_ray.serve.cached import CachedRead
@@ -70,8 +72,9 @@ class PolicyApp:
         """ApiError (503) when the application is not deployed until `start_by` (event loop's clock)."""
         while self._handle is None:
             try:
-                self._handle = (await asyncio.to_thread(serve.get_app_handle, self._name)).options(stream=True)
-            except (RayError, RayServeException):
+                found = asyncio.to_thread(app_handle, self._name, STATUS_TIMEOUT_S)
+                self._handle = (await found).options(stream=True)
+            except (RayError, RayServeException, FleetError):
                 if asyncio.get_running_loop().time() > start_by:
                     raise unavailable() from None
                 await asyncio.sleep(HANDLE_POLL_S)
@@ -85,12 +88,12 @@ class PolicyApp:
     async def up_and_runs(self) -> tuple[bool, bool]:
         """Whether a replica runs or Serve would start one, and whether one runs; looks at most once a second."""
         # While the controller restarts, replicas answer without it, and the last status still counts.
-        with suppress(TimeoutError, RayError):
+        with suppress(TimeoutError, RayError, FleetError):
             return await self._status.get()
         return self._status.last or (False, False)
 
     def _look(self) -> tuple[bool, bool]:
-        app = serve.status().applications.get(self._name)
+        app = serve_status(STATUS_TIMEOUT_S).applications.get(self._name)
         if app is None:
             return False, False
         runs = all(d.replica_states.get("RUNNING") for d in app.deployments.values())

@@ -41,6 +41,24 @@ def test_a_rank_takes_a_round_that_is_posted_while_it_waits_and_takes_it_once() 
     asyncio.run(work(Exchange(max_failures=2), object()))
 
 
+def test_ranks_that_are_started_again_after_a_rounds_end_take_the_next_one_only() -> None:
+    async def work(exchange: Exchange, spec: Any) -> None:
+        await exchange.post(spec)
+        assert isinstance(await exchange.take(0, SOON), Posted)
+        await exchange.report(1, result(1))
+        await exchange.finish()
+        assert await exchange.results(0, SOON) == [result(1)], "what the driver has not read yet stays"
+        assert await exchange.take(0, NEVER) is None, "ranks that start anew know of no round"
+        taking = asyncio.create_task(exchange.take(0, SOON))
+        await exchange.post("next")  # type: ignore[arg-type]
+        assert await taking == Posted(2, "next")  # type: ignore[arg-type]
+        await exchange.finish()
+        await exchange.close()
+        assert isinstance(await exchange.take(0, SOON), Closed)
+
+    asyncio.run(work(Exchange(max_failures=2), object()))
+
+
 def test_results_come_in_order_and_the_first_of_a_step_counts() -> None:
     async def work(exchange: Exchange, spec: Any) -> None:
         await exchange.post(spec)

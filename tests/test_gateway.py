@@ -15,12 +15,12 @@ from fastapi import FastAPI, Request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
 from sampo_ray.actors.policy.messages import AnsweredBy, AnswerItem, Chunks, Failure, Progress, Whole
 from sampo_ray.config.serving import ServeConfig
-from sampo_ray.errors import EndpointError
+from sampo_ray.errors import EndpointError, PausedError
 from sampo_ray.run.versions import WeightsId
 from sampo_ray.serve import errors
 from sampo_ray.serve.endpoint import check_port, free_port
@@ -126,6 +126,9 @@ def test_engine_errors_become_answers_that_say_whether_to_try_again() -> None:
     dead = errors.from_engine(500, "EngineCore encountered an issue. See stack trace")
     assert (dead.status, "EngineCore" in dead.message) == (503, False)
     assert errors.from_policy(RayActorError()).status == 503
+    asleep = errors.from_policy(RayTaskError("answer", "Traceback ...", PausedError("paused")).as_instanceof_cause())
+    assert (asleep.status, asleep.code) == (503, "policy_paused")
+    assert asleep.headers == {"retry-after": str(errors.PAUSED_RETRY_S)} and errors.PAUSED_RETRY_S >= 10
     full = errors.from_policy(BackPressureError(5, 5))
     assert (full.status, full.headers) == (429, {"retry-after": str(errors.RETRY_AFTER_S)})
 
@@ -223,6 +226,34 @@ def ask(app: PolicyApp, replicas: Replicas, times: int = 1) -> list[Any]:
 
 def answered_by(version: int, sequence: int) -> AnsweredBy:
     return AnsweredBy(WeightsId("run-a", version), sequence)
+
+
+def test_a_request_that_no_replica_takes_in_a_pause_is_told_so_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sampo_ray.serve.gateway.PATIENCE_S", 0.01)
+
+    class Waiting:
+        """A call that no replica takes."""
+
+        async def __anext__(self) -> AnswerItem:
+            await asyncio.sleep(600)
+            raise StopAsyncIteration
+
+        def cancel(self) -> None:
+            pass
+
+    async def asleep() -> bool:
+        return True
+
+    async def ask() -> None:
+        coming: Any = Waiting()
+        now = asyncio.get_running_loop().time()
+        await Answer(PolicyApp("p", asleep), coming, now + 600, TokenCounter()).opened(now + 600)
+
+    with pytest.raises(ApiError) as error:
+        asyncio.run(ask())
+    answer = error.value.response()
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, str(errors.PAUSED_RETRY_S))
+    assert json.loads(answer.body)["error"]["code"] == "policy_paused"
 
 
 def test_a_request_whose_replica_died_before_it_said_anything_is_asked_of_another() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -14,8 +15,8 @@ from pydantic import SecretStr
 from ray.serve.schema import ApplicationStatus
 
 from sampo_ray.config.serving import ServeConfig, is_loopback
-from sampo_ray.errors import ConfigError, EndpointError
-from sampo_ray.internals.serve import HttpProxies, http_proxies
+from sampo_ray.errors import ConfigError, EndpointError, FleetError
+from sampo_ray.internals.serve import HttpProxies, http_proxies, serve_status, within
 from sampo_ray.serve import endpoint
 from sampo_ray.serve.endpoint import (
     await_endpoint,
@@ -113,7 +114,7 @@ def test_a_proxy_elsewhere_is_found_by_its_machine(
     nodes = {"head": "10.0.0.1", "mine": "10.0.0.2"}
     status = SimpleNamespace(proxies=dict.fromkeys(proxied, "HEALTHY"))
     listed = [{"NodeID": name, "NodeManagerAddress": address} for name, address in nodes.items()]
-    monkeypatch.setattr(endpoint.serve, "status", lambda: status)
+    monkeypatch.setattr(endpoint, "serve_status", lambda: status)
     monkeypatch.setattr(endpoint.ray, "nodes", lambda: listed)
     monkeypatch.setattr(endpoint.ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "mine"))
     assert endpoint._proxy_ip() == ip
@@ -129,6 +130,25 @@ def test_a_port_that_this_machine_does_not_have_is_named() -> None:
         free_port("203.0.113.1")
 
 
+def test_a_call_of_serve_ends_though_its_controller_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    silent = threading.Event()
+    monkeypatch.setattr("ray.serve.status", silent.wait)
+    try:
+        with pytest.raises(
+            FleetError, match=r"^Ray Serve did not answer within 0.01 s \(wait\); look at its controller"
+        ):
+            serve_status(0.01)
+    finally:
+        silent.set()
+
+    def fails() -> None:
+        raise TimeoutError("of its own")
+
+    with pytest.raises(TimeoutError, match="of its own"):
+        within(60.0, fails)
+    assert within(60.0, max, 1, 2) == 2
+
+
 class Serve:
     """Ray Serve as `await_endpoint` sees it: the application is DEPLOYING for so many seconds of a clock that only its
     sleeps move, and answers so long after that.
@@ -137,7 +157,7 @@ class Serve:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, deploying: float, silent: float) -> None:
         self.now, self.deploying, self.silent = 0.0, deploying, silent
         monkeypatch.setattr(endpoint, "time", SimpleNamespace(monotonic=lambda: self.now, sleep=self.sleep))
-        monkeypatch.setattr(endpoint, "serve", SimpleNamespace(status=self.status))
+        monkeypatch.setattr(endpoint, "serve_status", self.status)
         monkeypatch.setattr(endpoint, "_proxies", proxies)
         monkeypatch.setattr(endpoint, "_proxy_ip", lambda: None)
         monkeypatch.setattr(endpoint, "_answers", lambda url: self.now >= deploying + silent)

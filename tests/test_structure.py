@@ -105,3 +105,22 @@ def test_files_functions_and_signatures_are_small():
             if len(parameters) > MAX_PARAMETERS:
                 large.append(f"{name}:{node.lineno}: {node.name} has {len(parameters)} parameters")
     assert not large, "\n".join(large)
+
+
+def test_calls_of_ray_and_of_serve_have_a_time_limit():
+    """Serve's own calls have none, so they go through `internals/serve.py`."""
+    unlimited = {"status", "delete", "run", "run_many", "start", "shutdown", "get_app_handle", "get_deployment_handle"}
+    bad = []
+    for path in _files():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            owner, name = node.func.value, node.func.attr
+            if not isinstance(owner, ast.Name):
+                continue
+            asks = (
+                owner.id == "ray" and name in ("get", "wait") and "timeout" not in {each.arg for each in node.keywords}
+            )
+            if asks or (owner.id == "serve" and name in unlimited):
+                bad.append(f"{path.relative_to(ROOT)}:{node.lineno}: {owner.id}.{name}")
+    assert not bad, "\n".join(bad)

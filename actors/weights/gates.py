@@ -8,12 +8,12 @@ from statistics import fmean
 import pyarrow as pa
 import ray
 import torch
-from ray import serve
 
 from sampo_ray.actors.policy.messages import RolloutRequest
 from sampo_ray.config.run import RunConfig
 from sampo_ray.config.serving import GatesConfig
 from sampo_ray.errors import WeightsNotLoadedError
+from sampo_ray.internals.serve import app_handle
 from sampo_ray.run.buckets import unpack
 from sampo_ray.run.directory import open_run
 from sampo_ray.run.manifest import read_manifest
@@ -112,7 +112,7 @@ def _probe(apps: str, place: Place, config: RunConfig, weights: tuple[str, int])
     done = _generate(apps, config, block, weights)
     rewards: list[float | None] = []
     if config.serve.gates.min_win_rate is not None:
-        scored = serve.get_app_handle(f"{apps}-rewards").score.remote(done).result(timeout_s=CALL_SECONDS)
+        scored = app_handle(f"{apps}-rewards").score.remote(done).result(timeout_s=CALL_SECONDS)
         rewards = scored["reward"].to_pylist()
     finished = [reason == "stop" for reason in done["finish_reason"].to_pylist()]
     return Probe([len(ids) for ids in done["completion"].to_pylist()], finished, rewards)
@@ -122,7 +122,7 @@ def _generate(apps: str, config: RunConfig, block: pa.Table, weights: tuple[str,
     room = config.data.max_length - max(len(ids) for ids in block["prompt"].to_pylist())
     tokens = max(1, min(config.rollout.max_tokens, room))
     request = RolloutRequest(1, 0.0, 1.0, tokens, seed=0, weights=WeightsId(*weights))
-    generate = serve.get_app_handle(f"{apps}-generators").generate
+    generate = app_handle(f"{apps}-generators").generate
     return generate.remote(block, range(len(block)), request).result(timeout_s=CALL_SECONDS)
 
 

@@ -13,7 +13,7 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from sampo_ray.actors.weights.duty import Duty, result_within
 from sampo_ray.errors import FleetError
-from sampo_ray.internals.serve import begin_delete
+from sampo_ray.internals.serve import begin_delete, delete_app, deploy, serve_status
 from sampo_ray.run.directory import open_run
 from sampo_ray.run.report import PinName, PinState
 from sampo_ray.run.serving import Serving
@@ -56,7 +56,7 @@ class PinnedApps:
         self._failed: Collection[str] = ()
         self._unproven = dict[str, str]()
         """Applications that were started again, with the reason: none of their replicas has run since."""
-        self._thread = ThreadPoolExecutor(1, "serve-status")  # Serve's own calls have no time limit
+        self._thread = ThreadPoolExecutor(1, "serve-status")
 
     def want(self, place: Place, run_id: str, state: Serving) -> None:
         wanted = Pins(place, run_id, pins_of(state))
@@ -140,7 +140,7 @@ def difference(
 
 
 def _applications(prefix: str) -> dict[str, ApplicationStatusOverview]:
-    return {name: app for name, app in serve.status().applications.items() if name.startswith(prefix)}
+    return {name: app for name, app in serve_status(STATUS_S).applications.items() if name.startswith(prefix)}
 
 
 def pins_of(state: Serving) -> dict[PinName, Pin]:
@@ -166,7 +166,7 @@ def pinned_app(apps: str, run_id: str, pin: Pin) -> str:
 
 
 def delete_pinned(apps: str) -> None:
-    delete_apps([name for name in serve.status().applications if name.startswith(f"{apps}-pinned-")])
+    delete_apps([name for name in serve_status().applications if name.startswith(f"{apps}-pinned-")])
 
 
 def delete_apps(names: Sequence[str]) -> None:
@@ -174,7 +174,7 @@ def delete_apps(names: Sequence[str]) -> None:
     for name in names:
         begin_delete(name)
     for name in names:
-        serve.delete(name)
+        delete_app(name)
 
 
 def last_error(report: str) -> str:
@@ -204,4 +204,4 @@ def _carry_out(place: Place, run_id: str, start: Mapping[str, Pin], remove: Sequ
         source = WeightsSource(pinned=WeightsId(run_id, version), drain_s=drain_s, adapters=adapters, max_rank=rank)
         app = policy_deployment(f"policy@{version}", folder, tokenizer, source, settings, config.data.max_length)
         targets.append(serve.RunTarget(app, name=name, route_prefix=None))
-    serve.run_many(targets, wait_for_applications_running=False)
+    deploy(targets)

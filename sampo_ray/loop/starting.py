@@ -19,7 +19,7 @@ from sampo_ray.config.run import RunConfig
 from sampo_ray.config.sections import GeneratorsConfig
 from sampo_ray.config.sizing import groups_of
 from sampo_ray.errors import FleetError
-from sampo_ray.internals.serve import bundles_of
+from sampo_ray.internals.serve import bundles_of, deploy, serve_status
 
 LOADING_S = 3600.0
 """For engines to load their models, once they have their nodes."""
@@ -67,7 +67,7 @@ def run_apps(apps: Mapping[str, serve.Application], wait: Wait) -> dict[str, Dep
     if not apps:
         return {}  # an offline run without a reference, or whose reference only its trainer needs
     targets = [serve.RunTarget(app, name=name, route_prefix=None) for name, app in apps.items()]
-    handles = serve.run_many(targets, wait_for_applications_running=False)
+    handles = deploy(targets)
     await_apps(list(apps), wait)
     return dict(zip(apps, handles, strict=True))
 
@@ -76,7 +76,7 @@ def await_apps(names: list[str], wait: Wait) -> None:
     """Returns once all of these applications run. FleetError when one of them fails, is taken down, lacks nodes for too
     long, or does not get ready within LOADING_S from when none lacked any."""
     since = time.monotonic()
-    while starting := _starting(serve.status(), names):
+    while starting := _starting(serve_status(), names):
         if wait.look():
             since = time.monotonic()
         elif time.monotonic() - since > LOADING_S:
