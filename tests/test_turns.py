@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,9 +19,12 @@ from sampo_ray.actors.policy.lifecycle import AnswersInFlight, ReplicaState, Req
 from sampo_ray.actors.policy.replica_weights import LoadedWeights, ReplicaWeights, WeightsSource
 from sampo_ray.actors.policy.turns import EngineTurns
 from sampo_ray.actors.weights.client import Weights
-from sampo_ray.actors.weights.turns import SILENT_S, GpuTurns, SharedGpus
+from sampo_ray.actors.weights.pinned import PinnedApps
+from sampo_ray.actors.weights.store import WeightStore
+from sampo_ray.actors.weights.turns import SILENT_S, GpuTurns, SharedGpus, Turn
 from sampo_ray.errors import PausedError, StageError
 from sampo_ray.loop import turns as orders
+from sampo_ray.run.report import PinState
 from sampo_ray.run.versions import VersionInfo, WeightsId
 from tests.waiting import scaled, wait_until
 
@@ -289,6 +293,26 @@ def test_an_engine_whose_gpu_stays_taken_does_not_wake(monkeypatch: pytest.Monke
         assert "wake_up" not in engine.calls
 
     asyncio.run(main())
+
+
+def test_a_pinned_version_says_why_it_does_not_answer_in_the_ranks_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = {3: PinState(state="pinned"), 4: PinState(state="failing", reason="no memory")}
+    monkeypatch.setattr(PinnedApps, "states", states)
+
+    async def reasons(turn: Turn) -> list[str | None]:
+        await store.give_gpus(turn, 0.0)
+        return [each.reason for each in (await store.state()).pins.values()]
+
+    async def work() -> None:
+        asleep, why = await reasons("ranks")
+        assert asleep is not None and asleep.endswith("while the ranks train on its GPUs (fleet.placement=shared)")
+        assert why == "no memory"
+        assert await reasons("engines") == [None, "no memory"]
+
+    store = WeightStore(str(tmp_path / "store.json"), "fleet")
+    asyncio.run(work())
 
 
 def test_the_driver_does_not_wait_for_engines_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:

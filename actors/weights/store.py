@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Mapping
 
 import ray
 from pydantic import BaseModel, ConfigDict
@@ -21,7 +22,7 @@ from sampo_ray.errors import WeightsError
 from sampo_ray.run import serving
 from sampo_ray.run.buckets import Bucket
 from sampo_ray.run.commands import Command
-from sampo_ray.run.report import REFRESH_S, Report, Trouble, report_place
+from sampo_ray.run.report import REFRESH_S, PinName, PinState, Report, Trouble, report_place
 from sampo_ray.run.storage import Place
 from sampo_ray.run.versions import WeightsId
 
@@ -31,6 +32,7 @@ LOOK_S = 1.0
 READY_S = 10.0
 AMPLE_CORES = 10
 STORE_CPUS = 0.1
+NO_TURN = "it does not answer while the ranks train on its GPUs (fleet.placement=shared)"
 
 
 class Attachment(BaseModel):
@@ -153,7 +155,7 @@ class WeightStore:
 
     async def state(self) -> StoreState:
         await self._ready()
-        state, pins = self._policy.serving, self._pinned.states
+        state, pins = self._policy.serving, self._pins()
         entries = serving.listing(state, await asyncio.to_thread(self._loaded.on_disk), pins)
         live = self._loaded.live.sequence if self._loaded.live else None
         about = self._attached.run, self._pinned.apps
@@ -197,13 +199,20 @@ class WeightStore:
         if self._attached.run:
             await self._policy.ready(READY_S)
 
+    def _pins(self) -> Mapping[PinName, PinState]:
+        """How far pinned versions are, and why they do not answer in the ranks' turn."""
+        states = self._pinned.states
+        if self._gpus.turn == "engines":
+            return states
+        return {name: each.model_copy(update={"reason": each.reason or NO_TURN}) for name, each in states.items()}
+
     def _troubles(self) -> tuple[Trouble, ...]:
         others = (duty.trouble for duty in (self._pinned.duty, self._reporting))
         return (*self._policy.troubles, *(trouble for trouble in others if trouble is not None))
 
     async def _report(self) -> bool:
         """Writes the report if it says something new, and again from time to time while something is wrong."""
-        now = Report(at=time.time(), pins=self._pinned.states, troubles=self._troubles())
+        now = Report(at=time.time(), pins=self._pins(), troubles=self._troubles())
         again = not now.is_content and now.at - self._reported.at > REFRESH_S
         if self._pinned.apps and (again or not now.says_the_same(self._reported)):
             place = report_place(self._policy.place, self._pinned.apps)
