@@ -3,6 +3,7 @@ not.
 """
 
 import errno
+import json
 import os
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from ray.exceptions import ActorDiedError
 
 from sampo_ray.actors.ranks import publishing
@@ -23,10 +25,11 @@ from sampo_ray.actors.ranks.publishing import Publisher
 from sampo_ray.config.run import load_config
 from sampo_ray.run import tensor_files
 from sampo_ray.run.buckets import unpack
-from sampo_ray.run.directory import Run, create_run
+from sampo_ray.run.directory import Run, create_run, open_run
 from sampo_ray.run.manifest import StepMetrics, Stored
+from sampo_ray.run.storage import Place
 from sampo_ray.run.version_files import Draft, read_version
-from sampo_ray.run.versions import complete_versions, version_folder
+from sampo_ray.run.versions import VersionInfo, complete_versions, version_folder
 from sampo_ray.training.host_copies import HostBuffer
 from sampo_ray.training.snapshots import Snapshot, WeightFile
 from tests.waiting import scaled
@@ -66,14 +69,18 @@ def test_a_store_that_does_not_answer_holds_up_neither_checkpoints_nor_later_ver
 
 
 class Weights:
-    """A learner of one weight, which is its step."""
+    """A learner of one weight a rank, each in a file of its own, which is the step."""
 
     def __init__(self) -> None:
-        self.weight, self.adapter_names, self.rank = torch.nn.Parameter(torch.zeros(1000)), None, 0
+        self.weight, self.adapter_names, self.rank = torch.nn.Parameter(torch.zeros(1000)), None, dist.get_rank()
 
     def weights(self, buffer: HostBuffer) -> Snapshot:
-        file = WeightFile(0, (self.weight,), lambda value: iter([("w", value(self.weight))]))
-        return Snapshot([file], buffer, 0, 1)
+        def file(rank: int) -> WeightFile:
+            name = f"w{rank}" if rank else "w"
+            return WeightFile(rank, (self.weight,), lambda value: iter([(name, value(self.weight))]))
+
+        world = dist.get_world_size()
+        return Snapshot([file(rank) for rank in range(world)], buffer, self.rank, world)
 
 
 @pytest.fixture
@@ -195,3 +202,48 @@ def test_a_crash_between_snapshot_and_durable_loses_that_version_alone(
         assert again.step(number).published == (number,)
     assert sorted(os.listdir(run.versions.path)) == ["000000", "000001", "000002", "000003"]
     assert [again.read(number) for number in (1, 2, 3)] == [1.0, 2.0, 3.0]
+
+
+def test_two_ranks_put_their_own_files_of_a_version_into_object_storage_or_none(
+    s3: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    tree = {"model": {"path": str(tiny_model)}, "data": {"train": "d"}, "run": {"dir": f"{s3}/run"}}
+    run = create_run(load_config(tree))
+    run.versions.at("000000", "config.json").write(b"{}")
+    base = VersionInfo(version=0, round=0, step=0)
+    run.versions.at("000000", "version.json").write(base.model_dump_json().encode())
+    run.versions.at("000001", "model-00002-of-00002.safetensors").write(b"of a rank that died")
+    mp.spawn(_two_ranks, (run.place.url, tmp_path), nprocs=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first["published"] == [1, 3] and first["unwritten"] == [2] and second["published"] == []
+    assert "PeerError: rank 1: OSError: [Errno 28]" in first["troubles"][0], "rank 0 has to try again as well"
+    assert run.versions.names() == ["000000", "000001", "000003"]
+    for rank, sent in enumerate((first["sent"], second["sent"])):
+        assert {name for name in sent if name.endswith(".safetensors")} == {
+            f"model-0000{rank + 1}-of-00002.safetensors"
+        }
+    tensors = {name: each for part in read_version(run.versions.at("000003").url) for name, each in unpack(part)}
+    assert {name: float(each[0]) for name, each in tensors.items()} == {"w": 3.0, "w1": 3.0}
+
+
+def _two_ranks(rank: int, url: str, out: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{out}/group", rank=rank, world_size=2)
+    background, sent, take, take_file = Background(), set[str](), Place.take, Place.take_file
+
+    def recorded(place: Place, what: Path) -> None:
+        sent.update([what.name] if what.is_file() else os.listdir(what))
+        (take_file if what.is_file() else take)(place, what)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Place, "take", recorded)
+        patch.setattr(Place, "take_file", recorded)
+        patch.setattr(publishing, "tell", lambda *_: None)
+        disk, training = Full(patch), Training(open_run(url), background)
+        stored = Stored()
+        for number, failures in ((1, 1), (2, 3), (3, 0)):
+            disk.left = failures if rank else 0
+            stored += training.step(number)
+    found = {"published": stored.published, "unwritten": stored.unwritten, "troubles": stored.troubles}
+    (out / f"{rank}.json").write_text(json.dumps({**found, "sent": sorted(sent)}))
+    background.close()
+    dist.destroy_process_group()
