@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from sampo_ray.evaluation.subject import Subject, Thinking, leading_bos
 from sampo_ray.evaluation.tasks import TASKS
 from sampo_ray.run.storage import Place
 from tests.model_server import ModelServer, serving
+from tests.waiting import scaled
 
 NUMBERS = range(3, 15)
 CHOICES = ["It is two.", "It is a very large number of hundreds.", "Nobody knows."]
@@ -353,3 +355,21 @@ def test_what_cannot_be_evaluated_is_one_message_before_anything_starts(tmp_path
     assert refused(here, "--tasks", "gsm8k", "--judge", "x").startswith("--judge=x: none of the tasks is judged")
     assert "ifbench" not in sys.modules and "pip install ifbench" in refused(here, "--tasks", "ifbench")
     assert refused(here, "--tasks", "truthfulqa_mc1", "--versions", "base").startswith("versions=base: ")
+
+
+@pytest.mark.slow
+def test_a_folder_is_served_evaluated_and_its_results_are_kept(shared: Path, tmp_path: Path) -> None:
+    from sampo_ray.console.demo_task import tiny_llama, tiny_tokenizer
+
+    tokenizer, folder = tiny_tokenizer(["Question: How many eggs? Answer: 3"]), tmp_path / "model"
+    tiny_llama(tokenizer, positions=8192).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    ChatFormat.load(folder, "llama3-sampo").save(folder)
+    words = ["--tasks", "gsm8k,truthfulqa_mc1", "--limit", "6", "--max-tokens", "24"]
+    command = [sys.executable, "-m", "sampo_ray", "evaluate", str(folder), *words]
+    command += ["--data", str(shared / "data/lm_eval"), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=scaled(300), cwd=tmp_path)
+    results = {result.task: result for result in results_in(Place(str(tmp_path / "out")))}
+    assert "TruthfulQA" in done.stdout and "6 of 817" in done.stdout, done.stderr + done.stdout
+    assert results["truthfulqa_mc1"].conditions.bos == 1 and results["truthfulqa_mc1"].conditions.total == 817
+    assert results["gsm8k"].conditions.dtype == "bfloat16" and results["gsm8k"].version is None

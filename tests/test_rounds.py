@@ -324,6 +324,32 @@ def test_versions_are_listed_pinned_promoted_and_rolled_back_while_they_are_serv
     assert refused.status_code == 400
 
 
+def test_a_version_is_pinned_as_long_as_it_is_evaluated(finished, fleet, tmp_path):
+    from sampo_ray.evaluation.asking import Question, Scoring, answers_to, scores_of
+    from sampo_ray.evaluation.subject import Subject
+    from sampo_ray.evaluation.targets import open_target
+    from sampo_ray.loop.evaluated import find_live
+    from sampo_ray.run.serving import read_serving
+
+    run, _ = finished
+    fleet.attach(run)
+    with open_target(run.place.url, ["round-1"], str(tmp_path)) as target:
+        live, chosen = find_live(target, f"{fleet.endpoint}/v1"), target.versions[0]
+        assert live is not None and (chosen.label, target.served_context) == ("round-1", 256)
+        at = {"url": live.url, "model": f"policy@{chosen.version}", "tokenizer": str(target.tokenizer), "context": 256}
+        subject = Subject(**at, label="round-1", name="tiny", run=run.id, version=chosen.version)
+        chat, messages = subject.chat(), [{"role": "user", "content": "Say 3"}]
+        ids = chat.prompt_ids(messages)
+        with live.serving(chosen):
+            assert read_serving(run.place).pinned == [chosen.version]
+            question = Question(messages, ids, 8)
+            first, again = answers_to(subject, [question, question], chat)
+            scored, greedy = scores_of(subject, [Scoring(ids, 5), Scoring([*ids, *chat.response_ids(first.raw)], 2)])
+    assert read_serving(run.place).pinned == []
+    assert first == again and first.error is None and 0 < first.tokens <= 8
+    assert scored.logprob < 0 and (greedy.greedy or first.finish == "length")
+
+
 def fleet_shares(fleet, version: int) -> bool:
     return fleet.generators(version) is fleet.shared_policy
 
