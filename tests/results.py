@@ -48,12 +48,17 @@ def evaluated(
         values = [sizes if name.startswith("tokens") else hits for name in names]
         scores = tuple(score(name, list(map(float, of))) for name, of in zip(names, values, strict=True))
         lines = [
-            {"id": f"{task}/{n}", "scores": dict(zip(names, of, strict=True)), "tokens": sizes[n], "answer": "x"}
+            {"id": f"{task}/{n}", "scores": dict(zip(names, of, strict=True)), "tokens": sizes[n], **texts(sizes[n])}
             for n, of in enumerate(zip(*values, strict=True))
         ]
         met = Conditions(**{**same, **settings, **conditions})
         samples = "".join(json.dumps(line) + "\n" for line in lines).encode()
         write_result(run, TaskResult(task=task, scores=scores, conditions=met, **about), samples)
+
+
+def texts(tokens: int) -> dict[str, str]:
+    """An answer of that many words, and the reference's."""
+    return {"answer": "word " * tokens, "reference": "**A list**\n- one\n" + "word " * 400}
 
 
 def score(name: str, values: list[float]) -> Score:

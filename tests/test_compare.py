@@ -2,6 +2,7 @@
 
 import random
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from sampo_ray.evaluation.page import page
 from sampo_ray.evaluation.records import read_result, result_place
 from sampo_ray.evaluation.subjects import read_results, with_names
 from sampo_ray.run.storage import Place
+from tests.endpoint.test_page import CONTRASTS
 from tests.results import evaluated, four_rows, judge, run_of, score
 
 KEY = "exact_match,strict-match"
@@ -33,6 +35,7 @@ def test_the_four_rows_are_named_by_their_settings_and_stand_beside_what_was_pub
     assert [row.cells["GSM8K"].published for row in found.rows] == [75.06, 75.59, 74.91, 77.81]
     assert not found.rows[0].cells["LC AlpacaEval2"].same_measure, "of another judge"
     assert found.published and not found.rows[0].differences
+    assert found.rows[0].cells["tokens"].same_measure, "in Llama 3's tokens"
     assert "gsm8k: 200 of 1319 samples: a trial, not the benchmark's number" in found.notes
 
 
@@ -214,3 +217,24 @@ def test_ticks_are_round_and_hold_the_values():
     for low, high in ((0.0, 1.0), (377.0, 421.0), (22.6, 35.1), (5.0, 5.0), (-3.0, 40.0)):
         found = ticks(low, high)
         assert found[0] <= low and found[-1] >= high and 2 <= len(found) <= 8
+
+
+@pytest.mark.slow
+def test_the_page_fits_any_screen_and_asks_for_nothing(tmp_path):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or pytest.skip("needs Debian's package chromium")
+    file = tmp_path / "compare.html"
+    file.write_text(page(compared(*four_rows(tmp_path))))
+    with sync_api.sync_playwright() as playwright:
+        browser, asked, said = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"]), [], []
+        for scheme, width in (("light", 1280), ("dark", 360)):
+            view = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+            view.on("request", lambda request: asked.append(request.url))
+            view.on("console", lambda message: said.append(message.text))
+            view.goto(file.as_uri())
+            assert view.evaluate("document.documentElement.scrollWidth") == width
+            heights = "[...document.querySelectorAll('svg text')].map((e) => e.getBoundingClientRect().height)"
+            assert min(view.evaluate(heights)) >= 9, "text of charts can be read"
+            assert not [found for found in view.evaluate(CONTRASTS) if found[0] < 4.5]
+        assert (asked, said) == ([file.as_uri()] * 2, [])
+        browser.close()

@@ -162,7 +162,8 @@ def test_an_sdist_makes_a_wheel_with_every_module_once(wheel):
     linked = {f"sampo_ray/{file.relative_to(ROOT)}" for name in LINKED for file in (ROOT / name).rglob("*.py")}
     assert sorted(name for name in names if name.endswith(".py")) == sorted(own | linked)
     page = {f"sampo_ray/{file.relative_to(ROOT)}" for file in (ROOT / "serve" / "page").iterdir()}
-    assert page <= set(names)
+    templates = {str(file.relative_to(ROOT)) for file in (ROOT / "sampo_ray" / "evaluation").glob("*.jinja")}
+    assert page | templates <= set(names)
 
 
 @pytest.mark.slow

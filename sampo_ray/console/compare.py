@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from sampo_ray.evaluation.comparison import Comparison
+    from sampo_ray.evaluation.style import Style
 
 app = typer.Typer()
 
@@ -17,12 +18,16 @@ def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs, RUN@VERSION, or exported folders.")],
     names: Annotated[str | None, typer.Option(help="What to call them: A,B,...", show_default=False)] = None,
     out: Annotated[str | None, typer.Option(help="Write one self-contained HTML page.", show_default=False)] = None,
+    style_control: Annotated[
+        bool, typer.Option("--style-control", help="Add win rates at equal length and markdown (AlpacaEval 2).")
+    ] = False,
 ) -> None:
     """Compares evaluated runs: scores with intervals, differences to the base, win rate against length."""
     from rich.console import Console
 
     from sampo_ray.evaluation.comparison import compare as compared
     from sampo_ray.evaluation.page import page
+    from sampo_ray.evaluation.style import style_controlled
     from sampo_ray.evaluation.subjects import read_results, with_names
     from sampo_ray.run.storage import Place, absolute
 
@@ -31,10 +36,13 @@ def compare(
     console.print(scores(found))
     if any(row.differences for row in found.rows):
         console.print(differences(found))
+    style = style_controlled(found.rows) if style_control else None
+    if style is not None:
+        console.print(at_equal_style(style))
     for note in found.notes:
         console.print(f"- {note}", markup=False, highlight=False)
     if out is not None:
-        Place(absolute(out)).write(page(found).encode())
+        Place(absolute(out)).write(page(found, style).encode())
         typer.echo(f"page: {out}")
 
 
@@ -86,11 +94,10 @@ def scores(found: "Comparison") -> "Table":
 
     from sampo_ray.evaluation.shown import bracketed, published_value, value
 
-    units = {"share": " %", "slope": "", "reward": "", "tokens": ""}
     caption = "in brackets 95 % intervals; * not all samples of the benchmark"
     table = Table("", title="Scores", caption=caption, show_lines=True)
     for column in found.columns:
-        table.add_column(Text(column.title + units[column.unit]), justify="right")
+        table.add_column(Text(column.title + (" %" if column.unit == "share" else "")), justify="right")
     for row in found.rows:
         cells = []
         for column in found.columns:
@@ -119,4 +126,18 @@ def differences(found: "Comparison") -> "Table":
             gap = row.differences.get(column.title)
             cells.append(Text("\n".join(filter(None, [change(gap, column.unit), gap.why])) if gap else "-"))
         table.add_row(Text(row.name), *cells)
+    return table
+
+
+def at_equal_style(style: "Style") -> "Table":
+    """Rows of methods; win rates as judged and at the reference's length and markdown."""
+    from rich.table import Table
+    from rich.text import Text
+
+    added = ", ".join(f"{name} {weight:+.2f}" for name, weight in style.weights.items())
+    caption = f"a standard deviation of each adds to the log-odds: {added}"
+    table = Table("", "as judged %", "at equal style %", "answers", title="Win rate at equal style", caption=caption)
+    for row in style.rows:
+        controlled = f"{100 * row.rate:.1f} [{100 * row.low:.1f}, {100 * row.high:.1f}]"
+        table.add_row(Text(row.name), f"{100 * row.raw:.1f}", controlled, str(row.count))
     return table

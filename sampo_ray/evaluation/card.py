@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined
 
 from sampo_ray.config.run import RunConfig, load_config
 from sampo_ray.errors import EvaluationError
-from sampo_ray.evaluation.comparison import Comparison, Row, compare
+from sampo_ray.evaluation.comparison import Comparison, Row, compare, is_trial
 from sampo_ray.evaluation.licences import README, Licence, licence_of, write_licence
 from sampo_ray.evaluation.shown import bracketed, change, conditions, value
 from sampo_ray.evaluation.subjects import BASE, method_name, results_at
@@ -185,9 +185,9 @@ def eval_results(columns: Sequence[Column], ours: Row) -> Iterator[EvalResult]:
         if cell is None or task is None or dataset is None:
             continue
         about = cell.result.conditions
-        part = "" if about.limit is None else f" (trial: {about.limit} of {about.total} samples)"
+        part = "" if not is_trial(about) else f" (trial: {about.limit} of {about.total} samples)"
         arguments: dict[str, object] = {"num_few_shot": about.shots}
-        if about.limit is not None:
+        if is_trial(about):
             arguments["limit"] = about.limit
         if about.judge is not None:
             arguments["judge"] = about.judge.name

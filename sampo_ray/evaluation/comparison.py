@@ -6,13 +6,14 @@ from statistics import quantiles
 
 from sampo_ray.evaluation.differences import Difference, difference, lengths, read_samples
 from sampo_ray.evaluation.published import published
-from sampo_ray.evaluation.records import Score, TaskResult
+from sampo_ray.evaluation.records import Conditions, Score, TaskResult
 from sampo_ray.evaluation.subjects import BASE, Evaluated, Results
 from sampo_ray.evaluation.tasks import TASKS, Column
 from sampo_ray.run.storage import Place
 
 OFFICIAL = "length_controlled_winrate"
 """This name, without a judge behind it, is of alpaca_eval's own annotator."""
+LLAMA3_TOKENS = "tokens,llama3"
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,15 @@ def _cells(root: Place, result: TaskResult, method: str | None) -> dict[str, Cel
     cells = {}
     for column in task.columns if task else ():
         if (score := column.of(result)) is not None:
-            official = score.unit == "tokens" or result.task != "alpaca_eval" or result.score(OFFICIAL) is not None
-            cells[column.title] = Cell(root, result, score, known.get(column.title), official)
+            cells[column.title] = Cell(root, result, score, known.get(column.title), _as_published(result, score))
     return cells
+
+
+def _as_published(result: TaskResult, score: Score) -> bool:
+    """Whether a score is the number that the card has: of the official annotator, and in Llama 3's tokens."""
+    if result.task != "alpaca_eval":
+        return True
+    return score.name == LLAMA3_TOKENS if score.unit == "tokens" else result.score(OFFICIAL) is not None
 
 
 def _lengths(of: Iterable[tuple[Place, TaskResult]]) -> Iterator[Lengths]:
@@ -192,15 +199,16 @@ def _notes(read: Sequence[Results], rows: Sequence[Row]) -> Iterator[str]:
         yield f"the runs start from different models: {', '.join(sorted(models))}"
 
 
+def is_trial(about: Conditions) -> bool:
+    """Whether not all samples of the benchmark were asked."""
+    return about.limit is not None and about.limit < about.total
+
+
 def limits(result: TaskResult) -> Iterator[str]:
     """What keeps a result from being the benchmark's full number."""
     about = result.conditions
-    if about.limit is not None:
+    if is_trial(about):
         yield f"{about.limit} of {about.total} samples: a trial, not the benchmark's number"
-    if about.card_shots is not None and about.card_shots != about.shots:
-        yield f"run {about.shots}-shot, called {about.card_shots}-shot by the card"
-    if about.judge is not None and result.task == "alpaca_eval" and result.score(OFFICIAL) is None:
-        yield f"judged by {about.judge.name}: another number than that of the official annotator"
     if about.judge is not None and about.judge.repeat_spread is None:
         yield "the judge's spread over repeats was not measured"
     lost = [(about.failed, "failed"), (about.empty, "empty"), (about.cut, "cut at max_tokens")]

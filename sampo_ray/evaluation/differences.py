@@ -144,14 +144,15 @@ def paired_interval(a: Sequence[Sample], b: Sequence[Sample], share: bool) -> tu
 
 def unpaired_interval(a: Score, b: Score) -> tuple[float, float] | None:
     """From the two scores' own intervals (Newcombe's method 10 for shares; Zou and Donner, 2008, for others)."""
-    bounds = [_bounds(each) for each in (a, b)]
-    if bounds[0] is None or bounds[1] is None:
+    of_a, of_b, gap = bounds(a), bounds(b), a.value - b.value
+    if of_a is None or of_b is None:
         return None
-    (la, ua), (lb, ub), gap = bounds[0], bounds[1], a.value - b.value
+    (la, ua), (lb, ub) = of_a, of_b
     return gap - math.hypot(a.value - la, ub - b.value), gap + math.hypot(ua - a.value, b.value - lb)
 
 
-def _bounds(score: Score) -> tuple[float, float] | None:
+def bounds(score: Score) -> tuple[float, float] | None:
+    """The 95 % interval of a score, if it has one or a standard error."""
     if score.low is not None and score.high is not None:
         return score.low, score.high
     return None if score.stderr is None else (score.value - Z * score.stderr, score.value + Z * score.stderr)

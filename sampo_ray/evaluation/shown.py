@@ -2,11 +2,19 @@
 
 from collections.abc import Sequence
 
-from sampo_ray.evaluation.comparison import Cell, Comparison
-from sampo_ray.evaluation.differences import Difference
+from sampo_ray.evaluation.comparison import Cell, Comparison, is_trial
+from sampo_ray.evaluation.differences import Difference, bounds
 from sampo_ray.evaluation.records import Conditions, Score, Unit
 
 PLACES: dict[Unit, int] = {"share": 1, "tokens": 0, "characters": 0, "reward": 3, "slope": 5}
+UNITS: dict[Unit, str] = {
+    "share": "%",
+    "tokens": "tokens",
+    "characters": "characters",
+    "reward": "reward",
+    "slope": "reward / token",
+}
+"""What columns are in."""
 LIMITED = "*"
 """Behind a number that is not the benchmark's full one."""
 
@@ -16,7 +24,7 @@ def number(value: float, unit: Unit) -> str:
 
 
 def value(cell: Cell) -> str:
-    mark = LIMITED if cell.result.conditions.limit is not None else ""
+    mark = LIMITED if is_trial(cell.result.conditions) else ""
     return number(cell.score.value, cell.score.unit) + mark
 
 
@@ -25,14 +33,14 @@ def published_value(cell: Cell) -> str:
     if cell.published is None:
         return ""
     places = 0 if cell.score.unit == "tokens" else 2
-    return f"published {cell.published:.{places}f}{'' if cell.same_measure else ', another judge'}"
+    other = "" if cell.same_measure else ", other tokens" if cell.score.unit == "tokens" else ", another judge"
+    return f"published {cell.published:.{places}f}{other}"
 
 
 def bracketed(score: Score) -> str:
     """Its interval; empty where there is none."""
-    if score.low is None or score.high is None:
-        return ""
-    return f"[{number(score.low, score.unit)}, {number(score.high, score.unit)}]"
+    found = bounds(score)
+    return "" if found is None else f"[{number(found[0], score.unit)}, {number(found[1], score.unit)}]"
 
 
 def change(gap: Difference, unit: Unit) -> str:
@@ -57,7 +65,7 @@ def conditions(found: Comparison) -> list[tuple[str, str, list[str]]]:
 
 def described(about: Conditions) -> list[str]:
     """The conditions of a result that people want to know, a short text each."""
-    samples = f"all {about.total} samples" if about.limit is None else f"{about.limit} of {about.total} samples"
+    samples = f"{about.limit} of {about.total} samples" if is_trial(about) else f"all {about.total} samples"
     found = [samples, f"{about.shots}-shot ({about.shots_form})" if about.shots else "0-shot"]
     if about.card_shots is not None and about.card_shots != about.shots:
         found[-1] += f", called {about.card_shots}-shot by the card"
