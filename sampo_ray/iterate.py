@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
+from sampo_ray.loop.ahead import prepare_next_round
+from sampo_ray.loop.evaluating import Evaluation
 from sampo_ray.loop.fleet import Fleet
-from sampo_ray.loop.rounds import Reporter, Round, prepare_next_round, tokenize
+from sampo_ray.loop.rounds import Reporter, Round, tokenize, unfinished
 from sampo_ray.run.directory import Run
 from sampo_ray.run.parts import Part
 from sampo_ray.run.storage import Place
@@ -17,11 +19,10 @@ def iterate(run: Run, fleet: Fleet, reporter: Reporter) -> Place:
     """
     fleet.attach(run)
     reporter.begin_run(run.place)
-    data = tokenize(run, reporter)
-    for index in range(run.config.rounds.count):
-        round = Round(run, index, reporter)
-        if round.committed:
-            continue
+    evaluation = Evaluation(run, reporter)  # none unless it is asked for
+    data = evaluation.hold_out(tokenize(run, reporter))
+    for round in unfinished(run, reporter):
+        evaluation.of_base(round, fleet)
         votes = round.feedback()  # pairs that the users' votes make
         # What the pairs are made of is named nowhere, so that the object store need not hold it while the round trains.
         pairs = round.pairs(rollouts(round, fleet, data) if run.config.online else data, votes)
@@ -30,6 +31,7 @@ def iterate(run: Run, fleet: Fleet, reporter: Reporter) -> Place:
         with prepare_next_round(round, fleet, data):
             for step in round.train(pairs, fleet.trainer):  # publishes versions on its way
                 round.record(step)
+        evaluation.of_round(round, fleet)  # which may end the run
         round.commit()  # it is never done again
     fleet.give_gpus("engines")
     return run.finish()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sampo_ray.loop import blocks, reorder, stages
+from sampo_ray.loop import blocks, evaluating, reorder, stages
 from sampo_ray.loop.blocks import StageOutput, Start
 from sampo_ray.run.parts import part_place
 
@@ -35,7 +35,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda file: None)
     for module in (blocks, reorder):
         monkeypatch.setattr(module, "Work", InProcess)
-    for module in (stages, reorder):
+    for module in (evaluating, stages, reorder):
         monkeypatch.setattr(module, "tasks_at_once", lambda: 1)
     for module, task in ((blocks, "_of_each"), (reorder, "_join"), (reorder, "_write_pieces")):
         monkeypatch.setattr(module, task, SimpleNamespace(remote=getattr(module, task)._function))

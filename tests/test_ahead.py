@@ -11,7 +11,8 @@ from sampo_ray.config.run import load_config
 from sampo_ray.config.sections import GeneratorsConfig
 from sampo_ray.errors import StageError
 from sampo_ray.loop.fleet import Fleet
-from sampo_ray.loop.rounds import Round, prepare_next_round
+from sampo_ray.loop.ahead import prepare_next_round
+from sampo_ray.loop.rounds import Round
 from sampo_ray.run.directory import create_run
 from sampo_ray.run.manifest import StageRecord, StepMetrics, StepResult, Stored
 from sampo_ray.run.serving import edit_serving, pin
@@ -67,7 +68,7 @@ def test_no_generators_are_called_where_all_of_them_run(settings: GeneratorsConf
 
 
 def test_generators_are_started_once_the_training_lasts_no_longer_than_their_start_took(monkeypatch) -> None:
-    monkeypatch.setattr("sampo_ray.loop.rounds.CHECK_EVERY_S", 0.01)
+    monkeypatch.setattr("sampo_ray.loop.ahead.CHECK_EVERY_S", 0.01)
     handle, training = Handle(), a_round()
     with prepare_next_round(training, fleet(handle), []):
         training.seconds_left = 61.0
@@ -79,7 +80,7 @@ def test_generators_are_started_once_the_training_lasts_no_longer_than_their_sta
 
 @pytest.mark.parametrize("training", [a_round(mode="offline"), a_round(index=1)])
 def test_nothing_is_prepared_after_an_offline_or_the_last_round(monkeypatch, training: Any) -> None:
-    monkeypatch.setattr("sampo_ray.loop.rounds.CHECK_EVERY_S", 0.01)
+    monkeypatch.setattr("sampo_ray.loop.ahead.CHECK_EVERY_S", 0.01)
     handle, training.seconds_left = Handle(), 1.0
     with prepare_next_round(training, fleet(handle), []):
         time.sleep(0.1)

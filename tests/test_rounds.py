@@ -16,6 +16,7 @@ import pytest
 import ray
 
 from sampo_ray.actors.policy.messages import RolloutRequest
+from sampo_ray.config.evaluation import CollapseConfig
 from sampo_ray.config.profiles import resolve
 from sampo_ray.config.run import load_config
 from sampo_ray.run.directory import Run, create_run
@@ -34,6 +35,20 @@ def reward(prompts, completions):
     """Differs by text, so that there are few ties; it means nothing."""
     return [sum(map(ord, text)) % 97 / 97 for text in completions]
 '''
+
+
+STRICT = CollapseConfig(win_rate=0.5, growth=1 + 1e-9, lost=1e-9)
+"""Any change of the mean tokens is a collapse."""
+
+
+def stop_at(done: Callable[[], object]) -> Callable[[], None]:
+    """A check before the run directory is written to that ends the run once something is there."""
+
+    def check() -> None:
+        if done():
+            raise KeyboardInterrupt
+
+    return check
 
 
 def new_run(folder: Path, tiny_model: Path, *overrides: str) -> Run:
@@ -227,6 +242,44 @@ def test_completions_sampled_ahead_are_at_most_one_round_old_and_their_age_is_re
         assert max(ages) > 0, "some were sampled while the round before was training"
     assert set(stage(run, 0, "completions")["first_version"].to_pylist()) == {0}
     assert len({row["id"] for index in range(3) for row in stage(run, index, "prompts").to_pylist()}) == 60
+
+
+def test_versions_are_evaluated_at_the_end_of_rounds_once_and_a_collapse_ends_the_run_with_the_one_before(
+    fleet, tiny_model, tmp_path
+):
+    from sampo_ray.evaluation.records import results_in
+    from sampo_ray.iterate import iterate
+    from sampo_ray.run.directory import open_run
+    from sampo_ray.run.serving import read_serving
+
+    asked = ["evaluate.every=round", "evaluate.count=8", "rollout.prompts=16", "evaluate.collapse.growth=1000"]
+    run = new_run(tmp_path, tiny_model, *asked, "evaluate.on_collapse=fall back")
+    stopped = open_run(run.place.url)
+    stopped.check = stop_at(lambda: len(run.place.at("evaluations").names()) > 1)
+    with pytest.raises(KeyboardInterrupt):
+        iterate(stopped, fleet, Notes())  # between a probe and what is decided of it
+    answers = run.place.at("rounds", "0", "answers").at("part-00000.parquet")
+    before = answers.read()
+    run = open_run(run.place.url)
+    run.config = run.config.model_copy(update={"evaluate": run.config.evaluate.model_copy(update={"collapse": STRICT})})
+    notes = Notes()
+    export = iterate(run, fleet, notes)
+    assert answers.read() == before and "answers" not in [stage.name for stage in notes.stages]
+    first = run.manifest.rounds[0].steps
+    base, ended = sorted(results_in(run.place), key=lambda result: result.version)
+    assert (base.version, ended.version, ended.conditions.route) == (0, first, "fleet")
+    assert ended.score("win_rate_base").count == 8 and base.score("win_rate_base") is None
+    assert ended.score("win_rate_base").value == ended.score("win_rate_previous").value
+    held = {row["id"] for row in run.place.at("held-out", "prompts").at("part-00000.parquet").read_table().to_pylist()}
+    assert len(held) == 8 and not held & {row["id"] for row in stage(run, 0, "prompts").to_pylist()}
+
+    assert run.manifest.finished and len(run.manifest.rounds) == 1 and run.manifest.rounds[0].fell_back
+    assert export.url == run.versions.at("000000").url
+    wait_until(lambda: ask(fleet.endpoint, "policy").headers["x-policy-version"] == "0", "the base is live again")
+    state = read_serving(run.place)
+    assert state.labels["final"] == 0 and "fell back" in state.refused[first]
+    iterate(run, fleet, again := Notes())
+    assert not again.stages and not again.steps
 
 
 def ask(url: str, model: str) -> httpx.Response:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sampo_ray.evaluation import probe
+from sampo_ray.evaluation.probe import Answer
+from sampo_ray.evaluation.records import Conditions, TaskResult, write_result
 from sampo_ray.run.directory import Activity, Status, StatusFile, read_status
 from sampo_ray.run.manifest import DataRecord, Manifest, RoundRecord, StageRecord, StepMetrics
 from sampo_ray.run.storage import Place
@@ -187,3 +191,26 @@ def test_a_store_that_hangs_is_a_503_and_is_asked_once(tmp_path: Path, monkeypat
 
     asyncio.run(ask())
     assert len(reads) == 1
+
+
+def write_probe(run: Place, version: int, label: str, rewards: list[float | None]) -> None:
+    answers = [Answer(str(n), "Why?", "So.", 10 + n, "stop", reward) for n, reward in enumerate(rewards)]
+    worse = [replace(answer, reward=-1.0) for answer in answers]
+    scores = probe.scores(answers, worse, worse) if version else probe.scores(answers)
+    conditions = Conditions(total=len(answers), route="fleet")
+    known = {"version": version, "label": label, "model": "m", "seconds": 0.0, "created": 0}
+    result = TaskResult(task=probe.TASK, scores=scores, conditions=conditions, **known)
+    write_result(run, result, probe.as_jsonl(answers))
+
+
+def test_the_view_has_the_scores_of_probes_and_the_answers_of_the_last(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 3)
+    assert view(run)["probes"] == []
+    write_probe(run, 0, "base", [0.0, 1.0, 2.0])
+    write_probe(run, 16, "round-1", [1.0, None, 3.0])
+    run.at("evaluations", "000016", "gsm8k", "result.json").write(b"{}")
+    base, last = view(run)["probes"]
+    assert (base["version"], base["label"], base["answers"]) == (0, "base", [])
+    assert last["scores"]["mean_tokens"]["value"] == 11 and "win_rate_base" not in last["scores"], "a reward is missing"
+    assert last["answers"] == [(10, 1.0), (12, 3.0)]
+    assert json.loads(json.dumps(view(run)))["probes"][1]["answers"] == [[10, 1.0], [12, 3.0]]

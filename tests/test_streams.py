@@ -30,6 +30,7 @@ ORDERS = {
     Stream.POLICY_MASK: [0, 5, 1, 2, 6, 3, 7, 4],
     Stream.REFERENCE_MASK: [7, 4, 1, 3, 6, 5, 2, 0],
     Stream.MIX: [6, 4, 3, 5, 2, 7, 0, 1],
+    Stream.PROBE: [3, 7, 1, 6, 0, 5, 4, 2],
 }
 
 

@@ -12,11 +12,12 @@ import torch
 from sampo_ray.actors.policy.messages import RolloutRequest
 from sampo_ray.config.run import RunConfig
 from sampo_ray.config.serving import GatesConfig
-from sampo_ray.errors import WeightsNotLoadedError
+from sampo_ray.errors import WeightsError, WeightsNotLoadedError
+from sampo_ray.evaluation.verifiers import followed_in
 from sampo_ray.internals.serve import app_handle
 from sampo_ray.run.buckets import unpack
 from sampo_ray.run.directory import open_run
-from sampo_ray.run.manifest import read_manifest
+from sampo_ray.run.manifest import Manifest, read_manifest
 from sampo_ray.run.parts import parts_of
 from sampo_ray.run.storage import Place
 from sampo_ray.run.version_files import read_version
@@ -24,16 +25,20 @@ from sampo_ray.run.versions import WeightsId, version_folder
 
 CALL_SECONDS = 900.0
 """A generator may have to start first."""
+PARTS_SEARCHED = 32
+"""For prompts with verifiable instructions."""
 
 
 @dataclass(frozen=True)
 class Probe:
     """A version's greedy answers to the probe prompts, one entry a prompt: tokens, whether it ended by itself, reward
-    (empty without a reward source)."""
+    (empty where no gate asks for it)."""
 
     tokens: Sequence[int]
     finished: Sequence[bool]
     rewards: Sequence[float | None] = ()
+    followed: Sequence[bool] = ()
+    """All verifiable instructions of all prompts."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,11 @@ def judge(gates: GatesConfig, probe: Probe, before: Probe | None) -> Verdict:
         rate = win_rate(probe.rewards, before.rewards)
         if rate is not None and rate < gates.min_win_rate:
             return Verdict(False, f"win rate of {rate:.3f} on the probe is below min_win_rate={gates.min_win_rate:g}")
+    if gates.verifiers is not None and probe.followed and before.followed:
+        now, then = fmean(probe.followed), fmean(before.followed)
+        if now < then - gates.verifiers:
+            fell = f"share of instructions followed fell from {then:.3f} to {now:.3f}"
+            return Verdict(False, f"{fell}, by more than verifiers={gates.verifiers:g}")
     return Verdict(True)
 
 
@@ -69,25 +79,32 @@ def win_rate(ours: Sequence[float | None], theirs: Sequence[float | None]) -> fl
 @ray.remote(num_cpus=0.1)
 def check(apps: str, place: Place, run_id: str, version: int, before: int | None) -> Verdict | None:
     """Probes a version through the fleet's generators, keeps the probe in `probes/`, and judges it; None when training
-    has moved on, so that no generator holds the version any more."""
+    has moved on, so that no generator holds the version any more, or the run has not evaluated it yet."""
     config = open_run(place.url).config
     gates = config.serve.gates
     if gates.finite and not _is_finite(place, version):
         return Verdict(False, "its weights are not all finite numbers")
+    if gates.probe and (evaluated := evaluation_of(read_manifest(place), version)) != Verdict(True):
+        return evaluated
     if not gates.probing:
         return Verdict(True)
     try:
         if gates.smoke is not None and not _answers(apps, place, config, (run_id, version), gates.smoke):
             return Verdict(False, "it gave no finished answer to the prompt serve.gates.smoke")
-        last = None
-        if before is not None:
-            kept = _probe_file(place, before)
-            last = Probe(**json.loads(kept.read())) if kept.exists() else None
         probe = _probe(apps, place, config, (run_id, version))
     except WeightsNotLoadedError:
         return None
     _probe_file(place, version).write(json.dumps(asdict(probe)).encode())
-    return judge(gates, probe, last)
+    kept = None if before is None else _probe_file(place, before)
+    return judge(gates, probe, Probe(**json.loads(kept.read())) if kept is not None and kept.exists() else None)
+
+
+def evaluation_of(manifest: Manifest, version: int) -> Verdict | None:
+    """What the evaluation at the end of a version's round says of it; None where there is none, or none yet."""
+    ended = next((each for each in manifest.rounds if each.steps and each.end_version == version), None)
+    if ended is None or ended.probed is None:
+        return None
+    return Verdict(ended.probed.collapsed is None, ended.probed.collapsed or "")
 
 
 def _is_finite(place: Place, version: int) -> bool:
@@ -107,18 +124,38 @@ def _answers(apps: str, place: Place, config: RunConfig, weights: tuple[str, int
 
 
 def _probe(apps: str, place: Place, config: RunConfig, weights: tuple[str, int]) -> Probe:
-    parts = parts_of(place.at("data"), read_manifest(place).data.rows)
-    block = next(part for part in parts if part.rows).table().slice(0, config.serve.gates.probes)
-    done = _generate(apps, config, block, weights)
-    rewards: list[float | None] = []
-    if config.serve.gates.min_win_rate is not None:
+    done = _generate(apps, config, _prompts(place, config), weights)
+    gates, rewards = config.serve.gates, list[float | None]()
+    if gates.min_win_rate is not None:
         scored = app_handle(f"{apps}-rewards").score.remote(done).result(timeout_s=CALL_SECONDS)
         rewards = scored["reward"].to_pylist()
+    follows = followed_in(done) if gates.verifiers is not None else []
     finished = [reason == "stop" for reason in done["finish_reason"].to_pylist()]
-    return Probe([len(ids) for ids in done["completion"].to_pylist()], finished, rewards)
+    tokens = [len(ids) for ids in done["completion"].to_pylist()]
+    return Probe(tokens, finished, rewards, [each for one in follows for each in one or ()])
+
+
+def _prompts(place: Place, config: RunConfig) -> pa.Table:
+    """Those that the run holds out for its evaluation, else the first of its data; where instructions are verified,
+    the first that have some."""
+    data, gates = read_manifest(place).data, config.serve.gates
+    parts = parts_of(place.at("held-out", "prompts"), data.probe) or parts_of(place.at("data"), data.rows)
+    if gates.verifiers is None:
+        return next(part for part in parts if part.rows).table().slice(0, gates.probes)
+    found: list[pa.Table] = []
+    for part in parts[:PARTS_SEARCHED]:
+        table = part.table()
+        found.append(
+            table.filter(pa.array(["instruction_id_list" in json.loads(row) for row in table["columns"].to_pylist()]))
+        )
+        if sum(each.num_rows for each in found) >= gates.probes:
+            break
+    return pa.concat_tables(found).slice(0, gates.probes)
 
 
 def _generate(apps: str, config: RunConfig, block: pa.Table, weights: tuple[str, int]) -> pa.Table:
+    if not len(block):
+        raise WeightsError("no prompt of the run has verifiable instructions, as serve.gates.verifiers needs them")
     room = config.data.max_length - max(len(ids) for ids in block["prompt"].to_pylist())
     tokens = max(1, min(config.rollout.max_tokens, room))
     request = RolloutRequest(1, 0.0, 1.0, tokens, seed=0, weights=WeightsId(*weights))

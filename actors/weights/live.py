@@ -189,8 +189,11 @@ class LivePolicy:
         return self._config is not None and self._config.gates.any and (self._watch or bool(self._pinned.apps))
 
     async def _candidate(self) -> int | None:
-        """The newest version if it is to be checked here."""
+        """The newest version if it is to be checked here; of those that the run evaluates, if that decides."""
         version, state = self._loaded.newest, self.serving
+        if self._config is not None and self._config.gates.probe:
+            ends = await asyncio.to_thread(self._loaded.on_disk)
+            version = max((v for v, info in ends.items() if serving.is_followed("round", info.labels)), default=None)
         if self._watch or not self._are_checked or not version:
             return None
         known = version in state.passed or version in state.refused
@@ -215,7 +218,7 @@ class LivePolicy:
                 await self._edit(lambda state: serving.trim(_judged(state, version, labels, verdict), labels))
                 await self._carry_out()
         elif self._loaded.newest == version:
-            raise WeightsError(f"no generator holds version {version} yet")
+            raise WeightsError(f"no generator holds version {version} yet, or the run has not evaluated it")
         return False
 
 

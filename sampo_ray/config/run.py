@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from sampo_ray.config import sections, serving
+from sampo_ray.config import evaluation, sections, serving
 from sampo_ray.config.rows import RowBudget, default_row
 from sampo_ray.config.section import Section
 from sampo_ray.errors import ConfigError, suggestion
@@ -40,6 +40,7 @@ class RunConfig(Section):
     fleet: sections.FleetsConfig = sections.FleetsConfig()
     publish: serving.PublishConfig = serving.PublishConfig()
     serve: serving.ServeConfig = Field(default_factory=serving.ServeConfig)
+    evaluate: evaluation.EvaluateConfig = evaluation.EvaluateConfig()
     run: sections.OutputConfig
     chosen: dict[str, str | int | float] = Field(default_factory=dict)
     """Written by the program: sizes that were left open, which are chosen anew where the run goes on elsewhere. One
@@ -84,6 +85,27 @@ class RunConfig(Section):
         return self.data.model_copy(update={"max_prompt_length": limit})
 
     @property
+    def evaluates(self) -> bool:
+        """Whether versions answer probe prompts at the end of rounds."""
+        return self.evaluate.every == "round"
+
+    @property
+    def probes(self) -> bool:
+        """Whether versions are asked outside of rollouts."""
+        return self.evaluates or self.serve.gates.probing
+
+    @property
+    def scores(self) -> bool:
+        """Whether answers are scored by the reward source."""
+        return self.online or (self.evaluates and bool(self.reward.parts))
+
+    @property
+    def probe_tokens(self) -> int:
+        """Tokens of an answer to a probe prompt, at most."""
+        room = self.data.max_length if self.online else self.data.max_length // 4
+        return self.evaluate.max_tokens or min(self.rollout.max_tokens, room)
+
+    @property
     def online(self) -> bool:
         return self.rounds.mode == "online"
 
@@ -114,6 +136,52 @@ class RunConfig(Section):
             raise ValueError(
                 f"rollout.max_tokens={self.rollout.max_tokens} leaves no room for a prompt within "
                 f"data.max_length={self.data.max_length}; make it smaller"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_what_gates_need(self) -> "RunConfig":
+        gates = self.serve.gates
+        if gates.verifiers is not None and not (self.online or self.evaluates):
+            raise ValueError(
+                "serve.gates.verifiers needs prompts with instructions: use rounds.mode=online, or "
+                "evaluate.every=round with evaluate.prompts"
+            )
+        if gates.probe and not self.evaluates:
+            raise ValueError("serve.gates.probe needs the evaluation at the end of rounds: use evaluate.every=round")
+        if gates.probe and self.serve.follow != "round":
+            raise ValueError(
+                f"serve.gates.probe needs serve.follow=round, not {self.serve.follow}: versions within a round are not "
+                "evaluated"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_evaluate(self) -> "RunConfig":
+        named, tokens = self.evaluate.prompts, self.probe_tokens
+        if named and not self.evaluates:
+            raise ValueError(
+                f"evaluate.prompts={named!r} is not used with evaluate.every=never; use evaluate.every=round"
+            )
+        if not self.evaluates:
+            return self
+        if not self.online and not named:
+            raise ValueError(
+                "evaluate.prompts is missing; rounds.mode=offline has no prompts to hold out, so name a file of some "
+                "that are not trained on"
+            )
+        if named in self.data.names(self.online):
+            field = "data.prompts" if self.online else "data.train"
+            raise ValueError(f"evaluate.prompts={named!r} is {field}, too; name prompts of their own")
+        if tokens >= self.data.max_length:
+            raise ValueError(
+                f"evaluate.max_tokens={tokens} leaves no room for a prompt within "
+                f"data.max_length={self.data.max_length}; make it smaller"
+            )
+        if not named and tokens > self.rollout.max_tokens:
+            raise ValueError(
+                f"evaluate.max_tokens={tokens} is more than rollout.max_tokens={self.rollout.max_tokens}, which the "
+                "prompts of data.prompts leave room for; make it smaller, or name evaluate.prompts"
             )
         return self
 

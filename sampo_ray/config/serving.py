@@ -47,17 +47,23 @@ class GatesConfig(Section):
     """The same, as a multiple of the last version that passed."""
     min_win_rate: float | None = Field(None, ge=0, le=1)
     """Share of probe prompts that get a higher reward than from the last version that passed (ties half), at least."""
+    verifiers: float | None = Field(None, ge=0, le=1)
+    """By how much the share of verifiable instructions that answers follow may be below that of the last version that
+    passed. For prompts with columns in IFEval's or IFBench's format."""
+    probe: bool = False
+    """The evaluation at the end of its round found no collapse (`evaluate.every=round`)."""
     probes: int = Field(32, ge=1, le=512)
     """Number of prompts of the run's data to probe with."""
 
     @property
     def any(self) -> bool:
-        return self.finite or self.probing
+        return self.finite or self.probe or self.probing
 
     @property
     def probing(self) -> bool:
         """Whether a check needs answers of the version."""
-        return any(gate is not None for gate in (self.smoke, self.max_mean_tokens, self.max_growth, self.min_win_rate))
+        needing = self.smoke, self.max_mean_tokens, self.max_growth, self.min_win_rate, self.verifiers
+        return any(gate is not None for gate in needing)
 
 
 class FeedbackConfig(Section):

@@ -258,8 +258,8 @@ def _engines(config: RunConfig) -> list[Group]:
         groups.append(engine(config, "policy", *counts))
     if config.online and not config.shared_replicas:
         groups.append(engine(config, "generators", least, most))
-    elif config.serve.gates.probing and config.fleet.placement != "shared":
-        groups.append(replace(engine(config, "generators", 0, most), note="when a gate probes"))
+    elif config.probes and config.fleet.placement != "shared":
+        groups.append(replace(engine(config, "generators", 0, most), note="for probes"))
     elif config.online and config.fleet.placement == "split":
         spare = engine(config, "generators", 0, most)
         groups.append(replace(spare, spare=not spare.gpus, note="after a rollback"))
@@ -271,7 +271,7 @@ def _scorers(config: RunConfig) -> list[Group]:
     groups: list[Group] = []
     wanted: list[tuple[Literal["references", "rewards"], FleetConfig, bool]] = [
         ("references", config.fleet.references, config.reference_workers),
-        ("rewards", config.fleet.rewards, config.online),
+        ("rewards", config.fleet.rewards, config.scores),
     ]
     for role, fleet, used in wanted:
         least, most = (int(fleet.autoscaling[f"{end}_replicas"]) for end in ("min", "max"))

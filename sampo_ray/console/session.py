@@ -44,6 +44,7 @@ CHANGEABLE = (
     *("profile", "trainer.workers", "trainer.min_workers", "trainer.num_cpus", "trainer.num_gpus"),
     *("trainer.checkpoint_every", "trainer.max_failures", "trainer.lifetime"),
     *("trainer.tokens_per_row", "trainer.gradient_checkpointing"),
+    *("evaluate.on_collapse", "evaluate.collapse."),
 )
 """How overrides begin that a resumed run accepts: they change where and how fast it trains, not what it learns."""
 

@@ -25,18 +25,22 @@ def versions(run: RunArgument) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from sampo_ray.evaluation.probe import brief, results_by_version
     from sampo_ray.run.report import read_reports, worst
     from sampo_ray.run.serving import listing, read_serving
 
     place, infos, follow = opened(run)
     state, reports = read_serving(place, follow), read_reports(place)
-    table = Table("version", "labels", "state", "loss", "margin", "chosen", "published")
+    probes = results_by_version(place)
+    columns = ["version", "labels", "state", "loss", "margin", "chosen", *(["probe"] if probes else []), "published"]
+    table = Table(*columns)
     for entry in listing(state, infos, worst(reports)):
         numbers = [entry.metrics.get(name) for name in ("loss", "margin", "chosen_tokens")]
         shown = ("-" if n is None else f"{n:{form}}" for n, form in zip(numbers, (".3f", "+.3f", ".0f"), strict=True))
         when = "-" if entry.created is None else f"{datetime.fromtimestamp(entry.created):%m-%d %H:%M}"
         state_and_why = entry.state + (f": {entry.reason}" if entry.reason else "")
-        table.add_row(str(entry.version), ", ".join(entry.labels), state_and_why, *shown, when)
+        probed = [brief(probes.get(entry.version))] if probes else []
+        table.add_row(str(entry.version), ", ".join(entry.labels), state_and_why, *shown, *probed, when)
     Console().print(table)
     typer.echo(f"follow: {state.follow}{' (held)' if state.held else ''}")
     for trouble in (trouble for report in reports for trouble in report.troubles):

@@ -46,6 +46,11 @@ def check_sources(config: RunConfig, chat: ChatFormat) -> list[CheckedSource]:
     return [_checked(name, each, kind, chat, config) for name, each in zip(fields, found, strict=True)]
 
 
+def check_probe(named: str, chat: ChatFormat, config: RunConfig) -> CheckedSource:
+    """Finds the columns of the file of probe prompts, `evaluate.prompts`, and tries the chat template on its rows."""
+    return _checked("evaluate.prompts", probe(Entry(named, 0, 1), "prompts", Columns()), "prompts", chat, config)
+
+
 def columns_of(found: Sequence[CheckedSource]) -> ColumnsOfSources:
     """`data.columns` with nothing left open."""
     columns = tuple(each.columns for each in found)

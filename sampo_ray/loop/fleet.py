@@ -154,9 +154,9 @@ def applications(run: Run, serving: "PolicyServing", places: Places) -> dict[str
     if config.serve.enabled:
         apps[f"{run.id}-policy"] = serving.policy("live", places.sized("policy", fleet.generators))
     one_engine = config.shares_gpus and config.serve.enabled  # on each GPU: there is no room for another
-    if not one_engine and (config.online or config.serve.gates.probing):
+    if not one_engine and (config.online or config.probes):
         apps[f"{run.id}-generators"] = serving.policy("training", places.sized("generators", fleet.generators))
-    if config.online:
+    if config.scores:
         apps[f"{run.id}-rewards"] = build_reward_app(
             config.reward, fleet.rewards, places.of("rewards"), run.place.at("verdicts")
         )

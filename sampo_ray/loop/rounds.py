@@ -4,7 +4,6 @@ import contextlib
 import functools
 import itertools
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -17,7 +16,7 @@ from sampo_ray.actors.ranks.exchange import RoundSpec
 from sampo_ray.config.run import RunConfig
 from sampo_ray.errors import StageError, TrainingError, VersionError
 from sampo_ray.loop import stages, tokenizing
-from sampo_ray.loop.blocks import STAGE_STALL_S, StageOutput
+from sampo_ray.loop.blocks import StageOutput
 from sampo_ray.loop.epochs import LaterEpochs
 from sampo_ray.loop.reorder import reorder
 from sampo_ray.loop.tokenizing import Tokenizing
@@ -37,9 +36,7 @@ if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
     from sampo_ray.actors.ranks.trainer import Trainer
-    from sampo_ray.loop.fleet import Fleet
 
-CHECK_EVERY_S = 0.5
 CHECKPOINT = re.compile(r"(\d+)-(\d+)")
 """Begin of the names of checkpoints' folders: round and step."""
 
@@ -130,6 +127,16 @@ def sample(
     return stages.sample(generators, prompts, out, config.rollout, seed, weights, window)
 
 
+def unfinished(run: Run, reporter: Reporter) -> Iterator["Round"]:
+    """The rounds of a run that are still to be done; none after one that fell back."""
+    for index in range(run.config.rounds.count):
+        round = Round(run, index, reporter)
+        if not round.committed:
+            yield round
+        if round.probed is not None and round.probed.fell_back:
+            return
+
+
 class Round:
     """A round in progress. Every stage is recorded in the manifest once it is complete, and then only looked up."""
 
@@ -146,6 +153,11 @@ class Round:
         return self._record.committed
 
     @property
+    def probed(self) -> StageRecord | None:
+        """What the evaluation at the end of the round decided, once it has."""
+        return self._record.probed
+
+    @property
     def start(self) -> tuple[str, int]:
         """Run and version of the weights that the round starts from, which are its reference."""
         return self.run.id, self._record.start_version
@@ -159,7 +171,7 @@ class Round:
         """The round's share of the prompts; a run that has used all of them begins again in another order."""
         order = prompts_of(self.config, self.index, sum(part.rows for part in data))
         size = stages.PART_PROMPTS
-        return self._stage("prompts", len(order), "prompts", lambda out: reorder(data, order, out, size))
+        return self.stage("prompts", len(order), "prompts", lambda out: reorder(data, order, out, size))
 
     def sample(self, prompts: Sequence[Part], generators: Callable[[int | None], "DeploymentHandle"]) -> list[Part]:
         """Completions by the policy that the round starts from, or sampled ahead from older ones (age is reported)."""
@@ -171,7 +183,7 @@ class Round:
             return StageRecord(age=stages.age(parts, self.start[1])) if self.config.rollout.ahead else StageRecord()
 
         total = sum(part.rows for part in prompts) * self.config.rollout.samples
-        parts = self._stage("completions", total, "samples", make, count)
+        parts = self.stage("completions", total, "samples", make, count)
         if age := self._record.stages["completions"].age:
             self.reporter.note(f"age of the completions, in steps: mean {age.mean:.1f}, most {age.most}")
         return parts
@@ -185,7 +197,7 @@ class Round:
             return StageRecord(judge=stages.judged(parts)) if judged else StageRecord()
 
         make = functools.partial(stages.score, rewards, completions, window=window)
-        parts = self._stage("scores", total, "samples", make, count)
+        parts = self.stage("scores", total, "samples", make, count)
         if tally := self._record.stages["scores"].judge:
             self.reporter.note(f"judge: {tally.text()}")
         return parts
@@ -203,7 +215,7 @@ class Round:
             record = StageRecord(dropped=stages.dropped(parts))
             return record.model_copy(update={"length_fit": fit}) if controlled else record
 
-        parts = self._stage("candidates", None, "pairs", make, count)
+        parts = self.stage("candidates", None, "pairs", make, count)
         if controlled:
             fit = self._record.stages["candidates"].length_fit
             said = fit.text() if fit else "not corrected: no prompt has finished completions of different lengths"
@@ -227,7 +239,7 @@ class Round:
             counts = stages.feedback(out.folder, self.run.place, earlier, tokenizer, self.config.data)
             return parts_of(out.folder, counts.rows)
 
-        parts = self._stage("feedback", None, "pairs", make, lambda parts: counts)
+        parts = self.stage("feedback", None, "pairs", make, lambda parts: counts)
         left = ", ".join(f"{n} {reason}" for reason, n in done["feedback"].left.items())
         without = f" (without: {left})" if left else ""
         self.reporter.note(f"{sum(part.rows for part in parts)} pairs from feedback{without}")
@@ -248,7 +260,7 @@ class Round:
             order = Stream.FEEDBACK_ORDER.generator(seed=seed, round=self.index).permutation(order)
         batch = self.config.optim.batch_size
         rows, both = -(-stages.PART_PAIRS // batch) * batch, [*source, *votes]
-        return self._stage("pairs", len(order), "pairs", lambda out: reorder(both, order, out, rows))
+        return self.stage("pairs", len(order), "pairs", lambda out: reorder(both, order, out, rows))
 
     def _no_pairs(self) -> str:
         """Why the round has no pairs, with what to change about the most frequent reason."""
@@ -275,7 +287,7 @@ class Round:
         def make(out: StageOutput) -> list[Part]:
             return stages.reference(references, pairs, out, self.start, self.run.versions, self.config, self.index)
 
-        return self._stage("reference", sum(part.rows for part in pairs), "pairs", make)
+        return self.stage("reference", sum(part.rows for part in pairs), "pairs", make)
 
     def train(self, pairs: Sequence[Part], trainer: "Trainer") -> Iterator[StepResult]:
         """Trains on the pairs from the last checkpoint on, and yields each step's result."""
@@ -368,7 +380,7 @@ class Round:
         self.run.save()
         self.folder.at("epochs").remove()
 
-    def _stage(
+    def stage(
         self,
         name: str,
         total: int | None,
@@ -389,6 +401,15 @@ class Round:
         self.run.save()
         return parts
 
+    def seconds_of(self, name: str) -> float:
+        """How long a finished stage took."""
+        return self._record.stages[name].seconds or 0.0
+
+    def note_stage(self, name: str, record: StageRecord) -> None:
+        """Records a stage that has no parts."""
+        self._record.stages[name] = record
+        self.run.save()
+
     def _prune_versions(self) -> None:
         """Keeps the base, the first and last versions of rounds, the last `publish.keep`, and those that are served."""
         try:
@@ -401,48 +422,3 @@ class Round:
         others = [v for v in complete_versions(self.run.versions.url) if v not in kept]
         for version in set(others[: -self.config.publish.keep]) - served:
             remove_version(version_folder(self.run.versions.url, version))
-
-
-@contextlib.contextmanager
-def prepare_next_round(round: Round, fleet: "Fleet", prompts: Sequence[Part]) -> Iterator[None]:
-    """Prepares the next online round in a thread, for as long as the block runs.
-
-    With `rollout.ahead` its completions are sampled from whatever weights the replicas have, so they are older than the
-    next round's start by at most this round's steps; the next round samples the rest. Otherwise generators that were
-    scaled down are started in time for it.
-    """
-    if not round.config.online or round.index + 1 == round.config.rounds.count:
-        yield
-        return
-    over = threading.Event()
-    work = _sample_ahead if round.config.rollout.ahead else _start_generators
-    thread = threading.Thread(target=work, args=(round, fleet, prompts, over), name="next-round", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-    thread.join(timeout=STAGE_STALL_S)
-    if thread.is_alive():
-        raise StageError(f"completions sampled ahead were not complete {STAGE_STALL_S:.0f} s after the training ended")
-
-
-def _sample_ahead(round: Round, fleet: "Fleet", prompts: Sequence[Part], over: threading.Event) -> None:
-    config, index = round.config, round.index + 1
-    folder = round.run.place.at("rounds", str(index))
-    try:
-        order = prompts_of(config, index, sum(part.rows for part in prompts))
-        parts = reorder(prompts, order, StageOutput(folder.at("prompts")), stages.PART_PROMPTS)
-        out = StageOutput(folder.at("completions"), enough=over.is_set)
-        made = sample(config, index, parts, out, fleet.generators, weights=None)
-    except Exception as error:  # of any kind: the next round samples again, and fails if it must
-        round.reporter.note(f"no more completions were sampled ahead: {error}")
-    else:
-        round.reporter.note(f"sampled ahead for round {index + 1}: {sum(part.rows for part in made)} completions")
-
-
-def _start_generators(round: Round, fleet: "Fleet", prompts: Sequence[Part], over: threading.Event) -> None:
-    while not over.wait(CHECK_EVERY_S):
-        if round.seconds_left is not None and round.seconds_left < fleet.start_seconds:
-            fleet.start_generators(round.config.fleet.generators, round.end)
-            return

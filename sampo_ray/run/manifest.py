@@ -50,6 +50,8 @@ class StageRecord(BaseModel):
     length_fit: LengthFit | None = None  # by which rewards were corrected
     votes: int = 0  # how many the pairs come from
     left: dict[str, int] = {}  # votes that made no pair, by reason
+    collapsed: str | None = None  # why the version that a round ended with counts as collapsed
+    fell_back: bool = False  # the run ended therefore with the version that the round started from
 
     @model_serializer(mode="wrap")
     def _only_set(self, serialize: SerializerFunctionWrapHandler) -> dict[str, object]:
@@ -62,6 +64,9 @@ class DataRecord(StageRecord):
     source: str | list[str] = ""  # text: of a run that knew but one
     fingerprint: str | None = None
     used: dict[str, int] = {}  # rows of each source, where there are several
+    probe: list[int] = []  # rows of each part of the prompts that versions are evaluated with
+    probe_dropped: dict[str, int] = {}  # of them left out, by reason
+    rest: list[int] | None = None  # rows of each part of the data without them; None: they come from elsewhere
 
 
 class RoundRecord(BaseModel):
@@ -86,6 +91,15 @@ class RoundRecord(BaseModel):
         fit = next((stage.length_fit for stage in stages if stage.length_fit), None)
         figures = {} if judge is None else judge.figures
         return figures if fit is None else {**figures, **fit.figures}
+
+    @property
+    def probed(self) -> StageRecord | None:
+        """What the evaluation at the end of the round found, once it is made."""
+        return self.stages.get("probe")
+
+    @property
+    def fell_back(self) -> bool:
+        return self.probed is not None and self.probed.fell_back
 
 
 class Manifest(BaseModel):

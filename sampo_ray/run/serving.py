@@ -180,6 +180,12 @@ def refuse(state: Serving, version: int, reason: str) -> Serving:
     return state.model_copy(update={"refused": {**state.refused, version: reason}})
 
 
+def fall_back(state: Serving, to: int, refused: Mapping[int, str]) -> Serving:
+    """A run ends with version `to` as its final one: those that it tried after that are refused, and not live."""
+    state = state.model_copy(update={"refused": {**state.refused, **refused}, "labels": {**state.labels, "final": to}})
+    return _live(state, to) if state.live in refused else state
+
+
 def promote(state: Serving, version: int) -> Serving:
     """Makes a version live and holds it there. VersionError when a check refused it."""
     if version in state.refused:
@@ -307,7 +313,10 @@ def state_of(state: Serving, version: int, pins: Mapping[PinName, PinState]) -> 
 def all_labels(state: Serving, infos: Mapping[int, VersionInfo]) -> dict[int, list[str]]:
     """Labels by version, those of users first."""
     return {
-        version: [*(n for n, v in state.labels.items() if v == version), *(info.labels if version else ("base",))]
+        version: [
+            *(n for n, v in state.labels.items() if v == version),
+            *(n for n in (info.labels if version else ("base",)) if n not in state.labels),
+        ]
         for version, info in infos.items()
     }
 

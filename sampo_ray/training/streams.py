@@ -39,6 +39,9 @@ class Stream(Enum):
     """The rows of a source that are used where it is one of several (`data.mix`); `source` counts from 0, `start` is
     the first row's number. The constant is no round's number."""
 
+    PROBE = ("seed", 2**32 - 2)
+    """The prompts that are held out of an online run's own, for the evaluation of its versions."""
+
     def generator(self, **numbers: int) -> np.random.Generator:
         """A new generator at the beginning of the stream for these numbers; KeyError if one is missing."""
         return np.random.default_rng([numbers[part] if isinstance(part, str) else part for part in self.value])

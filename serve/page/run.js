@@ -2,6 +2,7 @@
 
 import { Chart } from "./chart.js";
 import { el, seconds, setText } from "./dom.js";
+import { Scatter } from "./scatter.js";
 
 const STAGES = {
   tokenize: "Tokenizing the data",
@@ -12,7 +13,12 @@ const STAGES = {
   pairs: "Ordering pairs",
   reference: "Reference log-probs",
   train: "Training",
-  evaluate: "Evaluating",
+  "probe prompts": "Holding out probe prompts",
+  base_answers: "Probing the base",
+  base_scores: "Scoring its answers",
+  answers: "Probing the new version",
+  probe_scores: "Scoring its answers",
+  probe: "Deciding",
 };
 const named = (stage) => STAGES[stage] ?? stage;
 const fixed = (digits, sign = "") => (value) => `${sign && value > 0 ? sign : ""}${value.toFixed(digits)}`;
@@ -34,12 +40,17 @@ export class RunPanel {
       accuracy: new Chart("Accuracy", "step ", [{ format: percent }]),
       length: new Chart("Tokens", "step ", [{ label: "chosen", format: fixed(1) }, { label: "rejected", format: fixed(1) }]),
     };
+    const tokens = { label: "tokens", format: fixed(1) };
+    this.plots = {
+      rate: new Scatter("Win rate against the base, over mean tokens", tokens, { label: "win rate", format: percent }),
+      reward: new Scatter("Reward over length", { label: "tokens", format: fixed(0) }, { label: "reward", format: fixed(2) }),
+    };
     this.blank = el("p", { class: "blank" });
     this.past = el("tbody", {});
     this.before = el("details", { class: "before" }, el("summary", {}, "Rounds"),
       el("table", {}, el("thead", {}, el("tr", {}, ["Round", "Versions", "Steps", "Time"].map((name) => el("th", { scope: "col" }, name)))), this.past));
     node.replaceChildren(el("div", { class: "row" }, this.round, this.chip), this.about, this.now, this.trail,
-      el("div", { class: "charts" }, Object.values(this.charts).map((chart) => chart.node)), this.blank, this.before);
+      el("div", { class: "charts" }, [...Object.values(this.charts), ...Object.values(this.plots)].map((chart) => chart.node)), this.blank, this.before);
   }
 
   draw(view) {
@@ -61,7 +72,22 @@ export class RunPanel {
     this.charts.length.draw(steps.version, [steps.chosen_tokens, steps.rejected_tokens]);
     this.blank.hidden = steps.version.length > 0;
     setText(this.blank, view.alive ? "The curves begin with the first training step." : "There are no training steps to show.");
+    this.drawProbes(view.probes ?? []);
     this.drawPast(view.history);
+  }
+
+  // What versions answered to the probe prompts: a point a version, and the last one's answers.
+  drawProbes(probes) {
+    const rated = probes.map(({ label, scores }) => ({ name: label, ...(scores.win_rate_base ?? { value: 0.5 }), x: scores.mean_tokens?.value }));
+    const shown = rated.map(({ value, ...point }) => ({ ...point, y: value }));
+    const last = shown.at(-1);
+    this.plots.rate.draw(shown.length > 1 && probes.at(-1).scores.win_rate_base ? shown : [],
+      { joined: true, level: 0.5, said: last ? `${last.name}: ${percent(last.y)}, ${fixed(1)(last.x)} tokens` : "" });
+    const { label, answers = [], scores } = probes.at(-1) ?? {};
+    const slope = scores?.reward_slope?.value;
+    const through = [scores?.mean_tokens?.value, scores?.mean_reward?.value];
+    this.plots.reward.draw(answers.map(([x, y]) => ({ name: label, x, y })),
+      slope == null ? {} : { line: { slope, through }, said: `${label}: ${slope.toPrecision(2)} a token` });
   }
 
   drawStage(stage) {

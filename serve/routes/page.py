@@ -18,8 +18,11 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sampo_ray.config.run import load_config
+from sampo_ray.evaluation.probe import REWARD, TASK
+from sampo_ray.evaluation.records import FOLDER, SAMPLES, read_result, result_place
 from sampo_ray.run import lines
 from sampo_ray.run.directory import Status, read_settings, read_status
+from sampo_ray.run.lines import records
 from sampo_ray.run.manifest import RoundRecord, StepMetrics, lineage, parse_metrics, read_manifest
 from sampo_ray.run.storage import Place
 from sampo_ray.serve.cached import CachedRead
@@ -28,7 +31,7 @@ from sampo_ray.serve.errors import ApiError, unavailable
 
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 COLUMNS = ("loss", "margin", "accuracy", "chosen_tokens", "rejected_tokens")
-STEPS, POINTS, ROUNDS = 500, 250, 8
+STEPS, POINTS, ROUNDS, PROBES = 500, 250, 8, 32
 TAIL_BYTES = 512 << 10  # STEPS lines of metrics.jsonl fit into it
 FRESH_S, READ_TIMEOUT_S = 1.0, 10.0
 
@@ -49,6 +52,7 @@ class RunView(TypedDict):
     rounds: int | None
     stage: dict[str, object] | None  # an Activity
     history: list[dict[str, object]]  # of the last rounds: round, steps, committed, start_version, stages with seconds
+    probes: list[dict[str, object]]  # of versions that ended rounds, by version: label, scores by name, a few answers
     steps: dict[str, list[float | str | None]]  # columns over some of the last optimizer steps: version, round, COLUMNS
 
 
@@ -123,7 +127,28 @@ def view(run: Place) -> RunView:
         "stage": status.stage.model_dump() if status.stage and status.alive() else None,
         "history": [_round_view(record) for record in manifest.rounds[-ROUNDS:]],
         "steps": columns(last_steps(run)),
+        "probes": probe_view(run),
     }
+
+
+def probe_view(run: Place) -> list[dict[str, object]]:
+    """The evaluations within the run, of the base and the last PROBES versions; for the last of them also tokens and
+    rewards of its answers."""
+    names = run.at(FOLDER).names()
+    found = [probe for name in sorted(names) if (probe := _stored_probe(run, name)) is not None]
+    kept = [*found[:1], *found[1:][-PROBES:]]
+    return [*({**probe, "answers": []} for probe in kept[:-1]), *kept[-1:]]
+
+
+@functools.lru_cache(maxsize=4 * PROBES)
+def _stored_probe(run: Place, subject: str) -> dict[str, object] | None:
+    result = read_result(result_place(run, subject, TASK))
+    if result is None:
+        return None
+    samples = records(result_place(run, subject, TASK).at(SAMPLES).read(), SAMPLES)[:POINTS]
+    scores = {score.name: {"value": score.value, "low": score.low, "high": score.high} for score in result.scores}
+    answers = [(each["tokens"], each["scores"][REWARD]) for each in samples if REWARD in each["scores"]]
+    return {"version": result.version, "label": result.label, "scores": scores, "answers": answers}
 
 
 def last_steps(run: Place) -> list[StepMetrics]:
