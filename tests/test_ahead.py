@@ -10,8 +10,8 @@ import pytest
 from sampo_ray.config.run import load_config
 from sampo_ray.config.sections import GeneratorsConfig
 from sampo_ray.errors import StageError
-from sampo_ray.loop.fleet import Fleet
 from sampo_ray.loop.ahead import prepare_next_round
+from sampo_ray.loop.fleet import Fleet
 from sampo_ray.loop.rounds import Round
 from sampo_ray.run.directory import create_run
 from sampo_ray.run.manifest import StageRecord, StepMetrics, StepResult, Stored

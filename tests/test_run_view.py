@@ -206,6 +206,8 @@ def write_probe(run: Place, version: int, label: str, rewards: list[float | None
 def test_the_view_has_the_scores_of_probes_and_the_answers_of_the_last(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", 3)
     assert view(run)["probes"] == []
+    run.at("evaluations", "000000", "probe", "samples.jsonl").write(b"")
+    assert view(run)["probes"] == [], "it is being written"
     write_probe(run, 0, "base", [0.0, 1.0, 2.0])
     write_probe(run, 16, "round-1", [1.0, None, 3.0])
     run.at("evaluations", "000016", "gsm8k", "result.json").write(b"{}")

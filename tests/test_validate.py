@@ -58,6 +58,24 @@ def test_each_of_several_sources_is_said_and_its_columns_stored(tmp_path, tree):
     assert [each["prompt"] for each in yaml.safe_load(output)["data"]["columns"]] == ["question", "ask"]
 
 
+def test_probe_prompts_are_read_before_a_run_starts(tmp_path, tree):
+    probe = tmp_path / "probe.jsonl"
+    probe.write_text(json.dumps({"prompt": "What is one?", "answer": "#### 1"}) + "\n")
+    evaluate = {"every": "round", "prompts": str(probe), "max_tokens": 16}
+    reward = {"function": "sampo_ray.rewards.gsm8k:reward"}
+    status, output = dry_run(recipe(tmp_path, {**tree, "evaluate": evaluate, "reward": reward}))
+    assert status == 0, output
+    assert "evaluate.prompts: rows probed: 1; usable: 1" in output
+    verified = {**tree["serve"], "gates": {"verifiers": 0.1}}
+    for changed, message in (
+        ({"evaluate": {**evaluate, "prompts": str(tmp_path / "none.jsonl")}}, "none.jsonl"),
+        ({"serve": verified}, "serve.gates.verifiers: no row of evaluate.prompts has the columns instruction_id_list"),
+        ({"reward": {"function": "sampo_ray.rewards.ifeval:reward"}}, "nothing is given for its parameter instruction"),
+    ):
+        status, output = dry_run(recipe(tmp_path, {**tree, "evaluate": evaluate, "reward": reward, **changed}))
+        assert status == 1 and message in " ".join(output.split()), output
+
+
 def begun(tree, tokenized):
     """A run directory as they were before configurations had columns."""
     run = create_run(load_config(tree))

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sampo_ray.config.run import load_config
 from sampo_ray.evaluation.probe import REWARD, TASK
-from sampo_ray.evaluation.records import FOLDER, SAMPLES, read_result, result_place
+from sampo_ray.evaluation.records import FOLDER, RESULT, SAMPLES, TaskResult
 from sampo_ray.run import lines
 from sampo_ray.run.directory import Status, read_settings, read_status
 from sampo_ray.run.lines import records
@@ -134,18 +134,17 @@ def view(run: Place) -> RunView:
 def probe_view(run: Place) -> list[dict[str, object]]:
     """The evaluations within the run, of the base and the last PROBES versions; for the last of them also tokens and
     rewards of its answers."""
-    names = run.at(FOLDER).names()
-    found = [probe for name in sorted(names) if (probe := _stored_probe(run, name)) is not None]
+    places = [run.at(FOLDER, name, TASK) for name in sorted(run.at(FOLDER).names())]
+    found = [_stored_probe(place) for place in places if place.at(RESULT).exists()]
     kept = [*found[:1], *found[1:][-PROBES:]]
     return [*({**probe, "answers": []} for probe in kept[:-1]), *kept[-1:]]
 
 
 @functools.lru_cache(maxsize=4 * PROBES)
-def _stored_probe(run: Place, subject: str) -> dict[str, object] | None:
-    result = read_result(result_place(run, subject, TASK))
-    if result is None:
-        return None
-    samples = records(result_place(run, subject, TASK).at(SAMPLES).read(), SAMPLES)[:POINTS]
+def _stored_probe(place: Place) -> dict[str, object]:
+    """A probe that is complete, and so does not change."""
+    result = TaskResult.model_validate_json(place.at(RESULT).read())
+    samples = records(place.at(SAMPLES).read(), SAMPLES)[:POINTS]
     scores = {score.name: {"value": score.value, "low": score.low, "high": score.high} for score in result.scores}
     answers = [(each["tokens"], each["scores"][REWARD]) for each in samples if REWARD in each["scores"]]
     return {"version": result.version, "label": result.label, "scores": scores, "answers": answers}

@@ -13,6 +13,7 @@ from sampo_ray.run.directory import Activity, Status
 from sampo_ray.run.manifest import Manifest, RoundRecord, StageRecord
 from sampo_ray.run.storage import Place
 from tests.endpoint.live import KEY, Endpoint, Visit, get
+from tests.test_run_view import write_probe
 from tests.waiting import scaled
 
 pytestmark = pytest.mark.slow
@@ -360,6 +361,14 @@ def test_the_run_is_seen_live(visit: Visit, endpoint: Endpoint) -> None:
     tell(9)
     expect(panel).to_contain_text("9 of 16 steps")
     expect(page.locator("#summary")).to_contain_text("Round 1/2, training 56%")
+    for version, label, rewards in ((0, "base", [0.0, 0.0]), (16, "round-1", [1.0, 2.0])):
+        write_probe(run, version, label, rewards)
+    expect(
+        panel.get_by_role("img", name=re.compile("^Win rate .*: base 50% at 10.5, round-1 100% at 10.5"))
+    ).to_be_visible()
+    expect(
+        panel.get_by_role("img", name=re.compile("^Reward over length: round-1 1.00 at 10, round-1 2.00 at 11"))
+    ).to_be_visible()
     seen = get(f"{endpoint.open}/run").text
     assert str(run.path) not in seen
 
