@@ -190,6 +190,7 @@ def test_after_a_fall_back_the_good_version_is_live_and_final_and_the_others_are
     state = Serving(live=8, sequence=3, passed=[0, 4, 8])
     after = serving.fall_back(state, 4, {8: "bad"})
     assert (after.live, after.sequence, after.refused) == (4, 4, {8: "bad"})
+    assert serving.newest_passed(after, labels) == 4 and serving.accept(after, 8, labels[8]) == after
     assert serving.fall_back(after, 4, {8: "bad"}) == after
     assert serving.fall_back(Serving(live=0), 4, {8: "bad"}).live == 0, "an operator's choice stays"
     infos = {v: serving.VersionInfo(version=v, round=0, step=v, created=0, labels=names) for v, names in labels.items()}

@@ -60,7 +60,7 @@ def newest_export(run: Place) -> Place:
     """The exported model of the run's last committed round. EvaluationError where there is none."""
     manifest = read_manifest(run)
     for record in reversed(manifest.rounds):
-        if record.committed and is_complete((folder := export_folder(run, record.index)).url):
+        if record.committed and not record.fell_back and is_complete((folder := export_folder(run, record.index)).url):
             return folder
     raise EvaluationError(f"{run.url!r} has no exported model yet; a run exports one at the end of each round")
 

@@ -137,7 +137,10 @@ def is_followed(follow: Follow, labels: Sequence[str]) -> bool:
 
 
 def accept(state: Serving, version: int, labels: Sequence[str]) -> Serving:
-    """A version has passed its checks: it goes live if the live policy follows such versions and it is newer."""
+    """A version has passed its checks: it goes live if the live policy follows such versions and it is newer. One that
+    was refused stays so."""
+    if version in state.refused:
+        return state
     new = state.model_copy(update={"passed": [*(v for v in state.passed if v != version), version]})
     follows = state.live is None or (not state.held and version > state.live and is_followed(state.follow, labels))
     return _live(new, version) if follows else new
@@ -182,8 +185,12 @@ def refuse(state: Serving, version: int, reason: str) -> Serving:
 
 def fall_back(state: Serving, to: int, refused: Mapping[int, str]) -> Serving:
     """A run ends with version `to` as its final one: those that it tried after that are refused, and not live."""
-    state = state.model_copy(update={"refused": {**state.refused, **refused}, "labels": {**state.labels, "final": to}})
-    return _live(state, to) if state.live in refused else state
+    update = {
+        "refused": {**state.refused, **refused},
+        "passed": [version for version in state.passed if version not in refused],
+        "labels": {**state.labels, "final": to},
+    }
+    return _live(state.model_copy(update=update), to) if state.live in refused else state.model_copy(update=update)
 
 
 def promote(state: Serving, version: int) -> Serving:
