@@ -237,6 +237,39 @@ def test_what_is_said_of_the_language_of_short_texts_does_not_change(verifiers):
     assert len({*first, *verified(*asked)}) == 1
 
 
+IFBENCH = """
+class Shouting:
+    def __init__(self, name):
+        self.times = None
+
+    def build_description(self, times=None):
+        self.times = times
+
+    def get_instruction_args(self):
+        return {"times": self.times}
+
+    def get_instruction_args_keys(self):
+        return ["times"]
+
+    def check_following(self, value):
+        return value.count("!") == self.times
+
+INSTRUCTION_DICT = {"made_up:shouting": Shouting}
+"""
+
+
+def test_instructions_of_ifbench_are_verified_where_it_is_installed(verifiers, monkeypatch, tmp_path):
+    ids, kwargs = ["made_up:shouting", "punctuation:no_comma"], [{"times": 2}, {}]
+    if importlib.util.find_spec("ifbench") is None:
+        assert verified(ids, kwargs, "Hey!!") == [None]
+    ifeval._verifiers.cache_clear()
+    (tmp_path / "ifbench").mkdir()
+    (tmp_path / "ifbench" / "__init__.py").write_text("")
+    (tmp_path / "ifbench" / "instructions_registry.py").write_text(IFBENCH)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert verified(ids, kwargs, "Hey!!", "Hey, you!") == [1.0, 0.0]
+
+
 def test_each_row_of_the_official_data_can_be_verified(verifiers, shared):
     with gzip.open(shared / "data" / "lm_eval" / "google" / "IFEval" / "train.jsonl.gz", "rt") as file:
         rows = [json.loads(line) for line in file]

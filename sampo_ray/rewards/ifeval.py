@@ -1,4 +1,5 @@
-"""The share of a prompt's instructions that an answer follows, verified by lm-evaluation-harness' task ifeval."""
+"""The share of a prompt's instructions that an answer follows, verified by lm-evaluation-harness' task ifeval; those of
+IFBench by the package ifbench, where that is installed."""
 
 import functools
 import logging

@@ -1,5 +1,5 @@
-"""The verifiers of lm-evaluation-harness' task ifeval, in a process of their own: some are regular expressions that
-come from data, which `re` may never finish."""
+"""The verifiers of lm-evaluation-harness' task ifeval, and of the package ifbench where it is installed, in a process
+of their own: some are regular expressions that come from data, which `re` may never finish."""
 
 import functools
 import importlib.util
@@ -53,8 +53,13 @@ def prepare() -> str | None:
             "verifiable instructions need NLTK's punkt_tab; install it with `python -m nltk.downloader punkt_tab`, or "
             "name the folder that has it in NLTK_DATA"
         )
-    from lm_eval.tasks.ifeval import utils  # noqa: F401
+    from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
 
+    if importlib.util.find_spec("ifbench") is not None:  # whose verifiers have the same form, and other names
+        from ifbench import instructions_registry
+
+        for name, verifier in instructions_registry.INSTRUCTION_DICT.items():
+            INSTRUCTION_DICT.setdefault(name, verifier)
     return None
 
 
