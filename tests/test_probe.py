@@ -19,6 +19,7 @@ from sampo_ray.errors import ConfigError, StageError
 from sampo_ray.evaluation import probe
 from sampo_ray.evaluation.probe import Answer, collapse, scores
 from sampo_ray.evaluation.records import Conditions, TaskResult
+from sampo_ray.judging.tally import Tally
 from sampo_ray.loop.evaluating import Evaluation, _together, held_out, not_trained_on
 from sampo_ray.loop.rounds import Round, unfinished
 from sampo_ray.run import serving
@@ -159,6 +160,17 @@ def test_an_evaluation_that_cannot_be_made_is_refused(tree, message):
     with pytest.raises(ConfigError, match=message) as raised:
         load_config({**MODEL, **tree})
     assert len(str(raised.value).splitlines()) == 1
+
+
+def test_who_scored_is_recorded_and_only_what_repeats_itself_has_no_spread():
+    judge = {"url": "http://127.0.0.1:1/v1", "model": "j", "preset": "summary"}
+    online = load_config({**MODEL, **ONLINE}).reward
+    judged = load_config({**MODEL, **ONLINE, "reward": {"sum": [{"judge": judge}, {"function": "a:b"}]}}).reward
+    assert probe.judged_by(online, Tally()).repeat_spread == 0.0
+    record = probe.judged_by(judged, Tally(calls=3, refused=1))
+    assert (record.name, record.preset, record.calls, record.refused) == ("j + a:b", "summary", 3, 1)
+    assert record.repeat_spread is None
+    assert probe.judged_by(load_config({**MODEL, "data": {"train": "t"}}).reward, Tally()) is None
 
 
 def test_the_defaults_evaluate_nothing_and_answers_fit():

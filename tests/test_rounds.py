@@ -16,7 +16,6 @@ import pytest
 import ray
 
 from sampo_ray.actors.policy.messages import RolloutRequest
-from sampo_ray.config.evaluation import CollapseConfig
 from sampo_ray.config.profiles import resolve
 from sampo_ray.config.run import load_config
 from sampo_ray.run.directory import Run, create_run
@@ -35,10 +34,6 @@ def reward(prompts, completions):
     """Differs by text, so that there are few ties; it means nothing."""
     return [sum(map(ord, text)) % 97 / 97 for text in completions]
 '''
-
-
-STRICT = CollapseConfig(win_rate=0.5, growth=1 + 1e-9, lost=1e-9)
-"""Any change of the mean tokens is a collapse."""
 
 
 def stop_at(done: Callable[[], object]) -> Callable[[], None]:
@@ -245,14 +240,15 @@ def test_completions_sampled_ahead_are_at_most_one_round_old_and_their_age_is_re
 
 
 def test_versions_are_evaluated_at_the_end_of_rounds_once_and_a_collapse_ends_the_run_with_the_one_before(
-    fleet, tiny_model, tmp_path
+    fleet, tiny_model, tmp_path, monkeypatch
 ):
+    from sampo_ray.evaluation import probe
     from sampo_ray.evaluation.records import results_in
     from sampo_ray.iterate import iterate
     from sampo_ray.run.directory import open_run
     from sampo_ray.run.serving import read_serving
 
-    asked = ["evaluate.every=round", "evaluate.count=8", "rollout.prompts=16", "evaluate.collapse.growth=1000"]
+    asked = ["evaluate.every=round", "evaluate.count=8", "rollout.prompts=16"]
     run = new_run(tmp_path, tiny_model, *asked, "evaluate.on_collapse=fall back")
     stopped = open_run(run.place.url)
     stopped.check = stop_at(lambda: len(run.place.at("evaluations").names()) > 1)
@@ -260,9 +256,8 @@ def test_versions_are_evaluated_at_the_end_of_rounds_once_and_a_collapse_ends_th
         iterate(stopped, fleet, Notes())  # between a probe and what is decided of it
     answers = run.place.at("rounds", "0", "answers").at("part-00000.parquet")
     before = answers.read()
-    run = open_run(run.place.url)
-    run.config = run.config.model_copy(update={"evaluate": run.config.evaluate.model_copy(update={"collapse": STRICT})})
-    notes = Notes()
+    monkeypatch.setattr(probe, "collapse", lambda limits, result, previous: f"it is not {previous.label}")
+    run, notes = open_run(run.place.url), Notes()
     export = iterate(run, fleet, notes)
     assert answers.read() == before and "answers" not in [stage.name for stage in notes.stages]
     first = run.manifest.rounds[0].steps
@@ -277,7 +272,7 @@ def test_versions_are_evaluated_at_the_end_of_rounds_once_and_a_collapse_ends_th
     assert export.url == run.versions.at("000000").url
     wait_until(lambda: ask(fleet.endpoint, "policy").headers["x-policy-version"] == "0", "the base is live again")
     state = read_serving(run.place)
-    assert state.labels["final"] == 0 and "fell back" in state.refused[first]
+    assert state.labels["final"] == 0 and state.refused[first] == "round 1 fell back: it is not base"
     iterate(run, fleet, again := Notes())
     assert not again.stages and not again.steps
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from sampo_ray.config.evaluation import CollapseConfig
-from sampo_ray.evaluation.records import FOLDER, MOST_LOST, Score, TaskResult, Unit, read_result
+from sampo_ray.config.sections import RewardConfig
+from sampo_ray.evaluation.records import FOLDER, MOST_LOST, JudgeRecord, Score, TaskResult, Unit, read_result
 from sampo_ray.evaluation.statistics import mean_interval, slope, standard_error, wilson
+from sampo_ray.judging.tally import Tally
 from sampo_ray.run.storage import Place
 
 TASK = "probe"
@@ -175,6 +177,24 @@ def line(result: TaskResult) -> str:
     if (lost := result.score(LOST)) is not None and lost.value:
         parts.append(f"empty or cut {lost.value:.0%}")
     return f"probe of {result.label}: " + ", ".join(parts)
+
+
+def judged_by(reward: RewardConfig, tally: Tally) -> JudgeRecord | None:
+    """Who scored the answers. Functions and models say the same again; what repeats of a judge would say is unknown."""
+    if not reward.parts:
+        return None
+    judge = next((part.judge for part in reward.parts if part.judge is not None), None)
+    names = [part.judge.model if part.judge else part.model or part.function for part in reward.parts]
+    counts = tally.model_dump(include=set(JudgeRecord.model_fields))
+    return JudgeRecord(
+        name=" + ".join(str(name) for name in names),
+        preset=judge.preset if judge else "reward",
+        weighted=bool(judge and judge.weighted),
+        first_share=tally.first_share,
+        flip_share=tally.flip_share,
+        repeat_spread=None if judge else 0.0,
+        **counts,
+    )
 
 
 def brief(result: TaskResult | None) -> str:

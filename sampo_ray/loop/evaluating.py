@@ -21,6 +21,7 @@ from sampo_ray.evaluation import probe
 from sampo_ray.evaluation.probe import Answer
 from sampo_ray.evaluation.records import Conditions, TaskResult, read_result, result_place, write_result
 from sampo_ray.evaluation.verifiers import followed_in
+from sampo_ray.judging.tally import Tally
 from sampo_ray.loop import stages, tokenizing
 from sampo_ray.loop.blocks import StageOutput, collect, of_each, run_stage
 from sampo_ray.loop.reorder import reorder
@@ -183,7 +184,7 @@ class Evaluation:
             label=f"round-{round.index + 1}" if version else "base",
             model=lineage(self.config, None).base,
             scores=scores,
-            conditions=self._conditions(answers),
+            conditions=self._conditions(answers, stages.judged(parts) if self._judged else Tally()),
             seconds=sum(round.seconds_of(name) for name in (subjects[-1], stage)),
             created=int(time.time()),
         )
@@ -204,7 +205,11 @@ class Evaluation:
         record = self.run.manifest.rounds[index].stages[stage]
         return parts_of(self.run.place.at("rounds", str(index), stage), record.rows)
 
-    def _conditions(self, answers: Sequence[Answer]) -> Conditions:
+    @property
+    def _judged(self) -> bool:
+        return any(part.judge is not None for part in self.config.reward.parts)
+
+    def _conditions(self, answers: Sequence[Answer], tally: Tally) -> Conditions:
         config, first = self.config, self._prompts[0].table()["prompt"][0].as_py()
         with self.run.place.at("tokenizer").on_disk() as folder:
             template, bos = _template(folder)
@@ -223,6 +228,7 @@ class Evaluation:
             empty=sum(answer.empty for answer in answers),
             cut=sum(answer.finish_reason != "stop" for answer in answers),
             failed=sum(answer.reward is None for answer in answers) if config.scores else 0,
+            judge=probe.judged_by(config.reward, tally) if config.scores else None,
             notes=tuple(notes),
         )
 
