@@ -5,7 +5,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -23,6 +23,7 @@ from sampo_ray.run.manifest import Age
 from sampo_ray.run.storage import Place
 from sampo_ray.run.versions import WeightsId
 from tests.conftest import assert_greedy
+from tests.judge_server import JudgeServer, by_length, serving
 from tests.notes import Notes
 from tests.waiting import scaled, wait_until
 
@@ -65,7 +66,21 @@ def new_run(folder: Path, tiny_model: Path, *overrides: str) -> Run:
 
 
 @pytest.fixture(scope="module")
-def fleet(own_serve, tiny_model, tmp_path_factory):
+def judge() -> Iterator[JudgeServer]:
+    """Prefers longer answers."""
+    with serving(by_length) as server:
+        yield server
+
+
+def judged(folder: Path, judge: JudgeServer) -> list[str]:
+    """Overrides by which a judge's rewards are added to the function's, and both are corrected for length."""
+    settings = f"{{url: '{judge.url}', model: judge, weighted: false}}"
+    parts = f"[{{function: '{folder}/reward.py:reward'}}, {{judge: {settings}, weight: 0.1}}]"
+    return ["reward.function=null", f"reward.sum={parts}", "reward.length_controlled=true"]
+
+
+@pytest.fixture(scope="module")
+def fleet(own_serve, tiny_model, judge, tmp_path_factory):
     from sampo_ray.actors.policy import replica_weights
     from sampo_ray.loop.fleet import open_fleet
 
@@ -77,7 +92,8 @@ def fleet(own_serve, tiny_model, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(replica_weights, "WeightsSource", takes_turns)
-        with open_fleet(new_run(tmp_path_factory.mktemp("fleet"), tiny_model)) as fleet:
+        folder = tmp_path_factory.mktemp("fleet")
+        with open_fleet(new_run(folder, tiny_model, *judged(folder, judge))) as fleet:
             yield fleet
 
 
@@ -104,11 +120,12 @@ class Client(threading.Thread):
 
 
 @pytest.fixture(scope="module")
-def finished(fleet, tiny_model, tmp_path_factory) -> tuple[Run, Client]:
+def finished(fleet, tiny_model, judge, tmp_path_factory) -> tuple[Run, Client]:
     """An online run of two rounds, and a client that asked the endpoint while it trained."""
     from sampo_ray.iterate import iterate
 
-    run = new_run(tmp_path_factory.mktemp("online"), tiny_model)
+    folder = tmp_path_factory.mktemp("online")
+    run = new_run(folder, tiny_model, *judged(folder, judge))
     client = Client(fleet.endpoint, begun=run.place.at("rounds", "0", "prompts"))
     fleet.attach(run)
     client.start()
@@ -141,9 +158,28 @@ def test_pairs_hold_the_sampled_ids_and_never_choose_an_unfinished_completion(fi
     by_ids = {(row["id"], tuple(row["completion"])): row for row in rows}
     for pair in stage(run, 0, "reference").to_pylist():
         chosen = by_ids[pair["id"], tuple(pair["chosen"])]
-        rejected = by_ids[pair["id"], tuple(pair["rejected"])]
-        assert chosen["finish_reason"] == "stop" and chosen["reward"] == pair["chosen_reward"] > rejected["reward"]
+        assert (pair["id"], tuple(pair["rejected"])) in by_ids
+        assert chosen["finish_reason"] == "stop" and pair["chosen_reward"] > pair["rejected_reward"]
         assert len(pair["chosen_ref"]) == len(pair["chosen"])
+
+
+def test_rewards_have_what_the_judge_took_and_what_length_explained_of_them(finished, judge):
+    run, _ = finished
+    for record in run.manifest.rounds:
+        scores, candidates = stage(run, record.index, "scores"), stage(run, record.index, "candidates")
+        tally, fit = record.stages["scores"].judge, record.stages["candidates"].length_fit
+        assert tally.calls + tally.cached > 32 and tally.lost == 0 and tally.first_share is not None
+        rewards = {}
+        for row in scores.to_pylist():
+            rewards.setdefault(row["id"], {})[tuple(row["completion"])] = row["reward"]
+        for pair in candidates.to_pylist():
+            chosen, rejected = tuple(pair["chosen"]), tuple(pair["rejected"])
+            raw = rewards[pair["id"]][chosen] - rewards[pair["id"]][rejected]
+            corrected = pair["chosen_reward"] - pair["rejected_reward"]
+            assert corrected == pytest.approx(raw - fit.slope * (len(chosen) - len(rejected)), abs=1e-6)
+    assert judge.bodies and run.place.at("verdicts").names() == []  # they are in the run that the fleet began with
+    lines = [json.loads(line) for line in run.place.at("metrics.jsonl").read().splitlines()]
+    assert {line["judge_calls"] for line in lines} and all("length_slope" in line for line in lines)
 
 
 def test_feedback_on_answers_is_trained_on_in_the_next_round_and_only_there(finished, tmp_path):
