@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,10 @@ def test_answers_are_judged_in_both_orders_and_rated_with_all_that_decides_it(
     assert about.sampling["temperature"] == 0 and about.first_prompt and about.packages["alpaca_eval"] == "0.6.6"
     assert any("not by the official annotator" in note for note in about.notes)
     assert any("reconstructed preferences" in note for note in about.notes)
+    planned = alpaca_eval.plan(ChatFormat.load(tokenizer, "tokenizer"), 100_000, settings)
+    assert planned.conditions.planned == about.planned and planned.judge_calls == 1610  # by which a task is done
+    other = alpaca_eval.plan(ChatFormat.load(tokenizer, "tokenizer"), 100_000, replace(settings, repeats=2))
+    assert other.conditions.planned != about.planned
     record = about.judge
     assert record is not None and record.weighted and record.preset == "alpaca_eval"
     assert (record.calls, record.cached, record.prompt_tokens) == (1610, 0, 161_000)

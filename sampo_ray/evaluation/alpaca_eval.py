@@ -20,7 +20,7 @@ from sampo_ray.data.tokenizer import exact_tokenizer
 from sampo_ray.errors import EvaluationError, first_line
 from sampo_ray.evaluation import statistics
 from sampo_ray.evaluation.alpaca_data import BASELINE, ROWS, AlpacaData, open_data
-from sampo_ray.evaluation.alpaca_judging import Preferences, Row, calls_of, checked, kind_of, preferences
+from sampo_ray.evaluation.alpaca_judging import Preferences, Row, calls_of, checked, kind_of, planned, preferences
 from sampo_ray.evaluation.asking import GREEDY, Answer, Question, answers_to
 from sampo_ray.evaluation.offline import versions_of
 from sampo_ray.evaluation.records import MOST_LOST, Conditions, Score, TaskResult, Unit
@@ -105,6 +105,7 @@ def plan(chat: ChatFormat, context: int, settings: AlpacaSettings, dtype: str | 
         sampling=dict(GREEDY),
         dtype=dtype,
         seed=settings.seed,
+        judge=planned(settings.judge, settings.repeats),
         notes=tuple(_notes(data, settings, tokens)),
     )
     return AlpacaPlan(data, questions, conditions, calls_of(settings.judge, len(questions), settings.repeats))
@@ -114,20 +115,20 @@ def run(subject: Subject, settings: AlpacaSettings) -> tuple[TaskResult, bytes]:
     """The result and its samples, a JSON line each. EvaluationError where there is no honest score."""
     begun, chat = time.monotonic(), subject.chat()
     check_model(subject.name)
-    planned = plan(chat, subject.context, settings, subject.dtype)
-    answers = answers_to(subject, planned.questions, chat)
+    asked = plan(chat, subject.context, settings, subject.dtype)
+    answers = answers_to(subject, asked.questions, chat)
     counts = _lost(answers)
     check_answers([answer.text for answer in answers])
     rows = [
         Row(question.messages, None if answer.error else answer.text, theirs)
-        for question, answer, theirs in zip(planned.questions, answers, planned.data.outputs, strict=False)
+        for question, answer, theirs in zip(asked.questions, answers, asked.data.outputs, strict=False)
     ]
     judged = preferences(settings.judge, rows, chat, settings.repeats, settings.verdicts)
     texts, values = [answer.text for answer in answers], judged.means
-    rates = _rates(planned.data, subject.name, texts, values) if settings.limit is None else None
-    headline = [_headline(planned.data, subject.name, texts, repeat, rates is not None) for repeat in judged.repeats]
+    rates = _rates(asked.data, subject.name, texts, values) if settings.limit is None else None
+    headline = [_headline(asked.data, subject.name, texts, repeat, rates is not None) for repeat in judged.repeats]
     by_row = {**_by_row(kind_of(settings.judge), values, rates), **_lengths(texts, chat, settings.llama3)}
-    conditions = planned.conditions.model_copy(update={**counts, "judge": judged.with_spread(headline)})
+    conditions = asked.conditions.model_copy(update={**counts, "judge": judged.with_spread(headline)})
     result = TaskResult(
         task=TASK,
         run=subject.run,
@@ -139,7 +140,7 @@ def run(subject: Subject, settings: AlpacaSettings) -> tuple[TaskResult, bytes]:
         seconds=time.monotonic() - begun,
         created=int(time.time()),
     )
-    return result, b"".join(_samples(planned, answers, judged, by_row))
+    return result, b"".join(_samples(asked, answers, judged, by_row))
 
 
 def _rates(data: AlpacaData, model: str, texts: Sequence[str], values: Sequence[float | None]) -> WinRates:
@@ -234,15 +235,15 @@ def _notes(data: AlpacaData, settings: AlpacaSettings, tokens: int) -> list[str]
 
 
 def _samples(
-    planned: AlpacaPlan, answers: Sequence[Answer], judged: Preferences, by_row: Mapping[str, Sequence[float | None]]
+    asked: AlpacaPlan, answers: Sequence[Answer], judged: Preferences, by_row: Mapping[str, Sequence[float | None]]
 ) -> list[bytes]:
     lines = []
-    for row, (question, answer) in enumerate(zip(planned.questions, answers, strict=True)):
+    for row, (question, answer) in enumerate(zip(asked.questions, answers, strict=True)):
         sample = {
             "id": row,
             "instruction": question.messages[-1]["content"],
             "answer": answer.text,
-            "reference": planned.data.outputs[row],
+            "reference": asked.data.outputs[row],
             "tokens": answer.tokens,
             "finish": answer.finish,
             "error": answer.error,

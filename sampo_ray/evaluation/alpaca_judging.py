@@ -8,7 +8,6 @@ from typing import Literal
 import yaml
 from pydantic import ValidationError
 
-from sampo_ray.config.judging import JudgeConfig
 from sampo_ray.config.sections import RewardSource
 from sampo_ray.data.chat import ChatFormat
 from sampo_ray.data.reward_functions import call_function, load_function
@@ -55,7 +54,7 @@ class Preferences:
     def with_spread(self, rates: Sequence[float]) -> JudgeRecord:
         """The record with the spread of a rate over the repeats: 0 where what judges is deterministic."""
         spread = spread_of(rates) if self.record.repeats > 1 else None
-        alike = self.record.preset == "reward"
+        alike = self.record.mode == "reward"
         return self.record.model_copy(update={"repeat_spread": 0.0 if alike else spread})
 
 
@@ -108,14 +107,12 @@ def preferences(
 ) -> Preferences:
     """`source` is `checked`. EvaluationError as soon as more than MOST_LOST of the rows have no verdict."""
     if source.judge is None:
-        values = _better(_scorer(source), rows, chat)
-        name = str(source.model or source.function)
-        return Preferences([values], JudgeRecord(name=name, preset="reward", weighted=False))
+        return Preferences([_better(_scorer(source), rows, chat)], planned(source, 1))
     place = Place(source.judge.cache) if source.judge.cache else verdicts
     with Judge(source.judge, Cache(place) if place else None) as judge:
         found = [_judged(judge, rows, repeat) for repeat in range(repeats)]
     tally = sum((tally for _, tally in found), Tally())
-    return Preferences([values for values, _ in found], _record(source.judge, tally, repeats))
+    return Preferences([values for values, _ in found], _counted(planned(source, repeats), tally))
 
 
 def _judged(judge: Judge, rows: Sequence[Row], repeat: int) -> tuple[list[float | None], Tally]:
@@ -174,19 +171,15 @@ def _scorer(source: RewardSource) -> Scorer:
     return lambda samples: call_function(function, samples, source.arguments)
 
 
-def _record(config: JudgeConfig, tally: Tally, repeats: int) -> JudgeRecord:
-    return JudgeRecord(
-        name=config.model,
-        preset=config.preset,
-        weighted=bool(config.weighted),
-        calls=tally.calls,
-        cached=tally.cached,
-        refused=tally.refused,
-        nonsense=tally.nonsense,
-        failed=tally.failed,
-        first_share=tally.first_share,
-        flip_share=tally.flip_share,
-        prompt_tokens=tally.prompt_tokens,
-        completion_tokens=tally.completion_tokens,
-        repeats=repeats,
-    )
+def planned(source: RewardSource, repeats: int) -> JudgeRecord:
+    """Who will judge. A reward model or function needs no repeats."""
+    if (judge := source.judge) is None:
+        return JudgeRecord(name=str(source.model or source.function), preset="reward", weighted=False, mode="reward")
+    who = {"name": judge.model, "preset": judge.preset, "mode": judge.mode, "seed": judge.seed, "repeats": repeats}
+    return JudgeRecord.model_validate({**who, "weighted": bool(judge.weighted)})
+
+
+def _counted(record: JudgeRecord, tally: Tally) -> JudgeRecord:
+    names = ("calls", "cached", "refused", "nonsense", "failed", "prompt_tokens", "completion_tokens")
+    counts = {name: getattr(tally, name) for name in (*names, "first_share", "flip_share")}
+    return record.model_copy(update=counts)

@@ -43,6 +43,9 @@ class JudgeRecord(Record):
     preset: str
     weighted: bool
     """By the log-probs of the verdict's token, instead of by the verdict."""
+    mode: Literal["pairwise", "pointwise", "reward"] = "pairwise"
+    """Answers were compared in both orders, rated one by one, or scored by a reward model or function."""
+    seed: int = 0
     calls: int = 0
     cached: int = 0
     refused: int = 0
@@ -105,7 +108,8 @@ class Conditions(Record):
     @property
     def planned(self) -> "Conditions":
         """What of them is known before anything is asked: by it a result is known to be one of the same evaluation."""
-        judge = self.judge and JudgeRecord(name=self.judge.name, preset=self.judge.preset, weighted=self.judge.weighted)
+        who = {"name", "preset", "weighted", "mode", "seed", "repeats"}
+        judge = self.judge and JudgeRecord.model_validate(self.judge.model_dump(include=who))
         return self.model_copy(update={"empty": 0, "cut": 0, "failed": 0, "notes": (), "judge": judge})
 
 
