@@ -78,6 +78,7 @@ def check_reachable(config: RunConfig) -> None:
         *(("data.train", name) for name in config.data.names(online=False)),
         *(("data.prompts", name) for name in config.data.names(online=True)),
         *(("reward.model", part.model) for part in config.reward.parts),
+        *(("reward.judge.cache", part.judge and part.judge.cache) for part in config.reward.parts),
         ("evaluate.prompts", config.evaluate.prompts),
         ("serve.keys_file", config.serve.keys_file),
     ]

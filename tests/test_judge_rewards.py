@@ -119,7 +119,10 @@ def test_a_dry_run_calls_the_judge_once_and_says_what_rounds_cost(
     tmp_path: Path, tree: dict[str, dict[str, object]]
 ) -> None:
     with serving(lambda body: by_length(body, sure=0.9)) as server:
-        tree["reward"] = {"judge": {"url": server.url, "model": "tiny-judge"}, "length_controlled": True}
+        tree["reward"] = {
+            "judge": {"url": server.url, "model": "tiny-judge", "cache": "kept"},
+            "length_controlled": True,
+        }
         status, output = dry_run(recipe(tmp_path, tree))
         assert status == 0, output
         assert len(server.bodies) == 1
@@ -128,6 +131,7 @@ def test_a_dry_run_calls_the_judge_once_and_says_what_rounds_cost(
     assert "reward.judge: at most 6 calls for the 4 completions of a prompt, 48 a round" in said
     decided = load_config(yaml.safe_load(output)).reward
     assert decided.judge is not None and decided.judge.weighted is True and decided.length_controlled
+    assert decided.judge.cache == str(Path("kept").resolve())
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def plan(chat: ChatFormat, context: int, settings: AlpacaSettings, dtype: str | 
         dtype=dtype,
         seed=settings.seed,
         judge=planned(settings.judge, settings.repeats),
-        notes=tuple(_notes(data, settings, tokens)),
+        notes=tuple(_notes(data, settings, tokens, settings.llama3 is not None or _is_llama3(chat.tokenizer))),
     )
     return AlpacaPlan(data, questions, conditions, calls_of(settings.judge, len(questions), settings.repeats))
 
@@ -219,7 +219,7 @@ def _lost(answers: Sequence[Answer]) -> Mapping[str, int]:
     return {"failed": failed, "empty": empty, "cut": sum(answer.finish == "length" for answer in answers)}
 
 
-def _notes(data: AlpacaData, settings: AlpacaSettings, tokens: int) -> list[str]:
+def _notes(data: AlpacaData, settings: AlpacaSettings, tokens: int, llama3: bool) -> list[str]:
     judge = settings.judge.judge
     who = judge.model if judge else settings.judge.model or settings.judge.function
     notes = [
@@ -231,6 +231,8 @@ def _notes(data: AlpacaData, settings: AlpacaSettings, tokens: int) -> list[str]
         notes.append(f"no length-controlled rate: it needs all {ROWS} rows")
     if tokens < MOST_TOKENS:
         notes.append(f"answers of at most {tokens} tokens; {MOST_TOKENS} is usual")
+    if not llama3:
+        notes.append("lengths are in the model's tokens, not in Llama 3's: --llama3-tokenizer was not given")
     return notes
 
 

@@ -18,7 +18,7 @@ from sampo_ray.evaluation.win_rates import spread_of
 from sampo_ray.judging.cache import Cache
 from sampo_ray.judging.judge import Comparison, Judge, decided
 from sampo_ray.judging.tally import Tally
-from sampo_ray.run.storage import Place
+from sampo_ray.run.storage import Place, absolute
 from sampo_ray.sources.messages import Message
 
 TOGETHER = 64
@@ -87,9 +87,11 @@ def kind_of(source: RewardSource) -> Kind:
 def checked(source: RewardSource) -> RewardSource:
     """The source, tried: a judge by one call, which decides how its verdicts are weighted; a function is loaded.
     EvaluationError, ConfigError."""
-    if source.judge is not None:
+    if (judge := source.judge) is not None:
+        if judge.cache is not None:  # a task may run in another working directory
+            judge = judge.model_copy(update={"cache": absolute(judge.cache)})
         try:
-            return source.model_copy(update={"judge": decided(source.judge)})
+            return source.model_copy(update={"judge": decided(judge)})
         except JudgeError as error:
             raise EvaluationError(f"judge: {error}") from None
     if source.function is not None:

@@ -190,6 +190,8 @@ def judged_by(reward: RewardConfig, tally: Tally) -> JudgeRecord | None:
         name=" + ".join(str(name) for name in names),
         preset=judge.preset if judge else "reward",
         weighted=bool(judge and judge.weighted),
+        mode=judge.mode if judge else "reward",
+        seed=judge.seed if judge else 0,
         first_share=tally.first_share,
         flip_share=tally.flip_share,
         repeat_spread=None if judge else 0.0,

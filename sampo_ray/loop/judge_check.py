@@ -6,6 +6,7 @@ from sampo_ray.config.sections import RewardConfig
 from sampo_ray.errors import ConfigError, JudgeError
 from sampo_ray.judging.judge import decided
 from sampo_ray.judging.ranking import calls_of
+from sampo_ray.run.storage import absolute
 
 QUESTION_TOKENS = 200
 """About how many a judge's own words take."""
@@ -31,6 +32,8 @@ def check_judges(config: RunConfig) -> tuple[RewardConfig, list[str]]:
 
 
 def _tried(field: str, judge: JudgeConfig) -> JudgeConfig:
+    if judge.cache is not None:  # workers have other working directories
+        judge = judge.model_copy(update={"cache": absolute(judge.cache)})
     try:
         return decided(judge)
     except JudgeError as error:
