@@ -54,7 +54,12 @@ class ModelServer:
     def completion(self, body: Body) -> Body:
         ids = torch.tensor([body["prompt"]])
         with torch.no_grad():
-            logprobs = self.model(ids).logits[0, :-1].float().log_softmax(-1)
+            *_, last = logprobs = self.model(ids).logits[0].float().log_softmax(-1)
+        if "logprobs" in body:
+            top = last.topk(body["logprobs"])
+            named = {f"token_id:{token}": p for token, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)}
+            return {"choices": [{"index": 0, "logprobs": {"top_logprobs": [named]}}]}
+        logprobs = logprobs[:-1]
         ranks = (logprobs > logprobs.gather(1, ids[0, 1:, None])).sum(1) + 1
         given = [
             {str(token): {"logprob": float(logprobs[at, token]), "rank": int(ranks[at]), "decoded_token": ""}}

@@ -17,7 +17,7 @@ from sampo_ray.console.main import app
 from sampo_ray.data.chat import ChatFormat
 from sampo_ray.errors import EvaluationError
 from sampo_ray.evaluation import asking
-from sampo_ray.evaluation.asking import Question, answers_to
+from sampo_ray.evaluation.asking import Question, Scoring, answers_to, scores_of
 from sampo_ray.evaluation.harnesses import plan, run
 from sampo_ray.evaluation.offline import check_data, environment
 from sampo_ray.evaluation.plans import Asking
@@ -170,6 +170,20 @@ def test_a_log_likelihood_that_fails_fails_the_task(server: ModelServer, folder:
     server.first = [(400, {"error": {"message": "prompt: too long"}}, {})]
     with pytest.raises(EvaluationError, match="a log-likelihood failed.*prompt: too long"):
         run(TASKS["truthfulqa_mc1"], subject(server, folder), Asking(limit=2, data=data))
+
+
+def test_choices_of_one_token_are_one_request_unless_one_is_unlikely(
+    server: ModelServer, folder: Path, chat: ChatFormat
+) -> None:
+    context = chat.prompt_ids([{"role": "user", "content": "A or B?"}])
+    with torch.no_grad():
+        logprobs = server.model(torch.tensor([context])).logits[0, -1].float().log_softmax(-1)
+    likely, unlikely = logprobs.topk(3).indices.tolist(), int(logprobs.argmin())
+    scored = scores_of(subject(server, folder), [Scoring([*context, token], 1) for token in (*likely, unlikely)])
+    expected = [float(logprobs[token]) for token in (*likely, unlikely)]
+    assert [each.logprob for each in scored] == pytest.approx(expected, abs=1e-4)
+    assert [each.greedy for each in scored] == [True, False, False, False]
+    assert len(server.asked) == 2, "the likely ones at once, and the unlikely one"
 
 
 def questions(chat: ChatFormat, count: int = 3) -> list[Question]:

@@ -428,9 +428,12 @@ def test_a_version_is_pinned_as_long_as_it_is_evaluated(finished, fleet, tmp_pat
             assert read_serving(run.place).pinned == [chosen.version]
             question = Question(messages, ids, 8)
             first, again = answers_to(subject, [question, question], chat)
-            scored, greedy = scores_of(subject, [Scoring(ids, 5), Scoring([*ids, *chat.response_ids(first.raw)], 2)])
+            said = chat.response_ids(first.raw)
+            scored, greedy, *one = scores_of(subject, [Scoring(ids, 5), Scoring([*ids, *said], 2), Scoring(ids, 1)])
+            together = scores_of(subject, [Scoring(ids, 1), Scoring([*ids[:-1], said[0]], 1)])
     assert read_serving(run.place).pinned == []
     assert first == again and first.error is None and 0 < first.tokens <= 8
+    assert together[0].logprob == pytest.approx(one[0].logprob, abs=0.05)
     assert scored.logprob < 0 and (greedy.greedy or first.finish == "length")
 
 

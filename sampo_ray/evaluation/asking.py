@@ -22,6 +22,8 @@ PATIENCE_S = 600.0
 """How long an endpoint is asked again that is busy, starts or does not answer."""
 FEW = 4
 """Failures that end nothing, of however few questions."""
+TOP = 20
+"""Likeliest tokens that vLLM gives at once, at most."""
 BACKOFF = wait_exponential(multiplier=0.5, max=30.0)
 GREEDY: Mapping[str, float] = {
     **{"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0},
@@ -113,29 +115,57 @@ def answers_to(subject: Subject, questions: Sequence[Question], chat: ChatFormat
 
 def scores_of(subject: Subject, scorings: Sequence[Scoring]) -> list[Scored]:
     """Log-probs in the order of the scorings. EvaluationError where any of them fails: a choice without one would make
-    another choice the likeliest."""
+    another choice the likeliest.
 
-    async def ask(client: "Client", scoring: Scoring) -> Scored:
-        tokens = list(scoring.tokens)
-        body = {"model": subject.model, "prompt": tokens, "max_tokens": 1, "prompt_logprobs": 0, **GREEDY}
+    Choices of one token after the same prompt are one request, as long as they are among the likeliest tokens there.
+    """
+
+    async def ask(client: "Client", group: list[Scoring]) -> list[Scored]:
         try:
-            choice = (await client.post("completions", {**body, "return_token_ids": True}))["choices"][0]
+            found = await _next_token(client, group[0].tokens[:-1]) if len(group) > 1 else {}
+            best = max(found, key=lambda token: found[token], default=None)
+            return [
+                Scored(found[token], token == best)
+                if (token := each.tokens[-1]) in found
+                else await _scored(client, each)
+                for each in group
+            ]
         except Failed as error:
             raise EvaluationError(
                 f"a log-likelihood failed, and choices are not compared without it: {error}"
             ) from None
-        if choice.get("prompt_token_ids") not in (None, tokens):
-            raise EvaluationError(other_prompt(choice["prompt_token_ids"], tokens))
-        given = choice.get("prompt_logprobs")
-        if given is None or len(given) != len(tokens):
-            raise EvaluationError(
-                f"{subject.url} gives no log-probs of prompts (prompt_logprobs), which this task needs; use an "
-                "endpoint of `sampo train` or `sampo serve`, or another vLLM"
-            )
-        scored = [at[str(token)] for at, token in zip(given[-scoring.count :], tokens[-scoring.count :], strict=True)]
-        return Scored(sum(each["logprob"] for each in scored), all(each["rank"] == 1 for each in scored))
 
-    return run_all(subject, scorings, ask)
+    groups: dict[object, list[int]] = {}
+    for position, scoring in enumerate(scorings):
+        groups.setdefault(tuple(scoring.tokens[:-1]) if scoring.count == 1 else position, []).append(position)
+    given = run_all(subject, [[scorings[at] for at in group] for group in groups.values()], ask)
+    scored = {
+        at: each
+        for group, found in zip(groups.values(), given, strict=True)
+        for at, each in zip(group, found, strict=True)
+    }
+    return [scored[position] for position in range(len(scorings))]
+
+
+async def _next_token(client: "Client", prompt: Sequence[int]) -> dict[int, float]:
+    """Log-probs of the likeliest next tokens."""
+    body = {"prompt": list(prompt), "max_tokens": 1, "logprobs": TOP, "return_tokens_as_token_ids": True, **GREEDY}
+    choice = await client.score(body)
+    top = choice["logprobs"]["top_logprobs"][0]
+    return {int(name.removeprefix("token_id:")): logprob for name, logprob in top.items()}
+
+
+async def _scored(client: "Client", scoring: Scoring) -> Scored:
+    tokens = list(scoring.tokens)
+    choice = await client.score({"prompt": tokens, "max_tokens": 1, "prompt_logprobs": 0, **GREEDY})
+    given = choice.get("prompt_logprobs")
+    if given is None or len(given) != len(tokens):
+        raise EvaluationError(
+            f"{client.url} gives no log-probs of prompts (prompt_logprobs), which this task needs; use an endpoint of "
+            "`sampo train` or `sampo serve`, or another vLLM"
+        )
+    scored = [at[str(token)] for at, token in zip(given[-scoring.count :], tokens[-scoring.count :], strict=True)]
+    return Scored(sum(each["logprob"] for each in scored), all(each["rank"] == 1 for each in scored))
 
 
 def chat_body(question: Question, model: str, thinks: bool) -> dict[str, Any]:
@@ -176,6 +206,18 @@ class Client:
 
     def __init__(self, subject: Subject, http: httpx.AsyncClient) -> None:
         self._subject, self._http = subject, http
+
+    @property
+    def url(self) -> str:
+        return self._subject.url
+
+    async def score(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The one choice of a completion, of which no text matters."""
+        named = {"model": self._subject.model, **body, "return_token_ids": True}
+        choice: dict[str, Any] = (await self.post("completions", named))["choices"][0]
+        if choice.get("prompt_token_ids") not in (None, body["prompt"]):
+            raise EvaluationError(other_prompt(choice["prompt_token_ids"], body["prompt"]))
+        return choice
 
     async def post(self, route: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """The answer's body. Failed when there is none; EvaluationError when no other question would fare better."""

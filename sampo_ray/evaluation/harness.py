@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
@@ -63,13 +64,17 @@ def _manager() -> TaskManager:
 
 
 def _run(task: Task, model: EndpointModel, asking: Asking) -> Mapping[str, Any]:
-    """lm-eval's results with its samples."""
-    chat = task.kind == "generative"
-    if not chat and Thinking(model.chat):
+    if task.kind == "likelihood" and Thinking(model.chat):
         raise EvaluationError(
             f"{task.name} compares log-likelihoods of answers without thinking, and the chat template is of a model "
             "that thinks first; leave the task out"
         )
+    return official(task, model, asking)
+
+
+def official(task: Task, model: LM, asking: Asking) -> Mapping[str, Any]:
+    """lm-eval's results with its samples, of any of its models."""
+    chat = task.kind == "generative"
     if "langdetect" in task.packages:
         from langdetect import DetectorFactory
 
