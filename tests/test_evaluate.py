@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from sampo_ray.config.run import load_config
 from sampo_ray.console.main import app
 from sampo_ray.data.chat import ChatFormat
 from sampo_ray.errors import EvaluationError
@@ -21,11 +23,14 @@ from sampo_ray.evaluation.asking import Question, Scoring, answers_to, scores_of
 from sampo_ray.evaluation.harnesses import plan, run
 from sampo_ray.evaluation.offline import check_data, environment
 from sampo_ray.evaluation.plans import Asking
-from sampo_ray.evaluation.records import results_in, write_result
+from sampo_ray.evaluation.records import check_writable, results_in, write_result
 from sampo_ray.evaluation.scoring import score_of
 from sampo_ray.evaluation.subject import Subject, Thinking, leading_bos
 from sampo_ray.evaluation.tasks import TASKS
+from sampo_ray.run.directory import create_run
 from sampo_ray.run.storage import Place
+from sampo_ray.run.version_files import write_version
+from sampo_ray.run.versions import VersionInfo
 from tests.model_server import ModelServer, serving
 from tests.waiting import scaled
 
@@ -327,6 +332,24 @@ def test_data_that_are_not_there_are_one_message(tmp_path: Path) -> None:
     assert environment(tmp_path)["NLTK_DATA"].endswith("nltk_data")
 
 
+def test_a_live_endpoints_limits_are_known_before_it_is_asked(chat: ChatFormat, data: Path, tmp_path: Path) -> None:
+    from sampo_ray.loop.evaluated import Live
+
+    planned = plan(TASKS["gsm8k"], chat, 4096, Asking(limit=2, data=data))
+    tree = {"model": {"path": "m"}, "data": {"train": "t"}, "run": {"dir": str(tmp_path)}}
+    for limit in ({"max_answer_tokens": 255}, {"max_prompt_tokens": 100}):
+        live = Live(create_run(load_config({**tree, "serve": limit})), "http://127.0.0.1:9", None)
+        shutil.rmtree(tmp_path)
+        with pytest.raises(EvaluationError, match=f"gsm8k: it needs .* takes serve.{next(iter(limit))}="):
+            live.check(planned)
+
+
+def test_where_no_result_can_be_written_nothing_is_asked(tmp_path: Path) -> None:
+    (tmp_path / "evaluations").write_text("a file")
+    with pytest.raises(EvaluationError, match="results cannot be written there"):
+        check_writable(Place(str(tmp_path)))
+
+
 def test_the_registry_names_the_tasks_of_the_harness_as_they_are() -> None:
     import lm_eval
     import yaml
@@ -372,18 +395,43 @@ def test_what_cannot_be_evaluated_is_one_message_before_anything_starts(tmp_path
 
 
 @pytest.mark.slow
-def test_a_folder_is_served_evaluated_and_its_results_are_kept(shared: Path, tmp_path: Path) -> None:
+def test_versions_of_a_run_that_is_not_served_are_evaluated_and_the_run_is_left_as_it_was(
+    shared: Path, tmp_path: Path
+) -> None:
     from sampo_ray.console.demo_task import tiny_llama, tiny_tokenizer
 
-    tokenizer, folder = tiny_tokenizer(["Question: How many eggs? Answer: 3"]), tmp_path / "model"
-    tiny_llama(tokenizer, positions=8192).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    ChatFormat.load(folder, "llama3-sampo").save(folder)
+    tokenizer, model = tiny_tokenizer(["Question: How many eggs? Answer: 3"]), tmp_path / "model"
+    tiny_llama(tokenizer, positions=8192).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    tree = {"model": {"path": str(model)}, "data": {"train": "t", "max_length": 1024}}
+    run = create_run(load_config({**tree, "run": {"dir": str(tmp_path / "run")}}))
+    chat = ChatFormat.load(model, "llama3-sampo")
+    for folder in (model, tmp_path / "run/tokenizer"):
+        chat.save(folder)
+    for version in (0, 5):
+        state = tiny_llama(tokenizer, positions=8192, seed=version).state_dict()
+        info = VersionInfo(version=version, round=0, step=version, labels=("final",) if version else ())
+        write_version(f"{run.versions.url}/{version:06d}", state.items(), str(model), info)
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+
     words = ["--tasks", "gsm8k,truthfulqa_mc1", "--limit", "6", "--max-tokens", "24"]
-    command = [sys.executable, "-m", "sampo_ray", "evaluate", str(folder), *words]
-    command += ["--data", str(shared / "data/lm_eval"), "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=scaled(300), cwd=tmp_path)
-    results = {result.task: result for result in results_in(Place(str(tmp_path / "out")))}
-    assert "TruthfulQA" in done.stdout and "6 of 817" in done.stdout, done.stderr + done.stdout
-    assert results["truthfulqa_mc1"].conditions.bos == 1 and results["truthfulqa_mc1"].conditions.total == 817
-    assert results["gsm8k"].conditions.dtype == "bfloat16" and results["gsm8k"].version is None
+    words += ["--data", str(shared / "data/lm_eval")]
+    done = sampo_evaluate(run.place.path, *words)
+    found = {(result.version, result.task): result for result in results_in(run.place)}
+    assert set(found) == {(version, task) for version in (0, 5) for task in ("gsm8k", "truthfulqa_mc1")}, done
+    assert "base" in done and "final" in done and "6 of 817" in done
+    first, last = found[0, "truthfulqa_mc1"], found[5, "truthfulqa_mc1"]
+    assert first.conditions == last.conditions and (first.conditions.bos, first.conditions.total) == (1, 817)
+    assert found[0, "gsm8k"].conditions.dtype == "bfloat16" and found[0, "gsm8k"].run == run.id
+    samples = [run.place.at("evaluations", f"{n:06d}", "truthfulqa_mc1", "samples.jsonl").read() for n in (0, 5)]
+    assert samples[0] != samples[1], "they are different weights"
+    after = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if "evaluations" not in path.parts]
+    assert sorted(after) == before, "neither versions nor what is served were touched"
+    assert "starting an endpoint" not in sampo_evaluate(run.place.path, *words), "they have results"
+
+
+def sampo_evaluate(*words: str) -> str:
+    command = [sys.executable, "-m", "sampo_ray", "evaluate", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=scaled(300))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

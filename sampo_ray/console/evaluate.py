@@ -16,7 +16,7 @@ from sampo_ray.console.scores import plan_text, result_notes, score_table
 from sampo_ray.console.session import library_output_to, quiet_libraries, ray_cluster
 from sampo_ray.errors import EvaluationError
 from sampo_ray.evaluation.offline import check_data, check_packages, environment
-from sampo_ray.evaluation.records import TaskResult, read_result, result_place, write_result
+from sampo_ray.evaluation.records import TaskResult, check_writable, read_result, result_place, write_result
 from sampo_ray.evaluation.targets import check_place, open_target
 from sampo_ray.evaluation.tasks import Task, task_named
 from sampo_ray.run.storage import Place
@@ -77,6 +77,7 @@ class Evaluation:
         todo = {chosen: [plan for plan in plans if not self._done(chosen, plan)] for chosen in self._target.versions}
         failed = []
         if any(todo.values()):
+            check_writable(self._target.root)
             for outcome in self._outcomes(todo):
                 failed += self._keep(outcome)
         if results := list(self._results()):
@@ -96,6 +97,8 @@ class Evaluation:
                 plans.append(plan(task, chat, self._context, self._asking, self._target.dtype))
             except EvaluationError as error:
                 raise EvaluationError(f"{task.name}: {error}") from None
+            if self._live:
+                self._live.check(plans[-1])
         return plans
 
     def _place(self, chosen: "Chosen", task: str) -> Place:

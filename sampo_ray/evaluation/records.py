@@ -154,6 +154,16 @@ def write_result(root: Place, result: TaskResult, samples: bytes) -> None:
     place.at(RESULT).write(result.model_dump_json(indent=1).encode())
 
 
+def check_writable(root: Place) -> None:
+    """EvaluationError where no result could be written, which is known before hours are spent."""
+    trial = root.at(FOLDER, ".trial")
+    try:
+        trial.write(b"")
+        trial.remove()
+    except OSError as error:
+        raise EvaluationError(f"{root.at(FOLDER).url}: results cannot be written there ({error}); name --out") from None
+
+
 def read_result(place: Place) -> TaskResult | None:
     """The result in a folder; None where there is none. EvaluationError for a file that is no result."""
     file = place.at(RESULT)

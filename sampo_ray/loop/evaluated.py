@@ -19,6 +19,7 @@ from sampo_ray.config.serving import ServeConfig
 from sampo_ray.config.sizing import reopened
 from sampo_ray.data.chat import ChatFormat
 from sampo_ray.errors import EvaluationError
+from sampo_ray.evaluation.plans import Plan
 from sampo_ray.evaluation.targets import Chosen, Target
 from sampo_ray.internals.transformers import saved_tensors
 from sampo_ray.loop.fleet import open_live, write_shell
@@ -79,6 +80,18 @@ class Live:
 
     def serves_run(self) -> bool:
         return any(each.get("metadata", {}).get("run") == self.run for each in cards(self.url, self.key))
+
+    def check(self, plan: Plan) -> None:
+        """EvaluationError for a task whose requests this endpoint's limits would refuse."""
+        serve, about = self.of.config.serve, plan.conditions
+        asked = {"max_prompt_tokens": about.longest_prompt, "max_answer_tokens": about.max_tokens}
+        for name, tokens in asked.items():
+            most = getattr(serve, name)
+            if most is not None and tokens is not None and tokens > most:
+                raise EvaluationError(
+                    f"{plan.task.name}: it needs {tokens:,} tokens, and this endpoint takes serve.{name}={most:,}; use "
+                    "--endpoint new, or serve the run without that limit"
+                )
 
     @contextlib.contextmanager
     def serving(self, chosen: Chosen) -> Iterator[None]:
