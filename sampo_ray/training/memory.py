@@ -55,9 +55,9 @@ class MemoryPlan:
     """Bytes of one data-parallel rank.
 
     Its device has `weights`, `gradients`, `optimizer` and `buffers` at all times. In a backward pass it also has
-    `activations`, what the `head` works with, the weights that are `gathered` and the gradients that are `reduced`; in
-    the optimizer's step, instead, a copy of gradients (`flattened`). In host memory are the states that are `offloaded`
-    and the `copies` that are published and stored while it trains on.
+    `activations`, the weights that are `gathered`, the gradient of the `head`, and first what the head works with
+    (`tiles`), then copies of what is `reduced`; in the optimizer's step, instead, a copy of gradients (`flattened`). In
+    host memory are the states that are `offloaded` and the `copies` that are published and stored while it trains on.
     """
 
     weights: int
@@ -66,6 +66,7 @@ class MemoryPlan:
     buffers: int
     activations: int
     head: int
+    tiles: int
     gathered: int
     reduced: int
     flattened: int
@@ -80,7 +81,7 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         """Bytes of the device at most."""
-        backward = self.activations + self.head + self.gathered + self.reduced
+        backward = self.activations + self.head + self.gathered + max(self.tiles, self.reduced)
         return self.states + self.buffers + max(backward, self.flattened)
 
     @property
@@ -104,19 +105,21 @@ def plan_memory(
     each = -(-shape.trained // world)
     weights = 2 * (-(-shape.parameters // world) if sharded else shape.parameters)
     here = weights * (trainer.offload != "parameters")
-    activations, head = _rows(shape, trainer, tokens_per_row, device)
+    head, tiles = _head(shape, device)
     buffers, reduced = _reduction(shape, sharded, device)
     gathers = sharded and (world > 1 or trainer.offload == "parameters")
-    offloaded = weights - here + (0 if kept else (20 if sharded else 18) * each)
+    staged = 2 * shape.largest * (not kept and not sharded)  # for one gradient, on the device and on the host
+    offloaded = weights - here + (0 if kept else (20 if sharded else 18) * each) + staged
     # A checkpoint's masters and moments, with the weights on ZeRO-2's first rank, and a rank's share of a version.
     copies = 12 * each + 2 * shape.trained * (not sharded) + 2 * each
     return MemoryPlan(
         weights=here + 2 * shape.parameters * resident,
         gradients=4 * each * (kept or not sharded),
         optimizer=12 * each * kept,
-        buffers=buffers,
-        activations=activations,
+        buffers=buffers + staged,
+        activations=_activations(shape, trainer, tokens_per_row),
         head=head,
+        tiles=tiles,
         gathered=2 * min(shape.parameters, AT_ONCE) * gathers,
         reduced=reduced,
         flattened=4 * min(each, AT_ONCE) * (kept and sharded),
@@ -125,22 +128,24 @@ def plan_memory(
     )
 
 
-def _rows(shape: Shape, trainer: TrainerConfig, tokens_per_row: int, device: str) -> tuple[int, int]:
-    """Bytes of activations and head.
-
-    Activations are those of a Llama layer for one row. With gradient checkpointing they are the inputs of all layers
-    and one whole layer, with the selective kind also attention and the MLP's first products. The head takes its bf16
-    gradient where it is trained and, twice in fp32, a tile of logits and the tile's part of the weight.
+def _activations(shape: Shape, trainer: TrainerConfig, tokens_per_row: int) -> int:
+    """Bytes of those of Llama layers for one row. With gradient checkpointing they are the inputs of all layers and one
+    whole layer, with the selective kind also attention and the MLP's first products.
     """
     inputs = 2 * shape.hidden * tokens_per_row
     layer = tokens_per_row * (2 * (10 * shape.hidden + 4 * shape.intermediate) + 4 * 4 * shape.hidden)
-    activations = shape.layers * layer
-    if recomputing := trainer.gradient_checkpointing:
-        selected = 2 * (shape.hidden + 2 * shape.intermediate) * tokens_per_row
-        activations = shape.layers * (inputs + selected * (recomputing == "selective")) + layer
+    if not (recomputing := trainer.gradient_checkpointing):
+        return shape.layers * layer
+    selected = 2 * (shape.hidden + 2 * shape.intermediate) * tokens_per_row
+    return shape.layers * (inputs + selected * (recomputing == "selective")) + layer
+
+
+def _head(shape: Shape, device: str) -> tuple[int, int]:
+    """Bytes of the head's bf16 gradient, where it is trained, and of a tile of logits with the tile's part of the
+    weight, twice in fp32."""
     tile = Tile.of(torch.device(device))
     entries, weight = min(tile.vocabulary, shape.vocabulary), shape.vocabulary * shape.hidden
-    return activations, 2 * weight * (shape.largest >= weight) + 8 * entries * (tile.tokens + shape.hidden)
+    return 2 * weight * (shape.largest >= weight), 8 * entries * (tile.tokens + shape.hidden)
 
 
 def _reduction(shape: Shape, sharded: bool, device: str) -> tuple[int, int]:
