@@ -26,6 +26,8 @@ KINDS = {
     "model": [*ONLINE[:2], "reward.model=rm"],
     "gates": ["serve.gates.smoke=hi"],
     "online gates": [*ONLINE, "serve.gates.smoke=hi"],
+    "evaluated": ["evaluate.every=round", "evaluate.prompts=q"],
+    "evaluated alone": ["evaluate.every=round", "evaluate.prompts=q", "serve.enabled=false"],
     "two GPUs": ["fleet.generators.engine.tensor_parallel_size=2"],
 }
 
@@ -70,6 +72,9 @@ def sizes(kind: str, gpus: int) -> str:
         ("gates", 8, "6 ranks, 1 policy, 1 generators"),
         ("online gates", 1, "1 ranks 0.5, 1 policy 0.2, 1 generators 0.2"),
         ("online gates", 8, "5 ranks, 1 policy, 2 generators"),
+        ("evaluated", 1, "1 ranks 0.51, 1 policy 0.3"),
+        ("evaluated", 8, "6 ranks, 1 policy, 1 generators"),
+        ("evaluated alone", 1, "1 ranks 0.5, 1 generators 0.2"),
         ("two GPUs", 2, "2 ranks 0.51, 1 policy 0.6"),
         ("two GPUs", 4, "2 ranks, 1 policy 2"),
         ("two GPUs", 64, "62 ranks, 1 policy 2"),
@@ -188,6 +193,11 @@ def test_a_size_that_was_changed_since_it_was_chosen_counts_as_given():
         ),
         (["fleet.generators.engine.tensor_parallel_size=2"], 1, ["tensor_parallel_size=1"]),
         ([*ONLINE, "serve.gates.smoke=hi", "fleet.generators.num_gpus=0.5"], 1, ["Ray has 1 GPU:", "; use "]),
+        (
+            ["evaluate.every=round", "evaluate.prompts=q", "serve.follow=round", "fleet.placement=shared"],
+            8,
+            ["serve.follow=round", "fleet.placement=split"],
+        ),
         (["fleet.placement=shared", "serve.gates.smoke=hi"], 8, ["probing serve.gates", "fleet.placement=split"]),
     ],
 )

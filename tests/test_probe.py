@@ -18,7 +18,8 @@ from sampo_ray.data.preferences import PROMPTS
 from sampo_ray.errors import ConfigError, StageError
 from sampo_ray.evaluation import probe
 from sampo_ray.evaluation.probe import Answer, collapse, scores
-from sampo_ray.evaluation.records import Conditions, TaskResult
+from sampo_ray.evaluation.records import Conditions, TaskResult, write_result
+from sampo_ray.evaluation.subjects import read_results
 from sampo_ray.judging.tally import Tally
 from sampo_ray.loop.evaluating import Evaluation, _together, held_out, not_trained_on
 from sampo_ray.loop.rounds import Round, unfinished
@@ -288,6 +289,20 @@ def test_what_follows_a_collapse_is_recorded_once_and_the_same_after_a_crash(onl
     round.commit()
     left = [each.index for each in unfinished(open_run(online.place.url, online.config), Notes())]
     assert left == ([] if ends else [1, 2])
+
+
+def test_the_version_that_a_run_fell_back_from_does_not_stand_for_it(online):
+    online.manifest.rounds = [
+        RoundRecord(index=0, start_version=0, steps=4, committed=True),
+        RoundRecord(index=1, start_version=4, steps=4, committed=True),
+    ]
+    for version in (0, 4, 8):
+        write_result(online.place, result([answer()] * 3).model_copy(update={"version": version}), b"")
+    for fell_back, shown in ((False, 8), (True, 4)):
+        online.manifest.rounds[1].stages["probe"] = StageRecord(collapsed="it grew", fell_back=fell_back)
+        online.save()
+        assert read_results(online.place.url).shown.version == shown
+        assert online.finish().name == ("round-1" if fell_back else "round-2")
 
 
 def test_answers_to_a_prompt_are_behind_each_other():

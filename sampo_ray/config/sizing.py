@@ -215,9 +215,10 @@ def not_by_turns(config: RunConfig) -> str | None:
     """
     where = config.reference.where
     workers = config.method.needs_reference and (where == "workers" or (where == "auto" and sizes_workers(config)))
+    asks = config.online or config.evaluates
     against = {
-        "probing serve.gates": config.serve.gates.probing or (config.online and config.serve.gates.any),
-        f"serve.follow={config.serve.follow}": config.online and config.serve.follow != "latest",
+        "probing serve.gates": config.serve.gates.probing or (asks and config.serve.gates.any),
+        f"serve.follow={config.serve.follow}": asks and config.serve.follow != "latest",
         f"rollout.ahead={config.rollout.ahead}": config.online and config.rollout.ahead > 0,
         "reference.where=workers": workers,
         f"trainer.lifetime={config.trainer.lifetime}": config.trainer.lifetime == "round",
@@ -258,7 +259,7 @@ def _engines(config: RunConfig) -> list[Group]:
         groups.append(engine(config, "policy", *counts))
     if config.online and not config.shared_replicas:
         groups.append(engine(config, "generators", least, most))
-    elif config.probes and config.fleet.placement != "shared":
+    elif config.probes and not (config.fleet.placement == "shared" and config.serve.enabled):
         groups.append(replace(engine(config, "generators", 0, most), note="for probes"))
     elif config.online and config.fleet.placement == "split":
         spare = engine(config, "generators", 0, most)

@@ -7,6 +7,7 @@ from sampo_ray.config.run import RunConfig, load_config
 from sampo_ray.errors import EvaluationError
 from sampo_ray.evaluation.records import TaskResult, results_in
 from sampo_ray.run.directory import read_settings
+from sampo_ray.run.manifest import read_manifest
 from sampo_ray.run.storage import Place, absolute
 
 BASE = "base"
@@ -60,8 +61,10 @@ def _results(
 ) -> Results:
     base = next((each for each in versions if each.version == 0), None)
     later = tuple(each for each in versions if each.version != 0)
-    shown = chosen or (later[-1] if later else None)
-    config = load_config(read_settings(place)) if place.at("manifest.json").exists() else None
+    is_run = place.at("manifest.json").exists()
+    given_up = read_manifest(place).given_up if is_run else None
+    shown = chosen or next((each for each in reversed(later) if each.version != given_up or each.version is None), None)
+    config = load_config(read_settings(place)) if is_run else None
     name, method = (method_name(config), published_method(config)) if config else (place.name, None)
     if base is not None and shown is base:
         name, method = BASE, BASE

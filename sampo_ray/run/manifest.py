@@ -112,6 +112,11 @@ class Manifest(BaseModel):
     earlier: Checkpoint | None = None  # the one before, used if that is damaged
     finished: bool = False
 
+    @property
+    def given_up(self) -> int | None:
+        """The version that the last round ended with, if the run ended with the one before instead."""
+        return self.rounds[-1].end_version if self.rounds and self.rounds[-1].fell_back else None
+
 
 @dataclass(frozen=True)
 class Lineage:
