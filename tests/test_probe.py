@@ -25,7 +25,7 @@ from sampo_ray.loop.evaluating import Evaluation, _together, held_out, not_train
 from sampo_ray.loop.rounds import Round, unfinished
 from sampo_ray.run import serving
 from sampo_ray.run.directory import create_run, open_run
-from sampo_ray.run.manifest import Manifest, RoundRecord, StageRecord
+from sampo_ray.run.manifest import Manifest, RoundRecord, StageRecord, lineage
 from sampo_ray.run.parts import parts_of
 from sampo_ray.run.serving import Serving
 from tests.in_process import in_process  # noqa: F401
@@ -161,6 +161,13 @@ def test_an_evaluation_that_cannot_be_made_is_refused(tree, message):
     with pytest.raises(ConfigError, match=message) as raised:
         load_config({**MODEL, **tree})
     assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_recipe_with_prompts_held_out_is_another_one_and_one_with_a_file_is_not():
+    plain, held = ({**MODEL, **ONLINE, "evaluate": evaluate} for evaluate in ({}, ROUND))
+    filed = {**held, "evaluate": {**ROUND, "prompts": "q"}}
+    recipes = [lineage(load_config(tree), None).recipe for tree in (plain, held, filed)]
+    assert recipes[0] == recipes[2] != recipes[1]
 
 
 def test_who_scored_is_recorded_and_only_what_repeats_itself_has_no_spread():

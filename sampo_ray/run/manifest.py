@@ -131,6 +131,8 @@ class Lineage:
 def lineage(config: RunConfig, fingerprint: str | None) -> Lineage:
     method, sections = config.method, {"model", "data", "rounds", "method", "optim", "rollout", "reward"}
     decisive = {**config.model_dump(mode="json", include=sections), "run": config.run.seed}
+    if config.evaluates and not config.evaluate.prompts:
+        decisive["held out"] = config.evaluate.count
     return Lineage(
         base=config.model.path.rstrip("/").rsplit("/", 1)[-1],
         method=f"{method.loss}/{method.reduction}, beta {method.beta:g}",
