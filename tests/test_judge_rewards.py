@@ -177,6 +177,10 @@ HERE = {"url": "http://h/v1", "model": "m"}
         ({"reward": {"judge": {**HERE, "mode": "both"}}}, "reward.judge.mode"),
         ({"reward": {"judge": {**HERE, "concurrency": 0}}}, "reward.judge.concurrency"),
         ({"reward": {"judge": {"url": "http://h/v1"}}}, "reward.judge.model: missing"),
+        (
+            {"reward": {"length_controlled": True}, "rounds": {"mode": "offline"}, "data": {"train": "t"}},
+            "reward.length_controlled corrects the rewards of sampled completions",
+        ),
         ({"reward": {}}, "reward.function, reward.model or reward.judge is missing"),
     ],
 )
@@ -185,6 +189,15 @@ def test_a_judge_that_goes_with_nothing_else_is_refused(tree: dict[str, object],
         online(**tree)
     gates = {"gates": {"min_win_rate": 0.5}}
     assert online(reward={"judge": {**HERE, "mode": "pointwise"}}, serve=gates).reward.judge is not None
+
+
+def test_a_worker_finds_out_itself_how_verdicts_are_weighted_where_nobody_has() -> None:
+    with serving(lambda body: by_length(body, sure=0.9)) as server:
+        scores = score({"judge": judge(server, weighted=None)}, completions([["a", "bb"]]))
+        assert len(server.bodies) == 2
+    assert scores["reward"].to_pylist() == pytest.approx([-0.2, 0.2])
+    with serving(by_length) as server, pytest.raises(JudgeError, match="gives no log-probs"):
+        score({"judge": judge(server, weighted=None, preset="alpaca_eval")}, completions([["a", "bb"]]))
 
 
 def test_a_judge_takes_no_gpu() -> None:

@@ -23,7 +23,7 @@ from sampo_ray.data.reward_models import RewardModel
 from sampo_ray.data.rewards import Rewards, Samples, Scorer, weighted_sum
 from sampo_ray.errors import RewardError
 from sampo_ray.judging.cache import Cache
-from sampo_ray.judging.judge import Judge
+from sampo_ray.judging.judge import Judge, decided
 from sampo_ray.judging.tally import Tally, with_tally
 from sampo_ray.run.buckets import flat, views
 from sampo_ray.run.storage import Place
@@ -180,7 +180,8 @@ def _scorer_of(source: RewardSource, file: str | None) -> Scorer:
 
 def _judge_of(config: JudgeConfig, verdicts: Place | None) -> Judge:
     place = Place(config.cache) if config.cache else verdicts
-    return Judge(config, Cache(place) if place else None)
+    known = config if config.weighted is not None else decided(config)
+    return Judge(known, Cache(place) if place else None)
 
 
 def build_reward_app(

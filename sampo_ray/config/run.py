@@ -128,6 +128,11 @@ class RunConfig(Section):
                 "serve.gates.min_win_rate compares rewards of different calls, and reward.judge.mode=pairwise gives "
                 "rewards within a call only; use reward.judge.mode=pointwise, or drop the gate"
             )
+        if self.reward.length_controlled and not self.online:
+            raise ValueError(
+                "reward.length_controlled corrects the rewards of sampled completions; use rounds.mode=online, or drop "
+                "it"
+            )
         if self.online and self.rollout.samples < 2:
             raise ValueError(
                 f"rollout.samples={self.rollout.samples} gives no pairs; rounds.mode=online needs 2 or more"

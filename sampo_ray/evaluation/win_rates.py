@@ -10,6 +10,9 @@ from sampo_ray.evaluation.alpaca_data import BASELINE, ROWS, AlpacaData, check_i
 from sampo_ray.evaluation.records import MOST_LOST
 from sampo_ray.internals.alpaca_eval import length_controlled_winrate
 
+SEVERAL = 10
+"""Answers that are hardly all of one length by chance."""
+
 
 @dataclass(frozen=True)
 class WinRates:
@@ -70,7 +73,7 @@ def check_answers(answers: Sequence[str]) -> None:
     """EvaluationError for answers of a model that no judge needs to see: all of one length, as if it had not read the
     instructions. (Published outputs of such a "model", made to deceive judges, have their rates all the same.)"""
     lengths = {len(answer) for answer in answers}
-    if len(answers) > 1 and len(lengths) == 1:
+    if len(answers) >= SEVERAL and len(lengths) == 1:
         raise EvaluationError(
             f"all {len(answers)} answers have {lengths.pop()} characters, so that nothing is known of the effect of "
             "length; look at the answers, which may be empty or cut"

@@ -146,7 +146,8 @@ class Judge:
         self, messages: list[Message], labels: Sequence[str], repeat: int
     ) -> tuple[list[float] | None, Tally]:
         """The weight of each label, or None without a verdict."""
-        weighted = bool(self.config.weighted)
+        if (weighted := self.config.weighted) is None:
+            raise ValueError("weighted is not decided; take the configuration that decided() returns")
         request = self._request(messages, weighted)
         key = key_of(self.config.url, request, repeat)
         reply = await asyncio.to_thread(self._cache.get, key) if self._cache else None
@@ -168,7 +169,7 @@ class Judge:
             return None, tally + Tally(**{found.kind: 1})
 
     def _request(self, messages: list[Message], weighted: bool) -> Request:
-        body = {"model": self.config.model, "messages": messages, "temperature": 0.0, "seed": self.config.seed}
+        body = {"model": self.config.model, "messages": messages, "temperature": 0.0}
         if weighted:
             return {**body, "max_tokens": 1, "logprobs": True, "top_logprobs": TOP}
         return {**body, "max_tokens": WORDS}
