@@ -99,7 +99,12 @@ def _peak(world: int, scratch: str, setting: Setting) -> Measured:
             "data": {"train": "d", "max_length": 128},
             "method": {"loss": "sigmoid"},
             "optim": {"batch_size": PAIRS * world},
-            "trainer": {"workers": world, "zero_stage": stage, "offload": offload},
+            "trainer": {
+                "workers": world,
+                "zero_stage": stage,
+                "offload": offload,
+                "gradient_checkpointing": "selective" if offload == "parameters" else True,
+            },
             "run": {"dir": "r"},
         }
     )

@@ -3,6 +3,7 @@
 A test that fails after an upgrade names the version that the wrapper was written for, and what has changed since.
 """
 
+import functools
 import importlib
 import inspect
 import math
@@ -17,7 +18,10 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
+from sampo_ray.internals.torch import checkpoint_contexts
 from tests.waiting import scaled
 
 
@@ -370,6 +374,35 @@ def test_torch_knows_whether_the_cpu_has_bf16_products() -> None:
     flags = Path("/proc/cpuinfo").read_text().split()
     assert cpu_has_bf16() == ("avx512_bf16" in flags or "amx_tile" in flags), found("torch", "2.13.0")
     assert cpu_has_amx() == ("amx_tile" in flags), found("torch", "2.13.0")
+
+
+def test_selective_checkpointing_keeps_what_it_should_though_the_second_pass_has_other_operations() -> None:
+    """As under ZeRO-3, where the first pass frees weights that the second finds."""
+    product, passes, products = torch.ops.aten.mm.default, list[int](), list[int]()
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            products.extend([len(passes)] * (op is product))
+            return op(*args, **(kwargs or {}))
+
+    def layer(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        passes.append(len(passes))
+        for _ in passes:
+            torch.empty(0)
+        return (x @ weight).sin().cos()
+
+    def policy(_: object, op: object, *__: object, **___: object) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op is product else CheckpointPolicy.PREFER_RECOMPUTE
+
+    x, weight = torch.randn(3, 4), torch.randn(4, 5, requires_grad=True)
+    contexts = functools.partial(checkpoint_contexts, policy, {product})
+    [expected] = torch.autograd.grad(layer(x, weight).sum(), weight)
+    passes.clear()
+    out = checkpoint(layer, x, weight, use_reentrant=False, context_fn=contexts)
+    with Counting():
+        out.sum().backward()
+    assert len(passes) == 2 and len(products) == 1, f"the gradient's alone; {found('torch', '2.13.0')}"
+    assert torch.equal(weight.grad, expected)
 
 
 def test_torch_limits_recompilations(monkeypatch: pytest.MonkeyPatch) -> None:

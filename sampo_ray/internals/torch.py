@@ -1,7 +1,7 @@
 """torch's private interfaces, checked with torch 2.13.0."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, _CachedTorchDispatchMode, create_selective_checkpoint_contexts
 
 ModuleState: TypeAlias = dict[str, object]  # a module's `__dict__`, with parameters and buffers in dicts of their own
 
@@ -22,6 +23,31 @@ def init_amx() -> None:
 def parameters_of(module: nn.Module) -> dict[str, Tensor | None]:
     """The module's own parameters, to be read and set without the checks of `setattr`. Reaches `Module._parameters`."""
     return module._parameters  # type: ignore[return-value]
+
+
+class _SecondPass(_CachedTorchDispatchMode):
+    """Gives out what was kept, and leaves all other operations to run, however many there were in the first pass."""
+
+    def __init__(self, storage: dict[Any, dict[int, Any]], kept: Collection[object]) -> None:
+        super().__init__(None, storage)
+        self._kept = kept
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in self._kept:
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def checkpoint_contexts(
+    policy: Callable[..., CheckpointPolicy], kept: Collection[object]
+) -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    """Contexts of selective checkpointing, by whose policy operations in `kept` alone are ever saved.
+
+    torch's own refuse a second pass with other operations than the first. Under ZeRO-3 it has some: weights that were
+    freed after the first pass are still there, or are gathered, in the second. Reaches `_CachedTorchDispatchMode`.
+    """
+    first, second = create_selective_checkpoint_contexts(policy)
+    return first, _SecondPass(second.storage, kept)
 
 
 def copied_state(module: nn.Module, parameters: Mapping[str, Tensor | None]) -> ModuleState:

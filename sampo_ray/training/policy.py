@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy
 from transformers import PreTrainedModel
 
 from sampo_ray.config.rows import Attention, RowBudget
-from sampo_ray.internals.torch import limit_recompilations
+from sampo_ray.internals.torch import checkpoint_contexts, limit_recompilations
 from sampo_ray.training import cpu
 from sampo_ray.training.architecture import (
     IMPLEMENTATIONS,
@@ -217,7 +217,8 @@ def policy_on(
         settings: dict[str, object] = {"use_reentrant": False, "preserve_rng_state": False}
         if gradient_checkpointing == "selective":
             width = model.config.get_text_config().hidden_size
-            settings["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_checkpoint_policy, width))
+            kept = partial(_checkpoint_policy, width)
+            settings["context_fn"] = partial(checkpoint_contexts, kept, ATTENTION | PRODUCTS)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
         model.disable_input_require_grads()  # not needed so, and some models add to their embeddings in place
     if lora is not None:
