@@ -25,7 +25,7 @@ def run_of(folder: Path, method: str, model: str = "meta-llama/Meta-Llama-3-8B-I
 
 def evaluated(
     run: Place,
-    version: int,
+    version: int | None,
     label: str,
     rate: float,
     tokens: float,
@@ -37,7 +37,7 @@ def evaluated(
     model = "Meta-Llama-3-8B-Instruct"
     about = {"run": run.name, "version": version, "label": label, "model": model, "seconds": 1.0, "created": 1}
     same = {"total": 1319, "limit": count, "route": "chat", "max_tokens": 256, "template": "ab12"}
-    drawn = random.Random(draw + version)
+    drawn = random.Random(draw + (version or 0))
     hits = [float(drawn.random() < rate) for _ in range(count)]
     sizes = [max(1, int(drawn.gauss(tokens, 60))) for _ in range(count)]
     judged = {"limit": None, "total": count, "judge": judge()}

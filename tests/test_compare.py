@@ -183,6 +183,17 @@ def test_rows_of_one_name_are_told_apart(tmp_path):
     assert [row.name for row in compared(first, str(other)).rows] == ["DPO (dpo)", "DPO (second)"]
 
 
+def test_folders_are_compared_with_the_first_where_no_base_is(tmp_path):
+    for label, rate in (("before", 0.2), ("after", 0.9)):
+        folder = Place(str(tmp_path / "out"))
+        evaluated(folder, None, label, rate, 400)
+    with pytest.raises(EvaluationError, match=r"has results of after, before; name one, as in .*out@after"):
+        compared(folder)
+    found = compared(f"{folder.url}@before", f"{folder.url}@after")
+    assert [row.name for row in found.rows] == ["before", "after"] and found.against == "before"
+    assert found.rows[1].differences["GSM8K"].shown and "Differences to before" in page(found)
+
+
 def test_mistakes_are_named(tmp_path):
     run = run_of(tmp_path, "dpo")
     with pytest.raises(EvaluationError, match="no results of evaluations"):

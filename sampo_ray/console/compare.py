@@ -115,7 +115,9 @@ def differences(found: "Comparison") -> "Table":
 
     from sampo_ray.evaluation.shown import change
 
-    table = Table("", title="Differences to base", caption="percentage points, tokens", show_lines=True)
+    table = Table(
+        "", title=Text(f"Differences to {found.against}"), caption="percentage points, tokens", show_lines=True
+    )
     for column in found.columns:
         table.add_column(Text(column.title), justify="right")
     for row in found.rows:

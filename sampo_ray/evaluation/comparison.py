@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import quantiles
 
-from sampo_ray.evaluation.differences import Difference, difference, lengths, read_samples
+from sampo_ray.evaluation.differences import Difference, difference, lengths, not_compared, read_samples
 from sampo_ray.evaluation.published import published
 from sampo_ray.evaluation.records import Conditions, Score, TaskResult
 from sampo_ray.evaluation.subjects import BASE, Evaluated, Results
@@ -51,7 +51,7 @@ class Row:
     cells: Mapping[str, Cell]
     """By title of the column."""
     differences: Mapping[str, Difference]
-    """To the base, by title."""
+    """To the first row, by title."""
     lengths: tuple[Lengths, ...]
 
 
@@ -81,6 +81,8 @@ class Figure:
 class Comparison:
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
+    against: str
+    """The row that the others' differences are to: the base, or the first run where no base was evaluated."""
     figures: tuple[Figure, ...]
     notes: tuple[str, ...]
     published: bool
@@ -93,31 +95,30 @@ def compare(read: Sequence[Results]) -> Comparison:
     for each in reversed(read):
         for task, result in (each.base.results if each.base else {}).items():
             base_of[task] = (each.place, result)
-    rows, model = [], read[0].model
+    rows = list[Row]()
     if base_of:
         cells = {t: c for root, each in base_of.values() for t, c in _cells(root, each, BASE).items()}
         model = next(iter(base_of.values()))[1].model
-        about = f"{model}, version 0"
-        rows.append(Row(BASE, about, model, cells, {}, tuple(_lengths(base_of.values()))))
+        rows.append(Row(BASE, f"{model}, version 0", model, cells, {}, tuple(_lengths(base_of.values()))))
     for each in read:
         if each.shown is not None and each.shown.version != 0:
-            rows.append(_row(each, each.shown, rows[0].cells if base_of else {}, model))
+            rows.append(_row(each, each.shown, rows[0] if rows else None))
     titles = [column for task in TASKS.values() for column in task.columns]
     columns = tuple(column for column in titles if any(column.title in row.cells for row in rows))
     of_card = all(published(row.model, BASE) for row in rows)
-    return Comparison(columns, tuple(rows), tuple(_figures(read)), tuple(_notes(read, rows)), of_card)
+    figures, notes = tuple(_figures(read)), tuple(_notes(read, rows))
+    return Comparison(columns, tuple(rows), rows[0].name, figures, notes, of_card)
 
 
-def _row(of: Results, version: Evaluated, base: Mapping[str, Cell], model: str) -> Row:
+def _row(of: Results, version: Evaluated, first: Row | None) -> Row:
     cells = {t: c for each in version.results.values() for t, c in _cells(of.place, each, of.method).items()}
     gaps = {}
     for title, cell in cells.items():
-        if (other := base.get(title)) is None:
+        if first is None or (other := first.cells.get(title)) is None:
             continue
-        if of.model != model:
-            gaps[title] = Difference(
-                None, None, None, False, False, f"not compared (base models: {of.model} and {model})"
-            )
+        bases = {each.model for each in (cell.result, other.result) if each.version is not None}
+        if len(bases) > 1:
+            gaps[title] = not_compared(f"base models: {of.model} and {first.model}")
         else:
             gaps[title] = difference((cell.root, cell.result), (other.root, other.result), cell.score, other.score)
     number = version.label if version.version is None else f"{version.label} (version {version.version})"
@@ -164,13 +165,18 @@ def _figures(read: Sequence[Results]) -> Iterator[Figure]:
         if rate not in columns or tokens not in columns:
             continue
         curves = []
-        for each in read:
+        for each in _runs(read):
             versions = [*([each.base] if each.base else []), *each.versions]
             points = tuple(_points(versions, task, columns[rate], columns[tokens]))
             if any(point.score is not None for point in points):
                 curves.append(Curve(each.name, points))
         if curves:
             yield Figure(title, tuple(curves))
+
+
+def _runs(read: Sequence[Results]) -> list[Results]:
+    """Each run once, of which several versions may be rows."""
+    return list({each.place.url: each for each in reversed(read)}.values())[::-1]
 
 
 def _points(versions: Sequence[Evaluated], task: str, rate: Column, tokens: Column) -> Iterator[Point]:

@@ -46,6 +46,9 @@ def read_results(named: str) -> Results:
         known = "no results of evaluations" if place.exists() else "not there"
         raise EvaluationError(f"{url!r}: {known}; name a run or an exported folder that `sampo evaluate` has evaluated")
     versions = _versions(found)
+    labels = [each.label for each in versions if each.version is None]
+    if version is None and len(labels) > 1:
+        raise EvaluationError(f"{url!r} has results of {', '.join(labels)}; name one, as in {url}@{labels[0]}")
     return _results(place, found, versions, _chosen(url, version, versions) if version else None)
 
 
@@ -69,7 +72,7 @@ def _results(
     if base is not None and shown is base:
         name, method = BASE, BASE
     elif chosen:
-        name = f"{name}, {chosen.label}"
+        name = f"{name}, {chosen.label}" if config else chosen.label
     return Results(name, place, found[0].model, method, base, later, shown)
 
 
@@ -83,9 +86,9 @@ def with_names(read: Sequence[Results], names: Sequence[str]) -> list[Results]:
         raise EvaluationError(f"names: {sorted(of_one_name)[0]!r} is there twice; give each run its own")
     if not names:
         named = [replace(e, name=f"{e.name} ({e.place.name})") if e.name in of_one_name else e for e in named]
-    seen = set[tuple[str, int | None]]()
+    seen = set[tuple[str, str | None]]()
     for each in named:
-        key = (each.place.url, each.shown.version if each.shown else None)
+        key = (each.place.url, each.shown.label if each.shown else None)
         if key in seen:
             raise EvaluationError(f"{each.place.url!r} is named twice; name each run, or RUN@VERSION, once")
         seen.add(key)
