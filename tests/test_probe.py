@@ -270,6 +270,33 @@ def test_a_run_trains_on_none_of_the_prompts_that_it_holds_out_and_chooses_them_
         Evaluation(online, Notes()).hold_out(prompts(online.place.at("few"), [chr(97 + n) for n in range(10)]))
 
 
+@pytest.mark.usefixtures("in_process")
+def test_prompts_of_a_file_that_are_also_trained_on_are_left_out_and_said(tmp_path, monkeypatch):
+    (tmp_path / "probe.jsonl").write_text('{"prompt": "a"}')
+    evaluate = {**ROUND, "prompts": str(tmp_path / "probe.jsonl"), "max_tokens": 8}
+    tree = {**MODEL, "run": {"dir": str(tmp_path / "run")}, "data": {"train": "t", "max_length": 16}}
+    run = create_run(load_config({**tree, "evaluate": evaluate}))
+    asked = ["a", "bb", "c", "c", "d" * 9, "e"]
+
+    def tokenize(what, place, progress):
+        assert (what.kind, what.data) == ("prompts", run.config.limits)
+        return StageRecord(rows=[part.rows for part in prompts(place, asked)], dropped={"empty prompt": 2})
+
+    monkeypatch.setattr("sampo_ray.loop.tokenizing.tokenize", tokenize)
+    data = prompts(run.place.at("data"), ["a", "x", "y", "z", "a", "w"])
+    notes = Notes()
+    assert Evaluation(run, notes).hold_out(data) == data
+    held = pa.concat_tables([part.table() for part in Evaluation(run, notes)._prompts])
+    assert held["prompt"].to_pylist() == [[98, 98], [99], [101]]
+    dropped = {"empty prompt": 2, "also trained on": 1, "there twice": 1, "no room for an answer": 1}
+    assert run.manifest.data.probe_dropped == dropped
+    assert "3 probe prompts, 2 dropped: empty prompt, 1 dropped: also trained on" in notes.notes[0]
+    asked[:] = ["a"] * 6
+    run.manifest.data.probe = []
+    with pytest.raises(StageError, match=r"none of its prompts can be used \(6 also trained on\); name some"):
+        Evaluation(run, Notes()).hold_out(data)
+
+
 def test_a_run_that_does_not_evaluate_trains_on_all_of_its_data_as_it_is(online):
     config = online.config.model_copy(update={"evaluate": load_config({**MODEL, **ONLINE}).evaluate})
     online.config = config
