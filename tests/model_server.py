@@ -32,6 +32,8 @@ class ModelServer:
     asked: list[Body] = field(default_factory=list)
     shift: int = 0
     """Added to the first token id that it says a prompt has."""
+    lost: int = 0
+    """So many of the likeliest tokens it gives no log-prob of, the last ones."""
     finish: str = "stop"
     lock: Any = field(default_factory=threading.Lock)
 
@@ -57,7 +59,8 @@ class ModelServer:
             *_, last = logprobs = self.model(ids).logits[0].float().log_softmax(-1)
         if "logprobs" in body:
             top = last.topk(body["logprobs"])
-            named = {f"token_id:{token}": p for token, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)}
+            kept = [*top.values.tolist()[: len(top.values) - self.lost], *[-9999.0] * self.lost]
+            named = {f"token_id:{token}": p for token, p in zip(top.indices.tolist(), kept, strict=True)}
             return {"choices": [{"index": 0, "logprobs": {"top_logprobs": [named]}}]}
         logprobs = logprobs[:-1]
         ranks = (logprobs > logprobs.gather(1, ids[0, 1:, None])).sum(1) + 1

@@ -189,6 +189,9 @@ def test_choices_of_one_token_are_one_request_unless_one_is_unlikely(
     assert [each.logprob for each in scored] == pytest.approx(expected, abs=1e-4)
     assert [each.greedy for each in scored] == [True, False, False, False]
     assert len(server.asked) == 2, "the likely ones at once, and the unlikely one"
+    server.lost = 19
+    again = scores_of(subject(server, folder), [Scoring([*context, token], 1) for token in likely])
+    assert [each.logprob for each in again] == pytest.approx(expected[:3], abs=1e-4) and len(server.asked) == 5
 
 
 def questions(chat: ChatFormat, count: int = 3) -> list[Question]:

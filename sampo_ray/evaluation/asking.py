@@ -24,6 +24,7 @@ FEW = 4
 """Failures that end nothing, of however few questions."""
 TOP = 20
 """Likeliest tokens that vLLM gives at once, at most."""
+LOST = -9000.0
 BACKOFF = wait_exponential(multiplier=0.5, max=30.0)
 GREEDY: Mapping[str, float] = {
     **{"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0},
@@ -148,11 +149,12 @@ def scores_of(subject: Subject, scorings: Sequence[Scoring]) -> list[Scored]:
 
 
 async def _next_token(client: "Client", prompt: Sequence[int]) -> dict[int, float]:
-    """Log-probs of the likeliest next tokens."""
+    """Log-probs of the likeliest next tokens; of fewer where vLLM has lost some, as it does beside requests with
+    `logprob_token_ids` in a batch: it gives -9999 in their place."""
     body = {"prompt": list(prompt), "max_tokens": 1, "logprobs": TOP, "return_tokens_as_token_ids": True, **GREEDY}
     choice = await client.score(body)
     top = choice["logprobs"]["top_logprobs"][0]
-    return {int(name.removeprefix("token_id:")): logprob for name, logprob in top.items()}
+    return {int(name.removeprefix("token_id:")): logprob for name, logprob in top.items() if logprob > LOST}
 
 
 async def _scored(client: "Client", scoring: Scoring) -> Scored:

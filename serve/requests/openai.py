@@ -23,11 +23,12 @@ REFUSED_FIELDS = (
     *("chat_template", "chat_template_kwargs", "documents"),  # would change the prompt format of training
     *("prompt_embeds", "media_io_kwargs", "mm_processor_kwargs"),  # load data that the user names or sends
     *("kv_transfer_params", "ec_transfer_params", "vllm_xargs", "priority"),  # reach into the engine
+    "logprob_token_ids",  # vLLM 0.29 drops the `logprobs` of all other requests in the batch
     *("functions", "function_call"),  # OpenAI's former names of tools and tool_choice, which vLLM would overlook
 )
 MAX_COMPLETIONS = 256  # of one request over all its prompts: as many as an engine works on at once
 # Entries of fields that cost the engine time for each token.
-MAX_ITEMS = {"stop": 16, "stop_token_ids": 64, "bad_words": 64, "logit_bias": 1024, "logprob_token_ids": 64}
+MAX_ITEMS = {"stop": 16, "stop_token_ids": 64, "bad_words": 64, "logit_bias": 1024}
 # vLLM's validators compare and take apart raw values before their types are checked.
 _WRONG_TYPES = (TypeError, AttributeError, KeyError, OverflowError, RecursionError)
 

@@ -121,6 +121,7 @@ CHAT = {"model": "policy", "messages": HI}
         ({**CHAT, "messages": [{"role": "user", "content": "x" * 3000}]}, 400, str(CONTEXT)),
         ({**CHAT, "chat_template": "{{ messages }}"}, 400, "chat_template"),
         ({**CHAT, "chat_template_kwargs": {"a": 1}}, 400, "chat_template_kwargs"),
+        ({**CHAT, "logprobs": True, "logprob_token_ids": [5]}, 400, "logprob_token_ids"),
         ({**CHAT, "messages": [{"role": "user", "content": "x" * 30_000}]}, 413, "20000"),
     ],
 )
