@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from sampo_ray.config.run import load_config
 from sampo_ray.console.main import app
 from sampo_ray.errors import EvaluationError
-from sampo_ray.evaluation.card import model_name, newest_export, public_name, write_card
+from sampo_ray.evaluation.card import model_name, newest_export, public_name, rewards, write_card
 from sampo_ray.evaluation.licences import licence_of
 from sampo_ray.run.directory import read_settings
 from sampo_ray.run.manifest import DataRecord, RoundRecord, StageRecord, read_manifest
@@ -150,6 +150,15 @@ def test_names_and_notes_have_no_markup_of_their_own(tmp_path, tiny_model):
     evaluated(run, 300, "final", 0.4, 377, judge=judge().model_copy(update={"name": evil}), notes=(evil,))
     body = text_of(run).partition("\n---\n")[2]
     assert "<img" not in body.replace("\\<img", "") and "\n# b" not in body
+
+
+def test_reward_sources_of_online_runs_are_named_without_paths():
+    judge = {"url": "http://127.0.0.1:1/v1", "model": "a-judge"}
+    parts = [{"function": "/home/me/f.py:g"}, {"model": "org/rm", "weight": 0.5}, {"judge": judge}]
+    tree = {"model": {"path": "m"}, "data": {"prompts": "p"}, "run": {"dir": "d"}, "rounds": {"mode": "online"}}
+    found = list(rewards(load_config({**tree, "reward": {"sum": parts}})))
+    assert found[:2] == ["the function f.py:g", "0.5 times the reward model org/rm"]
+    assert found[2].startswith("the judge a-judge (") and "127.0.0.1" not in found[2]
 
 
 def test_a_machines_paths_stay_on_it():
