@@ -76,6 +76,24 @@ def test_probe_prompts_are_read_before_a_run_starts(tmp_path, tree):
         assert status == 1 and message in " ".join(output.split()), output
 
 
+def test_verifiers_that_are_not_installed_are_an_error_for_a_gate_and_a_note_for_an_evaluation(
+    tmp_path, tree, monkeypatch
+):
+    row = {"prompt": "Why?", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    (tmp_path / "probe.jsonl").write_text(json.dumps(row) + "\n")
+    evaluated = {**tree, "evaluate": {"every": "round", "prompts": str(tmp_path / "probe.jsonl")}}
+
+    def without(request):
+        return "verifiable instructions need lm_eval; install sampo-ray[eval]"
+
+    monkeypatch.setattr("sampo_ray.rewards.ifeval._verifiers", lambda: without)
+    status, output = dry_run(recipe(tmp_path, evaluated))
+    assert status == 0 and "instructions are not verified; verifiable instructions need lm_eval" in output
+    gated = {**evaluated, "serve": {**tree["serve"], "gates": {"verifiers": 0.1}}}
+    status, output = dry_run(recipe(tmp_path, gated))
+    assert status == 1 and "serve.gates.verifiers: verifiable instructions need lm_eval" in output
+
+
 def begun(tree, tokenized):
     """A run directory as they were before configurations had columns."""
     run = create_run(load_config(tree))

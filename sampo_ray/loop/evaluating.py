@@ -16,7 +16,7 @@ import ray
 
 from sampo_ray.config.columns import Columns
 from sampo_ray.data.rewards import Samples
-from sampo_ray.errors import StageError
+from sampo_ray.errors import RewardError, StageError
 from sampo_ray.evaluation import probe
 from sampo_ray.evaluation.probe import Answer
 from sampo_ray.evaluation.records import Conditions, TaskResult, read_result, result_place, write_result
@@ -311,7 +311,11 @@ def _scored(
 
 
 def _read(table: pa.Table) -> list[Answer]:
-    samples, follows = Samples.of(table), followed_in(table)
+    samples = Samples.of(table)
+    try:
+        follows = followed_in(table)
+    except RewardError:  # without the verifiers, which was noted before the run started
+        follows = [None] * table.num_rows
     ids, reasons, rewards = (table[name].to_pylist() for name in ("id", "finish_reason", "reward"))
     return [
         Answer(

@@ -17,7 +17,8 @@ from sampo_ray.data.reward_functions import check_function
 from sampo_ray.data.reward_models import check_model
 from sampo_ray.data.rewards import Samples
 from sampo_ray.data.tools import tool_arguments
-from sampo_ray.errors import ConfigError, KeysError
+from sampo_ray.errors import ConfigError, KeysError, RewardError
+from sampo_ray.evaluation.verifiers import followed
 from sampo_ray.loop.data_check import check_probe, check_sources, columns_of, made_up_samples, tokenized_rows
 from sampo_ray.loop.judge_check import check_judges
 from sampo_ray.run.directory import Run
@@ -92,10 +93,12 @@ def decided(config: RunConfig) -> RunConfig:
 def check_prompts(config: RunConfig, rows: Sequence[Row], chat: ChatFormat, field: str) -> list[str]:
     """Tries the reward source on the first of the prompts that `field` names, and looks for what a gate needs of those
     that versions are probed with. ConfigError; returns notes."""
-    probes = field == "evaluate.prompts" or not config.evaluate.prompts
-    if probes and config.serve.gates.verifiers is not None:
-        check_instructions(rows, field)
-    return check_reward(config, made_up_samples(rows, chat))
+    notes = check_reward(config, made_up_samples(rows, chat))
+    if field == "data.prompts" and config.evaluate.prompts:  # versions are probed with those
+        return notes
+    if config.serve.gates.verifiers is None and not config.evaluates:
+        return notes
+    return [*notes, *check_instructions(rows, field, config.serve.gates.verifiers is not None)]
 
 
 def check_reward(config: RunConfig, samples: Samples) -> list[str]:
@@ -122,13 +125,23 @@ def _check_source(config: RunConfig, source: RewardSource, samples: Samples) -> 
     return [f"reward.function={source.function!r}: has no reward for made-up completions of the first prompt (None)"]
 
 
-def check_instructions(rows: Sequence[Row], field: str) -> None:
-    """ConfigError where no row has verifiable instructions."""
-    if not any(row.columns.get("instruction_id_list") and "kwargs" in row.columns for row in rows):
+def check_instructions(rows: Sequence[Row], field: str, needed: bool) -> list[str]:
+    """Tries the verifiers of instructions, if rows have some. ConfigError where they are `needed` and there are none,
+    or cannot be used; else a note."""
+    columns = [(row.columns.get("instruction_id_list"), row.columns.get("kwargs")) for row in rows]
+    first = next((each for each in columns if each[0] and each[1] is not None), None)
+    if first is None and needed:
         raise ConfigError(
             f"serve.gates.verifiers: no row of {field} has the columns instruction_id_list and kwargs of IFEval's or "
             "IFBench's format; name prompts with instructions, or drop it"
         )
+    try:
+        followed(*(first or (None, None)), "", "So.")
+    except RewardError as error:
+        if needed:
+            raise ConfigError(f"serve.gates.verifiers: {error}") from None
+        return [f"{field}: instructions are not verified; {error}"]
+    return []
 
 
 def check_sizes(config: RunConfig, model: PretrainedConfig, tokens: int) -> None:
