@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from statistics import fmean
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
@@ -14,19 +15,20 @@ from sampo_ray.actors.weights.gates import Probe, Verdict, evaluation_of, judge
 from sampo_ray.config.evaluation import CollapseConfig
 from sampo_ray.config.run import load_config
 from sampo_ray.config.serving import GatesConfig
-from sampo_ray.data.preferences import PROMPTS
+from sampo_ray.data.preferences import COMPLETIONS, PROMPTS
 from sampo_ray.errors import ConfigError, StageError
 from sampo_ray.evaluation import probe
 from sampo_ray.evaluation.probe import Answer, collapse, scores
-from sampo_ray.evaluation.records import Conditions, TaskResult, write_result
+from sampo_ray.evaluation.records import Conditions, TaskResult, results_in, write_result
 from sampo_ray.evaluation.subjects import read_results
 from sampo_ray.judging.tally import Tally
+from sampo_ray.loop import evaluating, stages
 from sampo_ray.loop.evaluating import Evaluation, _together, held_out, not_trained_on
 from sampo_ray.loop.rounds import Round, unfinished
 from sampo_ray.run import serving
 from sampo_ray.run.directory import create_run, open_run
 from sampo_ray.run.manifest import Manifest, RoundRecord, StageRecord, lineage
-from sampo_ray.run.parts import parts_of
+from sampo_ray.run.parts import Part, parts_of
 from sampo_ray.run.serving import Serving
 from tests.in_process import in_process  # noqa: F401
 from tests.notes import Notes
@@ -239,7 +241,10 @@ def test_probe_prompts_of_a_file_are_not_trained_on_and_what_is_left_out_is_coun
 
 
 def prompts(place, texts):
-    rows = [(str(n), "[]", "{}", [ord(letter) for letter in text]) for n, text in enumerate(texts)]
+    rows = [
+        (str(n), '[{"role": "user", "content": "?"}]', "{}", [ord(letter) for letter in text])
+        for n, text in enumerate(texts)
+    ]
     table = pa.Table.from_pylist([dict(zip(PROMPTS.names, row, strict=True)) for row in rows], schema=PROMPTS)
     halves = [table.slice(0, 5), table.slice(5)]
     for part, half in zip(parts_of(place, [5, len(texts) - 5]), halves, strict=True):
@@ -323,6 +328,66 @@ def test_what_follows_a_collapse_is_recorded_once_and_the_same_after_a_crash(onl
     round.commit()
     left = [each.index for each in unfinished(open_run(online.place.url, online.config), Notes())]
     assert left == ([] if ends else [1, 2])
+
+
+class Generators:
+    """In place of a fleet: answers of `lengths[version]` tokens, and what was asked of which version."""
+
+    def __init__(self, lengths):
+        self.lengths, self.asked, self.rewards = lengths, [], None
+
+    def give_gpus(self, turn):
+        assert turn == "engines"
+
+    def generators(self, version):
+        return SimpleNamespace(generate=SimpleNamespace(remote=self.generate))
+
+    def generate(self, block, rows, request):
+        version, taken = request.weights.version, block.take(list(rows))
+        assert (request.samples, request.temperature) == (1, 0.0)
+        self.asked.append(version)
+        n, length = taken.num_rows, self.lengths[version]
+        answer = [0, [1] * length, "So.", "stop", [0.0] * length, version, version]
+        made = zip(answer, list(COMPLETIONS)[4:], strict=True)
+        columns = [*taken.columns, *(pa.array([each] * n, field.type) for each, field in made)]
+        return pa.Table.from_arrays(columns, schema=COMPLETIONS)
+
+
+@pytest.fixture
+def without_ray(monkeypatch):
+    def keep(place, *tables):
+        place.write_table(table := pa.concat_tables(tables))
+        return table.num_rows
+
+    for module in (evaluating, stages):
+        monkeypatch.setattr(module, "collect", SimpleNamespace(remote=keep))
+    monkeypatch.setattr(evaluating, "_together", SimpleNamespace(remote=_together._function))
+    monkeypatch.setattr(evaluating, "_template", lambda folder: ("t", 1))
+    monkeypatch.setattr(stages, "as_ref", lambda made: made)
+    monkeypatch.setattr(Part, "argument", lambda part, again=False: part.table())
+
+
+@pytest.mark.usefixtures("in_process", "without_ray")
+def test_each_version_is_asked_once_and_two_rounds_without_rewards_are_told_apart_by_tokens(online):
+    online.place.at("tokenizer", "x").write(b"")
+    fleet, notes = Generators({0: 10, 4: 12, 8: 30}), Notes()
+    evaluation = Evaluation(online, notes)
+    evaluation.hold_out(prompts(online.place.at("data"), [chr(97 + n) for n in range(24)]))
+    for index in range(2):
+        round = Round(online, index, notes)
+        evaluation.of_base(round, fleet)
+        online.manifest.rounds[index].steps = 4
+        for _ in range(2):  # as after a crash
+            evaluation.of_round(Round(online, index, notes), fleet)
+        round.commit()
+    assert set(fleet.asked) == {0, 4, 8} and len(fleet.asked) == 3
+    base, first, second = sorted(results_in(online.place), key=lambda each: each.version)
+    assert [each.score("mean_tokens").value for each in (base, first, second)] == [10, 12, 30]
+    assert not {score.name for score in second.scores} & {"win_rate_base", "mean_reward"}
+    collapsed = [record.probed.collapsed for record in online.manifest.rounds]
+    assert collapsed[0] is None and "30.0 tokens after 12.0" in collapsed[1]
+    assert second.conditions.total == 8 and second.label == "round-2"
+    assert sum(note.startswith("probe of ") for note in notes.notes) == 3
 
 
 def test_the_version_that_a_run_fell_back_from_does_not_stand_for_it(online):
