@@ -215,3 +215,8 @@ def test_what_judges_is_read_of_a_file(tmp_path: Path) -> None:
             read_judge(file)
     with pytest.raises(EvaluationError, match="cannot be read"):
         read_judge(tmp_path / "none.yaml")
+
+
+def test_a_win_rate_of_one_has_an_interval() -> None:
+    score = alpaca_eval._score("win_rate,reward", [1.0] * 20, None)
+    assert score.value == score.high == 1.0 and score.low == pytest.approx(0.839, abs=1e-3)

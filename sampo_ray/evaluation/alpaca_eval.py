@@ -202,7 +202,9 @@ def _score(name: str, values: Sequence[float | None], rates: WinRates | None) ->
         mean, error = rates.win_rate, rates.win_rate_stderr
     unit: Unit = "tokens" if name.startswith("tokens") else "characters" if name == "characters" else "share"
     low, high = (None, None) if error is None else (mean - statistics.Z * error, mean + statistics.Z * error)
-    if unit == "share" and low is not None and high is not None:
+    if name.startswith("win_rate"):  # preferences vary at most as wins and losses do; at 0 and 1 an error says nothing
+        low, high = statistics.wilson(mean * len(given), len(given))
+    elif unit == "share" and low is not None and high is not None:
         low, high = max(low, 0.0), min(high, 1.0)
     return Score(name=name, value=mean, unit=unit, stderr=error, low=low, high=high, count=len(given))
 
