@@ -140,6 +140,15 @@ def test_an_upload_that_was_interrupted_shows_nothing_and_goes_on(hub, run, monk
     assert sum(each.startswith("PUT") for each in hub.requests) == sent, "what arrived is not sent twice"
 
 
+@pytest.mark.parametrize("error", [RuntimeError("storage is away"), PermissionError("storage is away")])
+def test_what_xet_storage_raises_is_one_message(hub, run, monkeypatch, error):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_commit", fail)
+    assert "was interrupted (storage is away)" in pushed(run)
+
+
 def test_a_hub_that_is_not_there_is_one_message(hub, run, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert "was interrupted" in pushed(run)

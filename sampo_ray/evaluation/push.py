@@ -129,11 +129,9 @@ def push(upload: Upload, repo: str, private: bool) -> str:
         raise EvaluationError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it for this command") from None
     except HfHubHTTPError as error:
         raise EvaluationError(_refused(error, repo)) from None
-    except (httpx2.HTTPError, RuntimeError) as error:
-        # Threads that upload raise RuntimeError from what happened.
-        cause = error.__cause__ if isinstance(error, RuntimeError) else error
-        if not isinstance(cause, httpx2.HTTPError):
-            raise
+    except (httpx2.HTTPError, RuntimeError, OSError) as error:
+        # Threads that upload raise RuntimeError from what happened, Xet storage RuntimeError and OSError.
+        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
         raise EvaluationError(_interrupted(repo, first_line(cause))) from None
     except ValueError as error:
         raise EvaluationError(f"{repo}: the hub does not take the upload ({first_line(error)})") from None
