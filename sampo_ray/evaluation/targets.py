@@ -87,13 +87,14 @@ def _open_run_target(place: Place, wanted: Sequence[str], out: str | None) -> It
     numbers = [each.version for each in chosen if each.version is not None]
     settings = [json.loads(run.versions.at(f"{_whole(n, infos):06d}", "config.json").read()) for n in numbers]
     dtypes = {each.get("dtype") or each.get("torch_dtype") for each in settings}
-    base = infos[min(infos)].base
+    path = Path(run.config.model.path)
+    name = infos[min(infos)].base or (path.name if path.is_absolute() else str(path))
     with run.place.at("tokenizer").on_disk() as tokenizer:
         yield Target(
             root=Place(absolute(out)) if out else run.place,
             versions=chosen,
             tokenizer=tokenizer,
-            name=base or run.config.model.path,
+            name=name,
             context=positions(settings[0], run.config.data.max_length),
             dtype=str(dtypes.pop()) if len(dtypes) == 1 else None,
             run=run,
