@@ -57,6 +57,16 @@ def test_a_directory_without_a_run_cannot_be_opened(tmp_path):
         open_run(str(tmp_path))
 
 
+@pytest.mark.parametrize("content", [None, b"a: [", b"text", b"\xff\xfe"])
+def test_a_configuration_that_is_gone_or_damaged_is_one_message(tmp_path, content):
+    run = new_run(tmp_path)
+    run.place.at("config.yaml").remove()
+    if content is not None:
+        run.place.at("config.yaml").write(content)
+    with pytest.raises(ConfigError, match=r"config\.yaml (cannot be read|is no configuration).*restore it"):
+        open_run(run.place.url)
+
+
 def test_a_round_starts_from_the_version_that_ended_the_one_before(tmp_path):
     run = new_run(tmp_path)
     run.round(0).steps = 7

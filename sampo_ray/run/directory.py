@@ -30,7 +30,7 @@ import yaml
 from pydantic import BaseModel
 
 from sampo_ray.config.run import RunConfig, load_config
-from sampo_ray.errors import ConfigError
+from sampo_ray.errors import ConfigError, described
 from sampo_ray.run import lines
 from sampo_ray.run.lock import Check
 from sampo_ray.run.manifest import Manifest, RoundRecord, StepMetrics, parse_metrics, read_manifest
@@ -163,8 +163,17 @@ def find_run(url: str) -> Place:
 
 
 def read_settings(place: Place) -> dict[str, Any]:
-    """The sections of a run directory's config.yaml, with today's names of what has moved since it was written."""
-    tree = yaml.safe_load(place.at("config.yaml").read())
+    """The sections of a run directory's config.yaml, with today's names of what has moved since it was written.
+    ConfigError where it is gone or damaged."""
+    file = place.at("config.yaml")
+    try:
+        tree = yaml.safe_load(file.read())
+    except (FileNotFoundError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"{file.url} cannot be read ({described(error)}); restore it, as its run has no other"
+        ) from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file.url} is no configuration of a run; restore it, as its run has no other")
     reward = tree.get("reward", {})
     return {**tree, "reward": {**reward, "function": MOVED.get(reward.get("function"), reward.get("function"))}}
 
