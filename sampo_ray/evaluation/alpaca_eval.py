@@ -23,7 +23,8 @@ from sampo_ray.evaluation.alpaca_data import BASELINE, ROWS, AlpacaData, open_da
 from sampo_ray.evaluation.alpaca_judging import Preferences, Row, calls_of, checked, kind_of, planned, preferences
 from sampo_ray.evaluation.asking import GREEDY, Answer, Question, answers_to
 from sampo_ray.evaluation.offline import versions_of
-from sampo_ray.evaluation.records import MOST_LOST, Conditions, Score, TaskResult, Unit
+from sampo_ray.evaluation.records import Conditions, Score, TaskResult, Unit
+from sampo_ray.evaluation.scoring import lost
 from sampo_ray.evaluation.subject import Subject, template_digest
 from sampo_ray.evaluation.win_rates import WinRates, check_answers, check_model, win_rates
 from sampo_ray.run.storage import Place
@@ -117,7 +118,7 @@ def run(subject: Subject, settings: AlpacaSettings) -> tuple[TaskResult, bytes]:
     check_model(subject.name)
     asked = plan(chat, subject.context, settings, subject.dtype)
     answers = answers_to(subject, asked.questions, chat)
-    counts = _lost(answers)
+    counts = lost(answers, TASK)
     check_answers([answer.text for answer in answers])
     rows = [
         Row(question.messages, None if answer.error else answer.text, theirs)
@@ -129,17 +130,8 @@ def run(subject: Subject, settings: AlpacaSettings) -> tuple[TaskResult, bytes]:
     headline = [_headline(asked.data, subject.name, texts, repeat, rates is not None) for repeat in judged.repeats]
     by_row = {**_by_row(kind_of(settings.judge), values, rates), **_lengths(texts, chat, settings.llama3)}
     conditions = asked.conditions.model_copy(update={**counts, "judge": judged.with_spread(headline)})
-    result = TaskResult(
-        task=TASK,
-        run=subject.run,
-        version=subject.version,
-        label=subject.label,
-        model=subject.name,
-        scores=tuple(_score(name, found, rates) for name, found in by_row.items()),
-        conditions=conditions,
-        seconds=time.monotonic() - begun,
-        created=int(time.time()),
-    )
+    scores = tuple(_score(name, found, rates) for name, found in by_row.items())
+    result = subject.result(TASK, scores, conditions, begun)
     return result, b"".join(_samples(asked, answers, judged, by_row))
 
 
@@ -207,18 +199,6 @@ def _score(name: str, values: Sequence[float | None], rates: WinRates | None) ->
     elif unit == "share" and low is not None and high is not None:
         low, high = max(low, 0.0), min(high, 1.0)
     return Score(name=name, value=mean, unit=unit, stderr=error, low=low, high=high, count=len(given))
-
-
-def _lost(answers: Sequence[Answer]) -> Mapping[str, int]:
-    """Counts of answers that failed, are empty or were cut. EvaluationError where too many are no answers."""
-    failed = sum(answer.error is not None for answer in answers)
-    empty = sum(answer.error is None and not answer.text.strip() for answer in answers)
-    if failed + empty > MOST_LOST * len(answers):
-        raise EvaluationError(
-            f"{TASK} has no score: of {len(answers)} answers {empty} are empty and {failed} failed, more than "
-            f"{MOST_LOST:.0%}; look at the model's answers"
-        )
-    return {"failed": failed, "empty": empty, "cut": sum(answer.finish == "length" for answer in answers)}
 
 
 def _notes(data: AlpacaData, settings: AlpacaSettings, tokens: int, llama3: bool) -> list[str]:

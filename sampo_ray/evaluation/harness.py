@@ -43,17 +43,7 @@ def run(task: Task, subject: Subject, asking: Asking) -> tuple[TaskResult, bytes
     conditions = _conditions(task, model, results, asking, subject.dtype)
     conditions = conditions.model_copy(update=lost(list(model.prompts.answers.values()), task.name))
     samples = list(_samples(task, results, model.prompts))
-    result = TaskResult(
-        task=task.name,
-        run=subject.run,
-        version=subject.version,
-        label=subject.label,
-        model=subject.name,
-        scores=tuple(_scores(task, results)),
-        conditions=conditions,
-        seconds=time.monotonic() - begun,
-        created=int(time.time()),
-    )
+    result = subject.result(task.name, tuple(_scores(task, results)), conditions, begun)
     return result, "".join(json.dumps(each, default=str) + "\n" for each in samples).encode()
 
 

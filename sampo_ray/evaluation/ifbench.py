@@ -96,17 +96,8 @@ def run(task: Task, subject: Subject, asking: Asking) -> tuple[TaskResult, bytes
     counts = lost(answers, task.name)
     _seed()
     scored = [_scored(row, answer) for row, answer in zip(rows, answers, strict=True)]
-    result = TaskResult(
-        task=task.name,
-        run=subject.run,
-        version=subject.version,
-        label=subject.label,
-        model=subject.name,
-        scores=tuple(score_of(name, _mean(found), found) for name in METRICS if (found := [s[name] for s in scored])),
-        conditions=planned.conditions.model_copy(update=counts),
-        seconds=time.monotonic() - begun,
-        created=int(time.time()),
-    )
+    scores = tuple(score_of(name, _mean(found), found) for name in METRICS if (found := [s[name] for s in scored]))
+    result = subject.result(task.name, scores, planned.conditions.model_copy(update=counts), begun)
     lines = [_line(*each) for each in zip(rows, answers, scored, strict=True)]
     return result, "".join(json.dumps(line) + "\n" for line in lines).encode()
 

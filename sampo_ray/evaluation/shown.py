@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from sampo_ray.evaluation.comparison import Cell, Comparison, is_trial
-from sampo_ray.evaluation.differences import Difference, bounds
+from sampo_ray.evaluation.differences import HARNESSES, Difference, bounds
 from sampo_ray.evaluation.records import Conditions, Score, Unit
 
 PLACES: dict[Unit, int] = {"share": 1, "tokens": 0, "characters": 0, "reward": 3, "slope": 5}
@@ -85,5 +85,4 @@ def _spread(spread: float | None) -> str:
 
 
 def _harness(about: Conditions) -> Sequence[tuple[str, str]]:
-    wanted = ("lm_eval", "lm-eval", "alpaca_eval", "alpaca-eval", "ifbench")
-    return [(name, about.packages[name]) for name in wanted if name in about.packages]
+    return [(name, about.packages[name]) for name in HARNESSES if name in about.packages]

@@ -1,11 +1,13 @@
 """What is evaluated: one version behind an endpoint, and how its answers are read."""
 
 import hashlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sampo_ray.data.chat import ChatFormat
 from sampo_ray.data.template import opened_by, thinking_in
+from sampo_ray.evaluation.records import Conditions, Score, TaskResult
 from sampo_ray.sources.messages import Message
 
 
@@ -37,6 +39,20 @@ class Subject:
 
     def chat(self) -> ChatFormat:
         return ChatFormat.load(self.tokenizer, "tokenizer")
+
+    def result(self, task: str, scores: tuple[Score, ...], conditions: Conditions, begun: float) -> TaskResult:
+        """The result of a task that has just ended, and had `begun` at that time of the monotonic clock."""
+        return TaskResult(
+            task=task,
+            run=self.run,
+            version=self.version,
+            label=self.label,
+            model=self.name,
+            scores=scores,
+            conditions=conditions,
+            seconds=time.monotonic() - begun,
+            created=int(time.time()),
+        )
 
 
 def template_digest(chat: ChatFormat) -> str:

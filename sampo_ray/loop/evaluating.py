@@ -2,7 +2,6 @@
 trained on. The stages are those of rounds: what is stored is not asked again."""
 
 import hashlib
-import json
 import time
 from collections import Counter
 from collections.abc import Container, Sequence
@@ -233,13 +232,13 @@ class Evaluation:
         )
 
 
-def _template(folder: Path) -> tuple[str | None, int | None]:
+def _template(folder: Path) -> tuple[str, int | None]:
     """Digest of a tokenizer's chat template, and its token for the beginning of texts."""
     from sampo_ray.data.chat import ChatFormat
+    from sampo_ray.evaluation.subject import template_digest
 
-    tokenizer = ChatFormat.load(folder, "tokenizer").tokenizer
-    template = json.dumps(tokenizer.chat_template, sort_keys=True).encode()
-    return hashlib.sha256(template).hexdigest()[:16], tokenizer.bos_token_id
+    chat = ChatFormat.load(folder, "tokenizer")
+    return template_digest(chat), chat.bos_id
 
 
 def _stored(run: Place, version: int) -> TaskResult:
