@@ -16,7 +16,7 @@ from sampo_ray.console.scores import plan_text, result_notes, score_table
 from sampo_ray.console.session import library_output_to, quiet_libraries, ray_cluster
 from sampo_ray.errors import EvaluationError
 from sampo_ray.evaluation.offline import check_data, check_packages, environment
-from sampo_ray.evaluation.records import TaskResult, check_writable, read_result, result_place, write_result
+from sampo_ray.evaluation.records import TaskResult, check_writable, read_result, result_place, subject_of, write_result
 from sampo_ray.evaluation.targets import check_place, open_target
 from sampo_ray.evaluation.tasks import Task, task_named
 from sampo_ray.run.storage import Place
@@ -102,8 +102,7 @@ class Evaluation:
         return plans
 
     def _place(self, chosen: "Chosen", task: str) -> Place:
-        subject = chosen.label if chosen.version is None else f"{chosen.version:06d}"
-        return result_place(self._target.root, subject, task)
+        return result_place(self._target.root, subject_of(chosen.version, chosen.label), task)
 
     def _done(self, chosen: "Chosen", plan: "Plan") -> bool:
         """Whether there is a result of the same conditions."""

@@ -131,15 +131,19 @@ class TaskResult(Record):
 
     @property
     def subject(self) -> str:
-        """What was evaluated, as a part of paths: the version's number, or the name of a folder."""
-        return self.label if self.version is None else f"{self.version:06d}"
+        return subject_of(self.version, self.label)
 
     def score(self, name: str) -> Score | None:
         return next((score for score in self.scores if score.name == name), None)
 
 
+def subject_of(version: int | None, label: str = "") -> str:
+    """What is evaluated, as a part of paths: the version's number, or the name of a folder."""
+    return label if version is None else f"{version:06d}"
+
+
 def result_place(root: Place, subject: str, task: str) -> Place:
-    """Folder of a result. `root`: a run directory, or an exported folder; `subject`: see `TaskResult.subject`.
+    """Folder of a result. `root`: a run directory, or an exported folder; `subject`: see `subject_of`.
     EvaluationError for names that are no part of a path."""
     for name in (subject, task):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.,=-]*", name):

@@ -18,7 +18,7 @@ from sampo_ray.data.rewards import Samples
 from sampo_ray.errors import RewardError, StageError
 from sampo_ray.evaluation import probe
 from sampo_ray.evaluation.probe import Answer
-from sampo_ray.evaluation.records import Conditions, TaskResult, read_result, result_place, write_result
+from sampo_ray.evaluation.records import Conditions, TaskResult, read_result, result_place, subject_of, write_result
 from sampo_ray.evaluation.verifiers import followed_in
 from sampo_ray.judging.tally import Tally
 from sampo_ray.loop import stages, tokenizing
@@ -166,7 +166,7 @@ class Evaluation:
         self, round: Round, version: int, subjects: Sequence[str], rewards: "DeploymentHandle | None"
     ) -> TaskResult:
         """The result of a version: stored already, or of its answers and those that they are compared with."""
-        if (stored := read_result(result_place(self.run.place, f"{version:06d}", probe.TASK))) is not None:
+        if (stored := read_result(result_place(self.run.place, subject_of(version), probe.TASK))) is not None:
             return stored
         own = self._parts_of(subjects, round)
         stage, total = SCORES if version else "base_scores", sum(part.rows for parts in own for part in parts)
@@ -242,7 +242,7 @@ def _template(folder: Path) -> tuple[str, int | None]:
 
 
 def _stored(run: Place, version: int) -> TaskResult:
-    found = read_result(result_place(run, f"{version:06d}", probe.TASK))
+    found = read_result(result_place(run, subject_of(version), probe.TASK))
     assert found is not None, "versions are evaluated in order"
     return found
 
