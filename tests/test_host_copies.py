@@ -1,11 +1,13 @@
 """Copies of tensors in host memory that is kept."""
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
-from sampo_ray.training.host_copies import HostBuffer
+from sampo_ray.training.host_copies import HostBuffer, with_copies
 
 TENSORS = [
     torch.arange(7, dtype=torch.float32),
@@ -42,6 +44,18 @@ def test_each_copy_is_saved_alone(tmp_path: Path) -> None:
     torch.save(copies[1], tmp_path / "small.pt")
     assert (tmp_path / "small.pt").stat().st_size < 4096
     assert torch.equal(torch.load(tmp_path / "small.pt"), torch.ones(16))
+
+
+def test_copies_that_nobody_has_any_more_keep_no_memory() -> None:
+    gc.disable()  # in a cycle of references they would stay until it runs, with a buffer that was replaced
+    try:
+        copies = with_copies({"tensors": TENSORS}, HostBuffer())["tensors"]
+        alive = [weakref.ref(copy) for copy in copies]
+        assert len(alive) == len(TENSORS)
+        del copies
+        assert not any(each() is not None for each in alive)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

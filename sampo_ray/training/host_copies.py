@@ -86,27 +86,38 @@ def _pin(memory: mmap.mmap) -> Callable[[], object]:
     return lambda: runtime.cudaHostUnregister(address)
 
 
+class _Pickler(pickle.Pickler):
+    """Leaves tensors out, and gives those that are the same memory one number."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.tensors, self._numbers = list[Tensor](), dict[tuple[object, ...], int]()
+
+    def persistent_id(self, value: object) -> int | None:
+        if not isinstance(value, Tensor):
+            return None
+        tensors = self.tensors
+        key = (value.data_ptr(), value.dtype, value.shape, value.stride()) if value.numel() else (len(tensors),)
+        if key not in self._numbers:
+            self._numbers[key] = len(tensors)
+            tensors.append(value)
+        return self._numbers[key]
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, tensors: Sequence[Tensor]) -> None:
+        super().__init__(file)
+        self._tensors = tensors
+
+    def persistent_load(self, number: int) -> Tensor:
+        return self._tensors[number]
+
+
 def with_copies(state: T, buffer: HostBuffer) -> T:
     """A copy of what torch.save takes, its tensors in `buffer`: nothing of it changes any more. Tensors that are the
     same memory, as tied weights are, are copied once; they may hold no attributes of their own."""
-    tensors, numbers = list[Tensor](), dict[tuple[object, ...], int]()
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, value: object) -> int | None:
-            if not isinstance(value, Tensor):
-                return None
-            key = (value.data_ptr(), value.dtype, value.shape, value.stride()) if value.numel() else (len(tensors),)
-            if key not in numbers:
-                numbers[key] = len(tensors)
-                tensors.append(value)
-            return numbers[key]
-
-    class Unpickler(pickle.Unpickler):
-        def persistent_load(self, number: int) -> Tensor:
-            return copies[number]
-
-    Pickler(file := io.BytesIO()).dump(state)
-    copies = buffer.copies(tensors)
+    pickler = _Pickler(file := io.BytesIO())
+    pickler.dump(state)
     file.seek(0)
-    copied: T = Unpickler(file).load()
+    copied: T = _Unpickler(file, buffer.copies(pickler.tensors)).load()
     return copied
