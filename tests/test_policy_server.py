@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -135,7 +136,16 @@ class Policy:
             self.await_version()
         return self.version
 
-    def give_gpus(self, turn: str) -> bool:
+    @contextmanager
+    def asleep(self) -> Iterator[None]:
+        """The ranks have the GPUs within it, and the engine has them again behind it, whatever happened."""
+        try:
+            assert self._give_gpus("ranks")
+            yield
+        finally:
+            assert self._give_gpus("engines")
+
+    def _give_gpus(self, turn: str) -> bool:
         return ray.get(self.store.give_gpus.remote(turn, scaled(60)), timeout=scaled(90))
 
     def new(self, adapters: AdaptersInfo | None = None) -> NewVersion:
@@ -397,21 +407,24 @@ def test_a_member_killed_in_mid_broadcast_leaves_the_replica_to_the_host_path(
 @pytest.mark.slow
 def test_an_engine_leaves_its_gpus_to_the_ranks_and_comes_back_on_the_newest_weights(policy: Policy) -> None:
     policy.publish(seed=1)
-    first, ends = policy.generate(), list[Any]()
-    asking = threading.Thread(target=lambda: ends.append(policy.chat(max_tokens=64, ignore_eos=True)[-1]))
+    first, items = policy.generate(), list[Any]()
+    options = {"max_tokens": 64, "stream": True, "ignore_eos": True}
+    asking = threading.Thread(target=lambda: items.extend(policy.stream(**options)))
     asking.start()
-    assert policy.give_gpus("ranks")
-    assert policy.held()["state"] == "asleep"
-    asking.join(scaled(60))
-    assert ends[0].response.usage.completion_tokens == 64, "an answer in flight ends first"
-    with pytest.raises(PausedError):
-        policy.chat(max_tokens=2)
-    before, version = policy.held()["version"], policy.publish(seed=2, awaited=False)
-    request = RolloutRequest(1, 0.0, top_p=0.95, max_tokens=24, seed=1)
-    rollouts = policy.handle.generate.remote(ray.put(policy.prompts()), [0, 1, 2, 3], request)
-    time.sleep(1.0)
-    assert policy.held() == {**policy.held(), "state": "asleep", "version": before}
-    assert policy.give_gpus("engines")
+    wait_until(lambda: items, "beginning of the answer", every=0.01)
+    with policy.asleep():
+        assert policy.held()["state"] == "asleep"
+        asking.join(scaled(60))
+        *_, last, done = [chunk for item in items if isinstance(item, Chunks) for chunk in item.events]
+        assert done == "data: [DONE]\n\n", "an answer in flight ends first"
+        assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+        with pytest.raises(PausedError):
+            policy.chat(max_tokens=2)
+        before, version = policy.held()["version"], policy.publish(seed=2, awaited=False)
+        request = RolloutRequest(1, 0.0, top_p=0.95, max_tokens=24, seed=1)
+        rollouts = policy.handle.generate.remote(ray.put(policy.prompts()), [0, 1, 2, 3], request)
+        time.sleep(1.0)
+        assert policy.held() == {**policy.held(), "state": "asleep", "version": before}
     completions = rollouts.result(timeout_s=scaled(120))
     assert completions["first_version"].to_pylist() == [version] * 4
     assert_greedy(completions, version_folder(policy.versions, version))
