@@ -286,7 +286,7 @@ def test_deepspeed_hands_what_it_saves_to_its_checkpoint_engine_and_loads_by_the
 
     from sampo_ray.internals.deepspeed import _Collected, checkpoint_files
 
-    assert not _Collected().is_decoupled(), deepspeed_found()
+    assert not _Collected(()).is_decoupled(), deepspeed_found()
     for writes in (DeepSpeedEngine._save_checkpoint, DeepSpeedEngine._save_zero_checkpoint):
         assert "self.checkpoint_engine.save(" in inspect.getsource(writes), deepspeed_found()
         assert "torch.save" not in inspect.getsource(writes), deepspeed_found()

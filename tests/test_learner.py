@@ -274,6 +274,22 @@ def test_what_was_saved_goes_on_to_the_same_bits(alone, tiny_model, pairs, tmp_p
     assert all(torch.equal(a, b) for a, b in zip(masters(again), masters(learner), strict=True))
 
 
+def test_what_was_saved_with_weights_beside_their_masters_goes_on_too(alone, tiny_model, pairs, tmp_path):
+    """As earlier builds did under ZeRO-2."""
+    learner, steps = make(tiny_model, "sigmoid", zero_stage=2), plan(pairs)
+    learner.optimize(steps[0], pairs, 4)
+    save(learner, tmp_path / "state")
+    path = tmp_path / "state" / learner.files[0]
+    state = torch.load(path, weights_only=False)
+    assert not state["module"].keys() & dict(learner.policy.named_parameters()).keys()
+    state["module"] |= learner.policy.state_dict()
+    torch.save(state, path)
+    expected = learner.optimize(steps[1], pairs, 4)
+    again = make(tiny_model, "sigmoid", zero_stage=2)
+    again.load(tmp_path, "state", 0, 1, Statistics())
+    assert again.optimize(steps[1], pairs, 4) == expected
+
+
 @pytest.mark.parametrize(("zero_stage", "lora"), [(2, None), (3, None), (2, {"rank": 4})])
 def test_what_two_ranks_saved_goes_on_with_one(alone, tiny_model, pairs, tmp_path, zero_stage, lora):
     mp.spawn(_two_ranks, (tiny_model, pairs, tmp_path, zero_stage, lora), nprocs=2)
@@ -354,6 +370,9 @@ def test_a_snapshot_writes_no_file_and_fits_in_the_memory_that_was_taken_before_
     learner.optimize(plan(pairs)[0], pairs, 4)
     learner.snapshot(buffer)
     assert buffer.nbytes == taken and not list(folder.iterdir())
+    trained = [each for each in learner.policy.parameters() if each.requires_grad]
+    count = sum(getattr(each, "ds_numel", each.numel()) for each in trained)
+    assert 12 * count <= taken < 13 * count, "masters and moments"
 
 
 def _two_ranks(rank, tiny_model, pairs, folder, zero_stage, lora):

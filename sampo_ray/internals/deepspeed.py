@@ -2,7 +2,7 @@
 
 import io
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -72,17 +72,21 @@ def clear_moments(engine: DeepSpeedEngine) -> None:
 
 
 class _Collected(CheckpointEngine):
-    """A checkpoint engine that writes nothing: `states` has, by file name, what it was to save."""
+    """A checkpoint engine that writes nothing: `states` has, by file name, what it was to save, but the parameters."""
 
-    def __init__(self) -> None:
+    def __init__(self, parameters: Collection[str]) -> None:
         super().__init__()
         self.states: dict[str, Any] = {}
+        self._parameters = parameters
 
     def create(self, info: object) -> None: ...
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None: ...
 
     def save(self, state_dict: Any, path: str) -> None:
+        if "module" in state_dict:
+            rest = {name: value for name, value in state_dict["module"].items() if name not in self._parameters}
+            state_dict = state_dict | {"module": rest}
         self.states[Path(path).name] = state_dict
 
     def load(self, path: str, map_location: object = None) -> Any:
@@ -92,14 +96,18 @@ class _Collected(CheckpointEngine):
         return True
 
 
-def checkpoint_states(engine: DeepSpeedEngine, exclude_frozen: bool) -> dict[str, Any]:
+def checkpoint_states(engine: DeepSpeedEngine) -> dict[str, Any]:
     """What this rank has to write of a checkpoint, by file name; collective. The tensors are those in use: they change
     with the next step. DeepSpeed's engines that write beside the training leave that to their user, too. Nothing is
-    written, no script of DeepSpeed's either: on a busy disk that takes seconds, for which all ranks would wait."""
-    collected, writing = _Collected(), engine.checkpoint_engine
+    written, no script of DeepSpeed's either: on a busy disk that takes seconds, for which all ranks would wait.
+
+    There are no weights beside the fp32 masters, of which those that are trained follow, and no frozen ones, which do
+    not change: under ZeRO-2 the first rank alone would copy and write them, and all others wait for it."""
+    parameters = {name for name, _ in engine.module.named_parameters(remove_duplicate=False)}
+    collected, writing = _Collected(parameters), engine.checkpoint_engine
     engine.checkpoint_engine, engine._copy_recovery_script = collected, lambda folder: None
     try:
-        engine.save_checkpoint("nowhere", tag="state", save_latest=False, exclude_frozen_parameters=exclude_frozen)
+        engine.save_checkpoint("nowhere", tag="state", save_latest=False, exclude_frozen_parameters=True)
     finally:
         engine.checkpoint_engine = writing
         del engine._copy_recovery_script
@@ -120,16 +128,23 @@ def checkpoint_files(engine: DeepSpeedEngine) -> list[str]:
     return [Path(name("", "")).name for name in (engine._get_ckpt_name, engine._get_zero_ckpt_name)]
 
 
-def load_checkpoint(engine: DeepSpeedEngine, folder: Path, tag: str, strict: bool, universal: bool = False) -> None:
-    """Loads a checkpoint; `strict`: it holds all weights; `universal`: it is one that `write_universal` made. Resets
-    `_config.load_universal_checkpoint`, as other checkpoints of the same engine are not universal.
+def load_checkpoint(engine: DeepSpeedEngine, folder: Path, tag: str, universal: bool = False) -> None:
+    """Loads a checkpoint, with weights beside the masters or without; `universal`: it is one that `write_universal`
+    made. Resets `_config.load_universal_checkpoint`, as other checkpoints of the same engine are not universal.
     """
     engine._config.load_universal_checkpoint = universal
-    engine.load_checkpoint(str(folder), tag=tag, load_module_strict=strict)
+    engine.load_checkpoint(str(folder), tag=tag, custom_load_fn=_load_module)
     engine._config.load_universal_checkpoint = False
+    if not engine.zero_optimization_partition_weights():  # ZeRO-3 makes its weights of the masters itself
+        engine.optimizer.update_lp_params()
     if universal:  # DeepSpeed leaves the count of steps on the host, and one tensor for all parameters
         for parameter, state in engine.optimizer.optimizer.state.items():
             state["step"] = state["step"].to(parameter.device, copy=True)
+
+
+def _load_module(src: Mapping[str, Tensor], dst: nn.Module) -> None:
+    """Loads what there is of a module's state; RuntimeError for names that it does not have."""
+    dst.load_state_dict({**dst.state_dict(), **src})
 
 
 def write_universal(checkpoint: Path, out: Path) -> None:

@@ -262,12 +262,11 @@ class Learner:
         return zero.GatheredParameters(parameters) if sharded else contextlib.nullcontext()
 
     def snapshot(self, buffer: HostBuffer) -> dict[str, object]:
-        """Copies this rank's share of optimizer and trained weights to `buffer`: what to write with torch.save, by file
-        name. These are pickles, so resuming must trust them."""
+        """Copies this rank's share of masters and moments to `buffer`: what to write with torch.save, by file name.
+        These are pickles, so resuming must trust them."""
         from sampo_ray.internals.deepspeed import checkpoint_states
 
-        states = checkpoint_states(self._engine, exclude_frozen=self.config.model.lora is not None)
-        return with_copies(states, buffer)
+        return with_copies(checkpoint_states(self._engine), buffer)
 
     def warm(self, buffer: HostBuffer) -> None:
         """Takes the memory that snapshots need, which is slow when it is written for the first time; collective."""
@@ -290,7 +289,7 @@ class Learner:
         `write_universal` made of it."""
         from sampo_ray.internals.deepspeed import load_checkpoint
 
-        load_checkpoint(self._engine, folder, tag, strict=self.config.model.lora is None, universal=universal)
+        load_checkpoint(self._engine, folder, tag, universal)
         self.round, self.step, self.statistics = round, step, statistics
 
 

@@ -110,8 +110,7 @@ def plan_memory(
     gathers = sharded and (world > 1 or trainer.offload == "parameters")
     staged = 2 * shape.largest * (not kept and not sharded)  # for one gradient, on the device and on the host
     offloaded = weights - here + (0 if kept else (20 if sharded else 18) * each) + staged
-    # A checkpoint's masters and moments, with the weights on ZeRO-2's first rank, and a rank's share of a version.
-    copies = 12 * each + 2 * shape.trained * (not sharded) + 2 * each
+    copies = 12 * each + 2 * each  # a checkpoint's masters and moments, and a rank's share of a version
     return MemoryPlan(
         weights=here + 2 * shape.parameters * resident,
         gradients=4 * each * (kept or not sharded),
