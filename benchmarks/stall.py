@@ -29,8 +29,8 @@ import _training
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = 2
-HELD = 21
-"""Bytes a parameter of a rank at most: weights 2, half of masters and moments 6, both again for a snapshot and half of
+HELD = 19
+"""Bytes a parameter of a rank at most: weights 2, half of masters and moments 6, these again for a snapshot and half of
 the weights for another, and what DeepSpeed has for a moment as it starts."""
 STEP_S = 5.0
 STEPS, PUBLISH_EVERY, CHECKPOINT_EVERY = 50, 10, 50
@@ -141,8 +141,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         lay_out(args.folder)
     dist.barrier()
     side, states, shares = (ours if args.side == "ours" else base)(args)
-    watch = Resident()
     copies = {name: copy_seconds(size, args.repeats) for name, size in shares.items()}
+    watch = Resident()
     stops: dict[str, list[float]] = {"publish": [], "checkpoint": []}
     for turn in range(args.repeats):
         for name in stops:

@@ -69,19 +69,16 @@ class Snapshot:
             [] if index is None else [part for part in self.files[index].parts if partition(part) is not None]
             for index in wave
         ]
-        if not any(split):
-            return {}
+        if self._world == 1 or not any(split):
+            return {id(part): whole(part, self._copy(part)) for part in split[self._rank]}
         sent = [[as_bytes(self._copy(part)) for part in parts] for parts in split]
         sizes, mine = [sum(map(len, each)) for each in sent], [len(each) for each in sent[self._rank]]
-        ours = torch.cat([torch.empty(0, dtype=torch.uint8), *(each for parts in sent for each in parts)])
+        ours = torch.cat([each for parts in sent for each in parts])
         theirs = torch.empty(self._world * sum(mine), dtype=torch.uint8)
-        if self._world > 1:
-            dist.all_to_all_single(theirs, ours, [sum(mine)] * self._world, sizes, group=group)
-        else:
-            theirs = ours
+        dist.all_to_all_single(theirs, ours, [sum(mine)] * self._world, sizes, group=group)
         by_rank = theirs.view(self._world, -1).split(mine, dim=1) if mine else ()
-        return {
-            id(part): whole(part, parts.clone(memory_format=torch.contiguous_format).view(-1).view(part.dtype))
+        return {  # a file of one parameter, which may be the largest there is, is not copied again
+            id(part): whole(part, parts.contiguous().view(-1).view(part.dtype))
             for part, parts in zip(split[self._rank], by_rank, strict=True)
         }
 
