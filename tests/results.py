@@ -7,6 +7,7 @@ from pathlib import Path
 from sampo_ray.config.run import load_config
 from sampo_ray.evaluation.records import Conditions, JudgeRecord, Score, TaskResult, write_result
 from sampo_ray.evaluation.statistics import Z, standard_error
+from sampo_ray.judging.tally import Tally
 from sampo_ray.run.directory import create_run
 from sampo_ray.run.storage import Place
 
@@ -69,7 +70,9 @@ def score(name: str, values: list[float]) -> Score:
 
 
 def judge(spread: float | None = 0.002) -> JudgeRecord:
-    return JudgeRecord(name="a-judge", preset="alpaca_eval", weighted=True, calls=400, repeats=3, repeat_spread=spread)
+    return JudgeRecord(
+        name="a-judge", preset="alpaca_eval", weighted=True, tally=Tally(calls=400), repeats=3, repeat_spread=spread
+    )
 
 
 def four_rows(folder: Path) -> list[Place]:

@@ -96,10 +96,11 @@ def test_answers_are_judged_in_both_orders_and_rated_with_all_that_decides_it(
     assert other.conditions.planned != about.planned
     record = about.judge
     assert record is not None and record.weighted and record.preset == "alpaca_eval"
-    assert (record.calls, record.cached, record.prompt_tokens) == (1610, 0, 161_000)
-    assert record.first_share == pytest.approx(0.5, abs=0.01) and record.flip_share < 0.01  # by equal lengths
+    tally = record.tally
+    assert (tally.calls, tally.cached, tally.prompt_tokens) == (1610, 0, 161_000)
+    assert tally.first_share == pytest.approx(0.5, abs=0.01) and tally.flip_share < 0.01  # by equal lengths
     assert record.repeat_spread is None
-    assert again.conditions.judge is not None and again.conditions.judge.cached == 1610
+    assert again.conditions.judge is not None and again.conditions.judge.tally.cached == 1610
     assert again.scores == result.scores
 
 
@@ -174,7 +175,7 @@ def test_what_is_wrong_is_refused_before_anything_is_asked(
         settings = AlpacaSettings(folder, judged_by(judge))
         with pytest.raises(EvaluationError, match="is the baseline's name"):
             alpaca_eval.run(subject(endpoint, tokenizer, name=BASELINE), settings)
-        with pytest.raises(EvaluationError, match="does not fit the context of 256"):
+        with pytest.raises(EvaluationError, match="prompts do not fit"):
             alpaca_eval.run(subject(endpoint, tokenizer, context=256), settings)
     assert len(endpoint.bodies) == begun
 

@@ -178,7 +178,7 @@ def test_who_scored_is_recorded_and_only_what_repeats_itself_has_no_spread():
     judged = load_config({**MODEL, **ONLINE, "reward": {"sum": [{"judge": judge}, {"function": "a:b"}]}}).reward
     assert probe.judged_by(online, Tally()).repeat_spread == 0.0
     record = probe.judged_by(judged, Tally(calls=3, refused=1))
-    assert (record.name, record.preset, record.calls, record.refused) == ("j + a:b", "summary", 3, 1)
+    assert (record.name, record.preset, record.tally.calls, record.tally.refused) == ("j + a:b", "summary", 3, 1)
     assert record.repeat_spread is None
     assert probe.judged_by(load_config({**MODEL, "data": {"train": "t"}}).reward, Tally()) is None
 
@@ -362,7 +362,7 @@ def without_ray(monkeypatch):
     for module in (evaluating, stages):
         monkeypatch.setattr(module, "collect", SimpleNamespace(remote=keep))
     monkeypatch.setattr(evaluating, "_together", SimpleNamespace(remote=_together._function))
-    monkeypatch.setattr(evaluating, "_template", lambda folder: ("t", 1))
+    monkeypatch.setattr(evaluating, "_template", lambda folder, prompt: ("t", 1))
     monkeypatch.setattr(stages, "as_ref", lambda made: made)
     monkeypatch.setattr(Part, "argument", lambda part, again=False: part.table())
 

@@ -4,8 +4,10 @@ from collections.abc import Iterable, Sequence
 
 from rich.table import Table
 
+from sampo_ray.evaluation.comparison import is_trial
 from sampo_ray.evaluation.plans import Plan
 from sampo_ray.evaluation.records import Score, TaskResult
+from sampo_ray.evaluation.shown import bracketed, number
 from sampo_ray.evaluation.tasks import Task
 
 IDS_SHOWN = 24
@@ -50,16 +52,13 @@ def cell(result: TaskResult, score: Score | None) -> str:
     """`35.0 [28.1, 42.6], 20 of 1,319`: a score, its interval, and of how many samples if not of all."""
     if score is None:
         return "-"
-    scale, form = (100.0, ".1f") if score.unit == "share" else (1.0, ".1f" if score.unit == "tokens" else ".4f")
-    parts = [f"{score.value * scale:{form}}"]
-    if score.low is not None and score.high is not None:
-        parts.append(f"[{score.low * scale:{form}}, {score.high * scale:{form}}]")
-    limit = result.conditions.limit
-    return " ".join(parts) + ("" if limit is None else f", {limit:,} of {result.conditions.total:,}")
+    about = result.conditions
+    limit = f", {about.limit:,} of {about.total:,}" if is_trial(about) else ""
+    return f"{number(score.value, score.unit)} {bracketed(score)}".strip() + limit
 
 
 def result_notes(results: Sequence[TaskResult]) -> list[str]:
-    """Notes that results carry, and shares of empty, cut and failed answers, a line each."""
+    """Notes that results carry, shares of empty, cut and failed answers, and what judging took, a line each."""
     lines = dict.fromkeys(f"{result.task}: {note}" for result in results for note in result.conditions.notes)
     for result in results:
         about, asked = result.conditions, result.conditions.limit or result.conditions.total
@@ -67,4 +66,6 @@ def result_notes(results: Sequence[TaskResult]) -> list[str]:
         if lost:
             said = ", ".join(f"{count / asked:.1%} {name}" for name, count in lost.items())
             lines[f"{result.task} of {result.label}: of its answers {said}"] = None
+        if about.judge is not None and about.judge.tally.asked:
+            lines[f"{result.task} of {result.label}: judged with {about.judge.tally.text()}"] = None
     return list(lines)

@@ -23,9 +23,10 @@ from sampo_ray.evaluation.alpaca_data import BASELINE, ROWS, AlpacaData, open_da
 from sampo_ray.evaluation.alpaca_judging import Preferences, Row, calls_of, checked, kind_of, planned, preferences
 from sampo_ray.evaluation.asking import GREEDY, Answer, Question, answers_to
 from sampo_ray.evaluation.offline import versions_of
+from sampo_ray.evaluation.prompts import Prompts
 from sampo_ray.evaluation.records import Conditions, Score, TaskResult, Unit
 from sampo_ray.evaluation.scoring import lost
-from sampo_ray.evaluation.subject import Subject, template_digest
+from sampo_ray.evaluation.subject import Subject, bos_in, template_digest
 from sampo_ray.evaluation.win_rates import WinRates, check_answers, check_model, win_rates
 from sampo_ray.run.storage import Place
 from sampo_ray.sources.messages import Message
@@ -80,18 +81,13 @@ def plan(chat: ChatFormat, context: int, settings: AlpacaSettings, dtype: str | 
     data = open_data(settings.data)
     texts = data.instructions[: settings.limit]
     conversations = [[Message(role="user", content=text)] for text in texts]
-    prompts = [chat.prompt_ids(messages) for messages in conversations]
-    longest = max(map(len, prompts))
-    tokens = settings.max_tokens or min(MOST_TOKENS, context - longest)
-    if tokens < 1 or longest + tokens > context:
-        raise EvaluationError(
-            f"{TASK}: the longest prompt has {longest} tokens, and with answers of {max(tokens, 1)} it does not fit "
-            f"the context of {context}; serve the model with a longer one (data.max_length), or lower max_tokens"
-        )
+    ids = [chat.prompt_ids(messages) for messages in conversations]
+    tokens = settings.max_tokens or max(1, min(MOST_TOKENS, context - max(map(len, ids))))
     questions = [
-        Question(messages, ids, tokens, seed=settings.seed)
-        for messages, ids in zip(conversations, prompts, strict=True)
+        Question(messages, ids, tokens, seed=settings.seed) for messages, ids in zip(conversations, ids, strict=True)
     ]
+    prompts = Prompts(context)
+    prompts.ask(questions, chat)
     conditions = Conditions(
         packages=versions_of(PACKAGES),
         task_version="2",
@@ -99,9 +95,9 @@ def plan(chat: ChatFormat, context: int, settings: AlpacaSettings, dtype: str | 
         total=ROWS,
         route="chat",
         template=template_digest(chat),
-        first_prompt=tuple(prompts[0]),
-        bos=None if chat.bos_id is None else list(prompts[0]).count(chat.bos_id),
-        longest_prompt=longest,
+        first_prompt=prompts.first,
+        bos=bos_in(prompts.first, chat),
+        longest_prompt=prompts.longest,
         max_tokens=tokens,
         sampling=dict(GREEDY),
         dtype=dtype,

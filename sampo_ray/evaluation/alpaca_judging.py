@@ -114,7 +114,7 @@ def preferences(
     with Judge(source.judge, Cache(place) if place else None) as judge:
         found = [_judged(judge, rows, repeat) for repeat in range(repeats)]
     tally = sum((tally for _, tally in found), Tally())
-    return Preferences([values for values, _ in found], _counted(planned(source, repeats), tally))
+    return Preferences([values for values, _ in found], planned(source, repeats).model_copy(update={"tally": tally}))
 
 
 def _judged(judge: Judge, rows: Sequence[Row], repeat: int) -> tuple[list[float | None], Tally]:
@@ -179,9 +179,3 @@ def planned(source: RewardSource, repeats: int) -> JudgeRecord:
         return JudgeRecord(name=str(source.model or source.function), preset="reward", weighted=False, mode="reward")
     who = {"name": judge.model, "preset": judge.preset, "mode": judge.mode, "seed": judge.seed, "repeats": repeats}
     return JudgeRecord.model_validate({**who, "weighted": bool(judge.weighted)})
-
-
-def _counted(record: JudgeRecord, tally: Tally) -> JudgeRecord:
-    names = ("calls", "cached", "refused", "nonsense", "failed", "prompt_tokens", "completion_tokens")
-    counts = {name: getattr(tally, name) for name in (*names, "first_share", "flip_share")}
-    return record.model_copy(update=counts)

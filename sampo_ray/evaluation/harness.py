@@ -16,13 +16,14 @@ from lm_eval.tasks import TaskManager
 from sampo_ray.data.chat import ChatFormat
 from sampo_ray.errors import EvaluationError, first_line
 from sampo_ray.evaluation.asking import GREEDY, Answer
-from sampo_ray.evaluation.model import EndpointAsker, EndpointModel, Nobody, Prompts
+from sampo_ray.evaluation.model import EndpointAsker, EndpointModel, Nobody
 from sampo_ray.evaluation.offline import at_data, versions_of
 from sampo_ray.evaluation.plans import Asking, Plan
 from sampo_ray.evaluation.records import Conditions, Score, TaskResult
 from sampo_ray.evaluation.scoring import lost, score_of
-from sampo_ray.evaluation.subject import Subject, Thinking, template_digest
+from sampo_ray.evaluation.subject import Subject, Thinking, bos_in, template_digest
 from sampo_ray.evaluation.tasks import Task
+from sampo_ray.rewards.ifeval_verifiers import seed_language_detection
 
 PACKAGES = ("lm_eval", "datasets", "transformers", "nltk", "langdetect", "sampo-ray")
 
@@ -41,8 +42,8 @@ def run(task: Task, subject: Subject, asking: Asking) -> tuple[TaskResult, bytes
     model = EndpointModel(chat, subject.context, EndpointAsker(subject, chat), asking.seed, asking.max_tokens)
     results = _run(task, model, asking)
     conditions = _conditions(task, model, results, asking, subject.dtype)
-    conditions = conditions.model_copy(update=lost(list(model.prompts.answers.values()), task.name))
-    samples = list(_samples(task, results, model.prompts))
+    conditions = conditions.model_copy(update=lost(list(model.given.values()), task.name))
+    samples = list(_samples(results, model.given))
     result = subject.result(task.name, tuple(_scores(task, results)), conditions, begun)
     return result, "".join(json.dumps(each, default=str) + "\n" for each in samples).encode()
 
@@ -66,9 +67,7 @@ def official(task: Task, model: LM, asking: Asking) -> Mapping[str, Any]:
     """lm-eval's results with its samples, of any of its models."""
     chat = task.kind == "generative"
     if "langdetect" in task.packages:
-        from langdetect import DetectorFactory
-
-        DetectorFactory.seed = 0  # it guesses by chance, else
+        seed_language_detection()
     manager = _manager()
     with at_data(asking.data):
         try:
@@ -118,7 +117,7 @@ def _conditions(
         route="chat" if chat else "completions",
         template=template_digest(model.chat) if chat else None,
         first_prompt=prompts.first,
-        bos=prompts.first.count(model.bos) if model.bos is not None else 0,
+        bos=bos_in(prompts.first, model.chat),
         longest_prompt=prompts.longest,
         max_tokens=prompts.max_tokens,
         sampling={**GREEDY, "seed": asking.seed} if chat else {},
@@ -139,7 +138,7 @@ def _scores(task: Task, results: Mapping[str, Any]) -> Iterator[Score]:
         yield score_of(name, float(value), [each[metric] for each in samples if metric in each])
 
 
-def _samples(task: Task, results: Mapping[str, Any], prompts: Prompts) -> Iterator[dict[str, Any]]:
+def _samples(results: Mapping[str, Any], answers: Mapping[tuple[str, int], Answer]) -> Iterator[dict[str, Any]]:
     """A line for each document: its prompt, answer and scores. The score of a sample with several parts is their mean,
     and `weights` says how many they are."""
     for leaf, samples in results["samples"].items():
@@ -147,7 +146,7 @@ def _samples(task: Task, results: Mapping[str, Any], prompts: Prompts) -> Iterat
         for sample in samples:
             by_document.setdefault(sample["doc_id"], []).append(sample)
         for document, found in by_document.items():
-            yield _line(leaf, document, found, prompts.answers.get((leaf, document)))
+            yield _line(leaf, document, found, answers.get((leaf, document)))
 
 
 def _line(leaf: str, document: int, found: Sequence[Mapping[str, Any]], answer: Answer | None) -> dict[str, Any]:

@@ -16,10 +16,12 @@ from sampo_ray.errors import EvaluationError
 from sampo_ray.evaluation.asking import GREEDY, Answer, Question, answers_to
 from sampo_ray.evaluation.offline import versions_of
 from sampo_ray.evaluation.plans import Asking, Plan
+from sampo_ray.evaluation.prompts import Prompts
 from sampo_ray.evaluation.records import Conditions, TaskResult
 from sampo_ray.evaluation.scoring import lost, score_of
-from sampo_ray.evaluation.subject import Subject, leading_bos, template_digest
+from sampo_ray.evaluation.subject import Subject, bos_in, template_digest
 from sampo_ray.evaluation.tasks import Task
+from sampo_ray.rewards.ifeval_verifiers import seed_language_detection
 from sampo_ray.sources.messages import Message
 
 MAX_TOKENS = 1280
@@ -63,29 +65,23 @@ def verify_loosely(row: Row, answer: str) -> list[bool]:
 def plan(task: Task, chat: ChatFormat, context: int, asking: Asking, dtype: str | None = None) -> Plan:
     rows, total = _rows(asking.limit)
     questions = _questions(rows, chat, asking)
-    longest = max(len(question.prompt) for question in questions)
-    tokens = questions[0].max_tokens
-    if longest + tokens > context:
-        raise EvaluationError(
-            f"the longest prompt has {longest:,} tokens, its answer may have {tokens:,}, and both {context:,}; "
-            "nothing is cut. Use a longer context, or fewer --max-tokens"
-        )
-    bos = leading_bos(chat)
+    prompts = Prompts(context)
+    prompts.ask(questions, chat)
     conditions = Conditions(
         packages=versions_of(("ifbench", "nltk", "transformers", "sampo-ray")),
         limit=len(rows) if len(rows) < total else None,
         total=total,
         route="chat",
         template=template_digest(chat),
-        first_prompt=tuple(questions[0].prompt),
-        bos=list(questions[0].prompt).count(bos) if bos is not None else 0,
-        longest_prompt=longest,
-        max_tokens=tokens,
+        first_prompt=prompts.first,
+        bos=bos_in(prompts.first, chat),
+        longest_prompt=prompts.longest,
+        max_tokens=prompts.max_tokens,
         sampling={**GREEDY, "seed": asking.seed},
         dtype=dtype,
         seed=asking.seed,
     )
-    return Plan(task, len(questions), chat.render(questions[0].messages), (), conditions)
+    return Plan(task, len(questions), prompts.first_text, prompts.stop, conditions)
 
 
 def run(task: Task, subject: Subject, asking: Asking) -> tuple[TaskResult, bytes]:
@@ -94,7 +90,8 @@ def run(task: Task, subject: Subject, asking: Asking) -> tuple[TaskResult, bytes
     rows, _ = _rows(asking.limit)
     answers = answers_to(subject, _questions(rows, chat, asking), chat)
     counts = lost(answers, task.name)
-    _seed()
+    with contextlib.suppress(ImportError):
+        seed_language_detection()
     scored = [_scored(row, answer) for row, answer in zip(rows, answers, strict=True)]
     scores = tuple(score_of(name, _mean(found), found) for name in METRICS if (found := [s[name] for s in scored]))
     result = subject.result(task.name, scores, planned.conditions.model_copy(update=counts), begun)
@@ -161,11 +158,3 @@ def _verifiers() -> Mapping[str, Any]:
 
     found: Mapping[str, Any] = instructions_registry.INSTRUCTION_DICT
     return found
-
-
-def _seed() -> None:
-    """langdetect guesses by chance, else."""
-    with contextlib.suppress(ImportError):
-        from langdetect import DetectorFactory
-
-        DetectorFactory.seed = 0

@@ -7,7 +7,7 @@ tokenized by the run's `ChatFormat`, and a task whose prompts do not all fit is 
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lm_eval.api.instance import Instance
@@ -16,6 +16,7 @@ from lm_eval.api.model import TemplateLM
 from sampo_ray.data.chat import ChatFormat
 from sampo_ray.errors import EvaluationError
 from sampo_ray.evaluation.asking import Answer, Question, Scored, Scoring, answers_to, scores_of
+from sampo_ray.evaluation.prompts import Prompts
 from sampo_ray.evaluation.subject import Subject, leading_bos
 from sampo_ray.sources.messages import Message
 
@@ -54,36 +55,14 @@ class Nobody:
         return [Scored(0.0, False) for _ in scorings]
 
 
-@dataclass
-class Prompts:
-    """What was prepared to be asked; lengths in tokens."""
-
-    count: int = 0
-    longest: int = 0
-    misfits: int = 0
-    """Prompts that leave no room for their answer."""
-    max_tokens: int | None = None
-    first: tuple[int, ...] = ()
-    first_text: str = ""
-    stop: tuple[str, ...] = ()
-    answers: dict[tuple[str | None, int | None], Answer] = field(default_factory=dict)
-    """By lm-eval's task and document."""
-
-    def add(self, tokens: Sequence[int], text: str, room: int, context: int) -> None:
-        """`room`: tokens of the answer, at most."""
-        if not self.count:
-            self.first, self.first_text = tuple(tokens), text
-        self.count += 1
-        self.longest = max(self.longest, len(tokens))
-        self.misfits += len(tokens) + room > context
-
-
 class EndpointModel(TemplateLM):
     """`max_tokens`: of an answer, instead of what the task says. `context`: see `Subject`."""
 
     def __init__(self, chat: ChatFormat, context: int, asker: Asker, seed: int, max_tokens: int | None = None) -> None:
         super().__init__()
-        self.chat, self.context, self.prompts = chat, context, Prompts()
+        self.chat, self.prompts = chat, Prompts(context)
+        self.given: dict[tuple[str, int], Answer] = {}
+        """Answers by lm-eval's task and document."""
         self._asker, self._seed, self._max_tokens = asker, seed, max_tokens
         self.bos = leading_bos(chat)
 
@@ -114,16 +93,10 @@ class EndpointModel(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         questions = self._questions(requests)
-        for question in questions:
-            self.prompts.add(question.prompt, "", question.max_tokens, self.context)
-        if questions:
-            self.prompts.first_text = self.chat.render(questions[0].messages)
-            self.prompts.max_tokens = max(question.max_tokens for question in questions)
-            self.prompts.stop = questions[0].stop
-        self._check_fit()
+        self.prompts.ask(questions, self.chat)
         answers = self._asker.answers(questions)
         for request, answer in zip(requests, answers, strict=True):
-            self.prompts.answers[request.task_name, request.doc_id] = answer
+            self.given[request.task_name, request.doc_id] = answer
         return [answer.text for answer in answers]
 
     def _questions(self, requests: Iterable[Instance]) -> list[Question]:
@@ -154,23 +127,12 @@ class EndpointModel(TemplateLM):
         for ((context, choice), *_), scoring in zip(requests, scorings, strict=True):
             if not 0 < scoring.count < len(scoring.tokens):
                 raise EvaluationError(f"a choice has no tokens of its own after its prompt: {choice!r}")
-            self.prompts.add(scoring.tokens, context + choice, 1, self.context)
-        self._check_fit()
+            self.prompts.add(scoring.tokens, context + choice, 1)
+        self.prompts.check_fit()
         return [(each.logprob, each.greedy) for each in self._asker.scores(scorings)]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         raise EvaluationError("tasks that score whole texts (perplexity) are not known here")
-
-    def _check_fit(self) -> None:
-        """EvaluationError where the endpoint would have to cut."""
-        prompts, answer = self.prompts, self.prompts.max_tokens or 1
-        if prompts.misfits:
-            raise EvaluationError(
-                f"{prompts.misfits:,} of {prompts.count:,} prompts do not fit: the longest has {prompts.longest:,} "
-                f"tokens, its answer may have {answer:,}, and both together {self.context:,}; nothing is cut. Use a "
-                f"context of {prompts.longest + answer:,} tokens (of a live endpoint: data.max_length; with --endpoint "
-                "new one is started that has the model's), or leave the task out"
-            )
 
 
 def stops(settings: dict[str, Any]) -> tuple[str, ...]:

@@ -185,17 +185,14 @@ def judged_by(reward: RewardConfig, tally: Tally) -> JudgeRecord | None:
         return None
     judge = next((part.judge for part in reward.parts if part.judge is not None), None)
     names = [part.judge.model if part.judge else part.model or part.function for part in reward.parts]
-    counts = tally.model_dump(include=set(JudgeRecord.model_fields))
     return JudgeRecord(
         name=" + ".join(str(name) for name in names),
         preset=judge.preset if judge else "reward",
         weighted=bool(judge and judge.weighted),
         mode=judge.mode if judge else "reward",
         seed=judge.seed if judge else 0,
-        first_share=tally.first_share,
-        flip_share=tally.flip_share,
+        tally=tally,
         repeat_spread=None if judge else 0.0,
-        **counts,
     )
 
 

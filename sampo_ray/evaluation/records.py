@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sampo_ray.errors import EvaluationError
+from sampo_ray.judging.tally import Tally
 from sampo_ray.run.storage import Place
 
 FOLDER, RESULT, SAMPLES = "evaluations", "result.json", "samples.jsonl"
@@ -46,19 +47,7 @@ class JudgeRecord(Record):
     mode: Literal["pairwise", "pointwise", "reward"] = "pairwise"
     """Answers were compared in both orders, rated one by one, or scored by a reward model or function."""
     seed: int = 0
-    calls: int = 0
-    cached: int = 0
-    refused: int = 0
-    nonsense: int = 0
-    """Judgements that name neither answer; they are counted and not used."""
-    failed: int = 0
-    """Calls that were not answered, or were rejected."""
-    first_share: float | None = None
-    """Share of wins of the answer that is shown first; 0.5 without position bias."""
-    flip_share: float | None = None
-    """Share of the pairs whose winner changes with the order."""
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    tally: Tally = Tally()
     repeats: int = 1
     repeat_spread: float | None = None
     """Standard deviation of the score over repeats, as a share."""
@@ -108,8 +97,7 @@ class Conditions(Record):
     @property
     def planned(self) -> "Conditions":
         """What of them is known before anything is asked: by it a result is known to be one of the same evaluation."""
-        who = {"name", "preset", "weighted", "mode", "seed", "repeats"}
-        judge = self.judge and JudgeRecord.model_validate(self.judge.model_dump(include=who))
+        judge = self.judge and self.judge.model_copy(update={"tally": Tally(), "repeat_spread": None})
         return self.model_copy(update={"empty": 0, "cut": 0, "failed": 0, "notes": (), "judge": judge})
 
 

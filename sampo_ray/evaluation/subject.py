@@ -73,6 +73,12 @@ def leading_bos(chat: ChatFormat) -> int | None:
     return bos if ids[0] == bos and ids.count(bos) == 1 else None
 
 
+def bos_in(prompt: Sequence[int], chat: ChatFormat) -> int:
+    """How many of a prompt's tokens are `leading_bos`."""
+    bos = leading_bos(chat)
+    return 0 if bos is None else list(prompt).count(bos)
+
+
 class Thinking:
     """How a model marks its thinking. False if its chat template knows of none; marks in an answer count even then."""
 

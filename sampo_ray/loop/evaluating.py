@@ -211,14 +211,14 @@ class Evaluation:
     def _conditions(self, answers: Sequence[Answer], tally: Tally) -> Conditions:
         config, first = self.config, self._prompts[0].table()["prompt"][0].as_py()
         with self.run.place.at("tokenizer").on_disk() as folder:
-            template, bos = _template(folder)
+            template, bos = _template(folder, first)
         notes = [] if config.scores else ["no reward source: no win rates"]
         return Conditions(
             total=len(answers),
             route="fleet",
             template=template,
             first_prompt=tuple(first),
-            bos=None if bos is None else first.count(bos),
+            bos=bos,
             longest_prompt=max(len(ids) for part in self._prompts for ids in part.table()["prompt"].to_pylist()),
             max_tokens=config.probe_tokens,
             sampling={"temperature": config.evaluate.temperature, "top_p": 1.0},
@@ -232,13 +232,13 @@ class Evaluation:
         )
 
 
-def _template(folder: Path) -> tuple[str, int | None]:
-    """Digest of a tokenizer's chat template, and its token for the beginning of texts."""
+def _template(folder: Path, prompt: Sequence[int]) -> tuple[str, int]:
+    """Digest of a tokenizer's chat template, and how many tokens for the beginning of texts a prompt has."""
     from sampo_ray.data.chat import ChatFormat
-    from sampo_ray.evaluation.subject import template_digest
+    from sampo_ray.evaluation.subject import bos_in, template_digest
 
     chat = ChatFormat.load(folder, "tokenizer")
-    return template_digest(chat), chat.bos_id
+    return template_digest(chat), bos_in(prompt, chat)
 
 
 def _stored(run: Place, version: int) -> TaskResult:

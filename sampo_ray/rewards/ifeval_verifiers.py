@@ -36,6 +36,13 @@ def verify(request: tuple[list[str], list[Values], str, str, bool]) -> list[bool
         return {"unknown": f"{', '.join(names)}: {type(error).__name__}"}
 
 
+def seed_language_detection() -> None:
+    """Else what langdetect says of short texts differs from call to call."""
+    from langdetect import DetectorFactory
+
+    DetectorFactory.seed = 0
+
+
 @functools.cache
 def prepare() -> str | None:
     """Imports the verifiers, and returns what stands against that, in words."""
@@ -44,7 +51,7 @@ def prepare() -> str | None:
     import langdetect
     import nltk
 
-    langdetect.DetectorFactory.seed = 0  # else what it says of short texts differs from call to call
+    seed_language_detection()
     langdetect.detect("It reads its tables when it is first called.")
     try:
         nltk.data.find("tokenizers/punkt_tab")  # which the harness would download while it is imported
