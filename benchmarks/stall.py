@@ -3,8 +3,12 @@
 Two gloo ranks in processes of their own hold a Llama of 1B parameters' shape, with as many of its layers as they have
 memory for, under ZeRO-2 and ZeRO-3. `--base FOLDER` names a checkout of commit 13108c0. The weight store answers at
 once on both sides; that ranks put versions into the object store then is a copy of the bytes here, the least it is. A
-copy of the bytes is measured in the same processes, by both ranks at once, between memory that was written before. The
-steps of which the overhead is measured are sleeps.
+copy of the bytes is measured in the same processes, by both ranks at once, between memory that was written before.
+
+Ranks copy beside the passes of the next step. A stall is how long the training thread stops in all: as it begins, and
+before the optimizer's step, where it waits for what is not copied yet. In between, passes keep a core of each rank
+busy. On CPUs the copies take time from them, so in the steps of which the overhead is measured, which are sleeps, all
+is waited for at once: as if passes stood still while something is copied.
 """
 
 from __future__ import annotations
@@ -41,7 +45,9 @@ def main() -> None:
     parser.add_argument("--base", type=Path, help="a checkout of the earlier commit; default: this one alone")
     parser.add_argument("--layers", type=int, help="of the Llama's 16; default: what there is memory for")
     parser.add_argument("--repeats", type=int, default=3, help="versions and checkpoints of a side")
-    parser.add_argument("--step", type=float, default=2.0, help="seconds that a step sleeps for")
+    parser.add_argument(
+        "--step", type=float, default=2.0, help="seconds that a step sleeps, or its passes compute, for"
+    )
     parser.add_argument("--rank", type=int, help="used by the benchmark itself")
     parser.add_argument("--side", choices=("ours", "base"))
     parser.add_argument("--stage", type=int)
@@ -124,10 +130,12 @@ def both_ranks(side: str, stage: int, folder: Path, args: argparse.Namespace) ->
 
 @dataclass(frozen=True)
 class Side:
-    """A rank of one checkout: what stops it, what waits for all that goes on beside, and the tensors that it owns."""
+    """A rank of one checkout: what stops it, what the optimizer's step waits for, and what waits for all that goes on
+    beside."""
 
     publish: Callable[[int], object]
     checkpoint: Callable[[int], object]
+    before_step: Callable[[], object]
     wait: Callable[[], object]
     overtaken: Callable[[], int]
 
@@ -144,11 +152,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     copies = {name: copy_seconds(size, args.repeats) for name, size in shares.items()}
     watch = Resident()
     stops: dict[str, list[float]] = {"publish": [], "checkpoint": []}
+    whole: dict[str, list[float]] = {name: [] for name in stops}
     for turn in range(args.repeats):
         for name in stops:
-            stops[name].append(stopped(getattr(side, name), turn + 1))
+            begun = stopped(getattr(side, name), turn + 1)
+            passes(args.step)
+            stops[name].append(begun + stopped(lambda _: side.before_step(), 0))
             side.wait()
-    found = {"stops": stops, "copies": copies, "shares": shares, "states": states}
+            whole[name].append(at_once(side, name, turn + 1))
+            side.wait()
+    found = {"stops": stops, "whole": whole, "copies": copies, "shares": shares, "states": states}
     if args.side == "ours":
         lost = steps_with_stops(side, args)
         found |= {"lost": lost, "overtaken": side.overtaken()}
@@ -171,6 +184,25 @@ def stopped(work: Callable[[int], object], step: int) -> float:
     begun = time.perf_counter()
     work(step)
     return time.perf_counter() - begun
+
+
+def at_once(side: Side, name: str, step: int) -> float:
+    """Seconds until the optimizer could step if there were no passes before."""
+
+    def work(step: int) -> None:
+        getattr(side, name)(step)
+        side.before_step()
+
+    return stopped(work, step)
+
+
+def passes(seconds: float) -> None:
+    """Computes for so long, as a step's passes do."""
+    import torch
+
+    layer, rows, end = torch.ones(2048, 2048), torch.ones(64, 2048), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        rows @ layer
 
 
 def copy_seconds(nbytes: int, repeats: int) -> list[float]:
@@ -199,9 +231,9 @@ def steps_with_stops(side: Side, args: argparse.Namespace) -> float:
     for step in range(1, STEPS + 1):
         time.sleep(args.step)
         if step % PUBLISH_EVERY == 0:
-            lost += stopped(side.publish, 100 + step)
+            lost += at_once(side, "publish", 100 + step)
         if step % CHECKPOINT_EVERY == 0:
-            lost += stopped(side.checkpoint, 100 + step)
+            lost += at_once(side, "checkpoint", 100 + step)
     side.wait()
     return lost
 
@@ -269,7 +301,7 @@ def ours(args: argparse.Namespace) -> tuple[Side, int, dict[str, int]]:
 
     shares = {"publish": rank.publisher._buffer.nbytes, "checkpoint": rank.checkpointer._buffer.nbytes}
     states = _training.resident("VmRSS") - sum(shares.values())
-    return Side(publish, checkpoint, wait, lambda: overtaken.count), states, shares
+    return Side(publish, checkpoint, learner.finish_copies, wait, lambda: overtaken.count), states, shares
 
 
 def base(args: argparse.Namespace) -> tuple[Side, int, dict[str, int]]:
@@ -305,7 +337,9 @@ def base(args: argparse.Namespace) -> tuple[Side, int, dict[str, int]]:
         rank.learner.step = step
         rank._checkpoint(work)
 
-    return Side(publish, checkpoint, lambda: None, lambda: 0), _training.resident("VmRSS"), {}
+    def nothing() -> None: ...
+
+    return Side(publish, checkpoint, nothing, nothing, lambda: 0), _training.resident("VmRSS"), {}
 
 
 def compare(
@@ -319,6 +353,7 @@ def compare(
         ratios[f"{name}_stall_copies/{stage}"] = [stop / copies for stop in stops]
         share = max(rank["shares"][name] for rank in ranks)
         rows.append(row(f"{name}, {stage}, ours", stops, copies, share))
+        rows.append(row(f"{name}, {stage}, without passes", slower(ranks, name, "whole"), copies, share))
         if "base" in found:
             theirs = slower(found["base"], name)
             ratios[f"{name}_stall_vs_13108c0/{stage}"] = [a / b for a, b in zip(theirs, stops, strict=True)]
@@ -330,8 +365,8 @@ def compare(
         _measure.note(f"{stage}: {ranks[0]['overtaken']} versions were left out, as the one before was being written")
 
 
-def slower(ranks: list[dict[str, Any]], name: str) -> list[float]:
-    return [max(stops) for stops in zip(*(rank["stops"][name] for rank in ranks), strict=True)]
+def slower(ranks: list[dict[str, Any]], name: str, kind: str = "stops") -> list[float]:
+    return [max(stops) for stops in zip(*(rank[kind][name] for rank in ranks), strict=True)]
 
 
 def row(what: str, stops: list[float], copies: float, share: int) -> tuple[str, ...]:

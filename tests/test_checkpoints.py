@@ -3,6 +3,7 @@
 import errno
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,16 +37,20 @@ class Counter:
         self.state = torch.zeros(1000)
         self.files = ["model.pt", f"optimizer-{rank}.pt"]
         self.loaded: tuple[Path, bool] | None = None
+        self.copied: Future[dict[str, object]] | None = None
 
     def optimize(self) -> None:
+        if self.copied:
+            self.copied.result()
         self.step += 1
         self.state += 1
 
-    def snapshot(self, buffer: HostBuffer) -> dict[str, object]:
+    def snapshot(self, buffer: HostBuffer) -> Future[dict[str, object]]:
         states: dict[str, object] = {f"optimizer-{self.rank}.pt": {"state": self.state}}
         if not self.rank:
             states["model.pt"] = {"step": self.step}
-        return with_copies(states, buffer)
+        self.copied = with_copies(states, buffer)
+        return self.copied
 
     def warm(self, buffer: HostBuffer) -> None:
         self.snapshot(buffer)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import os
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -44,6 +45,7 @@ from sampo_ray.training.statistics import Statistics
 from .conftest import random_pairs, with_reference
 from .test_losses import without_reference
 from .test_saved import assert_same, saved_by, small_files
+from .waiting import scaled
 
 pytestmark = pytest.mark.slow
 LONG = 50
@@ -109,7 +111,7 @@ def make(tiny_model, loss: str, reduction: str = "sum", lora: dict | None = None
 
 def save(learner, folder) -> None:
     folder.mkdir(exist_ok=True)
-    for name, state in learner.snapshot(HostBuffer()).items():
+    for name, state in learner.snapshot(HostBuffer()).result().items():
         durable.save(state, folder / name)
 
 
@@ -348,7 +350,7 @@ def _two_copy(rank, model, folder, zero_stage, lora):
     learner._saved.files = functools.partial(learner._saved.files, nbytes=4_000)
     snapshot, whole = learner.weights(HostBuffer()), gathered(learner)
     assert len(snapshot.files) > 4
-    copied = sum(each.nbytes for each in snapshot._copies.values())
+    copied = sum(each.nbytes for each in snapshot.copied.result().values())
     learner.optimize(steps[1], pairs, 4)
     files = snapshot.own_files(group)
     torch.save({name: each.clone() for _, tensors in files for name, each in tensors}, folder / f"copied-{rank}.pt")
@@ -368,11 +370,76 @@ def test_a_snapshot_writes_no_file_and_fits_in_the_memory_that_was_taken_before_
     folder.mkdir()
     monkeypatch.chdir(folder)
     learner.optimize(plan(pairs)[0], pairs, 4)
-    learner.snapshot(buffer)
+    learner.snapshot(buffer).result()
     assert buffer.nbytes == taken and not list(folder.iterdir())
     trained = [each for each in learner.policy.parameters() if each.requires_grad]
     count = sum(getattr(each, "ds_numel", each.numel()) for each in trained)
     assert 12 * count <= taken < 13 * count, "masters and moments"
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "settings"),
+    [(2, {}), (3, {}), (2, {"lora": {"rank": 4}}), (2, {"offload": "optimizer"}), (3, {"offload": "parameters"})],
+)
+def test_copies_that_are_made_as_late_as_can_be_are_those_of_their_step(
+    tiny_model, pairs, tmp_path, zero_stage, settings
+):
+    """Beside the passes of the next step, on two ranks. Neither its metrics nor what is learned change."""
+    mp.spawn(_late_copies, (tiny_model, pairs, tmp_path, zero_stage, settings), nprocs=2)
+
+
+def _late_copies(rank, tiny_model, pairs, folder, zero_stage, settings):
+    os.environ["LOCAL_RANK"] = str(rank)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    first, second = list(plan_round(lengths_of(pairs), RowBudget(2, 256, 2), epochs=1, seed=0, round=0))[:2]
+    seen = []
+    for late in (False, True):
+        learner, buffers = make(tiny_model, "sigmoid", zero_stage=zero_stage, **settings), (HostBuffer(), HostBuffer())
+        results, passes = (
+            [learner.optimize(first, pairs, 4)],
+            late_until_finished(learner, buffers) if late else [False],
+        )
+        states, weights = learner.snapshot(buffers[0]), learner.weights(buffers[1]).copied
+        if not late:
+            learner.finish_copies()
+        assert (states.done(), weights.done()) == (not late, not late)
+        results.append(learner.optimize(second, pairs, 4))
+        assert passes and not any(passes)
+        copies = [*tensors_of(states.result()), *weights.result().values()]
+        seen.append((results, [each.clone() for each in copies], masters(learner)))
+    dist.destroy_process_group()
+    (before, *expected), (after, *found) = seen
+    assert before == after
+    for ours, theirs in zip(found, expected, strict=True):
+        assert len(ours) > 3 and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def late_until_finished(learner, buffers) -> list[bool]:
+    """Holds the copies to these buffers back until the learner waits for them; returns whether they were when it went
+    backward."""
+    may, passes, finish, backward = threading.Event(), list[bool](), learner.finish_copies, learner._engine.backward
+
+    def counted(loss):
+        passes.append(may.is_set())
+        backward(loss)
+
+    def finished():
+        may.set()
+        finish()
+
+    learner._engine.backward, learner.finish_copies = counted, finished
+    for buffer in buffers:
+        buffer._thread.submit(may.wait, scaled(60))
+        buffer._wait = lambda: None  # for what is held back
+    return passes
+
+
+def tensors_of(state) -> list[torch.Tensor]:
+    if isinstance(state, torch.Tensor):
+        return [state]
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
+    return [tensor for part in parts for tensor in tensors_of(part)]
 
 
 def _two_ranks(rank, tiny_model, pairs, folder, zero_stage, lora):

@@ -25,8 +25,9 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpointer:
-    """Copies a learner's states where a checkpoint is due, and writes the copies beside the next steps, each rank its
-    own. A checkpoint is complete once the manifest names it, with the checksums that are reported in the end.
+    """Copies a learner's states where a checkpoint is due, beside the passes of the next step, and writes the copies
+    beside the steps after, each rank its own. A checkpoint is complete once the manifest names it, with the checksums
+    that are reported in the end.
 
     There are copies of one checkpoint at a time. One that is due while the one before is still being written waits for
     that, and so is of a later step: the steps go on, and what a crash loses is never more than it must be.
@@ -62,7 +63,7 @@ class Checkpointer:
         def write() -> None:
             background.together(lambda: target.remove() if first else None)  # one that was not completed
             try:
-                written = background.together(lambda: write_states(states, target))
+                written = background.together(lambda: write_states(states.result(), target))
             except Exception:
                 if first:
                     target.remove()  # what others wrote of it

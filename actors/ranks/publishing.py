@@ -46,8 +46,9 @@ ATTEMPTS, PAUSE_S = 3, 5.0
 
 
 class Publisher:
-    """Publishes versions of the policy; collective. The ranks stop while each copies its share of the weights; all else
-    is done in the `background`. One version is written at a time. Rank 0 sends versions by `transport` as well.
+    """Publishes versions of the policy; collective. Each rank copies its share of the weights beside the passes of the
+    next step, which changes none before that is done. All else is done in the `background`. One version is written at a
+    time. Rank 0 sends versions by `transport` as well.
     """
 
     def __init__(self, store: ActorHandle, transport: str, device: torch.device, background: Background) -> None:
@@ -74,9 +75,7 @@ class Publisher:
             return
         adapters = not last and learner.adapter_names is not None
         version = _Version(spec, metrics, last, spec.config.model.lora if adapters else None)
-        begun = time.perf_counter()
         snapshot = self._snapshot(learner, adapters)
-        logger.info("version %d: copied in %.3f s", metrics.version, time.perf_counter() - begun)
         what = f"publishing version {metrics.version}"
         self._written = self._background.start(what, lambda: self._publish(version, snapshot))
 

@@ -146,6 +146,7 @@ class Rank:
     def leave_device(self) -> None:
         """Frees the GPUs of all ranks, for engines. With adapters for good: the next round begins on other weights."""
         self.publisher.wait()
+        self.learner.finish_copies()
         if self.device.type == "cuda":
             self._off_device.take(keep=self.config.model.lora is None)
         dist.barrier()

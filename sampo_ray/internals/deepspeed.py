@@ -1,5 +1,6 @@
 """DeepSpeed's private interfaces, checked with DeepSpeed 0.19.8."""
 
+import copy
 import io
 from argparse import Namespace
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -86,7 +87,7 @@ class _Collected(CheckpointEngine):
     def save(self, state_dict: Any, path: str) -> None:
         if "module" in state_dict:
             rest = {name: value for name, value in state_dict["module"].items() if name not in self._parameters}
-            state_dict = state_dict | {"module": rest}
+            state_dict = state_dict | {"module": copy.deepcopy(rest)}  # buffers, to which a forward pass may write
         self.states[Path(path).name] = state_dict
 
     def load(self, path: str, map_location: object = None) -> Any:
@@ -98,8 +99,8 @@ class _Collected(CheckpointEngine):
 
 def checkpoint_states(engine: DeepSpeedEngine) -> dict[str, Any]:
     """What this rank has to write of a checkpoint, by file name; collective. The tensors are those in use: they change
-    with the next step. DeepSpeed's engines that write beside the training leave that to their user, too. Nothing is
-    written, no script of DeepSpeed's either: on a busy disk that takes seconds, for which all ranks would wait.
+    with the next optimizer step. DeepSpeed's engines that write beside the training leave that to their user, too.
+    Nothing is written, no script of DeepSpeed's either: on a busy disk that takes seconds, for which all would wait.
 
     There are no weights beside the fp32 masters, of which those that are trained follow, and no frozen ones, which do
     not change: under ZeRO-2 the first rank alone would copy and write them, and all others wait for it."""

@@ -1,14 +1,17 @@
 """Copies of tensors in host memory that is kept for the next ones.
 
 Memory that a process touches for the first time costs several times what the copy itself does, and the more where it is
-pinned. So a buffer is taken once, at the size that is needed, and written again and again.
+pinned. So a buffer is taken once, at the size that is needed, and written again and again. Copies are made in a thread,
+beside what does not write to the tensors: forward and backward passes leave weights, masters and moments as they are.
 """
 
+import contextlib
 import io
 import mmap
 import pickle
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
@@ -29,6 +32,7 @@ class HostBuffer:
         self._memory: mmap.mmap | None = None
         self._unpin: Callable[[], object] = lambda: None
         self._pinned = False
+        self._thread = ThreadPoolExecutor(1, "copies")
 
     @property
     def nbytes(self) -> int:
@@ -37,22 +41,39 @@ class HostBuffer:
 
     def add(self, nbytes: int) -> None:
         """Takes so much more memory than it has, and writes all of it for the first time."""
+        self._wait()
         memory = self._at_least(self.nbytes + nbytes, self._pinned)
         torch.frombuffer(memory, dtype=torch.uint8).zero_()
 
-    def copies(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors' values on the CPU, contiguous, complete on return. Each has a storage of its own, so that
-        torch.save writes what it holds and nothing beside it."""
+    def copies(self, tensors: Sequence[Tensor], made: Callable[[list[Tensor]], T]) -> Future[T]:
+        """Begins to copy the tensors; nothing may write to them until there is a result.
+
+        That is what is `made` of their values on the CPU, contiguous. Each has a storage of its own, so that torch.save
+        writes what it holds and nothing beside it.
+        """
+        self._wait()
         starts, end = list[int](), 0
         for tensor in tensors:
             starts.append(end)
             end += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
-        from_gpu = any(tensor.is_cuda for tensor in tensors)
-        memory = self._at_least(end, from_gpu)
-        made = [_copy(memory, start, tensor) for start, tensor in zip(starts, tensors, strict=True)]
-        if from_gpu:
-            torch.cuda.current_stream().synchronize()
-        return made
+        device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
+        memory = self._at_least(end, device is not None)
+        stream = None if device is None else torch.cuda.Stream(device)
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(device))
+
+        def copied() -> T:
+            with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+                copies = [_copy(memory, start, tensor) for start, tensor in zip(starts, tensors, strict=True)]
+            if stream is not None:
+                stream.synchronize()
+            return made(copies)
+
+        return self._thread.submit(copied)
+
+    def _wait(self) -> None:
+        """Returns when nothing is being copied any more, and the thread holds nothing of it."""
+        self._thread.submit(lambda: None).result()
 
     def _at_least(self, nbytes: int, pinned: bool) -> mmap.mmap:
         if self._memory is None or len(self._memory) < nbytes:
@@ -113,11 +134,15 @@ class _Unpickler(pickle.Unpickler):
         return self._tensors[number]
 
 
-def with_copies(state: T, buffer: HostBuffer) -> T:
+def with_copies(state: T, buffer: HostBuffer) -> Future[T]:
     """A copy of what torch.save takes, its tensors in `buffer`: nothing of it changes any more. Tensors that are the
-    same memory, as tied weights are, are copied once; they may hold no attributes of their own."""
+    same memory, as tied weights are, are copied once; they may hold no attributes of their own. See `copies`."""
     pickler = _Pickler(file := io.BytesIO())
     pickler.dump(state)
     file.seek(0)
-    copied: T = _Unpickler(file, buffer.copies(pickler.tensors)).load()
-    return copied
+
+    def made(copies: list[Tensor]) -> T:
+        state: T = _Unpickler(file, copies).load()
+        return state
+
+    return buffer.copies(pickler.tensors, made)

@@ -11,6 +11,7 @@ import functools
 import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -28,7 +29,7 @@ from sampo_ray.training.memory import BUCKET
 from sampo_ray.training.objective import METRICS, Draw, LossInputs, accumulate, objective_of, zero_loss
 from sampo_ray.training.policy import batch_rows, every_token, policy_without_weights, row_logprobs, with_logprobs
 from sampo_ray.training.saving import Cast, SavedModel
-from sampo_ray.training.snapshots import Snapshot
+from sampo_ray.training.snapshots import Snapshot, WeightFile
 from sampo_ray.training.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ class Learner:
         self.round, self.step, self.statistics = 0, 0, Statistics()
         self._reference: Reference | None = None
         self._skipped, self._not_finite = 0, dict[str, None]()
+        self._copying = list[Callable[[], object]]()
 
     @property
     def policy(self) -> Policy:
@@ -143,6 +145,7 @@ class Learner:
         """
         from sampo_ray.internals.deepspeed import clear_moments
 
+        self.finish_copies()
         clear_moments(self._engine)
         self.round, self.step, self.statistics = round, 0, Statistics()
         if self.config.method.needs_distributions and self.config.model.lora:
@@ -179,6 +182,7 @@ class Learner:
         rate = learning_rate(self.config.optim, step.index, steps)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
+        self.finish_copies()
         self._engine.step()
         self.step = step.index
         if not self._engine.was_step_applied():
@@ -226,14 +230,25 @@ class Learner:
         """See `lora.adapter_names`; None also where there are no adapters."""
         return adapter_names(self.policy.model) or None
 
+    def finish_copies(self) -> None:
+        """Waits for the copies that were begun, before what they are made of changes; raises their errors. The methods
+        here that change anything call it."""
+        while self._copying:
+            self._copying.pop()()
+
+    def _snapshot(self, files: Sequence[WeightFile], buffer: HostBuffer) -> Snapshot:
+        snapshot = Snapshot(files, buffer, self.rank, self.world)
+        self._copying.append(snapshot.copied.result)
+        return snapshot
+
     def weights(self, buffer: HostBuffer) -> Snapshot:
         """A checkpoint's tensors as they are computed with: bf16, but buffers and what transformers keeps in fp32."""
-        return Snapshot(self._saved.files(self.world, Cast(torch.bfloat16)), buffer, self.rank, self.world)
+        return self._snapshot(self._saved.files(self.world, Cast(torch.bfloat16)), buffer)
 
     def adapters(self, buffer: HostBuffer) -> Snapshot:
         """The adapters as they are computed with, in a file of peft's; `adapter_names` must not be None."""
         assert self.adapter_names is not None
-        return Snapshot([self._saved.adapters_file(self.adapter_names)], buffer, self.rank, self.world)
+        return self._snapshot([self._saved.adapters_file(self.adapter_names)], buffer)
 
     def masters(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
         """The tensors of a checkpoint from the fp32 masters, in `dtype`: one by one, under ZeRO-3 gathered until the
@@ -261,18 +276,21 @@ class Learner:
         sharded = self.config.trainer.zero_stage == 3 and parameters
         return zero.GatheredParameters(parameters) if sharded else contextlib.nullcontext()
 
-    def snapshot(self, buffer: HostBuffer) -> dict[str, object]:
-        """Copies this rank's share of masters and moments to `buffer`: what to write with torch.save, by file name.
-        These are pickles, so resuming must trust them."""
+    def snapshot(self, buffer: HostBuffer) -> Future[dict[str, object]]:
+        """Begins to copy this rank's share of masters and moments to `buffer`: what to write with torch.save, by file
+        name. These are pickles, so resuming must trust them. Collective."""
         from sampo_ray.internals.deepspeed import checkpoint_states
 
-        return with_copies(checkpoint_states(self._engine), buffer)
+        states = with_copies(checkpoint_states(self._engine), buffer)
+        self._copying.append(states.result)
+        return states
 
     def warm(self, buffer: HostBuffer) -> None:
         """Takes the memory that snapshots need, which is slow when it is written for the first time; collective."""
         from sampo_ray.internals.deepspeed import missing_moments
 
         self.snapshot(buffer)
+        self.finish_copies()
         buffer.add(missing_moments(self._engine))
 
     @property
@@ -289,6 +307,7 @@ class Learner:
         `write_universal` made of it."""
         from sampo_ray.internals.deepspeed import load_checkpoint
 
+        self.finish_copies()
         load_checkpoint(self._engine, folder, tag, universal)
         self.round, self.step, self.statistics = round, step, statistics
 

@@ -35,7 +35,7 @@ class OffDevice:
             torch.cuda.synchronize(self._device)
         freed = sum(storage.nbytes() for storage in storages)
         if keep:
-            copies = self._buffer.copies([_bytes_of(storage) for storage in storages])
+            copies = self._buffer.copies([_bytes_of(storage) for storage in storages], list).result()
             self._taken = list(zip(storages, copies, strict=True))
         for storage in storages:
             storage.resize_(0)

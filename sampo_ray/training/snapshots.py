@@ -37,7 +37,8 @@ class WeightFile:
 class Snapshot:
     """The weights as they are now, in a buffer that the next one overwrites. Frozen ones are read when they are needed.
 
-    `files` are the same on all ranks. Taking one is not collective.
+    `files` are the same on all ranks. Taking one is not collective. Nothing may write to the weights until they are
+    `copied`.
     """
 
     def __init__(self, files: Sequence[WeightFile], buffer: HostBuffer, rank: int, world: int) -> None:
@@ -51,8 +52,11 @@ class Snapshot:
             if files[index].rank == rank or partition(part) is not None
         ]
         changing = [part for part in held if part.requires_grad or not isinstance(part, Parameter)]
-        copies = buffer.copies([_here(part) for part in changing])
-        self._copies = dict(zip(map(id, changing), copies, strict=True))
+        ids = list(map(id, changing))
+        now = [
+            _here(part) if isinstance(part, Parameter) else part.clone() for part in changing
+        ]  # passes write to buffers
+        self.copied = buffer.copies(now, lambda made: dict(zip(ids, made, strict=True)))
 
     def own_files(self, group: dist.ProcessGroup | None = None) -> Iterator[tuple[int, Named]]:
         """The files that this rank writes, by their place among all, each with its tensors, which must be taken before
@@ -86,7 +90,8 @@ class Snapshot:
         return wholes[id(part)] if id(part) in wholes else self._copy(part)
 
     def _copy(self, part: Tensor) -> Tensor:
-        return self._copies[id(part)] if id(part) in self._copies else _here(part).cpu()
+        copies = self.copied.result()
+        return copies[id(part)] if id(part) in copies else _here(part).cpu()
 
 
 def _here(part: Tensor) -> Tensor:
