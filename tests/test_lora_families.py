@@ -63,7 +63,9 @@ NEOX = "dense dense_4h_to_h dense_h_to_4h query_key_value"
 @dataclasses.dataclass(frozen=True)
 class Family:
     """A small model; `linear` are the ends of the names of what `all-linear` adapts, `stacks` and `routers` of what can
-    be adapted besides. `alone`: whether adapters on `linear` are published without their model."""
+    be adapted besides. `alone`: whether adapters on `linear` are published without their model. `bits`: whether frozen
+    weights are computed with as trained ones are; torch.matmul of strided inputs, as Mamba has them, chooses its kernel
+    by what needs a gradient, and some CPUs round otherwise in one of them."""
 
     kind: str
     config: dict[str, Any]
@@ -71,6 +73,12 @@ class Family:
     stacks: str = ""
     routers: str = ""
     alone: bool = True
+    bits: bool = True
+
+    def assert_same(self, ours: Any, theirs: Any) -> None:
+        """Tensors, or dictionaries of them."""
+        exactly = {"rtol": 0.0, "atol": 0.0}
+        assert_close(ours, theirs, **(exactly if self.bits else {"rtol": 1e-4, "atol": 1e-5}))
 
     def build(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """With weights random enough that each changes the logits."""
@@ -90,7 +98,7 @@ FAMILIES = [
     Family("gpt_neox", SIZES, NEOX),
     Family("gpt2", {"vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 4}, "c_attn c_fc c_proj", alone=False),
     Family("bloom", {**SIZES, "n_head": 4, "n_layer": 2}, NEOX),
-    Family("mamba", {**SIZES, "state_size": 4}, "dt_proj in_proj out_proj x_proj"),
+    Family("mamba", {**SIZES, "state_size": 4}, "dt_proj in_proj out_proj x_proj", bits=False),
     Family("hrm_text", GROUPED, f"{ATTENTION} {DENSE}", alone=False),
     Family("hy_v3", {**GROUPED, **EXPERTS}, f"{ATTENTION} {DENSE}", STACKS),
     Family("mixtral", {**GROUPED, "num_local_experts": 4}, ATTENTION, STACKS),
@@ -141,7 +149,7 @@ def check(family: Family, **settings: Any) -> set[str]:
     plain, adapted = family.build(), family.build()
     names, begin = sorted(name for name, _ in named_weights(plain)), logits(plain).detach()
     add_adapters(adapted, LoraConfig(rank=3, **settings), seed=1)
-    assert torch.equal(logits(adapted), begin)
+    family.assert_same(logits(adapted), begin)
     logits(adapted).log_softmax(-1)[..., 7].sum().backward()
     trained = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     assert trained and not [
@@ -152,7 +160,7 @@ def check(family: Family, **settings: Any) -> set[str]:
         moved = float((logits(adapted) - begin).abs().max())
         assert moved > 0.01
         with without_adapters(adapted):
-            assert torch.equal(logits(adapted), begin)
+            family.assert_same(logits(adapted), begin)
         merged = merged_weights(adapted)
         assert sorted(merged) == names
         plain.load_state_dict(merged, strict=False)
@@ -296,7 +304,7 @@ def test_gradients_are_the_same_when_layers_are_computed_again(kind, reentrant):
     expected, again = adapt(family.build(), targets=targets), adapt(family.build(), targets=targets)
     again.gradient_checkpointing_enable({"use_reentrant": reentrant})
     again.enable_input_require_grads()
-    assert_close(gradients(again.train()), gradients(expected.train()), rtol=0, atol=0)
+    family.assert_same(gradients(again.train()), gradients(expected.train()))
 
 
 @pytest.mark.parametrize("kind", ["mamba", "gpt_oss", "bloom", "qwen2_moe"])

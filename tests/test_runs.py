@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -181,7 +182,15 @@ def test_the_lease_of_a_process_that_was_killed_is_waited_for(leased):
         assert "who died" not in claims(leased).values()
 
 
-def test_a_run_that_another_process_has_taken_over_stops_and_is_not_written_to(leased):
+@pytest.fixture
+def interruptible():
+    """Tests in a script's background job do not hear SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_run_that_another_process_has_taken_over_stops_and_is_not_written_to(leased, interruptible):
     with pytest.raises(RunLostError, match="taken over by another process"), exclusive(leased) as check:
         run = new_run(leased)
         run.check = check
@@ -197,19 +206,21 @@ def test_a_run_that_another_process_has_taken_over_stops_and_is_not_written_to(l
 
 
 WAITS = """
-import sys, threading, time, fsspec
+import signal, sys, threading, time, fsspec
 from sampo_ray.run import lock
 from sampo_ray.run.storage import Place
 from sampo_ray.console.signals import orderly_end
 lock.LEASE_S = 2.0
+signal.signal(signal.SIGINT, getattr(signal, sys.argv[1]))
 with orderly_end(), lock.exclusive("memory://run") as check:
     Place.create = lambda *_: (_ for _ in ()).throw(OSError("storage is away"))
     threading.Event().wait(600)  # as for a step that takes long
 """
 
 
-def test_a_run_whose_lease_cannot_be_renewed_stops_wherever_it_waits():
-    done = subprocess.run([sys.executable, "-c", WAITS], capture_output=True, text=True, timeout=scaled(60))
+@pytest.mark.parametrize("interrupt", ["default_int_handler", "SIG_IGN"])
+def test_a_run_whose_lease_cannot_be_renewed_stops_wherever_it_waits_in_the_background_too(interrupt):
+    done = subprocess.run([sys.executable, "-c", WAITS, interrupt], capture_output=True, text=True, timeout=scaled(60))
     assert "RunLostError: run.dir='memory://run' has not been reached for 2 s" in done.stderr
 
 

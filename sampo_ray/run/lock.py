@@ -112,9 +112,10 @@ class Lease:
     def _lose(self, why: str) -> None:
         """Interrupts the main thread, if the run is there, wherever it waits; else the next check ends the run."""
         self._lost = f"run.dir={self._url!r} {why}"
-        heard = signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, signal.SIG_DFL, None)
+        # A script's background jobs start with SIGINT ignored, but hear SIGTERM.
+        heard = [each for each in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(each))]
         if self._holder is threading.main_thread() and heard and self._holder.ident is not None:
-            signal.pthread_kill(self._holder.ident, signal.SIGINT)
+            signal.pthread_kill(self._holder.ident, heard[0])
 
     def _raise_if_lost(self) -> None:
         if self._lost:
