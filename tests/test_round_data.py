@@ -22,7 +22,7 @@ from sampo_ray.run.parts import Part
 from sampo_ray.run.storage import Place
 from sampo_ray.training.batching import Step, has_parts_of_its_own, plan_round, steps_in_round
 from tests.in_process import in_process  # noqa: F401
-from tests.test_reorder import examples, folder, ids, parts_in
+from tests.test_reorder import examples, folder, parts_in
 from tests.waiting import scaled, wait_until
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -105,10 +105,12 @@ def test_each_part_is_read_once_an_epoch_or_held(monkeypatch, in_order):
             later.reached(spec.steps, 0)
             await_work(later)
         seen = reading(spec, monkeypatch)
-        reader = StepPairs(spec, 0)
+        reader, at, places = StepPairs(spec, 0), Place.at, list[Place]()
+        monkeypatch.setattr(Place, "at", lambda self, *names: places.append(self) or at(self, *names))
         for step in plan_of(spec, world=2):
             reader.of(step)
         assert len(seen) == len(set(seen)) == len(spec.parts) * (3 if in_order else 1)
+        assert len(places) <= 3 * len(seen), "a part takes as long however many there are"
         info = reader._table.cache_info()
         assert info.maxsize == (2 if in_order else len(spec.parts))
         reader.close()
@@ -202,11 +204,11 @@ def test_a_resumed_run_makes_what_its_ranks_may_begin_with_and_keeps_what_is_the
         with LaterEpochs(spec) as later:
             later.reached(3, 0)
             await_work(later)
-        before = spec.epoch_parts(1)[0].place.read()
+        before = spec.epoch_part(1, 0).place.read()
         with LaterEpochs(spec) as later:
             later.resume(done=9, oldest=7)
             await_work(later)
-        assert has_later(spec) == [1, 2] and spec.epoch_parts(1)[0].place.read() == before
+        assert has_later(spec) == [1, 2] and spec.epoch_part(1, 0).place.read() == before
 
 
 def test_an_epoch_that_cannot_be_made_is_told_where_results_are_waited_for(monkeypatch):
@@ -231,4 +233,4 @@ def test_a_round_whose_pairs_are_held_gets_no_parts_for_later_epochs():
         spec = spec_of(place, 8, 2, epochs=5, per_part=2, in_order=False)
         with LaterEpochs(spec) as later:
             later.reached(7, 0)
-        assert has_later(spec) == [] and ids(spec.epoch_parts(0)[:0]) == []
+        assert has_later(spec) == []

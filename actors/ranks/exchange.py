@@ -15,7 +15,7 @@ import ray
 from sampo_ray.config.run import RunConfig
 from sampo_ray.errors import TrainingError
 from sampo_ray.run.manifest import StepResult, Stored
-from sampo_ray.run.parts import Part, parts_of
+from sampo_ray.run.parts import Part, part_place, parts_of
 from sampo_ray.run.storage import Place
 
 EXCHANGE_ANSWER_S = 60.0
@@ -61,9 +61,9 @@ class RoundSpec:
         """Where the parts of later epochs are."""
         return self.place.at("rounds", str(self.round), "epochs")
 
-    def epoch_parts(self, epoch: int) -> list[Part]:
-        """The pairs in the order of a later epoch, as many in each part as in those that are stored."""
-        return parts_of(self.epochs.at(str(epoch)), [part.rows for part in self.parts])
+    def epoch_part(self, epoch: int, index: int) -> Part:
+        """Of the pairs in the order of a later epoch: as many in each part as in those that are stored."""
+        return Part(part_place(self.epochs.at(str(epoch)), index), self.parts[index].rows)
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class StepPairs:
         """A part in the order of an epoch, once it is there; 0: as it is stored."""
         part = self._stored[index]
         if epoch:
-            part = self._spec.epoch_parts(epoch)[index]
+            part = self._spec.epoch_part(epoch, index)
             while not part.place.exists():
                 if self._closed.wait(LOOK_EVERY_S):
                     raise TimeoutError(f"{part.place.url} is not there")

@@ -118,7 +118,8 @@ class Piece:
     end: int
 
     def table(self) -> pa.Table:
-        return pa.ipc.open_stream(self.place.read(self.start, self.end)).read_all()
+        content = pa.BufferReader(self.place.read(self.start, self.end))
+        return pa.ipc.open_stream(pa.CompressedInputStream(content, "zstd")).read_all()
 
 
 def _make(plan: Plan, parts: Sequence[Part], missing: Sequence[int], between: StageOutput, out: StageOutput) -> None:
@@ -162,14 +163,21 @@ def _write_pieces(out: Place, rows: Rows, goes_to: np.ndarray, groups: int) -> l
     if not len(rows.rows):
         return [Piece(out, 0, 0)] * groups
     table = rows.table().combine_chunks().take(pa.array(by_group))
-    sink, ends = pa.BufferOutputStream(), [0]
-    for begin, end in itertools.pairwise(cuts):
-        if begin < end:
-            with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as stream:
-                stream.write_table(table.slice(begin, end - begin))
-        ends.append(sink.tell())
-    out.write(sink.getvalue())
+    contents = [_compressed(table.slice(begin, end - begin)) for begin, end in itertools.pairwise(cuts)]
+    out.write(b"".join(contents))
+    ends = itertools.accumulate(map(len, contents), initial=0)
     return [Piece(out, begin, end) for begin, end in itertools.pairwise(ends)]
+
+
+def _compressed(table: pa.Table) -> bytes:
+    """A piece's bytes, compressed as a whole: pieces are small, and each buffer on its own would take several times as
+    long. Without rows there are none."""
+    if not table.num_rows:
+        return b""
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+    return sink.getvalue().to_pybytes()
 
 
 @ray.remote(num_cpus=0.2)
