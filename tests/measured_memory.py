@@ -1,4 +1,4 @@
-"""What ranks take of this machine's memory: states, steps and copies of a small model, one setting after another.
+"""What ranks take of this machine's memory: states, steps and copies of a small model, in one setting after another.
 
 All is on CPUs, where what is offloaded counts too. `python -m tests.measured_memory 1 2` shows a table for one and two
 ranks.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -23,18 +24,21 @@ import torch.multiprocessing as mp
 from sampo_ray.config.run import RunConfig
 
 MODEL = {
-    "vocab_size": 8_000,
-    "hidden_size": 512,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 8,
+    "vocab_size": 2000,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
     "tie_word_embeddings": True,
 }
-"""31 million parameters: their states are large beside all that is not planned, and steps take a second."""
-TOKENS, PAIRS = 128, 1
-"""Tokens of a row, and pairs of a rank and step: what is computed is not what is measured."""
-M_MMAP_THRESHOLD, SMALL = -3, 1 << 20
+LAYERS = {"model": 2, "warm": 1}
+"""29 million parameters in few tensors: their states are large beside all that is not planned, and a step takes a
+second. The other model is trained first, for what libraries take once and keep."""
+TOKENS, PAIRS, STEPS = 128, 1, 4
+"""Tokens of a row, pairs of a rank and step (what is computed is not what is measured), and steps: ZeRO-3 knows the
+order of weights, and gathers ahead, from the third on."""
+M_MMAP_THRESHOLD, SMALL = -3, 1 << 17
+PRELOADED = ["deepspeed", "peft", "transformers", "sampo_ray.training.learner", "tests.conftest", "tests.measured_memory"]
 Setting = tuple[int, int | None, str]
 """ZeRO's stage, rank of adapters, what is offloaded."""
 SETTINGS: list[Setting] = [
@@ -56,47 +60,52 @@ class Measured:
         return self.planned / self.peak
 
 
-def measured(world: int, settings: list[Setting] = SETTINGS) -> dict[Setting, Measured]:
-    """By setting, of the rank that took most."""
-    with tempfile.TemporaryDirectory() as scratch:
-        write_model(Path(scratch, "model"))
-        mp.spawn(_rank, (world, scratch, settings), nprocs=world)
-        files = [json.loads(Path(scratch, f"{rank}.json").read_text()) for rank in range(world)]
-    found = [[Measured(**each) for each in file] for file in files]
-    most = [max(ranks, key=lambda each: each.peak) for ranks in zip(*found, strict=True)]
-    return dict(zip(settings, most, strict=True))
-
-
-def write_model(folder: Path) -> None:
+def write_models(folder: Path) -> None:
+    """Writes the models that `measured` trains."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**MODEL)).to(torch.bfloat16).save_pretrained(folder)
+    for name, layers in LAYERS.items():
+        config = LlamaConfig(**MODEL, num_hidden_layers=layers)
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / name)
 
 
-def _rank(rank: int, world: int, scratch: str, settings: list[Setting]) -> None:
+def measured(models: Path, world: int, setting: Setting) -> Measured:
+    """Of the rank that took most; each is a new process."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)  # which takes seconds
+    with tempfile.TemporaryDirectory() as scratch:
+        mp.start_processes(_rank, (world, models, setting, Path(scratch)), world, start_method="forkserver")
+        found = [Measured(**json.loads(Path(scratch, f"{rank}.json").read_text())) for rank in range(world)]
+    return max(found, key=lambda each: each.peak)
+
+
+def _rank(rank: int, world: int, models: Path, setting: Setting, scratch: Path) -> None:
     os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(1)
-    ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, SMALL)  # what is freed goes back to the system
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(M_MMAP_THRESHOLD, SMALL)  # what is freed goes back to the system
     dist.init_process_group("gloo", init_method=f"file://{scratch}/store", rank=rank, world_size=world)
-    _peak(world, scratch, (2, 4, "none"))  # imports, and what libraries keep from their first use on
-    found = [asdict(_peak(world, scratch, setting)) for setting in settings]
-    Path(scratch, f"{rank}.json").write_text(json.dumps(found))
+    _train(_config(models / "warm", world, setting), world)
+    gc.collect()
+    libc.malloc_trim(0)
+    dist.barrier()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _resident("VmRSS")
+    config = _config(models / "model", world, setting)
+    _train(config, world)
+    found = Measured(_planned(config), _resident("VmHWM") - before)
+    import time as _t; sys.stderr.write(f"CPU {_t.process_time():.1f}\n")
+    (scratch / f"{rank}.json").write_text(json.dumps(asdict(found)))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _peak(world: int, scratch: str, setting: Setting) -> Measured:
-    from transformers import AutoConfig
-
-    from sampo_ray.training.architecture import on_meta
-    from sampo_ray.training.memory import Shape, plan_memory
-
+def _config(model: Path, world: int, setting: Setting) -> RunConfig:
     stage, rank, offload = setting
-    config = RunConfig.model_validate(
+    return RunConfig.model_validate(
         {
-            "model": {"path": f"{scratch}/model", "lora": rank and {"rank": rank}},
-            "data": {"train": "d", "max_length": 128},
+            "model": {"path": str(model), "lora": rank and {"rank": rank}},
+            "data": {"train": "d", "max_length": TOKENS},
             "method": {"loss": "sigmoid"},
             "optim": {"batch_size": PAIRS * world},
             "trainer": {
@@ -108,24 +117,26 @@ def _peak(world: int, scratch: str, setting: Setting) -> Measured:
             "run": {"dir": "r"},
         }
     )
+
+
+def _planned(config: RunConfig) -> int:
+    from transformers import AutoConfig
+
+    from sampo_ray.training.architecture import on_meta
+    from sampo_ray.training.memory import Shape, plan_memory
+
     shape = Shape.of(on_meta(AutoConfig.from_pretrained(config.model.path), config.model.lora))
     plan = plan_memory(shape, config.trainer, TOKENS, "cpu")
-    gc.collect()
-    dist.barrier()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = _resident("VmRSS")
-    _train(config, world)
-    return Measured(plan.total + plan.host, _resident("VmHWM") - before)
+    return plan.total + plan.host
 
 
 def _train(config: RunConfig, world: int) -> None:
-    """Two steps, each with a version and a checkpoint, whose copies stay, as a rank of a run does."""
+    """A round, each step with a version and a checkpoint, whose copies stay, and what begins the next; as in a run."""
     from sampo_ray.config.rows import RowBudget
     from sampo_ray.training.batching import lengths_of, plan_round
     from sampo_ray.training.host_copies import HostBuffer
     from sampo_ray.training.learner import Learner, load_trained
-
-    from .conftest import random_pairs
+    from tests.conftest import random_pairs
 
     cpu = torch.device("cpu")
     learner = Learner(load_trained(config, Path(config.model.path), 0, cpu), config, cpu)
@@ -134,11 +145,13 @@ def _train(config: RunConfig, world: int) -> None:
     checkpoint, published = HostBuffer(), HostBuffer()
     version(published)
     learner.warm(checkpoint)
-    pairs = learner.score(random_pairs(2 * PAIRS * world, longest=40, vocabulary=MODEL["vocab_size"]))
+    pairs = learner.score(random_pairs(STEPS * PAIRS * world, longest=40, vocabulary=MODEL["vocab_size"]))
     for step in plan_round(lengths_of(pairs), RowBudget(PAIRS * world, TOKENS, world), epochs=1, seed=0, round=0):
-        learner.optimize(step, pairs, 2)
+        learner.optimize(step, pairs, STEPS)
         version(published)
         learner.snapshot(checkpoint)
+    learner.begin_round(1)
+    learner.score(pairs)
     learner._engine.destroy()
 
 
@@ -148,9 +161,16 @@ def _resident(field: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
-if __name__ == "__main__":
-    for ranks in map(int, sys.argv[1:]):
-        for (stage, rank, offload), found in measured(ranks).items():
-            what = f"{ranks} ranks, ZeRO-{stage}, {f'LoRA {rank}' if rank else 'full'}, offload {offload}"
+def main(worlds: list[int]) -> None:
+    with tempfile.TemporaryDirectory() as models:
+        write_models(Path(models))
+        for world, setting in product(worlds, SETTINGS):
+            found, (stage, rank, offload) = measured(Path(models), world, setting), setting
+            what = f"{world} ranks, ZeRO-{stage}, {f'LoRA {rank}' if rank else 'full'}, offload {offload}"
             sizes = f"planned {found.planned / 1e6:6.0f} MB, measured {found.peak / 1e6:6.0f}"
             sys.stdout.write(f"{what:45} {sizes}, {found.ratio:.2f}\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main(list(map(int, sys.argv[1:])))

@@ -22,7 +22,8 @@ def needs(size: str, lora: bool, offload: str, max_length: int, sharded: bool = 
     parameters, layers, hidden, intermediate, kv = LLAMA[size]
     adapters = 16 * layers * (2 * (hidden + hidden) + 2 * (hidden + kv) + 3 * (hidden + intermediate))
     trained, largest = (adapters, 16 * intermediate) if lora else (parameters, 128_256 * hidden)
-    shape = Shape(parameters + lora * adapters, trained, layers, hidden, intermediate, 128_256, largest)
+    file = trained if lora else largest
+    shape = Shape(parameters + lora * adapters, trained, layers, hidden, intermediate, 128_256, largest, file)
     stage = 3 if sharded else 2
     plan = plan_memory(
         shape, TrainerConfig(workers=1, offload=offload, zero_stage=stage), default_row(max_length), "cuda"

@@ -22,6 +22,7 @@ LLAMA_8B = Shape(
     intermediate=14336,
     vocabulary=128_256,
     largest=128_256 * 4096,
+    file=128_256 * 4096,
 )
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
 

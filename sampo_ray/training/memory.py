@@ -11,6 +11,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from sampo_ray.errors import ConfigError
 from sampo_ray.training.architecture import on_meta
 from sampo_ray.training.logprobs import Tile
+from sampo_ray.training.lora import adapter_names
+from sampo_ray.training.saving import FILE_BYTES
 
 if TYPE_CHECKING:
     from sampo_ray.config.run import RunConfig
@@ -21,12 +23,14 @@ BUCKET = {"cpu": 2**24, "cuda": 2**26}
 """Elements of gradients that are reduced at a time: enough for the network of GPUs, few where memory is a host's."""
 AT_ONCE = 10**9
 """Elements that ZeRO-3 keeps gathered at most, and those of a rank that it steps at a time: DeepSpeed's defaults."""
+FETCHED = 5 * 10**7
+"""Elements that ZeRO-3 gathers ahead at a time, from the third step on, when it knows their order: its default."""
 
 
 @dataclass(frozen=True)
 class Shape:
     """A model's number of parameters, all and trained, and of layers; widths of hidden states, MLP and vocabulary;
-    elements of the largest trained weight."""
+    elements of the largest trained weight, and of the largest file of what is published within a round."""
 
     parameters: int
     trained: int
@@ -35,6 +39,7 @@ class Shape:
     intermediate: int
     vocabulary: int
     largest: int
+    file: int
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Shape:
@@ -47,7 +52,9 @@ class Shape:
         parameters = sum(p.numel() for p in model.parameters())  # tied ones once
         trained = [p.numel() for p in model.parameters() if p.requires_grad]
         layers, vocabulary = config.num_hidden_layers, config.vocab_size
-        return cls(parameters, sum(trained), layers, hidden, intermediate, vocabulary, max(trained, default=0))
+        largest = max(trained, default=0)
+        file = sum(trained) if adapter_names(model) else max(FILE_BYTES // 2, largest)
+        return cls(parameters, sum(trained), layers, hidden, intermediate, vocabulary, largest, file)
 
 
 @dataclass(frozen=True)
@@ -55,9 +62,10 @@ class MemoryPlan:
     """Bytes of one data-parallel rank.
 
     Its device has `weights`, `gradients`, `optimizer` and `buffers` at all times. In a backward pass it also has
-    `activations`, the weights that are `gathered`, the gradient of the `head`, and first what the head works with
-    (`tiles`), then copies of what is `reduced`; in the optimizer's step, instead, a copy of gradients (`flattened`). In
-    host memory are the states that are `offloaded` and the `copies` that are published and stored while it trains on.
+    `activations`, the weights that are `gathered`, the gradient of the `head`, and one after the other what weights are
+    `fetched` through, what the head works with (`tiles`) and copies of what is `reduced`; in the optimizer's step,
+    instead, a copy of gradients (`flattened`). In host memory are the states that are `offloaded` and the `copies` that
+    are published and stored while it trains on.
     """
 
     weights: int
@@ -68,6 +76,7 @@ class MemoryPlan:
     head: int
     tiles: int
     gathered: int
+    fetched: int
     reduced: int
     flattened: int
     offloaded: int
@@ -81,7 +90,7 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         """Bytes of the device at most."""
-        backward = self.activations + self.head + self.gathered + max(self.tiles, self.reduced)
+        backward = self.activations + self.head + self.gathered + max(self.fetched, self.tiles, self.reduced)
         return self.states + self.buffers + max(backward, self.flattened)
 
     @property
@@ -110,7 +119,8 @@ def plan_memory(
     gathers = sharded and (world > 1 or trainer.offload == "parameters")
     staged = 2 * shape.largest * (not kept and not sharded)  # for one gradient, on the device and on the host
     offloaded = weights - here + (0 if kept else (20 if sharded else 18) * each) + staged
-    copies = 12 * each + 2 * each  # a checkpoint's masters and moments, and a rank's share of a version
+    # Under ZeRO-2 whole files of a version are copied by the rank that writes them.
+    share = each if sharded else max(each, min(shape.trained, shape.file))
     return MemoryPlan(
         weights=here + 2 * shape.parameters * resident,
         gradients=4 * each * (kept or not sharded),
@@ -120,10 +130,11 @@ def plan_memory(
         head=head,
         tiles=tiles,
         gathered=2 * min(shape.parameters, AT_ONCE) * gathers,
+        fetched=2 * min(shape.parameters, FETCHED) * (sharded and world > 1),
         reduced=reduced,
         flattened=4 * min(each, AT_ONCE) * (kept and sharded),
         offloaded=offloaded,
-        copies=copies,
+        copies=12 * each + 2 * share,  # a checkpoint's masters and moments, and the rank's share of a version
     )
 
 
