@@ -17,28 +17,36 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from sampo_ray.config.run import RunConfig
+from sampo_ray.training.batching import Pair
 
 MODEL = {
     "vocab_size": 2000,
     "hidden_size": 1024,
     "intermediate_size": 3072,
+    "num_hidden_layers": 2,
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
     "tie_word_embeddings": True,
 }
-LAYERS = {"model": 2, "warm": 1}
+MODELS = {"model": MODEL, "small": MODEL | {"num_hidden_layers": 1}}
 """29 million parameters in few tensors: their states are large beside all that is not planned, and a step takes a
-second. The other model is trained first, for what libraries take once and keep."""
-TOKENS, PAIRS, STEPS = 128, 1, 4
+second. The small one is trained first, for what libraries take once and keep."""
+TOKENS, PAIRS, STEPS = 64, 1, 4
 """Tokens of a row, pairs of a rank and step (what is computed is not what is measured), and steps: ZeRO-3 knows the
 order of weights, and gathers ahead, from the third on."""
 M_MMAP_THRESHOLD, SMALL = -3, 1 << 17
-PRELOADED = ["deepspeed", "peft", "transformers", "sampo_ray.training.learner", "tests.conftest", "tests.measured_memory"]
+PRELOADED = [
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "peft",
+    "sampo_ray.training.learner",
+    "transformers.models.llama.modeling_llama",
+]
 Setting = tuple[int, int | None, str]
 """ZeRO's stage, rank of adapters, what is offloaded."""
 SETTINGS: list[Setting] = [
@@ -65,9 +73,8 @@ def write_models(folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    for name, layers in LAYERS.items():
-        config = LlamaConfig(**MODEL, num_hidden_layers=layers)
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / name)
+    for name, model in MODELS.items():
+        LlamaForCausalLM(LlamaConfig(**model)).to(torch.bfloat16).save_pretrained(folder / name)
 
 
 def measured(models: Path, world: int, setting: Setting) -> Measured:
@@ -85,16 +92,15 @@ def _rank(rank: int, world: int, models: Path, setting: Setting, scratch: Path) 
     libc = ctypes.CDLL("libc.so.6")
     libc.mallopt(M_MMAP_THRESHOLD, SMALL)  # what is freed goes back to the system
     dist.init_process_group("gloo", init_method=f"file://{scratch}/store", rank=rank, world_size=world)
-    _train(_config(models / "warm", world, setting), world)
+    _train(_config(models / "small", world, setting), world, 1)
     gc.collect()
     libc.malloc_trim(0)
     dist.barrier()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = _resident("VmRSS")
     config = _config(models / "model", world, setting)
-    _train(config, world)
+    _train(config, world, STEPS)
     found = Measured(_planned(config), _resident("VmHWM") - before)
-    import time as _t; sys.stderr.write(f"CPU {_t.process_time():.1f}\n")
     (scratch / f"{rank}.json").write_text(json.dumps(asdict(found)))
     dist.barrier()
     dist.destroy_process_group()
@@ -130,13 +136,12 @@ def _planned(config: RunConfig) -> int:
     return plan.total + plan.host
 
 
-def _train(config: RunConfig, world: int) -> None:
+def _train(config: RunConfig, world: int, steps: int) -> None:
     """A round, each step with a version and a checkpoint, whose copies stay, and what begins the next; as in a run."""
     from sampo_ray.config.rows import RowBudget
     from sampo_ray.training.batching import lengths_of, plan_round
     from sampo_ray.training.host_copies import HostBuffer
     from sampo_ray.training.learner import Learner, load_trained
-    from tests.conftest import random_pairs
 
     cpu = torch.device("cpu")
     learner = Learner(load_trained(config, Path(config.model.path), 0, cpu), config, cpu)
@@ -145,14 +150,24 @@ def _train(config: RunConfig, world: int) -> None:
     checkpoint, published = HostBuffer(), HostBuffer()
     version(published)
     learner.warm(checkpoint)
-    pairs = learner.score(random_pairs(STEPS * PAIRS * world, longest=40, vocabulary=MODEL["vocab_size"]))
+    pairs = learner.score(_pairs(steps * PAIRS * world))
     for step in plan_round(lengths_of(pairs), RowBudget(PAIRS * world, TOKENS, world), epochs=1, seed=0, round=0):
-        learner.optimize(step, pairs, STEPS)
+        learner.optimize(step, pairs, steps)
         version(published)
         learner.snapshot(checkpoint)
     learner.begin_round(1)
-    learner.score(pairs)
+    learner.score(pairs[: PAIRS * world])
     learner._engine.destroy()
+
+
+def _pairs(count: int) -> list[Pair]:
+    """Pairs of random tokens, all as long: for each length of rows there are products that oneDNN compiles and keeps."""
+    rng = np.random.default_rng(0)
+
+    def tokens() -> np.ndarray:
+        return rng.integers(5, MODEL["vocab_size"], TOKENS // 3).astype(np.int32)
+
+    return [Pair(f"pair-{index}", tokens(), tokens(), tokens()) for index in range(count)]
 
 
 def _resident(field: str) -> int:
