@@ -37,12 +37,12 @@ MODEL = {
 MODELS = {"model": MODEL, "small": MODEL | {"num_hidden_layers": 1}}
 """29 million parameters in few tensors: their states are large beside all that is not planned, and a step takes a
 second. The small one is trained first, for what libraries take once and keep."""
-TOKENS, PAIRS, STEPS = 64, 1, 4
+TOKENS, PAIRS, STEPS = 64, 1, 3
 """Tokens of a row, pairs of a rank and step (what is computed is not what is measured), and steps: ZeRO-3 knows the
 order of weights, and gathers ahead, from the third on."""
 M_MMAP_THRESHOLD, SMALL = -3, 1 << 17
 PRELOADED = [
-    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # which imports torch's compiler
     "peft",
     "sampo_ray.training.learner",
     "transformers.models.llama.modeling_llama",
@@ -161,7 +161,7 @@ def _train(config: RunConfig, world: int, steps: int) -> None:
 
 
 def _pairs(count: int) -> list[Pair]:
-    """Pairs of random tokens, all as long: for each length of rows there are products that oneDNN compiles and keeps."""
+    """Pairs of random tokens, all as long: oneDNN compiles products for each length of rows, and keeps them."""
     rng = np.random.default_rng(0)
 
     def tokens() -> np.ndarray:

@@ -12,7 +12,7 @@ from sampo_ray.config.sections import LoraConfig, TrainerConfig
 from sampo_ray.errors import ConfigError
 from sampo_ray.training.architecture import on_meta
 from sampo_ray.training.learner import deepspeed_config
-from sampo_ray.training.memory import AT_ONCE, BUCKET, Shape, check_memory, plan_memory
+from sampo_ray.training.memory import AT_ONCE, BUCKET, FETCHED, Shape, check_memory, plan_memory
 
 LLAMA_8B = Shape(
     parameters=8_030_261_248,
@@ -58,7 +58,7 @@ def test_adapters_need_gradients_and_optimizer_for_themselves_alone():
     config = transformers.LlamaConfig(vocab_size=512, intermediate_size=128, **SMALL)
     whole, adapted = Shape.of(on_meta(config)), Shape.of(on_meta(config, LoraConfig(rank=4)))
     layer = 4 * (4 * (64 + 64) + 3 * (64 + 128))  # rank times the widths of four and three matrices
-    assert adapted.trained == adapted.parameters - whole.parameters == 2 * layer
+    assert adapted.trained == adapted.parameters - whole.parameters == adapted.file == 2 * layer
     plan = plan_memory(adapted, TrainerConfig(), 128, "cuda")
     assert plan.states == 2 * adapted.parameters + 16 * adapted.trained
 
@@ -85,8 +85,18 @@ def test_what_zero_3_steps_and_gathers_at_once_is_limited():
 
     assert plan(4).gathered == 2 * AT_ONCE and plan(1).gathered == 0, "one rank has the weights"
     assert plan(1, offload="parameters").gathered == 2 * AT_ONCE
+    alone = TrainerConfig(zero_stage=3, offload="parameters")
+    assert plan_memory(LLAMA_8B, alone, 128, "cpu").gathered == 0, "what is offloaded is where it is needed"
+    assert plan(4).fetched == 2 * FETCHED and plan(1, offload="parameters").fetched == 0
     assert plan(4).flattened == 4 * AT_ONCE and plan(16).flattened == 4 * (LLAMA_8B.parameters // 16)
     assert plan(4, offload="optimizer").flattened == 0
+
+
+def test_of_what_is_published_a_rank_copies_whole_files_under_zero_2_and_its_part_under_zero_3():
+    n = LLAMA_8B.parameters // 64
+    trainers = [TrainerConfig(workers=64, zero_stage=stage) for stage in (2, 3)]
+    copies = [plan_memory(LLAMA_8B, trainer, 128, "cuda").copies for trainer in trainers]
+    assert copies == [12 * n + 2 * LLAMA_8B.largest, 14 * n]
 
 
 def test_a_gradient_that_no_bucket_holds_is_copied_whole_and_a_frozen_head_has_none():

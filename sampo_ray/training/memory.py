@@ -116,7 +116,8 @@ def plan_memory(
     here = weights * (trainer.offload != "parameters")
     head, tiles = _head(shape, device)
     buffers, reduced = _reduction(shape, sharded, device)
-    gathers = sharded and (world > 1 or trainer.offload == "parameters")
+    # One rank has its weights whole, and on CPUs where it computes with them.
+    gathers = sharded and (world > 1 or (trainer.offload == "parameters" and device != "cpu"))
     staged = 2 * shape.largest * (not kept and not sharded)  # for one gradient, on the device and on the host
     offloaded = weights - here + (0 if kept else (20 if sharded else 18) * each) + staged
     # Under ZeRO-2 whole files of a version are copied by the rank that writes them.
