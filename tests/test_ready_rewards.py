@@ -220,6 +220,7 @@ def test_rows_that_cannot_be_verified_have_no_reward(verifiers):
     assert verified(None, None, "text") == [None]
     assert verified(["no:such"], [{}], "text") == [None]
     assert verified(["length_constraints:number_words"], [{"relation": None}], "text") == [None]
+    assert verified(["detectable_format:number_bullet_lists"], [{"num_bullets": 0}], "text") == [None]
     assert verified(["punctuation:no_comma"], [], "text") == [None]
     assert verified(["keywords:existence"], [{"keywords": ["C++("]}], "text") == [None]
     assert verified(["punctuation:no_comma"], [{"other": 1}], "text") == [None]
