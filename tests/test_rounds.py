@@ -132,7 +132,12 @@ def finished(fleet, tiny_model, judge, tmp_path_factory) -> tuple[Run, Client]:
     iterate(run, fleet, Notes())
     last = run.manifest.rounds[-1]
     final = str(last.start_version + last.steps)
-    wait_until(lambda: client.answers[-1][1] == final, f"answer of version {final}")
+
+    def answered() -> bool:
+        assert client.is_alive(), "a request failed"
+        return client.answers[-1][1] == final
+
+    wait_until(answered, f"answer of version {final}")
     client.stopped.set()
     client.join(scaled(120))
     return run, client
@@ -261,8 +266,8 @@ def test_a_killed_engine_costs_only_what_was_not_stored(fleet, tiny_model, tmp_p
 def test_completions_sampled_ahead_are_at_most_one_round_old_and_their_age_is_recorded(fleet, tiny_model, tmp_path):
     from sampo_ray.iterate import iterate
 
-    # Four epochs: three steps of this model may be over before the first completion has begun.
-    overrides = ["rollout.ahead=1", "rounds.count=3", "rollout.prompts=20", "rounds.epochs=4"]
+    # Sixteen epochs: some steps of this model are over before the first completion has begun.
+    overrides = ["rollout.ahead=1", "rounds.count=3", "rollout.prompts=20", "rounds.epochs=16"]
     run = new_run(tmp_path, tiny_model, *overrides)
     iterate(run, fleet, Notes())
     for record, before in zip(run.manifest.rounds[1:], run.manifest.rounds, strict=False):

@@ -263,6 +263,19 @@ def test_a_write_replaces_the_file_and_leaves_nothing_else(tmp_path):
     assert place.read() == b"two" and os.listdir(tmp_path / "deep") == ["file"]
 
 
+def test_a_file_that_is_being_written_is_not_listed(tmp_path, monkeypatch):
+    folder, replace, seen = Place(str(tmp_path)), os.replace, []
+
+    def look(draft, path):
+        seen.append((folder.names(), len(os.listdir(tmp_path))))
+        replace(draft, path)
+
+    monkeypatch.setattr(os, "replace", look)
+    folder.at("a.jsonl").write(b"whole")
+    folder.at("a.jsonl").write(b"other")
+    assert seen == [([], 1), (["a.jsonl"], 2)] and folder.names() == ["a.jsonl"]
+
+
 @pytest.mark.parametrize("url", ["{}/tables", "file://{}/tables", "memory://tables"])
 def test_tables_come_back_from_any_file_system(tmp_path, url):
     place = Place(url.format(tmp_path)).at("part-00000.parquet")

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 DRAFT = ".draft-"
+_UNFINISHED = re.compile(r".+\.[0-9a-f]{32}\.tmp", re.DOTALL)
+"""Files that `write` has not put in place yet, or never will, as the process was killed."""
 
 
 @dataclass(frozen=True)
@@ -130,13 +132,14 @@ class Place:
             return pq.read_metadata(file)
 
     def names(self) -> list[str]:
-        """Names of what lies in the folder, sorted; none when it does not exist."""
+        """Names of what lies in the folder, sorted, without files that are being written; none when it does not exist."""
         fs, path = self._fs()
         try:
             found = [each.rstrip("/") for each in fs.ls(path, detail=False)]
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(each.rsplit("/", 1)[-1] for each in found if each != path)  # consoles make files of folders
+        names = [each.rsplit("/", 1)[-1] for each in found if each != path]  # consoles make files of folders
+        return sorted(name for name in names if not _UNFINISHED.fullmatch(name))
 
     def remove(self) -> None:
         """Removes a file, or a folder with what is in it; no matter if it is gone already."""
