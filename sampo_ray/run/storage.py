@@ -132,7 +132,7 @@ class Place:
             return pq.read_metadata(file)
 
     def names(self) -> list[str]:
-        """Names of what lies in the folder, sorted, without files that are being written; none when it does not exist."""
+        """Names of what lies in the folder, sorted, but files that are being written; none when it does not exist."""
         fs, path = self._fs()
         try:
             found = [each.rstrip("/") for each in fs.ls(path, detail=False)]
