@@ -34,6 +34,7 @@ def iterate(run: Run, fleet: Fleet, reporter: Reporter) -> Place:
         evaluation.of_round(round, fleet)  # which may end the run
         round.commit()  # it is never done again
     fleet.give_gpus("engines")
+    fleet.await_checks(reporter.note)
     return run.finish()
 
 

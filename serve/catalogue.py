@@ -8,6 +8,7 @@ from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
 
+from sampo_ray.actors.policy.messages import LivePosition
 from sampo_ray.actors.weights.client import CommandAnswer, StoreState, find_weight_store
 from sampo_ray.actors.weights.pinned import pinned_app, pins_of
 from sampo_ray.errors import VersionError
@@ -30,11 +31,12 @@ ID_HEADER = "Idempotency-Key"
 @dataclass(frozen=True)
 class Target:
     """Who answers for a model name: an application, its engine's name for the model, and a version that it must hold to
-    be right (None: whatever is live)."""
+    be right (None: whatever is live). `position`: of a version that is live, from when on; replicas may be behind."""
 
     app: str
     engine_model: str
     version: int | None
+    position: LivePosition | None = None
 
 
 class Catalogue:
@@ -101,7 +103,7 @@ class Catalogue:
         if version in pins and not (is_live and state.pin(version).state != "pinned"):
             return Target(app_of(version), f"{MODEL}@{version}", version)
         if is_live:
-            return Target(self._policy_app, MODEL, version)
+            return Target(self._policy_app, MODEL, version, LivePosition(state.run, serving.sequence))
         raise _no_model(f"version {version} is kept but not pinned; an admin can pin it", state)
 
     async def cards(self) -> list[dict[str, Any]]:

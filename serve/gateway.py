@@ -209,7 +209,8 @@ class PolicyIngress(AdminRoutes, FeedbackRoutes, PageRoutes):
         policy = self._apps.setdefault(target.app, PolicyApp(target.app, self._paused))
 
         def call(handle: DeploymentHandle) -> Answer:
-            return Answer(policy, getattr(handle, method).remote(body, None, policy.seen), deadline, counter)
+            at_least = target.position or policy.seen
+            return Answer(policy, getattr(handle, method).remote(body, None, at_least), deadline, counter)
 
         answer, weights, first = await self._opened(policy, target.version, call, start_by)
         headers = version_headers(weights)

@@ -197,3 +197,13 @@ def test_an_admin_sees_which_pins_are_up_and_what_fails(tmp_path: Path, monkeypa
         assert trouble == {"what": "pinned versions", "reason": "no room", "since": 1.0, "last": 2.0, "tries": 3}
 
     asyncio.run(scenario())
+
+
+ASKED = {"policy": (None, None), "policy@12": (12, ("r1", 3)), "policy@5": (5, None)}
+
+
+def test_a_version_that_is_live_is_asked_for_with_the_position_from_which_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = {model: asked(monkeypatch, lambda of, model=model: of.target(model), state()) for model in ASKED}
+    assert {model: (target.version, target.position) for model, target in found.items()} == ASKED

@@ -6,6 +6,7 @@ import pickle
 import socket
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -18,11 +19,12 @@ from pydantic import SecretStr
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
-from sampo_ray.actors.policy.messages import AnsweredBy, AnswerItem, Chunks, Failure, Progress, Whole
+from sampo_ray.actors.policy.messages import AnsweredBy, AnswerItem, Chunks, Failure, LivePosition, Progress, Whole
 from sampo_ray.config.serving import ServeConfig
 from sampo_ray.errors import EndpointError, PausedError
 from sampo_ray.run.versions import WeightsId
 from sampo_ray.serve import errors
+from sampo_ray.serve.catalogue import Target
 from sampo_ray.serve.endpoint import check_port, free_port
 from sampo_ray.serve.errors import ApiError
 from sampo_ray.serve.gateway import Answer, PolicyApp, PolicyIngress, _stream
@@ -299,6 +301,27 @@ def test_no_answer_begins_with_older_weights_than_an_answer_before_it_had() -> N
     assert app.seen == ("run-a", 3)
     app.note(AnsweredBy(WeightsId("run-b", 0), 1))
     assert app.seen == ("run-b", 1), "another run has an order of its own"
+
+
+def test_a_version_that_has_just_become_live_is_asked_of_replicas_that_have_it() -> None:
+    app, replicas = PolicyApp("p"), Replicas([answered_by(12, 5), Chunks(["x"])], [answered_by(13, 6), Chunks(["x"])])
+    app.handle = replicas.handle  # type: ignore[assignment,method-assign]
+    app.note(answered_by(8, 4))
+
+    async def target(model: str | None) -> Target:
+        return Target("p", "policy", 12, LivePosition("run-a", 5))
+
+    ingress: Any = PolicyIngress.__new__(PolicyIngress)
+    ingress._config, ingress._policy, ingress._apps = ServeConfig(api_keys=()), app, {"p": app}
+    ingress.catalogue, ingress.feedback_store = SimpleNamespace(target=target), SimpleNamespace(enabled=False)
+
+    def ask() -> Any:
+        body = ChatCompletionRequest(messages=[{"role": "user", "content": "Hi"}], model="policy@12")
+        return asyncio.run(ingress._answer(body, "chat", TokenCounter()))
+
+    assert ask().headers["x-policy-version"] == "12" and replicas.asked == [("run-a", 5)]
+    with pytest.raises(ApiError, match="version 12 has just ceased to be live"):
+        ask()
 
 
 def test_pictures_do_not_slip_in_beside_tool_calls() -> None:

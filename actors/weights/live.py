@@ -1,6 +1,7 @@
 """What the live policy serves: serving.json is followed and edited, and versions are checked before they go live."""
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 from sampo_ray.actors.weights.duty import Duty, result_within
@@ -101,6 +102,14 @@ class LivePolicy:
         await self._edit(change, serving.LOCK_SECONDS)
         await self._carry_out()
         return self.serving.done[-1] if before[-1] is None else before[-1], before[-1] is not None
+
+    async def checked(self, timeout_s: float) -> bool:
+        """Whether no version is to be checked any more. Waits for that up to `timeout_s`."""
+        await self._find_newest()
+        until = time.monotonic() + timeout_s
+        while (version := await self._candidate()) is not None and time.monotonic() < until:
+            await asyncio.sleep(LOOK_S / 4)
+        return version is None
 
     async def loaded(self) -> None:
         """Waits for some time until readers get what is live."""

@@ -149,6 +149,11 @@ class WeightStore:
         await self._ready()
         return self._policy.is_steady and version in (None, self._policy.serving.live)
 
+    async def checked(self, timeout_s: float) -> bool:
+        """Whether the newest version was accepted or refused, if it is to be checked. Waits up to `timeout_s`."""
+        await self._ready()
+        return await self._policy.checked(timeout_s)
+
     async def place(self) -> str:
         """URL of the attached run's directory ("": none is attached)."""
         return self._policy.place.url

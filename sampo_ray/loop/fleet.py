@@ -34,6 +34,7 @@ from sampo_ray.data.chat import ChatFormat
 from sampo_ray.errors import FleetError, StageError, UserError
 from sampo_ray.internals.logical_gpus import logical_gpus
 from sampo_ray.internals.transformers import saved_tensors
+from sampo_ray.loop.checks import await_checks
 from sampo_ray.loop.starting import Places, needs_of, run_apps
 from sampo_ray.loop.turns import give_gpus, return_gpus
 from sampo_ray.run.addresses import remove_address, write_address
@@ -79,6 +80,10 @@ class Fleet:
         """Wakes the engines, or puts them to sleep and waits until they have left the GPUs; see `loop/turns.py`."""
         if self.shares_gpus:
             give_gpus(self.store, turn)
+
+    def await_checks(self, note: Callable[[str], None]) -> None:
+        """Waits until the newest version has been checked; see `loop/checks.py`."""
+        await_checks(self.store, note)
 
     def generators(self, version: int | None = None) -> DeploymentHandle:
         """The replicas for rollouts of a version (None: of the newest): the live policy's where they may be shared and
